@@ -1,0 +1,34 @@
+"""jaxattn: attention in JAX. The calls and the parts; subpackages are imported by name (`from jaxattn import nn`)."""
+
+from jaxattn.core.attend import attend, explain
+from jaxattn.core.bias import Alibi, Bias
+from jaxattn.core.maps import Dropout
+from jaxattn.core.mask import Causal, Documents, Explicit, Lengths, Mask, Sinks, Window
+from jaxattn.core.normalize import Sigmoid, Softmax
+from jaxattn.core.partial import EMPTY, Partial, merge
+from jaxattn.core.parts import part
+from jaxattn.core.position import rotary
+from jaxattn.core.score import Dot
+
+__all__ = [
+    "EMPTY",
+    "Alibi",
+    "Bias",
+    "Causal",
+    "Documents",
+    "Dot",
+    "Dropout",
+    "Explicit",
+    "Lengths",
+    "Mask",
+    "Partial",
+    "Sigmoid",
+    "Sinks",
+    "Softmax",
+    "Window",
+    "attend",
+    "explain",
+    "merge",
+    "part",
+    "rotary",
+]

@@ -1,0 +1,31 @@
+"""The definition: all scores at once. Serves every part, in memory batch x N x T x S; the oracle of the others."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxattn.core.call import Call
+from jaxattn.core.score import grouped_matmul
+
+
+def scores(call: Call) -> Float[Array, "*b n t s"]:
+    """score(q, k) + bias."""
+    scores = call.score(call.query.swapaxes(-2, -3), call.key.swapaxes(-2, -3))
+    if call.bias is None:
+        return scores
+    return scores + call.bias(call.query_positions, call.key_positions).astype(scores.dtype)
+
+
+def visible(call: Call) -> Bool[Array, "#*b #n t s"]:
+    """The mask, with the empty slots hidden."""
+    shown = (call.query_positions >= 0) & (call.key_positions >= 0)
+    return shown if call.mask is None else shown & call.mask(call.query_positions, call.key_positions)
+
+
+def dense(call: Call) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"]]:
+    """out = Σ_j w_j v_j with w = normalize(scores, visible); and lse."""
+    s = scores(call)
+    weights, lse = call.normalize.weights(s, jnp.broadcast_to(visible(call), s.shape))
+    if call.dropout is not None:
+        weights = weights * call.dropout(call.query_positions, call.key_positions).astype(weights.dtype)
+    out = grouped_matmul(weights, call.value.swapaxes(-2, -3).astype(weights.dtype))
+    return out.swapaxes(-2, -3), lse.swapaxes(-1, -2)

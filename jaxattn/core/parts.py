@@ -1,0 +1,121 @@
+"""What a part is: a frozen dataclass that is a pytree and a pure function.
+
+Every score, bias, mask and normaliser is one. Array fields are leaves, so they are learned, differentiated, vmapped,
+sharded and checkpointed like any other array; plain fields are static, so they choose what is compiled.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Num
+
+_PLAIN = (int, float, bool, str, type(None), ...)
+_CONTAINERS = (typing.Union, types.UnionType, tuple, typing.Literal)
+
+T = TypeVar("T")
+
+
+def _is_static(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return True
+    if origin in _CONTAINERS:
+        return all(_is_static(argument) for argument in typing.get_args(hint))
+    return any(hint is plain for plain in _PLAIN)
+
+
+@typing.dataclass_transform(frozen_default=True)
+def part(cls: type[T]) -> type[T]:
+    """Makes `cls` a part: a frozen dataclass registered with JAX as a pytree.
+
+    A field annotated with plain Python types (`int`, `float`, `bool`, `str`, `None`, tuples and unions of them) is
+    static: it is hashed into the compiled program. Every other field (arrays, other parts) is a leaf or a subtree.
+    A `__post_init__` may check static fields only: JAX also builds parts whose leaves are placeholders.
+
+        @part
+        class Scaled:
+            scale: Float[Array, ""]      # a leaf: differentiable
+            power: int = 1               # static
+            def __call__(self, x): return self.scale * x**self.power
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    static = [name for name in names if _is_static(hints[name])]
+    leaves = [name for name in names if name not in static]
+    return jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=static)
+
+
+def check_fields(slot: str, value: Any) -> None:
+    """Raises TypeError if an array field of a part (or of a part inside it) is not what its annotation says."""
+    if not dataclasses.is_dataclass(value):
+        return
+    hints = typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        given = getattr(value, field.name)
+        if dataclasses.is_dataclass(given):
+            check_fields(slot, given)
+        elif isinstance(given, np.ndarray | jax.Array):
+            allowed = typing.get_args(hints[field.name]) or (hints[field.name],)
+            kinds = [hint for hint in allowed if hasattr(hint, "dims")]
+            if kinds and not any(isinstance(jnp.asarray(given), kind) for kind in kinds):
+                wanted = " or ".join(f"{kind.__name__}" for kind in kinds)
+                raise TypeError(
+                    f"{slot}: {type(value).__name__}.{field.name} must be {wanted}, "
+                    f"got {given.dtype}[{','.join(map(str, given.shape))}]"
+                )
+
+
+def check_static_int(owner: str, name: str, value: Any, least: int) -> None:
+    """Raises unless `value` is a Python int of at least `least`; for the `__post_init__` of parts."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
+
+
+def take(table: Num[Array, "*b n p"] | Bool[Array, "*b n p"], index: Int[Array, "..."], grid: int, fill: Any) -> Array:
+    """Looks positions up in a table: out[..., n, g] = table[..., n, index[..., n, g]], `fill` outside the table.
+
+    `index` is [..., 1 or n, *g] where g are its last `grid` axes; batch and head axes broadcast against the table's.
+    """
+    shape = index.shape[len(index.shape) - grid :]
+    flat = index.reshape(*index.shape[: index.ndim - grid], -1)
+    rank = max(table.ndim, flat.ndim)
+    table, flat = (x.reshape((1,) * (rank - x.ndim) + x.shape) for x in (table, flat))
+    inside = (flat >= 0) & (flat < table.shape[-1])
+    found = jnp.take_along_axis(table, jnp.where(inside, flat, 0), axis=-1)
+    found = jnp.where(inside, found, jnp.asarray(fill, found.dtype))
+    return found.reshape(*found.shape[:-1], *shape)
+
+
+def inexact_leaves(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
+    """The floating-point leaves of a pytree (those with gradients), and the function that puts such leaves back."""
+    leaves, structure = jax.tree.flatten(tree)
+    inexact = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+    def rebuild(new: list[Array]) -> Any:
+        replacements = iter(new)
+        pairs = zip(leaves, inexact, strict=True)
+        return jax.tree.unflatten(structure, [next(replacements) if is_inexact else leaf for leaf, is_inexact in pairs])
+
+    return [jnp.asarray(leaf) for leaf, is_inexact in zip(leaves, inexact, strict=True) if is_inexact], rebuild
+
+
+def cotangent(tree: Any, leaves: list[Array]) -> Any:
+    """The cotangent of a pytree from those of its `inexact_leaves`; the other leaves get JAX's float0 zeros."""
+    given = iter(leaves)
+
+    def of(leaf: Any) -> Any:
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.inexact):
+            return next(given).astype(dtype)
+        return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+
+    return jax.tree.map(of, tree)

@@ -1,0 +1,222 @@
+"""Attention a tile at a time: memory linear in length, empty tiles skipped, gradients by recomputation.
+
+For each query tile the key tiles in its row of the `BlockIndex` are visited, and three numbers per query are carried:
+the reference r (for softmax the maximum score so far), total = Σ_j w(s_j, r) and numerator = Σ_j w(s_j, r) v_j. The
+normaliser's `finish` turns them into out and lse with ordinary JAX. So the backward pass of this file is the
+derivative of two plain sums, at fixed r, whatever the normaliser:
+
+    ds_j = ∂w(s_j, r)/∂s · (d_numerator·v_j + d_total),    dv_j = Σ_i w(s_ij, r_i) d_numerator_i
+
+and ds is pulled back through score and bias by `jax.vjp` on the tile, which reaches every array they hold.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxattn.core.blocks import BlockIndex, block_index, choose_block
+from jaxattn.core.call import Call
+from jaxattn.core.parts import cotangent, inexact_leaves
+from jaxattn.core.score import accumulator, grouped_matmul, grouped_matmul_transpose
+
+
+class Sums(NamedTuple):
+    """What is carried over key tiles, per query; see the head of this file."""
+
+    numerator: Float[Array, "*b n t v"]
+    total: Float[Array, "*b n t"]
+    reference: Float[Array, "*b n t"]
+
+
+class Learned(NamedTuple):
+    """What the custom gradient differentiates."""
+
+    query: Float[Array, "*b qb bq n h"]
+    key: Float[Array, "*b kb bk k h"]
+    value: Float[Array, "*b kb bk kv v"]
+    parts: Any  # (score, bias, normalize)
+
+
+class Given(NamedTuple):
+    """What it does not."""
+
+    mask: Any
+    dropout: Any
+    query_positions: Int[Array, "*b 1 qb 1 bq"]
+    key_positions: Int[Array, "*b 1 1 kb bk"]
+    active: BlockIndex
+
+
+def _tiles(x: Any, axis: int, size: int, fill: int = 0) -> Any:
+    """Cuts axis `axis` (negative) into tiles, padded with `fill`: [..., L, ...] -> [..., ceil(L / size), size, ...]."""
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    short = -x.shape[axis] % size
+    axis += x.ndim
+    if short:
+        x = xp.pad(x, [(0, short if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
+    return x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
+
+
+def _tile(x: Array, number: Any, axis: int) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, number, x.ndim + axis, keepdims=False)
+
+
+def _query_tile(row, learned: Learned, given: Given):
+    """One tile of queries [*b, n, bq, h] and their positions [*b, 1, bq, 1]."""
+    return _tile(learned.query, row, -4).swapaxes(-2, -3), _tile(given.query_positions, row, -3).swapaxes(-1, -2)
+
+
+def _key_tile(j, learned: Learned, given: Given):
+    """One tile of keys [*b, k, bk, h] and values [*b, kv, bk, v], and their positions [*b, 1, 1, bk]."""
+    key, value = (_tile(x, j, -4).swapaxes(-2, -3) for x in (learned.key, learned.value))
+    return key, value, _tile(given.key_positions, j, -2)
+
+
+def _scores(parts, query, key, query_positions, key_positions):
+    score, bias, _ = parts
+    scores = score(query, key)
+    return scores if bias is None else scores + bias(query_positions, key_positions).astype(scores.dtype)
+
+
+def _visible(mask, query_positions, key_positions):
+    shown = (query_positions >= 0) & (key_positions >= 0)
+    return shown if mask is None else shown & mask(query_positions, key_positions)
+
+
+def _over_tiles(loops: tuple[bool, bool], active: BlockIndex, row, visit, carry):
+    """carry = visit(j, masked, carry) over the key tiles j of one query tile: first the full ones, with no mask."""
+    tiles, full, count = active.tiles[row], active.full[row], active.count[row]
+    some_full, some_masked = loops
+    if some_full:
+        carry = jax.lax.fori_loop(0, full, lambda t, c: visit(tiles[t], False, c), carry)
+    if some_masked:
+        carry = jax.lax.fori_loop(full, count, lambda t, c: visit(tiles[t], True, c), carry)
+    return carry
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(loops: tuple[bool, bool], learned: Learned, given: Given) -> Sums:
+    """The three numbers of every query, [qb, *b, n, bq, ...]; differentiable but for `reference`."""
+    normalize = learned.parts[-1]
+
+    def one_query_tile(row):
+        query, query_positions = _query_tile(row, learned, given)
+
+        def visit(j, masked, sums):
+            key, value, key_positions = _key_tile(j, learned, given)
+            scores = _scores(learned.parts, query, key, query_positions, key_positions)
+            if masked:
+                scores = jnp.where(_visible(given.mask, query_positions, key_positions), scores, -jnp.inf)
+            reference = jnp.maximum(sums.reference, normalize.reference(scores))
+            finite = jnp.where(jnp.isneginf(reference), 0, reference)
+            shrink = jnp.exp(sums.reference - finite)
+            weights = normalize.weight(scores, finite)
+            total = sums.total * shrink + weights.sum(-1)
+            if given.dropout is not None:
+                weights = weights * given.dropout(query_positions, key_positions).astype(weights.dtype)
+            read = grouped_matmul(weights, value.astype(weights.dtype))
+            return Sums(sums.numerator * shrink[..., None] + read, total, reference)
+
+        rows, dtype = query.shape[:-1], accumulator(learned.query, learned.key, learned.value)
+        start = Sums(
+            jnp.zeros((*rows, learned.value.shape[-1]), dtype), jnp.zeros(rows, dtype), jnp.full(rows, -jnp.inf, dtype)
+        )
+        sums = _over_tiles(loops, given.active, row, visit, start)
+        return sums._replace(reference=jnp.where(jnp.isneginf(sums.reference), 0, sums.reference))
+
+    return jax.lax.map(one_query_tile, jnp.arange(learned.query.shape[-4]))
+
+
+def _sums_forward(loops, learned, given):
+    sums = _sums(loops, learned, given)
+    return sums, (learned, given, sums.reference)
+
+
+def _sums_backward(loops, residuals, cotangents):
+    learned, given, reference = residuals
+    leaves, rebuild = inexact_leaves(learned.parts)
+
+    def one_query_tile(carry, tile):
+        row, reference, d_numerator, d_total = tile
+        query, query_positions = _query_tile(row, learned, given)
+
+        def visit(j, masked, carry):
+            d_query, d_key, d_value, d_leaves = carry
+            key, value, key_positions = _key_tile(j, learned, given)
+            visible = _visible(given.mask, query_positions, key_positions) if masked else True
+
+            def weights_of(query, key, leaves):
+                parts = rebuild(leaves)
+                scores = _scores(parts, query, key, query_positions, key_positions)
+                if masked:
+                    scores = jnp.where(visible, scores, -jnp.inf)
+                return parts[-1].weight(scores, reference)
+
+            weights, pull = jax.vjp(weights_of, query, key, leaves)
+            d_weights = grouped_matmul(d_numerator, value.astype(d_numerator.dtype).swapaxes(-1, -2))
+            kept = weights
+            if given.dropout is not None:
+                keep = given.dropout(query_positions, key_positions).astype(weights.dtype)
+                d_weights, kept = d_weights * keep, weights * keep
+            d_query_j, d_key_j, d_leaves_j = pull(d_weights + d_total[..., None])
+            d_value_j = grouped_matmul_transpose(kept, d_numerator, value.shape[-3])
+            return (
+                d_query + d_query_j,
+                d_key.at[..., j, :, :, :].add(d_key_j.swapaxes(-2, -3).astype(d_key.dtype)),
+                d_value.at[..., j, :, :, :].add(d_value_j.swapaxes(-2, -3)),
+                jax.tree.map(jnp.add, d_leaves, d_leaves_j),
+            )
+
+        d_query = jnp.zeros(query.shape, d_numerator.dtype)
+        d_query, *carry = _over_tiles(loops, given.active, row, visit, (d_query, *carry))
+        return tuple(carry), d_query.swapaxes(-2, -3)
+
+    dtype = cotangents.numerator.dtype
+    start = (
+        jnp.zeros(learned.key.shape, dtype),
+        jnp.zeros(learned.value.shape, dtype),
+        [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves],
+    )
+    tiles = (jnp.arange(learned.query.shape[-4]), reference, cotangents.numerator, cotangents.total)
+    (d_key, d_value, d_leaves), d_query = jax.lax.scan(one_query_tile, start, tiles)
+    gradient = Learned(
+        jnp.moveaxis(d_query, 0, -4).astype(learned.query.dtype),
+        d_key.astype(learned.key.dtype),
+        d_value.astype(learned.value.dtype),
+        cotangent(learned.parts, d_leaves),
+    )
+    return gradient, None
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def tiled(call: Call, block: tuple[int, int] | None) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"]]:
+    """(out, lse) of a call whose normaliser is streaming, in tiles of `block` = (queries, keys) or a fitting size."""
+
+    def positions_in_tiles(block: tuple[int, int]) -> tuple[Any, Any]:  # [*b, 1, qb, 1, bq] and [*b, 1, 1, kb, bk]
+        query_positions = _tiles(call.query_positions[..., 0], -1, block[0], fill=-1)[..., None, :]
+        return query_positions, _tiles(call.key_positions, -1, block[1], fill=-1)
+
+    if block is None:
+        lengths = call.query.shape[-3], call.key.shape[-3]
+        block = choose_block(lambda size: block_index(call.mask, *positions_in_tiles(size))[0], lengths)
+    queries, keys = block
+    query_positions, key_positions = positions_in_tiles(block)
+    index, loops = block_index(call.mask, query_positions, key_positions)
+    learned = Learned(
+        _tiles(call.query, -3, queries),
+        _tiles(call.key, -3, keys),
+        _tiles(call.value, -3, keys),
+        (call.score, call.bias, call.normalize),
+    )
+    given = Given(call.mask, call.dropout, *jax.tree.map(jnp.asarray, (query_positions, key_positions, index)))
+    out, lse = call.normalize.finish(*_sums(loops, learned, given))  # [qb, *b, n, bq, v] and [qb, *b, n, bq]
+    *batch, length, heads, _ = call.query.shape
+    out = jnp.moveaxis(out.swapaxes(-2, -3), 0, -4).reshape(*batch, -1, heads, out.shape[-1])
+    lse = jnp.moveaxis(lse.swapaxes(-1, -2), 0, -3).reshape(*batch, -1, heads)
+    return out[..., :length, :, :], lse[..., :length, :]
