@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxattn.core.call import Call
-from jaxattn.core.dense import dense
+from jaxattn.core.dense import dense, scores, visible
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Mask
 from jaxattn.core.normalize import Normalize, Softmax, Streaming
@@ -70,6 +70,26 @@ def attend(
     return (out, {"lse": lse}) if return_lse else out
 
 
+def attention_weights(
+    query: Float[Array, "*b t n h"],
+    key: Float[Array, "*b s k h"],
+    *,
+    score: Any = Dot(),
+    bias: Any = None,
+    mask: Mask | None = None,
+    normalize: Normalize = Softmax(),
+    query_positions: Int[Array, "*#b t"] | None = None,
+    key_positions: Int[Array, "*#b s"] | None = None,
+) -> tuple[Float[Array, "*b n t s"], Float[Array, "*b n t s"]]:
+    """(weights, scores) [..., N, T, S] of the same call to `attend`, for looking at; hidden scores are −inf.
+
+    Memory is T x S per head. Arguments and errors are those of `attend`.
+    """
+    arguments = (query, key, key, score, bias, mask, normalize, query_positions, key_positions, None)
+    _check(*arguments)
+    return _weights(*arguments)
+
+
 def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
     """Prints which implementation `attend` with these arguments would use and why not the others; returns its name.
 
@@ -86,26 +106,35 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
     return name
 
 
+@jax.jit
+def _weights(*arguments):
+    call = _call(*arguments)
+    shown = scores(call)
+    seen = jnp.broadcast_to(visible(call), shown.shape)
+    return call.normalize.weights(shown, seen)[0], jnp.where(seen, shown, -jnp.inf)
+
+
 @partial(jax.jit, static_argnames=("block", "implementation"))
 def _attend(
     query, key, value, score, bias, mask, normalize, query_positions, key_positions, dropout, *, block, implementation
 ):
-    if query_positions is not None:
-        query = jnp.where((query_positions >= 0)[..., None, None], query, 0)
-    if key_positions is not None:
-        shown = (key_positions >= 0)[..., None, None]
-        key, value = jnp.where(shown, key, 0), jnp.where(shown, value, 0)
     call = _call(query, key, value, score, bias, mask, normalize, query_positions, key_positions, dropout)
     out, lse = dense(call) if implementation == "dense" else tiled(call, block)
     return out.astype(value.dtype), lse
 
 
 def _call(query, key, value, score, bias, mask, normalize, query_positions, key_positions, dropout) -> Call:
+    """Default positions filled in, the contents of empty slots zeroed (they may be anything), dropout seeds drawn."""
     *batch, length, heads, _ = query.shape
     if query_positions is None:
         query_positions = np.arange(length, dtype=np.int32)
+    else:
+        query = jnp.where((query_positions >= 0)[..., None, None], query, 0)
     if key_positions is None:
         key_positions = np.arange(key.shape[-3], dtype=np.int32)
+    else:
+        shown = (key_positions >= 0)[..., None, None]
+        key, value = jnp.where(shown, key, 0), jnp.where(shown, value, 0)
     return Call(
         query,
         key,

@@ -1,0 +1,46 @@
+"""The plain cache: one slot per position, static shapes, a pytree.
+
+It has no length field. Which slots hold a token is said by `positions` (−1 is empty), and masks read positions, so
+ragged batches, padding and per-sequence stopping need nothing more.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxattn.core.parts import part
+
+
+@part
+class Cache:
+    """Keys and values of the tokens so far, in slots 0..C−1, and the position of each slot's token (−1: empty)."""
+
+    key: Float[Array, "b c k h"]
+    value: Float[Array, "b c kv v"]
+    positions: Int[Array, "b c"]
+
+
+def empty(batch: int, capacity: int, key_shape: tuple[int, int], value_shape: tuple[int, int], dtype) -> Cache:
+    """A cache for `capacity` positions; the shapes are (heads, head dim). Raises ValueError for a size below 1."""
+    if min(batch, capacity) < 1:
+        raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
+    return Cache(
+        jnp.zeros((batch, capacity, *key_shape), dtype),
+        jnp.zeros((batch, capacity, *value_shape), dtype),
+        jnp.full((batch, capacity), -1, jnp.int32),
+    )
+
+
+def append(
+    cache: Cache, key: Float[Array, "b t k h"], value: Float[Array, "b t kv v"], positions: Int[Array, "b t"]
+) -> Cache:
+    """Writes each token to the slot of its position. Tokens at position −1, or beyond the capacity, are not written.
+
+    Positions are data, so a token beyond the capacity cannot raise here: callers check lengths before they compile.
+    """
+    rows = jnp.arange(positions.shape[0])[:, None]
+    slots = jnp.where(positions < 0, cache.positions.shape[1], positions)  # out of range: dropped
+    return Cache(
+        cache.key.at[rows, slots].set(key.astype(cache.key.dtype), mode="drop"),
+        cache.value.at[rows, slots].set(value.astype(cache.value.dtype), mode="drop"),
+        cache.positions.at[rows, slots].set(positions.astype(jnp.int32), mode="drop"),
+    )

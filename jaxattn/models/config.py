@@ -1,0 +1,129 @@
+"""Configs: what a model is made of, as frozen data that compares, prints and goes into YAML.
+
+A layer is a mixer and a feed-forward block. Each spec has `build(features, dtype, rngs) -> module`, so a new mixer is
+a new spec; the decoder knows none of them. Parts (masks, normalisers) stand in specs as they are.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flax import nnx
+
+from jaxattn import nn
+from jaxattn.core.bias import Alibi
+from jaxattn.core.mask import Causal, Mask
+from jaxattn.core.normalize import Sigmoid, Softmax
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Multi-head attention as a layer's mixer; see `nn.MultiHeadAttention`.
+
+    Attributes:
+        heads: Number of query heads N.
+        key_heads: Number of key and value heads K, a divisor of N; N if not given.
+        head_dim: Channels per head H; width / N if not given.
+        mask: Which keys a query may see.
+        normalize: How scores become weights.
+        null_logit: Learn one null logit per head, a place to attend to nothing (softmax only).
+        rotary_base: Base of the rotary position embedding; none for no rotation.
+        rotary_fraction: Fraction of the channels that is rotated.
+        alibi: Add the ALiBi distance bias with its geometric slopes.
+        qk_norm: RMS norm of queries and keys, before rotation.
+        gate: Multiply what heads read by a sigmoid gate of the input.
+        dropout: Dropout rate of the attention weights.
+    """
+
+    heads: int = 4
+    key_heads: int | None = None
+    head_dim: int | None = None
+    mask: Mask | None = Causal()
+    normalize: Softmax | Sigmoid = Softmax()
+    null_logit: bool = False
+    rotary_base: float | None = 10000.0
+    rotary_fraction: float = 1.0
+    alibi: bool = False
+    qk_norm: bool = False
+    gate: bool = False
+    dropout: float = 0.0
+
+    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.MultiHeadAttention:
+        """The module; raises ValueError for sizes that do not divide."""
+        if self.null_logit and not isinstance(self.normalize, Softmax):
+            raise ValueError(f"null_logit needs normalize=Softmax(), got {self.normalize}")
+        return nn.MultiHeadAttention(
+            features,
+            self.heads,
+            key_heads=self.key_heads,
+            head_dim=self.head_dim,
+            rotary_base=self.rotary_base,
+            rotary_fraction=self.rotary_fraction,
+            qk_norm=self.qk_norm,
+            gate=self.gate,
+            dropout=self.dropout,
+            bias=Alibi.geometric(self.heads) if self.alibi else None,
+            mask=self.mask,
+            normalize=nn.NullSoftmax(self.heads) if self.null_logit else self.normalize,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The feed-forward block; see `nn.FeedForward`.
+
+    Attributes:
+        hidden: Hidden width; 4 times the model's width for gelu and 8/3 of it for swiglu (rounded up to a
+            multiple of 16) if not given, which makes their parameter counts equal.
+        kind: The nonlinearity.
+    """
+
+    hidden: int | None = None
+    kind: Literal["gelu", "swiglu"] = "swiglu"
+
+    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.FeedForward:
+        """The module."""
+        hidden = self.hidden or (4 * features if self.kind == "gelu" else -(-8 * features // 48) * 16)
+        return nn.FeedForward(features, hidden, kind=self.kind, dtype=dtype, rngs=rngs)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: x + mixer(norm(x)), then x + feed_forward(norm(x)).
+
+    Attributes:
+        mixer: What moves information between tokens.
+        feed_forward: What transforms each token.
+    """
+
+    mixer: Attention = Attention()
+    feed_forward: FeedForward = FeedForward()
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only language model.
+
+    Attributes:
+        vocabulary: Number of token ids; bytes and their specials by default.
+        context: Number of positions it is trained for and may generate to.
+        width: Width D of the residual stream.
+        layers: One spec per layer; equal neighbours are compiled once and scanned.
+        tied: Use the token embedding as the output projection.
+        dtype: Of the computation; parameters, norms and the residual stream are float32.
+    """
+
+    vocabulary: int = 258
+    context: int = 256
+    width: int = 128
+    layers: tuple[Layer, ...] = field(default=(Layer(),) * 4)
+    tied: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for name in ("vocabulary", "context", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.layers:
+            raise ValueError("layers is empty: need at least one Layer")

@@ -1,0 +1,124 @@
+"""The decoder-only language model: embedding, pre-norm layers from a list of specs, output projection."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxattn.core.mask import Mask
+from jaxattn.models.config import DecoderConfig, Layer
+from jaxattn.nn import Recorder
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, spec: Layer, features: int, dtype: Any, rngs: nnx.Rngs):
+        self.deterministic = False
+        self.mixer_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
+        self.mixer = spec.mixer.build(features, dtype, rngs)
+        self.feed_forward_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
+        self.feed_forward = spec.feed_forward.build(features, dtype, rngs)
+
+    def __call__(self, x, positions, mask, state, record):
+        tap = Recorder(record)
+        y, state, records = self.mixer(
+            self.mixer_norm(x), positions=positions, mask=mask, state=state, record=tuple(tap.record)
+        )
+        x = x + y
+        x = x + tap("mlp_out", self.feed_forward(self.feed_forward_norm(x)))
+        tap("resid", x)
+        return x, state, records | tap.records
+
+
+class Decoder(nnx.Module):
+    """logits [B, T, vocabulary] of the next token at every position, from tokens [B, T].
+
+    Layers with equal specs that stand side by side are one module with a leading layer axis on its arrays, scanned.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.config = config
+        self.embed = nnx.Embed(config.vocabulary, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
+        runs = [(spec, len(list(run))) for spec, run in itertools.groupby(config.layers)]
+        self.runs = nnx.List([_stack(spec, length, config.width, dtype, rngs) for spec, length in runs])
+        self.final_norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.head = None if config.tied else nnx.Linear(config.width, config.vocabulary, use_bias=False, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        positions: Int[Array, "#b t"] | None = None,
+        mask: Mask | None = None,
+        state: Any = None,
+        record: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Array]]:
+        """(logits, state, records).
+
+        positions [B, T] or [T] (default 0..T−1; −1 is padding); mask is and-ed with each layer's own (for packed
+        documents: `Documents(ids)`); state from `init_state` when decoding; record names sites of `nn.SITES`, each
+        returned with a leading layer axis (but `embed`).
+
+        Raises ValueError for unknown sites, and if a site's shape differs between layers.
+        """
+        if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2:
+            raise TypeError(f"tokens must be integers [batch, length], got {tokens.dtype}{list(tokens.shape)}")
+        tap = Recorder(record)
+        x = tap("embed", self.embed(tokens))
+        states, recorded = [], []
+        for number, run in enumerate(self.runs):
+            # Scanned as plain arrays: unlike `nnx.scan` this also works where the model is a constant of a JAX loop.
+            graph, arrays = nnx.split(run)
+
+            def layer(x, slices, graph=graph):
+                arrays, state = slices
+                block = nnx.merge(graph, arrays)
+                x, state, records = block(x, positions, mask, state, record)
+                return x, (state, records, nnx.state(block, nnx.RngCount))
+
+            x, (new_state, records, counts) = jax.lax.scan(layer, x, (arrays, None if state is None else state[number]))
+            if not run.deterministic:
+                nnx.update(run, counts)
+            states.append(new_state)
+            recorded.append(records)
+        logits = self.final_norm(x)
+        logits = self.embed.attend(logits) if self.head is None else self.head(logits)
+        return logits, None if state is None else tuple(states), tap.records | _join(recorded)
+
+    def init_state(self, batch: int, capacity: int) -> Any:
+        """What decoding sequences of at most `capacity` tokens starts from: a pytree, one entry per run of layers."""
+        lengths = [len(list(run)) for _, run in itertools.groupby(self.config.layers)]
+
+        def stacked(run: Block, length: int) -> Any:
+            one = run.mixer.init_state(batch, capacity)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (length, *x.shape)), one)
+
+        return tuple(stacked(run, length) for run, length in zip(self.runs, lengths, strict=True))
+
+
+def _stack(spec: Layer, length: int, width: int, dtype: Any, rngs: nnx.Rngs) -> Block:
+    """`length` layers of one spec as one module, every array with a leading layer axis."""
+
+    @nnx.split_rngs(splits=length)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs: nnx.Rngs) -> Block:
+        return Block(spec, width, dtype, rngs)
+
+    return create(rngs)
+
+
+def _join(recorded: list[dict[str, Array]]) -> dict[str, Array]:
+    """Records of runs [layers, ...] as records of the model [L, ...]."""
+    joined = {}
+    for site in recorded[0]:
+        values = [records[site] for records in recorded]
+        shapes = {value.shape[1:] for value in values}
+        if len(shapes) > 1:
+            raise ValueError(f"record {site!r} has different shapes in different layers, {sorted(shapes)}")
+        joined[site] = jnp.concatenate(values)
+    return joined

@@ -1,0 +1,129 @@
+"""Generation: prefill, then one compiled loop of sampling and decoding."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from jaxattn.core.parts import part
+from jaxattn.models.decoder import Decoder
+
+
+@part
+class Generation:
+    """New tokens [B, M], and how many of them each sequence has, its end token included; the rest are −1."""
+
+    tokens: Int[Array, "b m"]
+    lengths: Int[Array, " b"]
+
+
+def sample(
+    logits: Float[Array, "*b vocabulary"],
+    key: Key[Array, ""],
+    temperature: float | Array = 1.0,
+    top_k: int | Array | None = None,
+    top_p: float | Array | None = None,
+) -> Int[Array, "*b"]:
+    """Draws from softmax(logits / temperature) restricted to likely tokens; temperature 0 is the greedy choice.
+
+    top_k keeps the k largest logits. top_p then keeps the smallest set of largest probabilities that reaches p
+    (nucleus sampling, Holtzman et al., 2020), never less than one token. All three may be arrays: nothing recompiles.
+    """
+    logits = logits.astype(jnp.float32)
+    greedy = logits.argmax(-1)
+    logits = logits / jnp.where(temperature == 0, 1.0, temperature)
+    order = jnp.sort(logits, axis=-1, descending=True)
+    floor = jnp.full(logits.shape[:-1], -jnp.inf)
+    if top_k is not None:
+        index = jnp.clip(jnp.asarray(top_k) - 1, 0, logits.shape[-1] - 1)
+        floor = jnp.take(order, index, axis=-1)
+        order = jnp.where(order >= floor[..., None], order, -jnp.inf)
+    if top_p is not None:
+        probabilities = jax.nn.softmax(order, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        kept = (before < top_p) | (jnp.arange(order.shape[-1]) == 0)
+        floor = jnp.maximum(floor, jnp.where(kept, order, jnp.inf).min(-1))
+    drawn = jax.random.categorical(key, jnp.where(logits >= floor[..., None], logits, -jnp.inf))
+    return jnp.where(temperature == 0, greedy, drawn).astype(jnp.int32)
+
+
+def generate(
+    model: Decoder,
+    prompts: Int[Array, "b p"],
+    lengths: Int[Array, " b"] | None = None,
+    *,
+    max_new_tokens: int,
+    key: Key[Array, ""] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    end_token: int | None = None,
+) -> Generation:
+    """Continues each prompt by up to `max_new_tokens` tokens, until its `end_token`.
+
+    prompts [B, P] are right-padded; `lengths` [B] says how much of each row is prompt (default all). Dropout is off.
+    The whole loop is one compiled program, kept for later calls with the same shapes; it stops when every sequence
+    has ended. `sample` tells what temperature, top_k and top_p do; `key` is needed unless temperature is 0.
+
+    Raises ValueError for empty prompts or lengths that do not fit, if the prompt and the new tokens exceed the model's
+    context, and for sampling parameters out of range.
+    """
+    prompts = jnp.asarray(prompts)
+    if prompts.ndim != 2 or 0 in prompts.shape or not jnp.issubdtype(prompts.dtype, jnp.integer):
+        raise ValueError(f"prompts must be integers [batch, length], not empty, got {prompts.dtype}{prompts.shape}")
+    batch, length = prompts.shape
+    lengths = jnp.full(batch, length) if lengths is None else jnp.asarray(lengths)
+    if lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > length:
+        raise ValueError(f"lengths must be {batch} numbers from 1 to {length}, got {np.asarray(lengths).tolist()}")
+    context, longest = model.config.context, int(lengths.max())
+    if longest > context:
+        raise ValueError(f"prompts has {longest} tokens: longer than the model's context of {context}")
+    if max_new_tokens < 1 or longest + max_new_tokens > context:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens} after a prompt of {longest}: "
+            f"need 1 to {context - longest}, so that both fit the model's context of {context}"
+        )
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(
+            f"need temperature >= 0, top_k >= 1 and 0 < top_p <= 1, got {temperature}, {top_k} and {top_p}"
+        )
+    if key is None and temperature > 0:
+        raise ValueError("key is None: need a random key unless temperature is 0")
+    key = jax.random.key(0) if key is None else key
+    evaluation = nnx.merge(*nnx.split(model))
+    evaluation.eval()
+    graph, arrays = nnx.split(evaluation)
+    arguments = (prompts, lengths, key, temperature, top_k, top_p, -1 if end_token is None else end_token)
+    return _generate(graph, max_new_tokens, arrays, *arguments)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _generate(graph, max_new_tokens, arrays, prompts, lengths, key, temperature, top_k, top_p, end_token):
+    model = nnx.merge(graph, arrays)
+    batch, length = prompts.shape
+    places = jnp.arange(length)
+    logits, state, _ = model(
+        jnp.maximum(prompts, 0),
+        positions=jnp.where(places < lengths[:, None], places, -1),
+        state=model.init_state(batch, length + max_new_tokens),
+    )
+    logits = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+    def unfinished(carry):
+        step, _, _, _, done = carry
+        return (step < max_new_tokens) & ~done.all()
+
+    def one_token(carry):
+        step, logits, state, tokens, done = carry
+        token = sample(logits, jax.random.fold_in(key, step), temperature, top_k, top_p)
+        tokens = tokens.at[:, step].set(jnp.where(done, -1, token))
+        positions = jnp.where(done, -1, lengths + step)
+        logits, state, _ = nnx.merge(graph, arrays)(token[:, None], positions=positions[:, None], state=state)
+        return step + 1, logits[:, 0], state, tokens, done | (token == end_token)
+
+    start = (0, logits, state, jnp.full((batch, max_new_tokens), -1, jnp.int32), jnp.zeros(batch, bool))
+    _, _, _, tokens, _ = jax.lax.while_loop(unfinished, one_token, start)
+    return Generation(tokens, (tokens >= 0).sum(-1))

@@ -1,0 +1,164 @@
+"""Multi-head attention: projections around `attend`, with every slot an argument."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxattn.cache import Cache, append, empty
+from jaxattn.core.attend import Implementation, attend, attention_weights
+from jaxattn.core.maps import Dropout
+from jaxattn.core.mask import Mask
+from jaxattn.core.normalize import Softmax
+from jaxattn.core.position import rotary
+from jaxattn.core.score import Dot
+from jaxattn.nn.sites import Recorder
+
+
+class NullSoftmax(nnx.Module):
+    """Owns one null logit per head, initially 0, and makes `Softmax(null_logit)` when called: a learned sink."""
+
+    def __init__(self, heads: int):
+        self.null_logit = nnx.Param(jnp.zeros(heads))
+
+    def __call__(self) -> Softmax:
+        return Softmax(self.null_logit[...])
+
+
+class MultiHeadAttention(nnx.Module):
+    """y = W_o concat_n(z_n),  z = attend(q, k, v),  q = W_q x,  k = W_k c,  v = W_v c,  with c = context or x.
+
+    features: D of x and y. heads: N. key_heads: K (grouped heads; default N, a divisor of N). head_dim: H, default
+    D / N, independent of both otherwise. context_features: width of `context` for cross-attention, default D.
+    rotary_base: rotary embedding of q and k with this base, None for none; rotary_fraction: of the channels.
+    qk_norm: RMS norm of q and k over H with learned gains, before rotation. gate: z ⊙ σ(W_g x) before W_o.
+    dropout: rate on the attention weights, active unless `deterministic` (see `nnx.Module.train` and `eval`).
+    score, bias, mask, normalize: parts, or modules that own arrays and return a part when called without arguments.
+    dtype: of the computation (parameters are float32).
+
+    Raises ValueError for sizes that do not divide and for cross-attention with rotary positions.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        key_heads: int | None = None,
+        head_dim: int | None = None,
+        context_features: int | None = None,
+        rotary_base: float | None = 10000.0,
+        rotary_fraction: float = 1.0,
+        qk_norm: bool = False,
+        gate: bool = False,
+        dropout: float = 0.0,
+        use_bias: bool = False,
+        score: Any = Dot(),
+        bias: Any = None,
+        mask: Any = None,
+        normalize: Any = Softmax(),
+        implementation: Implementation = "auto",
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        key_heads = heads if key_heads is None else key_heads
+        if head_dim is None and features % heads:
+            raise ValueError(f"features {features} is no multiple of heads {heads}: choose another, or give head_dim")
+        if min(heads, key_heads) < 1 or heads % key_heads:
+            raise ValueError(f"key_heads is {key_heads} but heads is {heads}: need a divisor of {heads}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        self.heads, self.key_heads = heads, key_heads
+        self.head_dim = features // heads if head_dim is None else head_dim
+        self.rotary_base, self.rotary_fraction = rotary_base, rotary_fraction
+        self.dropout, self.deterministic = dropout, False
+        self.implementation: Implementation = implementation
+        self.dtype = dtype
+        self.score, self.bias, self.mask, self.normalize = (_own(slot) for slot in (score, bias, mask, normalize))
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
+
+        context_features = features if context_features is None else context_features
+        self.query = linear(features, heads * self.head_dim)
+        self.key = linear(context_features, key_heads * self.head_dim)
+        self.value = linear(context_features, key_heads * self.head_dim)
+        self.out = linear(heads * self.head_dim, features)
+        self.gate = linear(features, heads * self.head_dim) if gate else None
+        self.query_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
+        self.key_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
+        self.stream = nnx.data(rngs["dropout"].fork() if dropout else None)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        context: Float[Array, "b s c"] | None = None,
+        positions: Int[Array, "#b t"] | None = None,
+        mask: Mask | None = None,
+        state: Cache | None = None,
+        record: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "b t d"], Cache | None, dict[str, Array]]:
+        """Self-attention over x, or cross-attention from x to `context`.
+
+        positions [B, T] or [T], default 0..T−1; −1 marks padding, which is not seen. `mask` is and-ed with the
+        module's own. With a `state` from `init_state` the new tokens are appended to it and see what it holds.
+        """
+        tap = Recorder(record)
+        if context is not None and (state is not None or self.rotary_base is not None):
+            raise ValueError("cross-attention takes no state and no rotary positions: need rotary_base=None")
+        source = x if context is None else context
+        query = self._split(self.query(x), self.heads)
+        key, value = (self._split(project(source), self.key_heads) for project in (self.key, self.value))
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = tap("q", query), tap("k", key), tap("v", value)
+        if self.rotary_base is not None:
+            places = jnp.arange(x.shape[-2]) if positions is None else positions
+            query, key = (rotary(y, places, self.rotary_base, self.rotary_fraction) for y in (query, key))
+
+        key_positions = positions if context is None else None
+        if state is not None:
+            positions = jnp.arange(x.shape[-2]) if positions is None else positions
+            positions = jnp.broadcast_to(positions, x.shape[:-1])
+            state = append(state, key, value, positions)
+            key, value, key_positions = state.key, state.value, state.positions
+        own = _part(self.mask)
+        slots = {
+            "score": _part(self.score),
+            "bias": _part(self.bias),
+            "mask": own if mask is None else mask if own is None else own & mask,
+            "normalize": _part(self.normalize),
+            "query_positions": positions,
+            "key_positions": key_positions,
+        }
+        if tap.wants("scores", "weights"):
+            weights, scores = attention_weights(query, key, **slots)
+            tap("scores", scores)
+            tap("weights", weights)
+        dropout = None
+        if self.stream is not None and not self.deterministic:
+            dropout = Dropout(self.dropout, self.stream())
+        z = tap("z", attend(query, key, value, dropout=dropout, implementation=self.implementation, **slots))
+        merged = z.reshape(*z.shape[:-2], -1)
+        if self.gate is not None:
+            merged = merged * nnx.sigmoid(self.gate(x))
+        return tap("attn_out", self.out(merged)), state, tap.records
+
+    def init_state(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for sequences of at most `capacity` tokens."""
+        shape = (self.key_heads, self.head_dim)
+        return empty(batch, capacity, shape, shape, self.dtype or jnp.float32)
+
+    def _split(self, x: Array, heads: int) -> Array:
+        return x.reshape(*x.shape[:-1], heads, self.head_dim)
+
+
+def _own(slot: Any) -> Any:
+    """A slot as a module attribute: parts with arrays are data, so that NNX sees their leaves."""
+    return slot if isinstance(slot, nnx.Module) else nnx.data(slot)
+
+
+def _part(slot: Any) -> Any:
+    return slot() if isinstance(slot, nnx.Module) else slot
