@@ -1,0 +1,73 @@
+"""Training: data, loss, optimiser, one step for one device or many, checkpoints, and the loop that joins them.
+
+It knows loss functions and pytrees of parameters, not models.
+"""
+
+from jaxattn.train.checkpoint import Checkpoints, Loaded, Restored, check_config, load
+from jaxattn.train.data import (
+    BOS,
+    EOS,
+    VOCABULARY,
+    Document,
+    Windows,
+    batches,
+    decode,
+    encode,
+    ordered_batches,
+    read_documents,
+    split,
+    standard_library,
+)
+from jaxattn.train.language import language_loss, with_params
+from jaxattn.train.loop import Result, TrainConfig, fit
+from jaxattn.train.loss import bits_per_byte, next_token_loss
+from jaxattn.train.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer
+from jaxattn.train.step import (
+    State,
+    data_mesh,
+    init_state,
+    make_evaluation,
+    make_step,
+    on_mesh,
+    on_one_device,
+    on_pmap,
+)
+
+__all__ = [
+    "BOS",
+    "EOS",
+    "VOCABULARY",
+    "Checkpoints",
+    "Document",
+    "Loaded",
+    "OptimizerConfig",
+    "Restored",
+    "Result",
+    "State",
+    "TrainConfig",
+    "Windows",
+    "batches",
+    "bits_per_byte",
+    "check_config",
+    "data_mesh",
+    "decay_mask",
+    "decode",
+    "encode",
+    "fit",
+    "init_state",
+    "language_loss",
+    "learning_rate",
+    "load",
+    "make_evaluation",
+    "make_optimizer",
+    "make_step",
+    "next_token_loss",
+    "on_mesh",
+    "on_one_device",
+    "on_pmap",
+    "ordered_batches",
+    "read_documents",
+    "split",
+    "standard_library",
+    "with_params",
+]

@@ -1,0 +1,304 @@
+"""Checkpoints of a run: its state, its place in the data, its config; written whole or not at all, the last few kept.
+
+A checkpoint is a folder named by its step: the arrays as Orbax writes them (`params` apart from the `rest`), a JSON
+record of the config and the data iterator, and the checksums of all of these files. Orbax writes under a temporary
+name and renames at the end, so a process that dies while saving leaves the earlier checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxattn.train.step import Params, State
+
+_CHECKSUMS = "checksums.json"
+
+
+class Restored(NamedTuple):
+    """A run as it was after `state.step` steps; `iterator` is the state of its data iterator."""
+
+    state: State
+    iterator: Any
+
+
+class Loaded(NamedTuple):
+    """What is needed to use a trained model: the run's config, its parameters, and after how many steps."""
+
+    config: dict[str, Any]
+    params: Params
+    step: int
+
+
+class Checkpoints:
+    """The checkpoints in `folder`, of which the newest `keep` stay. A context manager: it closes Orbax at its end.
+
+    With `keep=1` there is nothing to fall back to should the one checkpoint be damaged.
+    Raises `ValueError` for `keep` below 1.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 3):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}: need at least 1 checkpoint")
+        self.folder = Path(folder).absolute()
+        _remove_unfinished(self.folder)
+        self._manager = _manager(self.folder, keep)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps that there are checkpoints of, in order."""
+        return sorted(self._manager.all_steps())
+
+    def describe_latest(self) -> str:
+        """Words that name the newest checkpoint, for messages."""
+        steps = self.steps()
+        return f"the last good checkpoint is step {steps[-1]} in {self.folder}" if steps else "there is no checkpoint"
+
+    def save(self, state: State, iterator: Any, config: Mapping[str, Any]) -> None:
+        """Write `state`, the JSON-able state of the data `iterator` and the JSON-able `config`; return when it is done.
+
+        Raises `OSError` (ENOSPC) on a full disk: earlier checkpoints are intact, and the error names the newest.
+        """
+        step = int(state.step)
+        arrays = _to_arrays(state)
+        params = {name: array for name, array in arrays.items() if _is_parameter(name)}
+        rest = {name: array for name, array in arrays.items() if not _is_parameter(name)}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            rest=ocp.args.StandardSave(rest),
+            record=ocp.args.JsonSave({"config": dict(config), "iterator": iterator}),
+        )
+        with _quiet():
+            try:
+                self._manager.save(step, args=items, force=True)
+                _write_checksums(self.folder / str(step))
+                return
+            except Exception as error:  # Orbax passes on what its storage raises, of several types
+                if not is_full_disk(error):
+                    raise
+        # Outside of `except`, so that the failed writes are forgotten, and not reported one by one.
+        _remove_unfinished(self.folder)
+        shutil.rmtree(self.folder / str(step), ignore_errors=True)
+        self._manager.reload()
+        message = f"the disk is full: the checkpoint of step {step} was not saved; {self.describe_latest()}"
+        raise OSError(errno.ENOSPC, message)
+
+    def restore_latest(self, like: State, config: Mapping[str, Any], free: Sequence[str] = ()) -> Restored | None:
+        """The newest checkpoint that can be read, in the structure and dtypes of `like`; None where there is none.
+
+        A damaged checkpoint is passed over with a `UserWarning` that names it and the one used instead, and is moved
+        to the folder `damaged` beside `folder`, so that the run can save that step anew.
+        Raises `ValueError`, and changes nothing, when the checkpoint is of another config (it names each field that
+        differs, but for the dotted names in `free`), when its arrays are not those of `like`, or when no checkpoint
+        can be read.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                record, arrays = _read(self._manager, self.folder / str(step), step, ("params", "rest"))
+            except Exception as error:  # whatever a damaged file makes Orbax raise
+                damaged[step] = _reason(error)
+                continue
+            check_config(record["config"], config, f"checkpoint {self.folder / str(step)}", free)
+            state = _from_arrays(like, arrays, self.folder / str(step))
+            self._set_aside(damaged, step)
+            return Restored(state, record["iterator"])
+        if damaged:
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+            raise ValueError(f"no checkpoint in {self.folder} can be read ({reasons}): use another output folder")
+        return None
+
+    def _set_aside(self, damaged: Mapping[int, str], used: int) -> None:
+        for step, reason in damaged.items():
+            aside = self.folder.with_name("damaged") / str(step)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(aside)
+            warnings.warn(
+                f"the checkpoint of step {step} is damaged ({reason}): step {used} is used instead, "
+                f"and the damaged files are now in {aside}",
+                stacklevel=3,
+            )
+        self._manager.reload()
+
+
+def load(folder: str | Path, like: Callable[[dict[str, Any]], Params]) -> Loaded:
+    """The config, parameters and step of the newest checkpoint that can be read; it changes nothing.
+
+    `folder` is the output folder of a run, or its folder of checkpoints.
+    `like` makes, from the config, a pytree with the structure, shapes and dtypes of the parameters: arrays or
+    `jax.ShapeDtypeStruct`s. The optimiser is not needed. A damaged checkpoint is passed over with a `UserWarning`.
+    Raises `ValueError` when there is no checkpoint, none can be read, or its parameters are not those of `like`.
+    """
+    folder = Path(folder).absolute()
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    if not folder.is_dir():
+        raise ValueError(f"folder {str(folder)!r} does not exist: need a folder of checkpoints")
+    damaged: dict[int, str] = {}
+    with _manager(folder, None) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                record, arrays = _read(manager, folder / str(step), step, ("params",))
+            except Exception as error:  # whatever a damaged file makes Orbax raise
+                damaged[step] = _reason(error)
+                continue
+            tree = _from_arrays({"params": like(record["config"])}, arrays, folder / str(step))
+            for bad, reason in damaged.items():
+                message = f"the checkpoint of step {bad} is damaged ({reason}): step {step} is used instead"
+                warnings.warn(message, stacklevel=2)
+            return Loaded(record["config"], tree["params"], step)
+    reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items()) or "there is none"
+    raise ValueError(f"folder {str(folder)!r} has no checkpoint that can be read ({reasons})")
+
+
+def check_config(saved: Mapping[str, Any], config: Mapping[str, Any], where: str, free: Sequence[str] = ()) -> None:
+    """Raise `ValueError` naming, with dotted names and both values, the fields in which two configs differ.
+
+    Fields in `free` may differ. `where` says what `saved` is the config of.
+    """
+    old, new = _flat(saved), _flat(json.loads(json.dumps(config)))
+    names = [name for name in {**old, **new} if name not in free and old.get(name, "absent") != new.get(name, "absent")]
+    if names:
+        fields = "; ".join(f"{name} was {old.get(name, 'absent')}, now {new.get(name, 'absent')}" for name in names)
+        raise ValueError(f"{where} is of another config: {fields}. Use that config, or another output folder")
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> JSON text of each value that is not itself a non-empty object or list."""
+    if isinstance(config, dict | list) and config:
+        items = config.items() if isinstance(config, dict) else enumerate(config)
+        return {
+            k: v for name, value in items for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+    return {prefix: json.dumps(config)}
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that no space is left on the disk, also where a library words it its own way."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=keep is not None)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Orbax's parallel writes from logging a traceback each, when the first that fails is raised as an error."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        gc.collect()  # asyncio's futures log when they are collected
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _read(manager: ocp.CheckpointManager, folder: Path, step: int, names: Sequence[str]) -> tuple[Any, Any]:
+    # Checksums first: they find every changed byte, also in numbers that would still read as numbers.
+    _verify_checksums(folder)
+    items = {name: ocp.args.StandardRestore() for name in names}
+    restored = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **items))
+    return restored["record"], {key: array for name in names for key, array in restored[name].items()}
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _CHECKSUMS)
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _write_checksums(folder: Path) -> None:
+    temporary = folder / f"{_CHECKSUMS}.tmp"
+    sums = _checksums(folder)
+    temporary.write_text(json.dumps(sums, indent=1))
+    temporary.rename(folder / _CHECKSUMS)
+
+
+def _verify_checksums(folder: Path) -> None:
+    # They are absent when the process died just after Orbax's own commit: the checkpoint is whole then.
+    if not (folder / _CHECKSUMS).exists():
+        return
+    expected = json.loads((folder / _CHECKSUMS).read_text())
+    found = _checksums(folder)
+    for name, checksum in expected.items():
+        if name not in found:
+            raise ValueError(f"file {name} is missing")
+        if found[name] != checksum:
+            raise ValueError(f"file {name} has changed since it was written")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def _is_parameter(name: str) -> bool:
+    return name == "params" or name.startswith("params.")
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in pairs}
+    if len(named) < len(pairs):
+        raise ValueError("two arrays of the state have the same dotted name: need names without dots")
+    return named
+
+
+def _to_arrays(tree: Any) -> dict[str, np.ndarray]:
+    # Arrays without elements hold nothing to save, and Orbax refuses them.
+    leaves = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in _named_leaves(tree).items()}
+    return {name: np.asarray(leaf) for name, leaf in jax.device_get(leaves).items() if np.size(leaf)}
+
+
+def _from_arrays(like: Any, arrays: Mapping[str, np.ndarray], where: Path) -> Any:
+    stored = {name: leaf for name, leaf in _named_leaves(like).items() if np.prod(leaf.shape, dtype=int)}
+    if missing := sorted(stored.keys() - arrays.keys()):
+        raise ValueError(f"checkpoint {where} lacks {', '.join(missing)}: it is of another model or optimiser")
+    if unknown := sorted(arrays.keys() - stored.keys()):
+        raise ValueError(f"checkpoint {where} also holds {', '.join(unknown)}: it is of another model or optimiser")
+    for name, leaf in stored.items():
+        array = arrays[name]
+        if not _is_key(leaf) and (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+            found, needed = f"{array.dtype}{list(array.shape)}", f"{leaf.dtype}{list(leaf.shape)}"
+            raise ValueError(f"checkpoint {where} holds {name} as {found}: the model or optimiser needs {needed}")
+
+    def restore(path: Any, leaf: Any) -> jax.Array:
+        array = arrays.get(jax.tree_util.keystr(path, simple=True, separator="."))
+        if array is None:
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(jnp.array(array), impl=jax.random.key_impl(leaf))
+        return jnp.array(array)
+
+    return jax.tree_util.tree_map_with_path(restore, like)

@@ -1,0 +1,226 @@
+"""Text as bytes: documents, their split, windows cut from their stream, and the iterators over those windows.
+
+A token is a byte, or one of two specials that open and close a document. The stream of a corpus is
+`BOS bytes EOS BOS bytes EOS ...`; a window is a stretch of it, with what a model needs to keep its documents apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+BOS = 256
+EOS = 257
+VOCABULARY = 258
+
+Batch = dict[str, np.ndarray]
+
+# Folders of the standard library that hold tests, programs or installed packages rather than the library's own text.
+_NOT_LIBRARY = {"__pycache__", "dist-packages", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
+
+
+class Document(NamedTuple):
+    """One text: `name`, unique in its corpus, and its UTF-8 `content`."""
+
+    name: str
+    content: bytes
+
+
+def encode(text: str | bytes) -> np.ndarray:
+    """The tokens of a text: its UTF-8 bytes as int32 `[T]`, values 0..255, without BOS and EOS."""
+    content = text.encode() if isinstance(text, str) else text
+    return np.frombuffer(content, np.uint8).astype(np.int32)
+
+
+def decode(tokens: Sequence[int] | np.ndarray) -> str:
+    """The text of tokens `[T]`: specials are dropped, bytes that are not UTF-8 become U+FFFD.
+
+    Raises `ValueError` for a token outside 0..257.
+    """
+    tokens = np.asarray(tokens, np.int64).reshape(-1)
+    outside = tokens[(tokens < 0) | (tokens >= VOCABULARY)]
+    if outside.size:
+        raise ValueError(f"tokens holds {outside[0]}: every token is in 0..{VOCABULARY - 1}")
+    return tokens[tokens < BOS].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+def read_documents(path: str | Path) -> list[Document]:
+    """The documents of a text file, or of all files in a folder and its subfolders, ordered by name.
+
+    A document's name is its path inside the folder. Hidden files and folders, and empty files, are left out.
+    Raises `ValueError` when the path does not exist, nothing is left to read, or a file is not UTF-8 text.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"path {str(path)!r} does not exist: need a text file or a folder of text files")
+    folder = path if path.is_dir() else path.parent
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    visible = [file for file in files if not any(p.startswith(".") for p in file.relative_to(folder).parts)]
+    documents = [_read(file, folder) for file in visible]
+    documents = [document for document in documents if document.content]
+    if not documents:
+        raise ValueError(f"path {str(path)!r} holds no text: need at least one file that is neither empty nor hidden")
+    return documents
+
+
+def standard_library() -> list[Document]:
+    """The default corpus: each `*.py` file of the installed Python standard library, ordered by name.
+
+    Real text, code and prose, that every machine with Python has; it differs between versions of Python. Installed
+    packages, tests and example programs are left out. Raises `ValueError` where Python is installed without sources.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(file for file in folder.rglob("*.py") if not _NOT_LIBRARY & set(file.relative_to(folder).parts))
+    documents = [document for document in (_read(file, folder) for file in files) if document.content]
+    if not documents:
+        raise ValueError(f"the standard library in {str(folder)!r} has no *.py files: give a folder of text instead")
+    return documents
+
+
+def _read(file: Path, folder: Path) -> Document:
+    content = file.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"file {str(file)!r} is not UTF-8 text: byte 0x{content[error.start]:02x} at offset {error.start} "
+            f"({error.reason})"
+        ) from None
+    return Document(file.relative_to(folder).as_posix(), content)
+
+
+def split(
+    documents: Sequence[Document], validation_fraction: float, seed: int = 0
+) -> tuple[list[Document], list[Document]]:
+    """(train, validation): each document goes to validation with probability `validation_fraction`.
+
+    The draw of a document is u = SHA-256(seed, name) / 2²⁵⁶, validation where u < `validation_fraction`: it depends
+    on nothing else, so adding documents to a corpus moves no other. Both sides keep the order of `documents`.
+    When all draws fall on one side, the document whose draw is nearest to the other side goes there.
+    A single document is cut in two at the line break nearest to its last `validation_fraction` of bytes.
+    Raises `ValueError` for a fraction outside (0, 1), for no documents, or for one document without a line to cut at.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction is {validation_fraction}: need a number between 0 and 1, both excluded")
+    if not documents:
+        raise ValueError("documents is empty: need at least one document to split")
+    if len(documents) == 1:
+        return _cut(documents[0], validation_fraction)
+    draws = [int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()) / 2**256 for name, _ in documents]
+    chosen = {i for i, draw in enumerate(draws) if draw < validation_fraction}
+    if not chosen:
+        chosen = {int(np.argmin(draws))}
+    elif len(chosen) == len(documents):
+        chosen.remove(int(np.argmax(draws)))
+    train = [document for i, document in enumerate(documents) if i not in chosen]
+    return train, [documents[i] for i in sorted(chosen)]
+
+
+def _cut(document: Document, validation_fraction: float) -> tuple[list[Document], list[Document]]:
+    name, content = document
+    breaks = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n")) + 1
+    breaks = breaks[breaks < len(content)]
+    if not breaks.size:
+        raise ValueError(f"documents holds one document, {name!r}, of a single line: need two documents or two lines")
+    at = breaks[np.argmin(np.abs(breaks - (1 - validation_fraction) * len(content)))]
+    return [Document(name, content[:at])], [Document(f"{name}#validation", content[at:])]
+
+
+class Windows:
+    """Random access to the windows of `length` tokens that the stream of `documents` is cut into.
+
+    With the stream x₀ x₁ ..., window i holds the inputs x at iL .. iL+L−1, as a dict of arrays `[L]`:
+
+    - `tokens` int32: x.
+    - `targets` int32: the token after each; it comes from the next window for the last one.
+    - `weights` float32: 0 where the target is a BOS, which belongs to another document, else 1.
+    - `documents` int32 ≥ 0: the index of each token's document, for the `Documents` attention mask.
+    - `positions` int32: 0, 1, ... from the start of the window, and again from the start of each document in it.
+
+    A tail of the stream shorter than a window is left out. `digest` is a hexadecimal SHA-256 of the stream.
+    Raises `ValueError` for a length below 1 and for a corpus without L+1 tokens.
+    """
+
+    def __init__(self, documents: Sequence[Document], length: int):
+        if length < 1:
+            raise ValueError(f"length is {length}: a window has at least 1 token")
+        parts = [np.array([BOS, *document.content, EOS], np.uint16) for document in documents]
+        total = sum(part.size for part in parts)
+        if total < length + 1:
+            raise ValueError(
+                f"documents hold {total} tokens (BOS and EOS included): a window of length {length} with its targets "
+                f"needs {length + 1}"
+            )
+        self.length = length
+        self.stream = np.concatenate(parts)
+        self.starts = np.cumsum([0] + [part.size for part in parts[:-1]])
+        self.digest = hashlib.sha256(self.stream.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return (self.stream.size - 1) // self.length
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = index * self.length
+        stretch = self.stream[start : start + self.length + 1].astype(np.int32)
+        tokens, targets = stretch[:-1], stretch[1:]
+        offsets = start + np.arange(self.length)
+        documents = np.searchsorted(self.starts, offsets, side="right") - 1
+        positions = offsets - np.maximum(self.starts[documents], start)
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "weights": (targets != BOS).astype(np.float32),
+            "documents": documents.astype(np.int32),
+            "positions": positions.astype(np.int32),
+        }
+
+    def __repr__(self) -> str:
+        # Grain prints its sources: a summary, not the stream.
+        return f"Windows({len(self)} of length {self.length}, from {self.starts.size} documents)"
+
+
+def batches(source: Windows, batch_size: int, seed: int = 0) -> grain.DatasetIterator[Batch]:
+    """An endless iterator over batches: dicts of arrays `[B, L]`, each pass over the windows in a new shuffled order.
+
+    The order is a function of `seed` alone. `get_state()` of the iterator is a small dict that JSON can hold, and
+    `set_state(...)` continues from there exactly. Batches are made in the calling thread: cutting a window costs
+    microseconds. Raises `ValueError` for a batch size below 1.
+    """
+    _check_batch_size(batch_size)
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def ordered_batches(source: Windows, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+    """One ordered pass over the windows for validation, in batches `[B, L]` that all have the same shape.
+
+    With a `limit`, at most that many batches, of windows spread evenly over the corpus. The last batch is filled up
+    with repeats of its last window whose `weights` are 0: they count for nothing in a weighted sum.
+    Raises `ValueError` for a batch size or a limit below 1.
+    """
+    _check_batch_size(batch_size)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: need at least 1 batch, or None for all")
+    count = len(source) if limit is None else min(len(source), limit * batch_size)
+    return _ordered_batches(source, batch_size, [i * len(source) // count for i in range(count)])
+
+
+def _ordered_batches(source: Windows, batch_size: int, indices: list[int]) -> Iterator[Batch]:
+    for first in range(0, len(indices), batch_size):
+        rows = [source[i] for i in indices[first : first + batch_size]]
+        empty = {**rows[-1], "weights": np.zeros(source.length, np.float32)}
+        rows += [empty] * (batch_size - len(rows))
+        yield {name: np.stack([row[name] for row in rows]) for name in empty}
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: need at least 1 window per batch")

@@ -1,0 +1,39 @@
+"""The language-model loss of any NNX model that is called as `model(tokens, mask=...) -> (logits, ...)`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxattn.core.mask import Documents
+from jaxattn.train.loss import next_token_loss
+from jaxattn.train.step import LossFunction, Params
+
+
+def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossFunction]:
+    """The model's parameters, and their next-token loss on packed batches, as `fit` and `make_step` take them.
+
+    No token sees another document: the batch's document ids are passed to the model as a `Documents` mask. The random
+    streams of the model (dropout) restart at every step from the step's key, so a resumed run draws the same numbers;
+    without a key (in evaluations) there is no dropout.
+    """
+    graph, *states = nnx.split(model, nnx.Param, ...)
+    params, rest = states
+    counts, rest = rest.split(nnx.RngCount, ...)
+
+    def loss_fn(params, batch, key):
+        start = 0 if key is None else jax.random.bits(key, dtype=jnp.uint32)
+        restarted = jax.tree.map(lambda count: jnp.full_like(count, start), counts)
+        called = nnx.merge(graph, params, restarted, rest)
+        called.eval() if key is None else called.train()
+        logits, *_ = called(batch["tokens"], mask=Documents(batch["documents"]))
+        return next_token_loss(logits, batch, z_loss)
+
+    return params, loss_fn
+
+
+def with_params(model: nnx.Module, params: Any) -> nnx.Module:
+    """The model with these parameters, such as `Result.params` or those of a checkpoint."""
+    graph, *states = nnx.split(model, nnx.Param, ...)
+    return nnx.merge(graph, params, states[1])

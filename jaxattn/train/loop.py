@@ -1,0 +1,334 @@
+"""The training loop: from where the output folder stands to the last step, with a log, evaluations and checkpoints.
+
+The folder of a run holds `config.json`, the log `metrics.jsonl`, one JSON object per line, and `checkpoints/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from jaxattn.train.checkpoint import Checkpoints, check_config, is_full_disk
+from jaxattn.train.data import Batch, Windows, batches, ordered_batches
+from jaxattn.train.log import Display, Log
+from jaxattn.train.loss import bits_per_byte
+from jaxattn.train.step import (
+    LossFunction,
+    Params,
+    State,
+    Step,
+    data_mesh,
+    init_state,
+    make_evaluation,
+    make_step,
+    on_mesh,
+    on_one_device,
+    on_pmap,
+)
+
+# Fields that do not alter what is learned, by their dotted names in the run's config: a resumed run may change them.
+FREE_FIELDS = tuple(
+    f"train.{name}" for name in ("eval_every", "eval_batches", "log_every", "save_every", "keep", "devices")
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, on how much at a time, and how often to look.
+
+    Attributes:
+        steps: Optimiser steps in the whole run.
+        batch_size: Windows per step, over all devices and micro-batches.
+        accumulate: Micro-batches that a step is worked off in, to save memory.
+        eval_every: Steps between evaluations on the validation data; the last step is always evaluated.
+        eval_batches: Batches per evaluation, spread evenly over the validation data; null for all of it.
+        save_every: Steps between checkpoints; the last step is always saved.
+        keep: Newest checkpoints that are kept.
+        log_every: Steps between lines in the log; the last step always has one.
+        seed: Seed of the order of the data and of the random numbers inside the steps.
+        devices: one device; mesh for all devices by sharding; pmap for all devices by jax.pmap.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    accumulate: int = 1
+    eval_every: int = 100
+    eval_batches: int | None = 16
+    save_every: int = 100
+    keep: int = 3
+    log_every: int = 10
+    seed: int = 0
+    devices: Literal["one", "mesh", "pmap"] = "one"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        folder: The output folder.
+        params: The parameters after `step` steps.
+        step: Steps done.
+        complete: Whether these are all steps of the run; False after an interruption.
+        metrics: The latest value of every metric in the log.
+        history: The log, a dict per line: `step`, then what was measured at this step.
+    """
+
+    folder: Path
+    params: Params
+    step: int
+    complete: bool
+    metrics: dict[str, float]
+    history: list[dict[str, Any]]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training speed in tokens per second: the median over the log, without compiling, evaluating or saving."""
+        speeds = [line["tokens_per_second"] for line in self.history if line.get("tokens_per_second")]
+        return statistics.median(speeds) if speeds else math.nan
+
+
+def fit(
+    *,
+    loss_fn: LossFunction,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    train_data: Windows,
+    validation_data: Windows,
+    config: TrainConfig,
+    run_config: Mapping[str, Any],
+    folder: str | Path,
+    console: Console | None = None,
+) -> Result:
+    """Train from `params`, or from the newest checkpoint in `folder`, to the last step.
+
+    A run that is killed and started again ends as it would have without: the same parameters bit for bit where the
+    device computes the same bits twice, and the same log. Ctrl-C saves and returns early; a second one stops at once.
+    `run_config`, which JSON can hold, is what a resumed run must share with its checkpoints, beside `config` (but for
+    `FREE_FIELDS`) and the data: put in it whatever makes the model and the optimiser what they are.
+
+    `loss_fn(params, batch, key)` is as `make_step` takes it; batches are those of `Windows`, `[B, L]`. A line of the
+    log has the metrics of that one step: `loss`, `grad_norm`, the mean per token of each sum of `loss_fn`,
+    `bits_per_byte` where the sums have `nll` and `bytes`, and `tokens_per_second` since the last stop of the clock
+    (null where only the step that compiles was run). Evaluations add the same with `validation_` before the name.
+
+    Raises, before anything is changed, `ValueError` for a config that makes no sense, and for a folder that holds
+    another run or other files. `FloatingPointError` when loss, gradient or parameters are not finite: nothing that is
+    not finite is saved, and the error names the step and the last good checkpoint. `OSError` on a full disk.
+    """
+    console = console or Console()
+    folder = Path(folder).absolute()
+    record = _record(run_config, config, train_data, validation_data)
+    _check(config)
+    _claim(folder, record)
+    train_step = _on_devices(
+        config.devices, lambda axis: make_step(loss_fn, optimizer, accumulate=config.accumulate, axis_name=axis)
+    )
+    evaluation = _on_devices(config.devices, lambda axis: make_evaluation(loss_fn, axis_name=axis))
+    iterator = batches(train_data, config.batch_size, config.seed)
+    state = init_state(params, optimizer, jax.random.key(config.seed))
+
+    with Checkpoints(folder / "checkpoints", config.keep) as checkpoints, _interruptions() as interrupted:
+        restored = checkpoints.restore_latest(state, record, FREE_FIELDS)
+        if restored is not None:
+            state = restored.state
+            iterator.set_state(restored.iterator)
+        first = int(state.step)
+        log = Log(folder / "metrics.jsonl", first)
+        if first >= config.steps:
+            console.print(f"the run in {folder} is complete: step {first} of {config.steps}", soft_wrap=True)
+            return _result(folder, state, config, log)
+        if restored is not None:
+            console.print(f"resuming the run in {folder} after step {first} of {config.steps}", soft_wrap=True)
+
+        with Display(console, first, config.steps) as display:
+            pending: dict[int, Any] = {}
+            started = time.perf_counter()
+            for step in range(first + 1, config.steps + 1):
+                state, pending[step] = train_step(state, next(iterator))
+
+                last = step == config.steps
+                stop = interrupted.is_set()
+                logs = last or step % config.log_every == 0
+                evaluates = last or step % config.eval_every == 0
+                saves = last or stop or step % config.save_every == 0
+                compiled = step == first + 1
+                if not (logs or evaluates or saves or compiled):
+                    continue
+
+                metrics = _finite(jax.device_get(pending), checkpoints)
+                seconds = time.perf_counter() - started
+                speed = None if compiled else len(pending) * config.batch_size * train_data.length / seconds
+                display.update(step, metrics["loss"], speed)
+                line: dict[str, Any] = {"step": step}
+                if logs:
+                    line |= {**_readable(metrics), "tokens_per_second": speed}
+                if evaluates:
+                    batches_in_order = ordered_batches(validation_data, config.batch_size, config.eval_batches)
+                    state, validation = _evaluate(evaluation, state, batches_in_order)
+                    line |= {f"validation_{name}": value for name, value in validation.items()}
+                if logs or evaluates:
+                    _write(log, line, checkpoints)
+                    display.line(line)
+                if saves:
+                    _check_finite(state, step, checkpoints)
+                    checkpoints.save(state, iterator.get_state(), record)
+                if stop and not last:
+                    console.print(
+                        f"stopped after step {step} of {config.steps} and saved: run the same again with the output "
+                        f"folder {folder} to resume",
+                        soft_wrap=True,
+                    )
+                    break
+                pending = {}
+                started = time.perf_counter()
+        return _result(folder, state, config, log)
+
+
+def _result(folder: Path, state: State, config: TrainConfig, log: Log) -> Result:
+    latest = {name: value for line in log.lines for name, value in line.items() if value is not None}
+    step = int(state.step)
+    return Result(folder, state.params, step, step >= config.steps, latest, log.lines)
+
+
+def _record(run_config: Mapping[str, Any], config: TrainConfig, train: Windows, validation: Windows) -> dict[str, Any]:
+    own = {
+        "train": dataclasses.asdict(config),
+        "corpus": {"length": train.length, "train": train.digest, "validation": validation.digest},
+    }
+    try:
+        given = json.loads(json.dumps(run_config))
+    except TypeError as error:
+        raise TypeError(f"run_config is not JSON: {error}: need dicts, lists, strings, numbers, bools, None") from None
+    for name, value in own.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"run_config has its own {name!r}: need a name other than 'train' and 'corpus'")
+    return {**given, **own}
+
+
+def _check(config: TrainConfig) -> None:
+    for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every", "keep", "log_every"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: need at least 1")
+    if config.devices not in ("one", "mesh", "pmap"):
+        raise ValueError(f"devices is {config.devices!r}: need 'one', 'mesh' or 'pmap'")
+    devices = 1 if config.devices == "one" else len(jax.devices())
+    if config.batch_size % (devices * config.accumulate):
+        raise ValueError(
+            f"batch_size is {config.batch_size} for {devices} device(s) and {config.accumulate} micro-batch(es): "
+            f"need a multiple of {devices * config.accumulate}"
+        )
+
+
+def _claim(folder: Path, record: Mapping[str, Any]) -> None:
+    """Make the folder this run's, unless it holds another run or other files."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder {str(folder)!r} is a file: need a new or empty folder")
+    file, temporary = folder / "config.json", folder / "config.json.tmp"
+    contents = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    others = [name for name in contents if name not in (file.name, temporary.name)]
+    if others and not file.exists():
+        names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise ValueError(f"folder {str(folder)!r} holds files but no run ({names}): need a new or empty folder")
+    if others:
+        try:
+            saved = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON ({error}): restore it, or use another output folder") from None
+        check_config(saved, record, f"the run in folder {str(folder)!r}", FREE_FIELDS)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(file)
+
+
+def _on_devices(devices: str, make: Callable[[str | None], Step]) -> Step:
+    if devices == "mesh":
+        return on_mesh(make(None), data_mesh())
+    if devices == "pmap":
+        return on_pmap(make("devices"), "devices")
+    return on_one_device(make(None))
+
+
+def _evaluate(evaluation: Step, state: State, validation: Iterator[Batch]) -> tuple[State, dict[str, float]]:
+    sums: dict[str, float] = {}
+    for batch in validation:
+        state, of_batch = evaluation(state, batch)
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in of_batch.items()}
+    weight = sums.pop("weight")
+    means = {name: value / weight if weight else math.nan for name, value in sums.items()}
+    return state, _readable({**means, "weight": weight})
+
+
+def _readable(metrics: Mapping[str, Any]) -> dict[str, float]:
+    values = {name: float(value) for name, value in metrics.items() if name != "weight"}
+    return values | {"bits_per_byte": bits_per_byte(values)} if {"nll", "bytes"} <= values.keys() else values
+
+
+def _finite(pending: Mapping[int, Mapping[str, Any]], checkpoints: Checkpoints) -> Mapping[str, Any]:
+    """The metrics of the last of the pending steps, when loss and gradient of all of them are finite."""
+    for step, metrics in pending.items():
+        for name, words in (("loss", "the loss"), ("grad_norm", "the norm of the gradient")):
+            if not np.isfinite(metrics[name]):
+                raise FloatingPointError(f"{words} is {metrics[name]} at step {step}: {checkpoints.describe_latest()}")
+    return metrics
+
+
+@jax.jit
+def _all_finite(params: Params) -> jax.Array:
+    floats = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
+
+
+def _check_finite(state: State, step: int, checkpoints: Checkpoints) -> None:
+    if not _all_finite((state.params, state.opt_state)):
+        raise FloatingPointError(
+            f"a parameter or the optimiser's state is not finite after step {step}: {checkpoints.describe_latest()}"
+        )
+
+
+def _write(log: Log, line: dict[str, Any], checkpoints: Checkpoints) -> None:
+    try:
+        log.append(line)
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        message = f"the disk is full: step {line['step']} was not logged in {log.file}; {checkpoints.describe_latest()}"
+        raise OSError(errno.ENOSPC, message) from error
+
+
+@contextmanager
+def _interruptions() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; from then on Ctrl-C does what it did before."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield requested
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def request(*_: object) -> None:
+        requested.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,184 @@
+"""One training step as a pure function, and the wrappers that run it: on one device, on a mesh, by pmap.
+
+The loss is a sum over tokens, and so is its gradient. Both are summed over micro-batches and devices first and divided
+by the number of tokens last, so every way of cutting a batch gives the gradient of the same mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Params = Any
+Metrics = dict[str, jax.Array]
+LossFunction = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+"""(params, batch, key) -> (total, sums): sums over the batch's tokens, `weight` (their number) among them. `key` is a
+PRNG key in training, and None in evaluation, where nothing is random."""
+
+
+class State(NamedTuple):
+    """What a run carries from step to step: `step` int32 `[]`, parameters, the optimiser's state, and the run's key."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    key: jax.Array
+
+
+Step = Callable[[State, Any], tuple[State, Metrics]]
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    """The state before step 0. Arrays are copied: steps give a state's memory away, and the caller keeps its own."""
+    params, key = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, key))
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+
+
+def make_step(
+    loss_fn: LossFunction,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    axis_name: str | None = None,
+) -> Step:
+    """A pure function step(state, batch) -> (state, metrics) that descends the mean loss over the tokens of a batch.
+
+    With totals Lᵢ(θ) and weights wᵢ over the micro-batches (and, given an `axis_name`, the devices) i:
+
+        loss = Σᵢ Lᵢ / Σᵢ wᵢ,    gradient = Σᵢ ∇Lᵢ / Σᵢ wᵢ,    θ ← θ + optimizer(gradient)
+
+    `batch` is a pytree of arrays `[B, ...]`, of which the step sees its device's part where there is an `axis_name`.
+    `accumulate` cuts it in that many micro-batches that are worked off in turn, for memory. Micro-batch i holds rows
+    i, i+accumulate, ..., which leaves rows where they are when a mesh shards them.
+    The random numbers of a step are those of fold_in(state.key, state.step), folded with the device and the
+    micro-batch where there are several: a run that is resumed draws what an uninterrupted one does.
+    Metrics are float32 scalars: `loss`, `grad_norm` (before clipping), and Σ/Σw for every sum but `weight`, which is
+    the number of tokens itself. A batch whose weights are all 0 has loss and gradient 0.
+
+    Raises `ValueError` for `accumulate` below 1, and when tracing a batch that it does not divide.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate is {accumulate}: need at least 1 micro-batch")
+
+    def sums_and_gradients(params: Params, batch: Any, key: jax.Array) -> Any:
+        (total, sums), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+        return {"loss": total, **sums}, gradients
+
+    def step(state: State, batch: Any) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        if accumulate == 1:
+            sums, gradients = sums_and_gradients(state.params, batch, key)
+        else:
+            micro_batches = _micro_batches(batch, accumulate)
+            keys = jax.random.split(key, accumulate)
+
+            def add(accumulated: Any, inputs: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, accumulated, sums_and_gradients(state.params, *inputs)), None
+
+            first = jax.tree.map(lambda array: array[0], (micro_batches, keys))
+            zeros = jax.tree.map(
+                lambda array: jnp.zeros(array.shape, array.dtype),
+                jax.eval_shape(sums_and_gradients, state.params, *first),
+            )
+            (sums, gradients), _ = jax.lax.scan(add, zeros, (micro_batches, keys))
+        if axis_name is not None:
+            sums, gradients = jax.lax.psum((sums, gradients), axis_name)
+        weight = sums.pop("weight")
+        per_token = 1 / jnp.where(weight == 0, 1, weight)
+        gradients = jax.tree.map(lambda gradient: (gradient * per_token).astype(gradient.dtype), gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {name: value * per_token for name, value in sums.items()}
+        metrics |= {"grad_norm": optax.tree.norm(gradients), "weight": weight}
+        return State(state.step + 1, params, opt_state, state.key), metrics
+
+    return step
+
+
+def _micro_batches(batch: Any, accumulate: int) -> Any:
+    size = jax.tree.leaves(batch)[0].shape[0]
+    if size % accumulate:
+        raise ValueError(f"accumulate is {accumulate} but a device has {size} rows of the batch: need a divisor of it")
+    return jax.tree.map(
+        lambda array: array.reshape(size // accumulate, accumulate, *array.shape[1:]).swapaxes(0, 1), batch
+    )
+
+
+def make_evaluation(loss_fn: LossFunction, *, axis_name: str | None = None) -> Step:
+    """A pure function evaluation(state, batch) -> (state, sums) that leaves the state alone; nothing in it is random.
+
+    `sums` are those of `loss_fn`, with the total as `loss`, over the whole batch: over all devices where there is an
+    `axis_name`. It has the form of a step, so that what runs steps on devices runs evaluations too.
+    """
+
+    def evaluation(state: State, batch: Any) -> tuple[State, Metrics]:
+        total, sums = loss_fn(state.params, batch, None)
+        sums = {"loss": total, **sums}
+        return state, sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+    return evaluation
+
+
+def on_one_device(step: Step) -> Step:
+    """The step, compiled for one device. It takes the memory of the state it is given: use the one it returns."""
+    return jax.jit(step, donate_argnums=0)
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the one axis `data` over all devices, or over those given, as `on_mesh` takes it."""
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def on_mesh(step: Step, mesh: Mesh) -> Step:
+    """The step, compiled for a mesh with an axis `data`: rows of the batch are spread over that axis, the state is not.
+
+    The step is one without an `axis_name`: the compiler finds the sums over devices that it needs. It takes the memory
+    of the state it is given. Raises `ValueError` for a mesh without the axis, for one whose axis types are not Auto
+    (`jax.make_mesh` makes them explicit), and for a batch that the axis does not divide.
+    """
+    if "data" not in mesh.axis_names:
+        raise ValueError(f"mesh has the axes {mesh.axis_names}: need one named 'data', as data_mesh() makes it")
+    if any(axis_type != AxisType.Auto for axis_type in mesh.axis_types):
+        raise ValueError(f"mesh has the axis types {mesh.axis_types}: need AxisType.Auto, as data_mesh() makes it")
+    replicated, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    compiled = jax.jit(step, in_shardings=(replicated, spread), out_shardings=replicated, donate_argnums=0)
+
+    def step_on_mesh(state: State, batch: Any) -> tuple[State, Metrics]:
+        _check_rows(batch, mesh.shape["data"])
+        return compiled(jax.device_put(state, replicated), jax.device_put(batch, spread))
+
+    return step_on_mesh
+
+
+def on_pmap(step: Step, axis_name: str, devices: Sequence[jax.Device] | None = None) -> Step:
+    """The step, run by `jax.pmap` on all devices, or on those given, each with its share of the rows of the batch.
+
+    The step is one made with this `axis_name`. Shapes are those of one device, going in and coming out: rows are
+    handed out here, and the state is kept once on each device. It takes the memory of the state it is given.
+    Raises `ValueError` for a batch that the devices do not divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, replicated = len(devices), NamedSharding(Mesh(np.array(devices), (axis_name,)), PartitionSpec())
+    mapped = jax.pmap(step, axis_name, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
+
+    def step_on_pmap(state: State, batch: Any) -> tuple[State, Metrics]:
+        _check_rows(batch, count)
+        state = jax.device_put(state, replicated)  # as it comes out, so that the second call finds the first compiled
+        return mapped(state, jax.tree.map(lambda array: array.reshape(count, -1, *array.shape[1:]), batch))
+
+    return step_on_pmap
+
+
+def _check_rows(batch: Any, devices: int) -> None:
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % devices:
+        raise ValueError(f"batch has {rows} rows but there are {devices} devices: need a multiple of {devices}")

@@ -1,0 +1,259 @@
+"""The loop: what it logs and returns, what it refuses, and how it stops."""
+
+import dataclasses
+import errno
+import io
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bigram import CONFIG, initial_params, loss_fn, run, windows
+from rich.console import Console
+
+from jaxattn.train import OptimizerConfig, Result, TrainConfig, load, next_token_loss, ordered_batches
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+def changed(**changes):
+    return dataclasses.replace(CONFIG, **changes)
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("finished") / "run")
+
+
+def test_training_learns(finished):
+    assert finished.complete
+    losses = [line["loss"] for line in finished.history]
+    assert losses[-1] < losses[0] - 0.5  # nats
+    # Not to know anything costs log2(258) bits for each byte and document end: more than 8 per byte.
+    assert finished.metrics["validation_bits_per_byte"] < 8
+
+
+def test_the_log_is_the_history_as_json_lines(finished):
+    lines = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == finished.history
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [6, 12]
+    for line in lines:
+        assert {"loss", "grad_norm", "nll", "bytes", "correct", "bits_per_byte", "tokens_per_second"} <= line.keys()
+        assert math.isclose(line["bits_per_byte"], line["nll"] / math.log(2) / line["bytes"])
+    assert finished.metrics.items() >= lines[-1].items()
+
+
+def test_a_line_for_an_evaluation_alone_holds_nothing_else(tmp_path):
+    result = run(tmp_path, changed(steps=6, log_every=4, eval_every=3))
+    assert [line["step"] for line in result.history] == [3, 4, 6]
+    assert all(name == "step" or name.startswith("validation_") for name in result.history[0])
+
+
+def test_evaluation_is_the_mean_over_the_validation_windows(tmp_path):
+    result = run(tmp_path, changed(steps=1, eval_batches=None))
+    _, validation = windows()
+    total = weight = 0.0
+    for batch in ordered_batches(validation, 3):
+        loss, sums = loss_fn(result.params, batch, None)
+        total, weight = total + float(loss), weight + float(sums["weight"])
+    assert result.metrics["validation_loss"] == pytest.approx(total / weight, rel=258 * EPS)
+
+
+def test_speed_leaves_out_the_step_that_compiles(tmp_path):
+    result = run(tmp_path, changed(steps=3, log_every=1))
+    assert [line["tokens_per_second"] is None for line in result.history] == [True, False, False]
+    speeds = [line["tokens_per_second"] for line in result.history[1:]]
+    assert result.tokens_per_second == pytest.approx(sum(speeds) / 2)
+
+
+def test_the_last_checkpoint_is_the_result(finished):
+    loaded = load(finished.folder, lambda config: initial_params())
+    assert loaded.step == CONFIG.steps
+    assert loaded.config["model"] == "bigram"
+    assert loaded.config["train"] == json.loads(json.dumps(dataclasses.asdict(CONFIG)))
+    np.testing.assert_array_equal(loaded.params["embedding"], finished.params["embedding"])
+    steps = {int(path.name) for path in (finished.folder / "checkpoints").iterdir()}
+    assert steps == {6, 9, 12}
+
+
+@pytest.mark.parametrize("devices", ["mesh", "pmap"])
+def test_eight_devices_train_and_evaluate_like_one(devices, tmp_path):
+    def steady(params, batch, key):
+        return next_token_loss(params["embedding"][batch["tokens"]], batch)
+
+    one, many = (
+        run(tmp_path / kind, changed(steps=3, accumulate=1, devices=kind), loss_fn=steady) for kind in ("one", devices)
+    )
+    # Adam's first steps are signs: where a gradient is near 0 its rounding decides, so parameters are not compared
+    # here (test_step.py does, without Adam). The loss before any update is a mean over tokens from sums over 258.
+    first = [
+        run(tmp_path / f"{kind}1", changed(steps=1, accumulate=1, devices=kind), loss_fn=steady)
+        for kind in ("one", devices)
+    ]
+    assert first[1].metrics["loss"] == pytest.approx(first[0].metrics["loss"], rel=(258 + 64) * EPS)
+    assert many.metrics["validation_loss"] == pytest.approx(one.metrics["validation_loss"], rel=1e-3)
+    assert many.complete
+
+
+def test_a_resumed_run_may_move_to_other_devices(tmp_path):
+    run(tmp_path, changed(steps=12, accumulate=1))
+    for step in ("12", "9"):
+        (tmp_path / "checkpoints" / step / "params" / "_METADATA").unlink()
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert run(tmp_path, changed(accumulate=1, devices="mesh", keep=1, log_every=5)).complete
+
+
+def stopping(value, at):
+    """The loss of the bigram, but `value` where the learned counter says that `at` steps are done."""
+
+    def loss_fn_with_counter(params, batch, key):
+        total, sums = loss_fn({"embedding": params["embedding"]}, batch, key)
+        # Adam moves the counter by its rate of 0.05 each step, against a gradient of constant sign.
+        count = jnp.round(-params["counter"] / 0.05)
+        return jnp.where((key is not None) & (count >= at), value, total + sums["weight"] * params["counter"]), sums
+
+    return loss_fn_with_counter
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("at", "last_good"), [(7, "the last good checkpoint is step 6 in"), (1, "no checkpoint")])
+def test_a_loss_that_is_not_finite_stops_the_run(value, at, last_good, tmp_path):
+    params = {**initial_params(), "counter": jnp.zeros(())}
+    with pytest.raises(FloatingPointError, match=rf"the loss is {value} at step {at + 1}: .*{last_good}"):
+        run(tmp_path, loss_fn=stopping(value, at), params=params)
+    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ([3, 6] if at == 7 else [])
+    assert all(
+        math.isfinite(json.loads(line)["loss"]) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    )
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    params = initial_params()
+    params["unused"] = jnp.array([1.0, math.nan])
+    with pytest.raises(FloatingPointError, match="a parameter or the optimiser's state is not finite after step 3"):
+        run(tmp_path, params=params)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    def steep(params, batch, key):
+        total, sums = loss_fn(params, batch, key)
+        return total + jnp.sqrt(jnp.sum(params["unused"])), sums  # √0 is finite, its slope is not
+
+    params = {**initial_params(), "unused": jnp.zeros(1)}
+    with pytest.raises(FloatingPointError, match="the norm of the gradient is inf at step 1: there is no checkpoint"):
+        run(tmp_path, loss_fn=steep, params=params)
+
+
+def test_a_folder_with_another_run_is_refused_and_unchanged(tmp_path):
+    run(tmp_path, changed(steps=2))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"the run in folder '.*' is of another config: train.steps was 2, now 3\."):
+        run(tmp_path, changed(steps=3))
+    with pytest.raises(ValueError, match='model was "bigram", now "trigram"'):
+        run(tmp_path, changed(steps=2), run_config={"model": "trigram"})
+    with pytest.raises(ValueError, match=r"corpus\.train was"):
+        run(tmp_path, changed(steps=2), train_data=windows()[1])
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"holds files but no run \(thesis.tex\): need a new or empty folder"):
+        run(tmp_path)
+    assert contents(tmp_path) == before
+    with pytest.raises(ValueError, match=r"thesis.tex' is a file: need a new or empty folder"):
+        run(tmp_path / "thesis.tex")
+
+
+def test_a_folder_whose_config_cannot_be_read_is_refused(tmp_path):
+    run(tmp_path, changed(steps=1))
+    (tmp_path / "config.json").write_text('{"model":')
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        run(tmp_path, changed(steps=1))
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_where_a_run_never_began_can_be_used(tmp_path):
+    run(tmp_path / "a", changed(steps=1))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "config.json").rename(tmp_path / "b" / "config.json")
+    (tmp_path / "b" / "config.json.tmp").write_text("{")
+    assert run(tmp_path / "b", changed(steps=2)).complete
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0: need at least 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"eval_every": 0}, "eval_every is 0"),
+        ({"eval_batches": 0}, "eval_batches is 0"),
+        ({"save_every": -1}, "save_every is -1"),
+        ({"keep": 0}, "keep is 0"),
+        ({"log_every": 0}, "log_every is 0"),
+        ({"devices": "tpu"}, "devices is 'tpu': need 'one', 'mesh' or 'pmap'"),
+        ({"batch_size": 6, "accumulate": 4}, "need a multiple of 4"),
+        ({"batch_size": 12, "accumulate": 1, "devices": "mesh"}, r"12 for 8 device\(s\) .*: need a multiple of 8"),
+        ({"batch_size": 8, "accumulate": 2, "devices": "pmap"}, r"and 2 micro-batch\(es\): need a multiple of 16"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", changed(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_config_that_json_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"run_config is not JSON: .*PosixPath"):
+        run(tmp_path / "run", run_config={"path": tmp_path})
+    with pytest.raises(ValueError, match="run_config has its own 'train': need a name other than"):
+        run(tmp_path / "run", run_config={"train": 1})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_names_the_line_that_was_not_logged(tmp_path, monkeypatch):
+    def fail(log, line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("jaxattn.train.log.Log.append", fail)
+    with pytest.raises(OSError, match=r"disk is full: step 4 was not logged in .*; the last good .* is step 3") as e:
+        run(tmp_path, changed(log_every=4))
+    assert e.value.errno == errno.ENOSPC
+
+
+def shown(folder, terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
+    run(folder, changed(steps=4), console=console)
+    return console.file.getvalue()
+
+
+def test_without_a_terminal_progress_is_plain_lines(tmp_path):
+    lines = shown(tmp_path, terminal=False).splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 2/4", "step 4/4"]
+    assert "tokens/s" in lines[0]
+    assert "s left" in lines[0]
+    assert "validation bits per byte" in lines[1]
+
+
+def test_on_a_terminal_progress_is_a_bar_with_loss_speed_and_time_left(tmp_path):
+    text = shown(tmp_path, terminal=True)
+    assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in text
+    for words in ("4/4", "loss", "tokens/s", "0:00:00"):
+        assert words in text
+
+
+def test_dataclass_fields_have_docs():
+    for config in (TrainConfig, OptimizerConfig, Result):
+        documented = [line.split(":")[0].strip() for line in config.__doc__.splitlines()]
+        assert {field.name for field in dataclasses.fields(config)} <= set(documented)

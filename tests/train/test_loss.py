@@ -1,0 +1,121 @@
+"""The loss is a weighted sum of cross-entropies and squared log-normalisers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxattn.train import BOS, EOS, VOCABULARY, bits_per_byte, next_token_loss
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+def random_batch(tokens=6, vocabulary=VOCABULARY, batch=3, scale=3.0):
+    keys = jax.random.split(jax.random.key(0), 3)
+    logits = scale * jax.random.normal(keys[0], (batch, tokens, vocabulary))
+    targets = jax.random.randint(keys[1], (batch, tokens), 0, vocabulary)
+    weights = jax.random.bernoulli(keys[2], 0.7, (batch, tokens)).astype(jnp.float32)
+    return logits, {"targets": targets, "weights": weights}
+
+
+def test_a_loss_computed_by_hand():
+    # Weights 1, 1, 0. Row 1: p = (1/4, 3/4), target 1. Row 2: p = (1/2, 1/2), target 0. Row 3 counts for nothing.
+    logits = jnp.log(jnp.array([[1.0, 3.0], [2.0, 2.0], [9.0, 1.0]]))
+    batch = {"targets": jnp.array([1, 0, 1]), "weights": jnp.array([1.0, 1.0, 0.0])}
+    total, sums = next_token_loss(logits, batch)
+    assert float(total) == float(sums["nll"]) == pytest.approx(math.log(4 / 3) + math.log(2), rel=4 * EPS)
+    assert {k: float(v) for k, v in sums.items() if k != "nll"} == {"weight": 2, "bytes": 2, "correct": 2}
+
+
+def test_a_z_loss_computed_by_hand():
+    # exp of the logits sums to 4 in both rows: z = log 4 in each of the two tokens that count.
+    logits = jnp.log(jnp.array([[1.0, 3.0], [2.0, 2.0], [9.0, 1.0]]))
+    batch = {"targets": jnp.array([1, 0, 1]), "weights": jnp.array([1.0, 1.0, 0.0])}
+    total, sums = next_token_loss(logits, batch, z_loss=0.5)
+    assert float(sums["nll"]) == pytest.approx(math.log(8 / 3), rel=4 * EPS)
+    assert float(total) == pytest.approx(math.log(8 / 3) + 0.5 * 2 * math.log(4) ** 2, rel=4 * EPS)
+
+
+def test_the_loss_agrees_with_float64():
+    logits, batch = random_batch()
+    exact = np.asarray(logits, np.float64)
+    z = np.log(np.exp(exact).sum(axis=-1))
+    nll = z - np.take_along_axis(exact, np.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
+    weights = np.asarray(batch["weights"], np.float64)
+    total, sums = next_token_loss(logits, batch, z_loss=0.1)
+    # Each z is a float32 sum over the vocabulary, and the loss a sum over the tokens.
+    relative = (VOCABULARY + weights.size) * EPS
+    assert float(sums["nll"]) == pytest.approx((weights * nll).sum(), rel=relative)
+    assert float(total) == pytest.approx((weights * (nll + 0.1 * z**2)).sum(), rel=2 * relative)
+
+
+def test_the_gradient_is_the_softmax_minus_the_target():
+    logits, batch = random_batch(vocabulary=7)
+    gradient = jax.grad(lambda logits: next_token_loss(logits, batch)[0])(logits)
+    expected = batch["weights"][..., None] * (jax.nn.softmax(logits) - jax.nn.one_hot(batch["targets"], 7))
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=7 * EPS)
+
+
+def test_the_gradient_of_the_z_loss_is_twice_z_times_the_softmax():
+    logits, batch = random_batch(vocabulary=7)
+    z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    with_z = jax.grad(lambda logits: next_token_loss(logits, batch, z_loss=1.0)[0])(logits)
+    without = jax.grad(lambda logits: next_token_loss(logits, batch)[0])(logits)
+    expected = batch["weights"][..., None] * 2 * z * jax.nn.softmax(logits)
+    np.testing.assert_allclose(with_z - without, expected, rtol=0, atol=float(jnp.max(jnp.abs(z))) * 16 * EPS)
+
+
+def test_losses_of_parts_add_up():
+    logits, batch = random_batch(batch=4)
+    whole, sums = next_token_loss(logits, batch, z_loss=0.1)
+    parts = [
+        next_token_loss(logits[rows], jax.tree.map(lambda a, rows=rows: a[rows], batch), z_loss=0.1)
+        for rows in (slice(1), slice(1, 4))
+    ]
+    bound = batch["weights"].size * EPS
+    np.testing.assert_allclose(sum(total for total, _ in parts), whole, rtol=bound)
+    for name, value in sums.items():
+        np.testing.assert_allclose(sum(part[name] for _, part in parts), value, rtol=bound)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    logits, batch = random_batch()
+    half = logits.astype(jnp.bfloat16)
+    total, sums = next_token_loss(half, batch)
+    assert total.dtype == jnp.float32
+    assert all(value.dtype == jnp.float32 for value in sums.values())
+    assert total == next_token_loss(half.astype(jnp.float32), batch)[0]
+
+
+def test_bytes_are_the_weighted_targets_that_are_no_specials():
+    batch = {"targets": jnp.array([0, 255, BOS, EOS, 7]), "weights": jnp.array([1.0, 1.0, 1.0, 1.0, 0.0])}
+    _, sums = next_token_loss(jnp.zeros((5, VOCABULARY)), batch)
+    assert (float(sums["bytes"]), float(sums["weight"])) == (2, 4)
+
+
+def test_a_uniform_guess_costs_the_log_of_the_vocabulary():
+    targets = jnp.arange(200) % 256
+    _, sums = next_token_loss(jnp.zeros((200, VOCABULARY)), {"targets": targets, "weights": jnp.ones(200)})
+    # log2(258) = 8 + log2(1 + 2/256) = 8.01123 bits.
+    assert bits_per_byte(sums) == pytest.approx(8.01122725542, rel=(200 + VOCABULARY) * EPS)
+    means = {name: value / sums["weight"] for name, value in sums.items()}
+    assert bits_per_byte(means) == pytest.approx(8.01122725542, rel=(200 + VOCABULARY) * EPS)
+
+
+def test_the_end_of_a_document_is_paid_for_by_its_bytes():
+    _, sums = next_token_loss(jnp.zeros((4, 2**8)), {"targets": jnp.array([1, 2, 3, 0]), "weights": jnp.ones(4)})
+    assert bits_per_byte({**sums, "bytes": 3.0}) == pytest.approx(4 * 8 / 3, rel=2**8 * EPS)
+
+
+def test_bits_per_byte_of_no_bytes_is_not_a_number():
+    assert math.isnan(bits_per_byte({"nll": 1.0, "bytes": 0.0}))
+
+
+@pytest.mark.parametrize("name", ["targets", "weights"])
+def test_shapes_that_do_not_fit_are_named(name):
+    logits, batch = random_batch(vocabulary=7)
+    batch[name] = batch[name][:, 1:]
+    with pytest.raises(ValueError, match=rf"batch\['{name}'\] has shape \(3, 5\) but logits has shape \(3, 6, 7\)"):
+        next_token_loss(logits, batch)

@@ -1,0 +1,169 @@
+"""The schedule, the clipping, and which parameters are decayed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jaxattn.train import OptimizerConfig, decay_mask, learning_rate, make_optimizer
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+def one_step(config, params, gradients, steps=10):
+    optimizer = make_optimizer(config, steps)
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    return updates, state
+
+
+def test_the_schedule_at_points_computed_by_hand():
+    schedule = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=3, final_fraction=0.1), steps=11)
+    expected = {
+        0: 0.5,  # 2 · 1/4
+        1: 1.0,  # 2 · 2/4
+        3: 2.0,  # the peak
+        5: 2.0 * (0.1 + 0.9 * (1 + 0.5**0.5) / 2),  # a quarter of the cosine: cos(π/4) = √½
+        7: 1.1,  # half of it: 2 · (0.1 + 0.9/2)
+        11: 0.2,  # its end
+        50: 0.2,
+    }
+    for step, rate in expected.items():
+        assert float(schedule(step)) == pytest.approx(rate, rel=8 * EPS), step
+
+
+def test_a_schedule_without_warm_up_begins_at_the_peak():
+    schedule = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=0), steps=10)
+    assert float(schedule(0)) == pytest.approx(2.0, rel=8 * EPS)
+
+
+def test_norms_biases_and_sinks_are_not_decayed():
+    layer = {"attention": {"query": {"kernel": 1, "bias": 0}, "null_logit": 0}, "norm": {"scale": 0, "bias": 0}}
+    expected = {"embed": {"embedding": 1}, "layers": layer, "bias_table": {"table": 1}, "scale": {"kernel": 1}}
+    params = jax.tree.map(lambda decayed: jnp.ones((2, 3)), expected)
+    assert decay_mask(params) == jax.tree.map(bool, expected)
+
+
+def test_the_decay_rule_sees_through_a_leading_axis_of_layers():
+    flat = {"norm": {"scale": jnp.ones(4)}, "linear": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
+    scanned = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), flat)
+    assert scanned["norm"]["scale"].ndim == flat["linear"]["kernel"].ndim
+    assert decay_mask(scanned) == decay_mask(flat)
+
+
+def test_the_decay_rule_sees_through_flax_variables():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(2, 3, rngs=rngs)
+            self.norm = nnx.LayerNorm(3, rngs=rngs)
+            self.embed = nnx.Embed(4, 2, rngs=rngs)
+
+    params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)[1]
+    mask = nnx.to_pure_dict(decay_mask(params))
+    assert mask == {
+        "linear": {"kernel": True, "bias": False},
+        "norm": {"scale": False, "bias": False},
+        "embed": {"embedding": True},
+    }
+
+
+def test_the_names_that_are_not_decayed_can_be_chosen():
+    params = {"slope": jnp.ones(3), "bias": jnp.ones(3)}
+    assert decay_mask(params, ("slope",)) == {"slope": False, "bias": True}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_decay_takes_its_share_of_decayed_parameters_and_no_more(name):
+    params = {"kernel": jnp.full((2, 2), 3.0), "scale": jnp.full(2, 3.0), "w": jnp.full((2, 2), 3.0)}
+    config = OptimizerConfig(name, learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
+    updates, _ = one_step(config, params, jax.tree.map(jnp.zeros_like, params))
+    np.testing.assert_array_equal(updates["scale"], 0)
+    np.testing.assert_allclose(updates["kernel"], -0.5 * 0.1 * 3, rtol=8 * EPS)
+    np.testing.assert_allclose(updates["w"], -0.5 * 0.1 * 3, rtol=8 * EPS)
+
+
+def test_undecayed_reaches_the_optimiser():
+    params = {"slope": jnp.ones(3), "bias": jnp.ones(3)}
+    config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, undecayed=("slope",))
+    updates, _ = one_step(config, params, jax.tree.map(jnp.zeros_like, params))
+    assert np.all(updates["slope"] == 0)
+    assert np.all(updates["bias"] < 0)
+
+
+@pytest.mark.parametrize(("clip_norm", "expected"), [(1.0, 1.0), (None, 5.0), (10.0, 5.0)])
+def test_gradients_are_clipped_to_their_global_norm(clip_norm, expected):
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}  # of norm 5
+    _, state = one_step(OptimizerConfig(beta1=0.75, clip_norm=clip_norm, warmup_steps=0), params, gradients)
+    first_moment = optax.tree.get(state, "mu")  # (1 − beta1) times the clipped gradient
+    assert float(optax.tree.norm(first_moment)) == pytest.approx(0.25 * expected, rel=8 * EPS)
+    assert float(first_moment["b"][0] / first_moment["a"][0]) == pytest.approx(4 / 3, rel=8 * EPS)
+
+
+def test_the_first_step_of_adamw_is_the_sign_of_the_gradient():
+    gradients = {"w": jnp.array([0.3, -0.2])}
+    config = OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0.0, clip_norm=None, eps=1e-12)
+    updates, _ = one_step(config, {"w": jnp.ones(2)}, gradients)
+    np.testing.assert_allclose(updates["w"], [-0.01, 0.01], rtol=16 * EPS)
+
+
+def test_eps_and_beta2_reach_adamw():
+    # First step: m̂ = g and v̂ = g², so the update is −lr · g / (|g| + eps). Second step, gradient 0:
+    # m = b1 (1−b1) g, v = b2 (1−b2) g², each divided by 1 − b².
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=0, final_fraction=1.0, weight_decay=0.0, clip_norm=None, eps=1.0, beta2=0.5
+    )
+    optimizer = make_optimizer(config, 10)
+    params = {"w": jnp.ones(1)}
+    first, state = optimizer.update({"w": jnp.array([2.0])}, optimizer.init(params), params)
+    assert float(first["w"][0]) == pytest.approx(-2 / 3, rel=16 * EPS)
+    second, _ = optimizer.update({"w": jnp.array([0.0])}, state, params)
+    moment, square = 0.9 * 0.1 * 2 / (1 - 0.9**2), 0.25 * 4 / (1 - 0.5**2)
+    assert float(second["w"][0]) == pytest.approx(-moment / (square**0.5 + 1), rel=16 * EPS)
+
+
+def test_muon_serves_the_kernels_of_stacked_layers_as_those_of_single_ones():
+    kernels = jax.random.normal(jax.random.key(0), (3, 4, 6))
+    config = OptimizerConfig("muon", warmup_steps=0, clip_norm=None)
+    stacked, _ = one_step(config, {"kernel": kernels}, {"kernel": kernels**2})
+    for layer, kernel in enumerate(kernels):
+        single, _ = one_step(config, {"kernel": kernel}, {"kernel": kernel**2})
+        # Newton-Schulz: 5 iterations of three products of length 6 at most, of matrices of norm near 1.
+        np.testing.assert_allclose(stacked["kernel"][layer], single["kernel"], rtol=0, atol=5 * 3 * 6 * 4 * EPS)
+
+
+def test_muon_leaves_all_but_kernels_to_adamw_with_nesterov_momentum():
+    params = {"embedding": jnp.ones((4, 3)), "kernel": jnp.ones(3), "bias": jnp.ones(3)}
+    gradients = jax.tree.map(lambda leaf: jnp.linspace(-1.0, 2.0, leaf.size).reshape(leaf.shape), params)
+    config = OptimizerConfig("muon", warmup_steps=0, clip_norm=None, weight_decay=0.0)
+    updates, _ = one_step(config, params, gradients)
+    adamw = optax.nadamw(config.learning_rate, config.beta1, config.beta2, config.eps, weight_decay=0.0)
+    expected, _ = adamw.update(gradients, adamw.init(params), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=16 * EPS), updates, expected)
+
+
+def test_muon_serves_the_parameters_of_flax_modules():
+    params = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)[1]
+    updates, _ = one_step(OptimizerConfig("muon", warmup_steps=0), params, jax.tree.map(jnp.ones_like, params))
+    assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "sgd"}, "name is 'sgd': need 'adamw' or 'muon'"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: need a number above 0"),
+        ({"warmup_steps": 10}, "warmup_steps is 10 of 10 steps"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"final_fraction": 1.5}, "final_fraction is 1.5"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"beta1": 1.0}, "beta1 is 1.0"),
+        ({"beta2": -0.1}, "beta2 is -0.1"),
+        ({"eps": 0.0}, "eps is 0.0"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(OptimizerConfig(**{"warmup_steps": 1, **changes}), 10)

@@ -1,0 +1,237 @@
+"""One step, however its batch is cut and wherever it runs, descends the same mean loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from jaxattn.train import (
+    data_mesh,
+    init_state,
+    make_evaluation,
+    make_step,
+    next_token_loss,
+    on_mesh,
+    on_one_device,
+    on_pmap,
+)
+
+EPS = float(np.finfo(np.float32).eps)
+VOCABULARY, ROWS, LENGTH = 8, 16, 5
+STEPS, RATE = 4, 0.5
+
+# Two ways of summing differ, in a parameter and per step, by the rate times the error of the gradient. The gradient is
+# a sum over tokens of terms of size at most weight / Σ weight, from softmaxes over the vocabulary: (tokens + V) · eps.
+# The Hessian of the cross-entropy is at most 1/2, so an error grows by at most 1 + rate/2 in each later step.
+TOLERANCE = STEPS * RATE * (ROWS * LENGTH + VOCABULARY) * EPS * (1 + RATE / 2) ** STEPS
+
+
+def loss_fn(params, batch, key):
+    return next_token_loss(params["table"][batch["tokens"]], batch, z_loss=1e-2)
+
+
+def noisy_loss_fn(params, batch, key):
+    logits = params["table"][batch["tokens"]]
+    return next_token_loss(logits + jax.random.normal(key, logits.shape), batch)
+
+
+def random_batches(count=STEPS, seed=0):
+    random = np.random.default_rng(seed)
+    return [
+        {
+            "tokens": random.integers(0, VOCABULARY, (ROWS, LENGTH)),
+            "targets": random.integers(0, VOCABULARY, (ROWS, LENGTH)),
+            # Rows differ in how many of their tokens count: a mean of means would be wrong.
+            "weights": (random.random((ROWS, LENGTH)) < np.linspace(0.1, 1, ROWS)[:, None]).astype(np.float32),
+        }
+        for _ in range(count)
+    ]
+
+
+def fresh_state(optimizer):
+    return init_state({"table": jax.random.normal(jax.random.key(1), (VOCABULARY,) * 2)}, optimizer, jax.random.key(2))
+
+
+def train(wrap, optimizer=None, batches=None, loss_fn=loss_fn, **options):
+    optimizer = optimizer or optax.sgd(RATE)
+    step = wrap(make_step(loss_fn, optimizer, **options))
+    state, metrics = fresh_state(optimizer), []
+    for batch in batches or random_batches():
+        state, of_step = step(state, batch)
+        metrics.append(jax.device_get(of_step))
+    return state, metrics
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return train(on_one_device)
+
+
+def test_the_step_descends_the_gradient_of_the_mean_over_tokens():
+    optimizer, (batch,) = optax.sgd(RATE), random_batches(1)
+    before = fresh_state(optimizer)
+
+    def mean(params):
+        total, sums = loss_fn(params, batch, None)
+        return total / sums["weight"]
+
+    loss, gradient = jax.value_and_grad(mean)(before.params)
+    after, metrics = make_step(loss_fn, optimizer)(before, batch)
+    np.testing.assert_allclose(after.params["table"], before.params["table"] - RATE * gradient["table"], atol=TOLERANCE)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=ROWS * LENGTH * EPS)
+    np.testing.assert_allclose(metrics["grad_norm"], jnp.linalg.norm(gradient["table"]), rtol=ROWS * LENGTH * EPS)
+    assert (int(before.step), int(after.step)) == (0, 1)
+
+
+def test_metrics_are_means_per_token():
+    (batch,) = random_batches(1)
+    state = fresh_state(optax.sgd(RATE))
+    total, sums = loss_fn(state.params, batch, None)
+    _, metrics = make_step(loss_fn, optax.sgd(RATE))(state, batch)
+    assert metrics.keys() == {"loss", "grad_norm", "weight", "nll", "bytes", "correct"}
+    assert metrics["weight"] == sums["weight"] == batch["weights"].sum()
+    assert metrics["bytes"] == pytest.approx(1, rel=EPS)
+    for name, value in {**sums, "loss": total}.items():
+        if name != "weight":
+            assert float(metrics[name]) == pytest.approx(float(value / sums["weight"]), rel=2 * ROWS * LENGTH * EPS)
+
+
+WAYS = {
+    "mesh": (lambda step: on_mesh(step, data_mesh()), {}),
+    "mesh, accumulating": (lambda step: on_mesh(step, data_mesh()), {"accumulate": 2}),
+    "pmap": (lambda step: on_pmap(step, "device"), {"axis_name": "device"}),
+    "pmap, accumulating": (lambda step: on_pmap(step, "device"), {"axis_name": "device", "accumulate": 2}),
+    "accumulating": (on_one_device, {"accumulate": 4}),
+    "accumulating row by row": (on_one_device, {"accumulate": ROWS}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_run_a_step_gives_the_loss_and_parameters_of_one_device(way, reference):
+    assert len(jax.devices()) == 8
+    wrap, options = WAYS[way]
+    state, metrics = train(wrap, **options)
+    expected, expected_metrics = reference
+    moved = np.abs(expected.params["table"] - fresh_state(optax.sgd(RATE)).params["table"])
+    assert moved.mean() > 100 * TOLERANCE
+    np.testing.assert_allclose(state.params["table"], expected.params["table"], rtol=0, atol=TOLERANCE)
+    assert int(state.step) == STEPS
+    for found, wanted in zip(metrics, expected_metrics, strict=True):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            assert found[name].shape == ()
+            # Each mean has a slope of at most 2 in the parameters of a row, beside its own rounding.
+            np.testing.assert_allclose(found[name], wanted[name], rtol=ROWS * LENGTH * EPS, atol=4 * TOLERANCE)
+
+
+def test_a_mesh_draws_the_random_numbers_of_one_device():
+    one, _ = train(on_one_device, loss_fn=noisy_loss_fn)
+    mesh, _ = train(lambda step: on_mesh(step, data_mesh()), loss_fn=noisy_loss_fn)
+    np.testing.assert_allclose(mesh.params["table"], one.params["table"], rtol=0, atol=TOLERANCE)
+
+
+def key_of(params, batch, key):
+    """A loss that shows the key it got."""
+    number = jax.random.uniform(key)
+    return 0.0 * params["table"].sum(), {"weight": jnp.float32(1), "number": number, "square": number**2}
+
+
+def test_each_step_has_its_own_random_numbers_and_repeats_them():
+    _, first = train(on_one_device, loss_fn=key_of)
+    _, again = train(on_one_device, loss_fn=key_of)
+    numbers = [float(metrics["number"]) for metrics in first]
+    assert len(set(numbers)) == STEPS
+    assert numbers == [float(metrics["number"]) for metrics in again]
+
+
+@pytest.mark.parametrize("way", ["pmap", "accumulating"])
+def test_devices_and_micro_batches_have_random_numbers_of_their_own(way):
+    wrap, options = WAYS[way]
+    _, (metrics, *_) = train(wrap, loss_fn=key_of, **options)
+    variance = metrics["square"] - metrics["number"] ** 2
+    assert variance > 1e-3  # of one number repeated it is 0; of uniform numbers, 1/12
+
+
+def test_a_batch_without_weight_changes_nothing():
+    (batch,) = random_batches(1)
+    batch["weights"][:] = 0
+    state, (metrics,) = train(on_one_device, batches=[batch])
+    np.testing.assert_array_equal(state.params["table"], fresh_state(optax.sgd(RATE)).params["table"])
+    assert (metrics["loss"], metrics["grad_norm"]) == (0, 0)
+
+
+@pytest.mark.parametrize("way", ["one", "mesh", "pmap"])
+def test_a_step_is_traced_once(way):
+    traces = []
+
+    def counting(params, batch, key):
+        traces.append(1)
+        return loss_fn(params, batch, key)
+
+    wrap, options = WAYS.get(way, (on_one_device, {}))
+    train(wrap, loss_fn=counting, **options)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("way", ["one", "mesh", "pmap"])
+def test_the_callers_parameters_outlive_the_steps(way):
+    optimizer = optax.sgd(RATE)
+    params, key = {"table": jnp.ones((VOCABULARY,) * 2)}, jax.random.key(0)
+    wrap, options = WAYS.get(way, (on_one_device, {}))
+    step = wrap(make_step(loss_fn, optimizer, **options))
+    state = init_state(params, optimizer, key)
+    for batch in random_batches(2):
+        state, _ = step(state, batch)
+    np.testing.assert_array_equal(params["table"], 1)
+    assert jax.random.uniform(key) == jax.random.uniform(jax.random.key(0))
+
+
+@pytest.mark.parametrize("way", ["one", "mesh", "pmap"])
+def test_an_evaluation_sums_over_the_whole_batch_and_changes_nothing(way):
+    def sees_no_key(params, batch, key):
+        assert key is None
+        return loss_fn(params, batch, key)
+
+    wrap, options = WAYS.get(way, (on_one_device, {}))
+    evaluation = wrap(make_evaluation(sees_no_key, **options))
+    (batch,) = random_batches(1)
+    before = jax.device_get(fresh_state(optax.sgd(RATE)).params)
+    state, sums = evaluation(fresh_state(optax.sgd(RATE)), batch)
+    total, expected = loss_fn(before, batch, None)
+    np.testing.assert_array_equal(state.params["table"], before["table"])
+    assert int(state.step) == 0
+    for name, value in {**expected, "loss": total}.items():
+        np.testing.assert_allclose(sums[name], value, rtol=(ROWS * LENGTH + VOCABULARY) * EPS)
+
+
+def test_a_batch_that_cannot_be_cut_is_refused():
+    with pytest.raises(ValueError, match="accumulate is 0: need at least 1"):
+        make_step(loss_fn, optax.sgd(RATE), accumulate=0)
+    with pytest.raises(ValueError, match="accumulate is 3 but a device has 16 rows of the batch"):
+        train(on_one_device, accumulate=3)
+
+
+@pytest.mark.parametrize("way", ["mesh", "pmap"])
+def test_a_batch_that_devices_do_not_divide_is_refused(way):
+    wrap, options = WAYS[way]
+    (batch,) = random_batches(1)
+    with pytest.raises(ValueError, match="batch has 12 rows but there are 8 devices: need a multiple of 8"):
+        train(wrap, batches=[{name: array[:12] for name, array in batch.items()}], **options)
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"mesh has the axes \('model',\): need one named 'data'"):
+        on_mesh(lambda state, batch: (state, {}), jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,)))
+    with pytest.raises(ValueError, match=r"mesh has the axis types .*Explicit.*: need AxisType.Auto"):
+        on_mesh(lambda state, batch: (state, {}), jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,)))
+
+
+def test_some_of_the_devices_can_be_chosen(reference):
+    two = jax.devices()[:2]
+    meshed, _ = train(lambda step: on_mesh(step, data_mesh(two)))
+    mapped, _ = train(lambda step: on_pmap(step, "device", two), axis_name="device")
+    for state in (meshed, mapped):
+        assert state.params["table"].sharding.device_set == set(two)
+        np.testing.assert_allclose(state.params["table"], reference[0].params["table"], rtol=0, atol=TOLERANCE)
