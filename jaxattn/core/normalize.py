@@ -15,7 +15,7 @@ with numerator = Σ weight·value [..., N, T, V] and total = Σ weight [..., N, 
 the factor exp(reference − reference'). `finish` is ordinary JAX and may ignore how `reference` depends on the scores.
 """
 
-from typing import Protocol, runtime_checkable
+import abc
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +27,28 @@ Scores = Float[Array, "*b n t s"]
 Rows = Float[Array, "*b n t"]
 
 
-@runtime_checkable
-class Normalize(Protocol):
+class Normalize(abc.ABC):
     """What a part must offer to stand in the normalize slot."""
 
-    def weights(self, scores: Scores, visible: Bool[Array, "*b n t s"]) -> tuple[Scores, Rows]: ...
+    @abc.abstractmethod
+    def weights(self, scores: Scores, visible: Bool[Array, "*b n t s"]) -> tuple[Scores, Rows]:
+        """(weights, lse) of whole rows: the definition."""
 
 
-@runtime_checkable
-class Streaming(Normalize, Protocol):
+class Streaming(Normalize):
     """A normaliser that needs a few keys at a time; see the head of this file."""
 
-    def reference(self, scores: Scores) -> Rows: ...
+    @abc.abstractmethod
+    def reference(self, scores: Scores) -> Rows:
+        """A number per row that keeps weights in range."""
 
-    def weight(self, scores: Scores, reference: Rows) -> Scores: ...
+    @abc.abstractmethod
+    def weight(self, scores: Scores, reference: Rows) -> Scores:
+        """The weight of each key before normalisation."""
 
-    def finish(self, numerator: Float[Array, "*b n t v"], total: Rows, reference: Rows) -> tuple[Array, Rows]: ...
+    @abc.abstractmethod
+    def finish(self, numerator: Float[Array, "*b n t v"], total: Rows, reference: Rows) -> tuple[Array, Rows]:
+        """(out, lse) from the sums over keys."""
 
 
 def safe_log(x: Array) -> Array:
@@ -51,7 +57,7 @@ def safe_log(x: Array) -> Array:
 
 
 @part
-class Softmax:
+class Softmax(Streaming):
     """weight_j = exp(s_j) / (exp(b) + Σ_i exp(s_i)), lse = log(exp(b) + Σ_i exp(s_i)).
 
     b is the head's `null_logit` [N], the score of a key whose value is zero: a learned sink that lets a head attend
@@ -90,7 +96,7 @@ class Softmax:
 
 
 @part
-class Sigmoid:
+class Sigmoid(Streaming):
     """weight_j = σ(s_j), each key on its own, no normalisation over keys; lse = log Σ_j σ(s_j).
 
     Changing one key leaves the weights of the others as they are, so no sink can form (the attention-sink study of

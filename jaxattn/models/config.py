@@ -12,7 +12,7 @@ from flax import nnx
 from jaxattn import nn
 from jaxattn.core.bias import Alibi
 from jaxattn.core.mask import Causal, Mask
-from jaxattn.core.normalize import Sigmoid, Softmax
+from jaxattn.core.normalize import Normalize, Softmax
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Attention:
     key_heads: int | None = None
     head_dim: int | None = None
     mask: Mask | None = Causal()
-    normalize: Softmax | Sigmoid = Softmax()
+    normalize: Normalize = Softmax()
     null_logit: bool = False
     rotary_base: float | None = 10000.0
     rotary_fraction: float = 1.0
@@ -117,11 +117,12 @@ class DecoderConfig:
     vocabulary: int = 258
     context: int = 256
     width: int = 128
-    layers: tuple[Layer, ...] = field(default=(Layer(),) * 4)
+    layers: list[Layer] = field(default_factory=lambda: [Layer()] * 4)
     tied: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))  # hashable, also when it came as a list
         for name in ("vocabulary", "context", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,0 +1,218 @@
+"""The command line: train, generate, inspect, explain. `python -m jaxattn --help`.
+
+Each command is a plain function; its dataclass arguments are the config files.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxattn
+from jaxattn import analysis, models
+from jaxattn.core.mask import Causal, Mask
+from jaxattn.core.normalize import Normalize, Softmax
+
+try:
+    from jsonargparse import auto_cli
+
+    from jaxattn import viz
+    from jaxattn.train import (
+        BOS,
+        EOS,
+        VOCABULARY,
+        OptimizerConfig,
+        TrainConfig,
+        Windows,
+        decode,
+        encode,
+        fit,
+        language_loss,
+        make_optimizer,
+        read_documents,
+        split,
+        standard_library,
+    )
+except ModuleNotFoundError as error:
+    sys.exit(f"the command line needs {error.name!r}, which is not installed: install jaxattn[train,viz]")
+
+DEFAULT_FOLDER = "runs/language-model"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+        path: A text file or a folder of them, one document per file; the source of the installed Python standard
+            library if not given.
+        validation_fraction: Share of the documents that is kept for validation, between 0 and 1.
+        seed: Seed of the split.
+    """
+
+    path: str | None = None
+    validation_fraction: float = 0.05
+    seed: int = 0
+
+
+def train(
+    model: models.DecoderConfig,
+    data: DataConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    z_loss: float = 0.0,
+    folder: str = DEFAULT_FOLDER,
+):
+    """Train a byte-level language model; run it again to resume.
+
+    Args:
+        model: The decoder.
+        data: The corpus.
+        optimizer: The optimiser.
+        train: The loop.
+        z_loss: Weight of the squared log-partition in the loss; keeps logits small.
+        folder: Output folder: config, log, checkpoints and the loss figure.
+    """
+    if model.vocabulary < VOCABULARY:
+        raise ValueError(f"vocabulary is {model.vocabulary}: bytes and their specials need {VOCABULARY}")
+    documents = standard_library() if data.path is None else read_documents(data.path)
+    training, validation = split(documents, data.validation_fraction, data.seed)
+    params, loss_fn = language_loss(models.Decoder(model, rngs=nnx.Rngs(train.seed)), z_loss)
+    result = fit(
+        loss_fn=loss_fn,
+        params=params,
+        optimizer=make_optimizer(optimizer, train.steps),
+        train_data=Windows(training, model.context),
+        validation_data=Windows(validation, model.context),
+        config=train,
+        run_config={
+            "model": models.to_plain(model),
+            "data": dataclasses.asdict(data),
+            "optimizer": dataclasses.asdict(optimizer),
+            "z_loss": z_loss,
+        },
+        folder=folder,
+    )
+    figure = viz.save(viz.show_curves({Path(folder).name: result.history}), Path(folder) / "loss.png")
+    print(f"validation bits per byte {result.metrics['validation_bits_per_byte']:.3f}; loss figure {figure}")
+    return result
+
+
+def generate(
+    prompt: str = "",
+    max_new_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.95,
+    seed: int = 0,
+    folder: str = DEFAULT_FOLDER,
+):
+    """Continue a text with a trained model.
+
+    Args:
+        prompt: The text to continue; empty for the start of a document.
+        max_new_tokens: Number of bytes to add at most; up to the model's context if not given.
+        temperature: Divides the logits; 0 always takes the likeliest byte.
+        top_k: Draw from this many likeliest bytes only.
+        top_p: Draw from the fewest likeliest bytes that have this probability together.
+        seed: Seed of the draw.
+        folder: Output folder of the training run.
+    """
+    model, _ = models.load_decoder(folder)
+    tokens = np.concatenate([[BOS], encode(prompt)])[None]
+    room = model.config.context - tokens.shape[1]
+    drawn = models.generate(
+        model,
+        tokens,
+        max_new_tokens=max(room, 1) if max_new_tokens is None else max_new_tokens,
+        key=jax.random.key(seed),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        end_token=EOS,
+    )
+    text = prompt + decode(np.asarray(drawn.tokens[0, : drawn.lengths[0]]))
+    print(text)
+    return text
+
+
+def inspect(text: str, output: str = "inspect.png", folder: str = DEFAULT_FOLDER):
+    """Draw the attention weights of every head on a text, with each head's entropy and sink mass.
+
+    Args:
+        text: The text to read; at most the model's context.
+        output: The PNG to write.
+        folder: Output folder of the training run.
+    """
+    model, step = models.load_decoder(folder)
+    tokens = np.concatenate([[BOS], encode(text)])[None]
+    if tokens.shape[1] > model.config.context:
+        raise ValueError(f"text has {tokens.shape[1] - 1} bytes: need at most {model.config.context - 1} (the context)")
+    _, _, records = model(jnp.asarray(tokens), record=("weights",))
+    statistics = analysis.head_statistics(records["weights"])
+    print("layer head  entropy (nats)  sink mass")
+    for (layer, head), entropy in np.ndenumerate(np.asarray(statistics.entropy)):
+        print(f"{layer:5d} {head:4d} {entropy:15.3f} {statistics.sink_mass[layer, head]:10.3f}")
+    captions = np.vectorize("entropy {:.2f}  sink {:.2f}".format)(statistics.entropy, statistics.sink_mass)
+    name = f"{Path(folder).name}, step {step}"
+    figure = viz.show_heads({name: records["weights"][:, 0]}, {name: captions}, token_labels(tokens[0]))
+    print(f"wrote {viz.save(figure, output)}")
+    return statistics
+
+
+def explain(
+    batch: int = 1,
+    length: int = 2048,
+    keys: int | None = None,
+    heads: int = 8,
+    key_heads: int | None = None,
+    head_dim: int = 64,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    mask: Mask | None = Causal(),
+    normalize: Normalize = Softmax(),
+    implementation: str = "auto",
+):
+    """Say which implementation of attention serves a call, and why not the others.
+
+    Args:
+        batch: Number of sequences.
+        length: Number of queries.
+        keys: Number of keys; as many as queries if not given.
+        heads: Query heads.
+        key_heads: Key and value heads; as many as query heads if not given.
+        head_dim: Channels per head.
+        dtype: Of query, key and value.
+        mask: Who sees whom.
+        normalize: How scores become weights.
+        implementation: auto, or the one to ask for.
+    """
+    query = jax.ShapeDtypeStruct((batch, length, heads, head_dim), dtype)
+    key = jax.ShapeDtypeStruct((batch, keys or length, key_heads or heads, head_dim), dtype)
+    return jaxattn.explain(query, key, key, mask=mask, normalize=normalize, implementation=implementation)
+
+
+def token_labels(tokens: np.ndarray) -> list[str]:
+    """One short visible label per byte token."""
+    names = {256: "BOS", 257: "EOS", ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥"}
+    return [names.get(token) or (chr(token) if 32 < token < 127 else f"{token:02x}") for token in tokens.tolist()]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command. Errors of the user's making are one line on stderr and exit status 2."""
+    commands = {"train": train, "generate": generate, "inspect": inspect, "explain": explain}
+    defaults = {"train.model": models.to_plain(models.DecoderConfig())}
+    try:
+        auto_cli(commands, args=arguments, prog="jaxattn", set_defaults=defaults)
+    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+        print(f"jaxattn: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

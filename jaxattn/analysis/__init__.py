@@ -1,0 +1,5 @@
+"""What heads do: statistics of attention weights, per layer and head."""
+
+from jaxattn.analysis.heads import HeadStatistics, head_statistics
+
+__all__ = ["HeadStatistics", "head_statistics"]

@@ -1,0 +1,54 @@
+"""Configs as plain data, and the decoder that a training run left behind."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxattn.models.config import DecoderConfig
+from jaxattn.models.decoder import Decoder
+
+
+def to_plain(config: Any) -> Any:
+    """A config as what JSON and YAML hold; a part inside it becomes {class_path: ..., init_args: ...}.
+
+    The form is jsonargparse's, so it can stand in a `--config` file.
+    """
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = {field.name: to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        kind = type(config)
+        is_part = not jax.tree_util.all_leaves([config])
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": fields} if is_part else fields
+    if isinstance(config, tuple | list):
+        return [to_plain(item) for item in config]
+    return config
+
+
+def from_plain(plain: Any) -> DecoderConfig:
+    """The decoder config that `to_plain` made. Raises ValueError if it is none."""
+    from jsonargparse import ArgumentError, ArgumentParser  # of the extra `train`
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model", type=DecoderConfig)
+    try:
+        return parser.instantiate_classes(parser.parse_object({"model": plain})).model
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"not the config of a decoder: {error}") from None
+
+
+def load_decoder(folder: str | Path) -> tuple[Decoder, int]:
+    """The decoder in the newest good checkpoint of a run's output folder, in evaluation mode, and its step.
+
+    Raises ValueError if the folder holds no checkpoint that can be read.
+    """
+    from jaxattn.train import load, with_params  # of the extra `train`
+
+    def abstract(config: dict[str, Any]) -> Any:
+        return nnx.state(nnx.eval_shape(lambda: Decoder(from_plain(config["model"]), rngs=nnx.Rngs(0))), nnx.Param)
+
+    loaded = load(folder, abstract)
+    model = with_params(Decoder(from_plain(loaded.config["model"]), rngs=nnx.Rngs(0)), loaded.params)
+    model.eval()
+    return model, loaded.step

@@ -1,0 +1,8 @@
+"""Pictures: each function takes arrays (or a mask) and returns a matplotlib `Figure`; `save` writes it as PNG."""
+
+from jaxattn.viz.attention import show_heads
+from jaxattn.viz.curves import show_curves
+from jaxattn.viz.figure import save
+from jaxattn.viz.masks import show_mask
+
+__all__ = ["save", "show_curves", "show_heads", "show_mask"]

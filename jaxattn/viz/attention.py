@@ -1,0 +1,57 @@
+"""Pictures of attention weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from jaxattn.viz.figure import WEIGHTS
+
+MOST_TICKS = 48  # token labels are legible up to here
+
+
+def show_heads(
+    models: Mapping[str, ArrayLike], captions: Mapping[str, ArrayLike] | None = None, tokens: Sequence[str] = ()
+) -> Figure:
+    """The weights [L, N, T, S] of every head of one or more models: a grid per model, layers down, heads across.
+
+    All panels share one colour scale, the square root of the weight, so that small weights show. `captions` [L, N]
+    are texts below each panel; `tokens` [S] label the axes of the first panel of each model when they fit.
+    """
+    models = {name: np.asarray(weights, np.float32) for name, weights in models.items()}
+    if not models or any(weights.ndim != 4 for weights in models.values()):
+        raise ValueError(f"weights must be [L, N, T, S], got {[weights.shape for weights in models.values()]}")
+    captions = {name: np.asarray(caption) for name, caption in (captions or {}).items()}
+    layers = max(weights.shape[0] for weights in models.values())
+    heads = [weights.shape[1] for weights in models.values()]
+    labelled = 0 < len(tokens) <= MOST_TICKS
+    size = 2.6 if labelled else 1.25
+    figure = Figure(figsize=(size * sum(heads) + 0.6 * len(heads) + 0.8, (size + 0.42) * layers + 0.6))
+    figure.set_layout_engine("constrained")
+    scale = PowerNorm(0.5, vmin=0, vmax=max(float(weights.max()) for weights in models.values()))
+    parts = np.ravel(figure.subfigures(1, len(models), width_ratios=heads, wspace=0.04))
+    image: Any = None
+    panels: list[Any] = []
+    for part, (name, weights) in zip(parts, models.items(), strict=True):
+        part.suptitle(name, fontsize=10)
+        grid = part.subplots(layers, weights.shape[1], squeeze=False)
+        panels += list(grid.flat)
+        for (layer, head), axes in np.ndenumerate(grid):
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if layer >= len(weights):
+                axes.set_axis_off()
+                continue
+            image = axes.imshow(weights[layer, head], cmap=WEIGHTS, norm=scale, interpolation="nearest")
+            axes.set_title(f"layer {layer} head {head}", fontsize=6.5, pad=2)
+            if name in captions:
+                axes.set_xlabel(str(captions[name][layer, head]), fontsize=6.5, labelpad=2)
+            if labelled:
+                axes.set_xticks(range(len(tokens)), tokens, fontsize=4.5, family="monospace")
+                axes.set_yticks(range(len(tokens)), tokens, fontsize=4.5, family="monospace")
+                axes.tick_params(length=0, pad=1)
+    parts[-1].colorbar(image, ax=panels[-len(grid.flat) :], label="weight (colour: square root)", fraction=0.05)
+    return figure
