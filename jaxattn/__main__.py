@@ -205,7 +205,7 @@ def token_labels(tokens: np.ndarray) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Errors of the user's making are one line on stderr and exit status 2."""
-    commands = {"train": train, "generate": generate, "inspect": inspect, "explain": explain}
+    commands: dict = {"train": train, "generate": generate, "inspect": inspect, "explain": explain}
     defaults = {"train.model": models.to_plain(models.DecoderConfig())}
     try:
         auto_cli(commands, args=arguments, prog="jaxattn", set_defaults=defaults)

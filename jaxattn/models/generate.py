@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from jaxattn.core.parts import part
 from jaxattn.models.decoder import Decoder
@@ -52,8 +52,8 @@ def sample(
 
 def generate(
     model: Decoder,
-    prompts: Int[Array, "b p"],
-    lengths: Int[Array, " b"] | None = None,
+    prompts: Int[ArrayLike, "b p"],
+    lengths: Int[ArrayLike, " b"] | None = None,
     *,
     max_new_tokens: int,
     key: Key[Array, ""] | None = None,

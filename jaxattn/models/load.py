@@ -33,7 +33,7 @@ def from_plain(plain: Any) -> DecoderConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=DecoderConfig)
     try:
-        return parser.instantiate_classes(parser.parse_object({"model": plain})).model
+        return parser.instantiate(parser.parse_object({"model": plain})).model
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"not the config of a decoder: {error}") from None
 

@@ -63,9 +63,11 @@ class MultiHeadAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         key_heads = heads if key_heads is None else key_heads
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
         if head_dim is None and features % heads:
             raise ValueError(f"features {features} is no multiple of heads {heads}: choose another, or give head_dim")
-        if min(heads, key_heads) < 1 or heads % key_heads:
+        if key_heads < 1 or heads % key_heads:
             raise ValueError(f"key_heads is {key_heads} but heads is {heads}: need a divisor of {heads}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")

@@ -1,6 +1,6 @@
 """The language-model loss of any NNX model that is called as `model(tokens, mask=...) -> (logits, ...)`."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jaxattn.core.mask import Documents
 from jaxattn.train.loss import next_token_loss
 from jaxattn.train.step import LossFunction, Params
 
+M = TypeVar("M", bound=nnx.Module)
+
 
 def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossFunction]:
     """The model's parameters, and their next-token loss on packed batches, as `fit` and `make_step` take them.
@@ -18,9 +20,8 @@ def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossF
     streams of the model (dropout) restart at every step from the step's key, so a resumed run draws the same numbers;
     without a key (in evaluations) there is no dropout.
     """
-    graph, *states = nnx.split(model, nnx.Param, ...)
-    params, rest = states
-    counts, rest = rest.split(nnx.RngCount, ...)
+    graph, *states = nnx.split(model, nnx.Param, nnx.RngCount, ...)
+    params, counts, rest = states
 
     def loss_fn(params, batch, key):
         start = 0 if key is None else jax.random.bits(key, dtype=jnp.uint32)
@@ -33,7 +34,7 @@ def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossF
     return params, loss_fn
 
 
-def with_params(model: nnx.Module, params: Any) -> nnx.Module:
+def with_params(model: M, params: Any) -> M:
     """The model with these parameters, such as `Result.params` or those of a checkpoint."""
     graph, *states = nnx.split(model, nnx.Param, ...)
     return nnx.merge(graph, params, states[1])

@@ -14,41 +14,41 @@ MOST_TICKS = 48  # token labels are legible up to here
 
 
 def show_heads(
-    models: Mapping[str, ArrayLike], captions: Mapping[str, ArrayLike] | None = None, tokens: Sequence[str] = ()
+    weights: Mapping[str, ArrayLike], captions: Mapping[str, ArrayLike] | None = None, tokens: Sequence[str] = ()
 ) -> Figure:
     """The weights [L, N, T, S] of every head of one or more models: a grid per model, layers down, heads across.
 
     All panels share one colour scale, the square root of the weight, so that small weights show. `captions` [L, N]
     are texts below each panel; `tokens` [S] label the axes of the first panel of each model when they fit.
     """
-    models = {name: np.asarray(weights, np.float32) for name, weights in models.items()}
-    if not models or any(weights.ndim != 4 for weights in models.values()):
-        raise ValueError(f"weights must be [L, N, T, S], got {[weights.shape for weights in models.values()]}")
-    captions = {name: np.asarray(caption) for name, caption in (captions or {}).items()}
-    layers = max(weights.shape[0] for weights in models.values())
-    heads = [weights.shape[1] for weights in models.values()]
+    models = {name: np.asarray(of_model, np.float32) for name, of_model in weights.items()}
+    if not models or any(of_model.ndim != 4 for of_model in models.values()):
+        raise ValueError(f"weights must be [L, N, T, S], got {[of_model.shape for of_model in models.values()]}")
+    texts = {name: np.asarray(caption) for name, caption in (captions or {}).items()}
+    layers = max(of_model.shape[0] for of_model in models.values())
+    heads = [of_model.shape[1] for of_model in models.values()]
     labelled = 0 < len(tokens) <= MOST_TICKS
     size = 2.6 if labelled else 1.25
     figure = Figure(figsize=(size * sum(heads) + 0.6 * len(heads) + 0.8, (size + 0.42) * layers + 0.6))
     figure.set_layout_engine("constrained")
-    scale = PowerNorm(0.5, vmin=0, vmax=max(float(weights.max()) for weights in models.values()))
-    parts = np.ravel(figure.subfigures(1, len(models), width_ratios=heads, wspace=0.04))
+    scale = PowerNorm(0.5, vmin=0, vmax=max(float(of_model.max()) for of_model in models.values()))
+    parts: Any = figure.subfigures(1, len(models), squeeze=False, width_ratios=heads, wspace=0.04)[0]
     image: Any = None
     panels: list[Any] = []
-    for part, (name, weights) in zip(parts, models.items(), strict=True):
+    for part, (name, of_model) in zip(parts, models.items(), strict=True):
         part.suptitle(name, fontsize=10)
-        grid = part.subplots(layers, weights.shape[1], squeeze=False)
+        grid = part.subplots(layers, of_model.shape[1], squeeze=False)
         panels += list(grid.flat)
         for (layer, head), axes in np.ndenumerate(grid):
             axes.set_xticks([])
             axes.set_yticks([])
-            if layer >= len(weights):
+            if layer >= len(of_model):
                 axes.set_axis_off()
                 continue
-            image = axes.imshow(weights[layer, head], cmap=WEIGHTS, norm=scale, interpolation="nearest")
+            image = axes.imshow(of_model[layer, head], cmap=WEIGHTS, norm=scale, interpolation="nearest")
             axes.set_title(f"layer {layer} head {head}", fontsize=6.5, pad=2)
-            if name in captions:
-                axes.set_xlabel(str(captions[name][layer, head]), fontsize=6.5, labelpad=2)
+            if name in texts:
+                axes.set_xlabel(str(texts[name][layer, head]), fontsize=6.5, labelpad=2)
             if labelled:
                 axes.set_xticks(range(len(tokens)), tokens, fontsize=4.5, family="monospace")
                 axes.set_yticks(range(len(tokens)), tokens, fontsize=4.5, family="monospace")

@@ -1,5 +1,6 @@
 """A picture of any mask."""
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ def show_mask(mask: Mask, queries: int, keys: int | None = None, title: str | No
     keys = queries if keys is None else keys
     if min(queries, keys) < 1:
         raise ValueError(f"queries and keys must be at least 1, got {queries} and {keys}")
-    shown = np.asarray(mask(np.arange(queries, dtype=np.int32)[:, None], np.arange(keys, dtype=np.int32)[None, :]))
+    shown = np.asarray(mask(jnp.arange(queries)[:, None], jnp.arange(keys)[None, :]))
     shown = np.broadcast_to(shown, np.broadcast_shapes(shown.shape, (queries, keys)))
     shown = shown.reshape(-1, queries, keys)[0]
     figure = Figure(figsize=(3.6, 3.6 * queries / keys + 0.5), layout="constrained")

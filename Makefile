@@ -1,0 +1,35 @@
+# Everything runs in a virtual environment of its own; `make demo` and `make test` build it first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test check format figures clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m experiments.demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The pictures of the README, from a fresh demo run.
+figures: demo
+	$(BIN)/python -m experiments.figures
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python {sys.version.split()[0]}: need 3.11 or newer; try make PYTHON=...") \
+		if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache runs

@@ -1,0 +1,1 @@
+"""Experiments: programs over the library, each of which reports what it measured."""

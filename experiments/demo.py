@@ -1,0 +1,80 @@
+"""The main job, end to end: train three decoders that differ only in their attention, generate, look inside.
+
+`python -m experiments.demo` (or `make demo`): real text (the source of the installed Python standard library), the
+same steps for each, one table, a few generated lines, and two figures. Run again, it resumes where it was.
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxattn import Causal, Sigmoid, Sinks, Window, analysis, models, viz
+from jaxattn.__main__ import DataConfig, generate, token_labels, train
+from jaxattn.train import BOS, OptimizerConfig, TrainConfig, encode
+
+# Width, batch and learning rate by measurement: see "Choosing the demo's size" in the README.
+CONTEXT, WIDTH, LAYERS = 128, 128, 4
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=40)
+TRAINING = TrainConfig(steps=400, batch_size=16, eval_every=100, save_every=100, log_every=10)
+
+BASE = models.Attention(heads=4, qk_norm=True)
+ATTENTIONS = {
+    "softmax": BASE,
+    "window+sinks": dataclasses.replace(BASE, mask=Causal() & (Window(31) | Sinks(4))),
+    "sigmoid": dataclasses.replace(BASE, normalize=Sigmoid()),
+}
+PROMPT = "def read(self, size=-1):\n    "
+TEXT = "for name in names: print(name)\n"
+
+
+def main(folder: Path, steps: int) -> dict[str, float]:
+    """Runs everything; returns the validation bits per byte of each decoder."""
+    console, started = Console(), time.perf_counter()
+    training = dataclasses.replace(TRAINING, steps=steps)
+    optimizer = dataclasses.replace(OPTIMIZER, warmup_steps=min(OPTIMIZER.warmup_steps, steps // 2))
+    results, weights, captions = {}, {}, {}
+    for name, attention in ATTENTIONS.items():
+        console.rule(f"training: {name}")
+        config = models.DecoderConfig(context=CONTEXT, width=WIDTH, layers=[models.Layer(attention)] * LAYERS)
+        results[name] = train(config, DataConfig(), optimizer, training, folder=str(folder / name))
+
+    table = Table(title=f"{steps} steps of {TRAINING.batch_size * CONTEXT} bytes on the Python standard library")
+    for column in ("attention", "validation bits per byte", "tokens/s", "parameters"):
+        table.add_column(column, justify="left" if column == "attention" else "right")
+    for name, result in results.items():
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(result.params))
+        bits = result.metrics["validation_bits_per_byte"]
+        table.add_row(name, f"{bits:.3f}", f"{result.tokens_per_second:,.0f}", f"{parameters:,}")
+    console.print(table)
+
+    tokens = np.concatenate([[BOS], encode(TEXT)])
+    for name in ATTENTIONS:
+        console.rule(f"generated: {name}")
+        generate(PROMPT, max_new_tokens=CONTEXT - len(PROMPT) - 1, folder=str(folder / name))
+        model, _ = models.load_decoder(folder / name)
+        _, _, records = model(jnp.asarray(tokens)[None], record=("weights",))
+        statistics = analysis.head_statistics(records["weights"])
+        weights[name] = records["weights"][:, 0]
+        captions[name] = np.vectorize("H {:.1f}  sink {:.2f}".format)(statistics.entropy, statistics.sink_mass)
+
+    curves = viz.show_curves({name: result.history for name, result in results.items()})
+    loss = viz.save(curves, folder / "loss.png")
+    heads = viz.save(viz.show_heads(weights, captions, token_labels(tokens)), folder / "attention.png")
+    console.rule()
+    console.print(f"figures: {loss} and {heads}; {time.perf_counter() - started:.0f} s in all", soft_wrap=True)
+    return {name: result.metrics["validation_bits_per_byte"] for name, result in results.items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)")
+    parser.add_argument("--steps", type=int, default=TRAINING.steps, help="training steps of each decoder")
+    arguments = parser.parse_args()
+    main(arguments.folder, arguments.steps)

@@ -1,0 +1,13 @@
+"""The pictures of the README: the mask it composes, and the two figures of the last demo run."""
+
+import shutil
+from pathlib import Path
+
+from jaxattn import Causal, Sinks, Window, viz
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+if __name__ == "__main__":
+    viz.save(viz.show_mask(Causal() & (Window(7) | Sinks(3)), 32), DOCS / "mask.png")
+    for name in ("loss.png", "attention.png"):
+        shutil.copy(Path("runs/demo") / name, DOCS / name)

@@ -1,0 +1,165 @@
+"""The command line: train, resume, generate, inspect, explain; and one clear line for every mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jaxattn import Causal, Sigmoid, Window, models
+from jaxattn.__main__ import main
+
+MODEL = models.DecoderConfig(
+    context=32,
+    width=16,
+    layers=[
+        models.Layer(models.Attention(heads=2)),
+        models.Layer(models.Attention(heads=2, mask=Causal() & Window(5), normalize=Sigmoid())),
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(f"line {number} of a small text\n" * 20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(corpus, tmp_path_factory):
+    """A YAML config file, as `--print_config` writes and `--config` reads it."""
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
+    plain = {
+        "model": models.to_plain(MODEL),
+        "data": {"path": str(corpus), "validation_fraction": 0.25},
+        "optimizer": {"warmup_steps": 2},
+        "train": {"steps": 4, "batch_size": 2, "eval_batches": 1, "save_every": 2, "log_every": 1},
+    }
+    file.write_text(yaml.safe_dump(plain))
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    main(["train", "--config", str(config), "--folder", str(folder)])
+    return folder
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr of a command that must fail with status 2."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_training_leaves_a_log_a_figure_and_a_model(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert "validation_bits_per_byte" in lines[-1]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    model, step = models.load_decoder(run)
+    assert step == 4
+    assert model.config == MODEL
+
+
+def test_training_again_says_it_is_complete(run, config, capsys):
+    before = (run / "metrics.jsonl").read_text()
+    main(["train", "--config", str(config), "--folder", str(run)])
+    assert "complete" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_generate_continues_the_prompt_the_same_way_for_the_same_seed(run, capsys):
+    texts = []
+    for seed in (0, 0, 1):
+        main(["generate", "--folder", str(run), "--prompt", "line", "--max_new_tokens", "12", "--seed", str(seed)])
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("line")
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_inspect_draws_every_head(run, tmp_path, capsys):
+    main(["inspect", "line 3 of", "--folder", str(run), "--output", str(tmp_path / "heads.png")])
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert [(layer, head) for layer, head, *_ in rows] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
+    assert all(float(entropy) >= 0 and 0 <= float(sink) <= 1 for _, _, entropy, sink in rows)
+
+
+def test_explain_names_an_implementation(capsys):
+    main(["explain", "--length", "8192", "--mask", "jaxattn.Window", "--mask.left", "256"])
+    assert "-> tiled" in capsys.readouterr().out
+    main(["explain", "--length", "16"])
+    assert "-> dense" in capsys.readouterr().out
+
+
+def test_printed_config_is_a_config(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--model.width", "48", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert models.from_plain(printed["model"]) == models.DecoderConfig(width=48)
+
+
+def test_help_documents_every_field(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "Number of positions it is trained for",
+        "Share of the documents",
+        "peak learning rate",
+        "micro-batch",
+    ):
+        assert words.lower() in shown.lower()
+
+
+def test_configs_survive_json():
+    assert models.from_plain(json.loads(json.dumps(models.to_plain(MODEL)))) == MODEL
+    with pytest.raises(ValueError, match=r"not the config of a decoder.*width"):
+        models.from_plain({"width": "wide"})
+
+
+def test_another_config_in_the_folder_names_the_field(run, config, capsys):
+    error = fails(capsys, "train", "--config", config, "--folder", run, "--optimizer.learning_rate", "0.5")
+    assert "optimizer.learning_rate was 0.001, now 0.5" in error
+    assert error.count("\n") == 1
+
+
+def test_mistakes_get_one_line(run, config, corpus, tmp_path, capsys):
+    assert "longer than the model's context of 32" in fails(capsys, "generate", "--folder", run, "--prompt", "x" * 40)
+    assert "at most 31 (the context)" in fails(capsys, "inspect", "x" * 40, "--folder", run)
+    assert "does not exist" in fails(capsys, "generate", "--folder", tmp_path / "none")
+    train = ("train", "--config", config, "--folder", tmp_path / "new")
+    assert "does not exist" in fails(capsys, *train, "--data.path", tmp_path / "none")
+    (tmp_path / "image.txt").write_bytes(b"\x89PNG\xff")
+    assert "is not UTF-8 text" in fails(capsys, *train, "--data.path", tmp_path / "image.txt")
+    (tmp_path / "empty").mkdir()
+    assert "holds no text" in fails(capsys, *train, "--data.path", tmp_path / "empty")
+    assert "need 258" in fails(capsys, *train, "--model.vocabulary", "100")
+    assert "unknown" in fails(capsys, "explain", "--implementation", "magic")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    data = [file for file in (copy / "checkpoints" / "4").rglob("*") if file.is_file() and file.stat().st_size > 1000]
+    for file in data:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="step 4 is damaged"):
+        _, step = models.load_decoder(copy)
+    assert step == 2
+
+
+def test_the_module_and_the_script_are_the_same_command():
+    for command in ([sys.executable, "-m", "jaxattn"], [str(Path(sys.executable).parent / "jaxattn")]):
+        if Path(command[0]).exists():
+            shown = subprocess.run([*command, "explain", "--length", "8"], capture_output=True, text=True, check=True)
+            assert "-> dense" in shown.stdout
