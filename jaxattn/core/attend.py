@@ -19,8 +19,8 @@ from jaxattn.core.tiled import tiled
 
 Implementation = Literal["auto", "dense", "tiled"]
 
-# Below this many bytes of scores the dense implementation is as fast as the tiled one or faster (see `benchmarks`).
-DENSE_BYTES = 2**24
+# Up to this many bytes of scores the dense implementation is about as fast as the tiled one (see `benchmarks`).
+DENSE_BYTES = 2**22
 
 
 def attend(

@@ -1,0 +1,1 @@
+"""Benchmarks: speed and memory side by side in one process. `python -m benchmarks`."""
