@@ -30,7 +30,8 @@ def sample(
     """Draws from softmax(logits / temperature) restricted to likely tokens; temperature 0 is the greedy choice.
 
     top_k keeps the k largest logits. top_p then keeps the smallest set of largest probabilities that reaches p
-    (nucleus sampling, Holtzman et al., 2020), never less than one token. All three may be arrays: nothing recompiles.
+    (nucleus sampling, Holtzman et al., 2020), never less than one token. Tied logits stay or go together.
+    All three may be scalar arrays: nothing recompiles.
     """
     logits = logits.astype(jnp.float32)
     greedy = logits.argmax(-1)
@@ -75,7 +76,7 @@ def generate(
     if prompts.ndim != 2 or 0 in prompts.shape or not jnp.issubdtype(prompts.dtype, jnp.integer):
         raise ValueError(f"prompts must be integers [batch, length], not empty, got {prompts.dtype}{prompts.shape}")
     batch, length = prompts.shape
-    lengths = jnp.full(batch, length) if lengths is None else jnp.asarray(lengths)
+    lengths = jnp.full(batch, length, jnp.int32) if lengths is None else jnp.asarray(lengths)
     if lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > length:
         raise ValueError(f"lengths must be {batch} numbers from 1 to {length}, got {np.asarray(lengths).tolist()}")
     context, longest = model.config.context, int(lengths.max())
@@ -86,7 +87,7 @@ def generate(
             f"max_new_tokens is {max_new_tokens} after a prompt of {longest}: "
             f"need 1 to {context - longest}, so that both fit the model's context of {context}"
         )
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(
             f"need temperature >= 0, top_k >= 1 and 0 < top_p <= 1, got {temperature}, {top_k} and {top_p}"
         )
@@ -96,8 +97,11 @@ def generate(
     evaluation = nnx.merge(*nnx.split(model))
     evaluation.eval()
     graph, arrays = nnx.split(evaluation)
-    arguments = (prompts, lengths, key, temperature, top_k, top_p, -1 if end_token is None else end_token)
-    return _generate(graph, max_new_tokens, arrays, *arguments)
+    end_token = -1 if end_token is None else end_token
+    # In one dtype each, whatever number was given: a temperature of 0 and one of 0.7 run the same program.
+    settings = (temperature, jnp.float32), (top_k, jnp.int32), (top_p, jnp.float32), (end_token, jnp.int32)
+    scalars = (None if value is None else jnp.asarray(value, dtype) for value, dtype in settings)
+    return _generate(graph, max_new_tokens, arrays, prompts, lengths, key, *scalars)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
