@@ -64,10 +64,8 @@ def measure(length: int, backward: bool, turns: int) -> dict[str, tuple[float, f
             start = time.perf_counter()
             jax.block_until_ready(function(*arrays))
             seconds[name].append(time.perf_counter() - start)
-    return {
-        name: (statistics.median(seconds[name][1:]), function.memory_analysis().temp_size_in_bytes / 2**20)
-        for name, function in compiled.items()
-    }
+    memory: dict[str, Any] = {name: function.memory_analysis() for name, function in compiled.items()}
+    return {name: (statistics.median(seconds[name][1:]), memory[name].temp_size_in_bytes / 2**20) for name in compiled}
 
 
 def main(lengths: list[int], turns: int) -> None:

@@ -144,8 +144,8 @@ def _call(query, key, value, score, bias, mask, normalize, query_positions, key_
         mask,
         normalize,
         None if dropout is None else dropout.draw(tuple(batch), heads),
-        query_positions[..., None, :, None],
-        key_positions[..., None, None, :],
+        query_positions.astype(np.int32)[..., None, :, None],
+        key_positions.astype(np.int32)[..., None, None, :],
     )
 
 

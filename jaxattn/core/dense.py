@@ -4,15 +4,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxattn.core.call import Call
-from jaxattn.core.score import grouped_matmul
+from jaxattn.core.score import biased_scores, grouped_matmul
 
 
 def scores(call: Call) -> Float[Array, "*b n t s"]:
     """score(q, k) + bias."""
-    scores = call.score(call.query.swapaxes(-2, -3), call.key.swapaxes(-2, -3))
-    if call.bias is None:
-        return scores
-    return scores + call.bias(call.query_positions, call.key_positions).astype(scores.dtype)
+    query, key = call.query.swapaxes(-2, -3), call.key.swapaxes(-2, -3)
+    return biased_scores(call.score, call.bias, query, key, call.query_positions, call.key_positions)
 
 
 def visible(call: Call) -> Bool[Array, "#*b #n t s"]:

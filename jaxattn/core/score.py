@@ -4,6 +4,8 @@ A score is a part called on a tile, `score(query [..., N, T, H], key [..., K, S,
 in float32 or better. Query head n belongs to key head n // (N / K).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -49,6 +51,15 @@ def grouped_matmul_transpose(
         precision=_precision(rows, products),
         preferred_element_type=accumulator(rows, products),
     )
+
+
+def biased_scores(
+    score: Any, bias: Any, query: Array, key: Array, query_positions: Array, key_positions: Array
+) -> Array:
+    """score(q, k) + bias(positions) of a tile, heads first, in the accumulator's dtype whatever the parts hold."""
+    dtype = accumulator(query, key)
+    scores = score(query, key).astype(dtype)
+    return scores if bias is None else scores + bias(query_positions, key_positions).astype(dtype)
 
 
 @part

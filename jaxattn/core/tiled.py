@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn.core.blocks import BlockIndex, block_index, choose_block
 from jaxattn.core.call import Call
 from jaxattn.core.parts import cotangent, inexact_leaves
-from jaxattn.core.score import accumulator, grouped_matmul, grouped_matmul_transpose
+from jaxattn.core.score import accumulator, biased_scores, grouped_matmul, grouped_matmul_transpose
 
 
 class Sums(NamedTuple):
@@ -76,12 +76,6 @@ def _key_tile(j, learned: Learned, given: Given):
     return key, value, _tile(given.key_positions, j, -2)
 
 
-def _scores(parts, query, key, query_positions, key_positions):
-    score, bias, _ = parts
-    scores = score(query, key)
-    return scores if bias is None else scores + bias(query_positions, key_positions).astype(scores.dtype)
-
-
 def _visible(mask, query_positions, key_positions):
     shown = (query_positions >= 0) & (key_positions >= 0)
     return shown if mask is None else shown & mask(query_positions, key_positions)
@@ -101,14 +95,14 @@ def _over_tiles(loops: tuple[bool, bool], active: BlockIndex, row, visit, carry)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(loops: tuple[bool, bool], learned: Learned, given: Given) -> Sums:
     """The three numbers of every query, [qb, *b, n, bq, ...]; differentiable but for `reference`."""
-    normalize = learned.parts[-1]
+    score, bias, normalize = learned.parts
 
     def one_query_tile(row):
         query, query_positions = _query_tile(row, learned, given)
 
         def visit(j, masked, sums):
             key, value, key_positions = _key_tile(j, learned, given)
-            scores = _scores(learned.parts, query, key, query_positions, key_positions)
+            scores = biased_scores(score, bias, query, key, query_positions, key_positions)
             if masked:
                 scores = jnp.where(_visible(given.mask, query_positions, key_positions), scores, -jnp.inf)
             reference = jnp.maximum(sums.reference, normalize.reference(scores))
@@ -150,11 +144,9 @@ def _sums_backward(loops, residuals, cotangents):
             visible = _visible(given.mask, query_positions, key_positions) if masked else True
 
             def weights_of(query, key, leaves):
-                parts = rebuild(leaves)
-                scores = _scores(parts, query, key, query_positions, key_positions)
-                if masked:
-                    scores = jnp.where(visible, scores, -jnp.inf)
-                return parts[-1].weight(scores, reference)
+                score, bias, normalize = rebuild(leaves)
+                scores = biased_scores(score, bias, query, key, query_positions, key_positions)
+                return normalize.weight(jnp.where(visible, scores, -jnp.inf) if masked else scores, reference)
 
             weights, pull = jax.vjp(weights_of, query, key, leaves)
             d_weights = grouped_matmul(d_numerator, value.astype(d_numerator.dtype).swapaxes(-1, -2))
@@ -162,7 +154,7 @@ def _sums_backward(loops, residuals, cotangents):
             if given.dropout is not None:
                 keep = given.dropout(query_positions, key_positions).astype(weights.dtype)
                 d_weights, kept = d_weights * keep, weights * keep
-            d_query_j, d_key_j, d_leaves_j = pull(d_weights + d_total[..., None])
+            d_query_j, d_key_j, d_leaves_j = pull((d_weights + d_total[..., None]).astype(weights.dtype))
             d_value_j = grouped_matmul_transpose(kept, d_numerator, value.shape[-3])
             return (
                 d_query + d_query_j,
