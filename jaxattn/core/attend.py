@@ -160,7 +160,7 @@ def _choose(arguments: tuple, block: Any, implementation: str) -> tuple[str, dic
         raise ValueError(f"block must be at least 1, got {block}")
     _check(*arguments)
     size = 4 * query.size // query.shape[-1] * key.shape[-3]
-    held = f"the {query.shape[-3]} x {key.shape[-3]} scores of all heads take {size / 2**20:.3g} MiB"
+    held = f"the {query.shape[-3]} x {key.shape[-3]} scores of all heads take {size / 2**20:,.4g} MiB"
     refusal = None if isinstance(normalize, Streaming) else _whole_rows(normalize)
     if implementation != "auto":
         if implementation == "tiled" and refusal:
@@ -168,7 +168,7 @@ def _choose(arguments: tuple, block: Any, implementation: str) -> tuple[str, dic
         name = implementation
     else:
         name = "dense" if refusal or size <= DENSE_BYTES else "tiled"
-    limit = f"{DENSE_BYTES / 2**20:.3g} MiB"
+    limit = f"{DENSE_BYTES / 2**20:,.4g} MiB"
     why = {
         "dense": f"{held}, {'at most' if size <= DENSE_BYTES else 'more than'} {limit}",
         "tiled": f"cannot serve {refusal}" if refusal else f"serves this call in linear memory; chosen above {limit}",

@@ -76,6 +76,21 @@ def _key_tile(j, learned: Learned, given: Given):
     return key, value, _tile(given.key_positions, j, -2)
 
 
+def _axes(tree: Any) -> frozenset[str]:
+    """The mesh axes over which some leaf differs between devices, inside `jax.shard_map`; else none."""
+    return frozenset[str]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
+
+
+def _vary(tree: Any, axes: frozenset[str]) -> Any:
+    """The same arrays, typed as differing over these mesh axes, as a loop's carry and a cotangent have to be."""
+
+    def cast(x: Array) -> Array:
+        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
 def _visible(mask, query_positions, key_positions):
     shown = (query_positions >= 0) & (key_positions >= 0)
     return shown if mask is None else shown & mask(query_positions, key_positions)
@@ -119,7 +134,7 @@ def _sums(loops: tuple[bool, bool], learned: Learned, given: Given) -> Sums:
         start = Sums(
             jnp.zeros((*rows, learned.value.shape[-1]), dtype), jnp.zeros(rows, dtype), jnp.full(rows, -jnp.inf, dtype)
         )
-        sums = _over_tiles(loops, given.active, row, visit, start)
+        sums = _over_tiles(loops, given.active, row, visit, _vary(start, _axes(learned)))
         return sums._replace(reference=jnp.where(jnp.isneginf(sums.reference), 0, sums.reference))
 
     return jax.lax.map(one_query_tile, jnp.arange(learned.query.shape[-4]))
@@ -163,7 +178,7 @@ def _sums_backward(loops, residuals, cotangents):
                 jax.tree.map(jnp.add, d_leaves, d_leaves_j),
             )
 
-        d_query = jnp.zeros(query.shape, d_numerator.dtype)
+        d_query = _vary(jnp.zeros(query.shape, d_numerator.dtype), _axes(learned))
         d_query, *carry = _over_tiles(loops, given.active, row, visit, (d_query, *carry))
         return tuple(carry), d_query.swapaxes(-2, -3)
 
@@ -174,7 +189,7 @@ def _sums_backward(loops, residuals, cotangents):
         [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves],
     )
     tiles = (jnp.arange(learned.query.shape[-4]), reference, cotangents.numerator, cotangents.total)
-    (d_key, d_value, d_leaves), d_query = jax.lax.scan(one_query_tile, start, tiles)
+    (d_key, d_value, d_leaves), d_query = jax.lax.scan(one_query_tile, _vary(start, _axes(learned)), tiles)
     gradient = Learned(
         jnp.moveaxis(d_query, 0, -4).astype(learned.query.dtype),
         d_key.astype(learned.key.dtype),
@@ -207,6 +222,7 @@ def tiled(call: Call, block: tuple[int, int] | None) -> tuple[Float[Array, "*b t
         (call.score, call.bias, call.normalize),
     )
     given = Given(call.mask, call.dropout, *jax.tree.map(jnp.asarray, (query_positions, key_positions, index)))
+    learned = _vary(jax.tree.map(jnp.asarray, learned), _axes((learned, given)))
     out, lse = call.normalize.finish(*_sums(loops, learned, given))  # [qb, *b, n, bq, v] and [qb, *b, n, bq]
     *batch, length, heads, _ = call.query.shape
     out = jnp.moveaxis(out.swapaxes(-2, -3), 0, -4).reshape(*batch, -1, heads, out.shape[-1])
