@@ -31,7 +31,7 @@ ATTENTIONS = {
     "sigmoid": dataclasses.replace(BASE, normalize=Sigmoid()),
 }
 PROMPT = "def read(self, size=-1):\n    "
-TEXT = "for name in names: print(name)\n"
+TEXT = "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n"
 
 
 def main(folder: Path, steps: int) -> dict[str, float]:

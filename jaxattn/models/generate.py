@@ -35,6 +35,7 @@ def sample(
     """
     logits = logits.astype(jnp.float32)
     greedy = logits.argmax(-1)
+    logits = logits - logits.max(-1, keepdims=True)  # at most 0: no temperature is so small that they overflow to +inf
     logits = logits / jnp.where(temperature == 0, 1.0, temperature)
     order = jnp.sort(logits, axis=-1, descending=True)
     floor = jnp.full(logits.shape[:-1], -jnp.inf)
@@ -69,7 +70,7 @@ def generate(
     The whole loop is one compiled program, kept for later calls with the same shapes; it stops when every sequence
     has ended. `sample` tells what temperature, top_k and top_p do; `key` is needed unless temperature is 0.
 
-    Raises ValueError for empty prompts or lengths that do not fit, if the prompt and the new tokens exceed the model's
+    Raises ValueError for empty prompts, unknown tokens or lengths that do not fit, if the prompt and the new tokens exceed the model's
     context, and for sampling parameters out of range.
     """
     prompts = jnp.asarray(prompts)
@@ -79,6 +80,11 @@ def generate(
     lengths = jnp.full(batch, length, jnp.int32) if lengths is None else jnp.asarray(lengths)
     if lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > length:
         raise ValueError(f"lengths must be {batch} numbers from 1 to {length}, got {np.asarray(lengths).tolist()}")
+    given = np.asarray(prompts)[np.arange(length) < np.asarray(lengths)[:, None]]
+    if given.min() < 0 or given.max() >= model.config.vocabulary:
+        raise ValueError(
+            f"prompts has tokens from {given.min()} to {given.max()}: need 0 to {model.config.vocabulary - 1}"
+        )
     context, longest = model.config.context, int(lengths.max())
     if longest > context:
         raise ValueError(f"prompts has {longest} tokens: longer than the model's context of {context}")

@@ -19,7 +19,8 @@ def show_heads(
     """The weights [L, N, T, S] of every head of one or more models: a grid per model, layers down, heads across.
 
     All panels share one colour scale, the square root of the weight, so that small weights show. `captions` [L, N]
-    are texts below each panel; `tokens` [S] label the axes of the first panel of each model when they fit.
+    are texts below each panel; `tokens` [S] label the axes where they are legible (one model, few tokens).
+    Raises ValueError for weights of another rank.
     """
     models = {name: np.asarray(of_model, np.float32) for name, of_model in weights.items()}
     if not models or any(of_model.ndim != 4 for of_model in models.values()):
@@ -27,18 +28,17 @@ def show_heads(
     texts = {name: np.asarray(caption) for name, caption in (captions or {}).items()}
     layers = max(of_model.shape[0] for of_model in models.values())
     heads = [of_model.shape[1] for of_model in models.values()]
-    labelled = 0 < len(tokens) <= MOST_TICKS
+    labelled = 0 < len(tokens) <= MOST_TICKS and len(models) == 1
     size = 2.6 if labelled else 1.25
-    figure = Figure(figsize=(size * sum(heads) + 0.6 * len(heads) + 0.8, (size + 0.42) * layers + 0.6))
-    figure.set_layout_engine("constrained")
+    figure = Figure(figsize=(size * sum(heads) + 0.3 * len(heads) + 0.9, (size + 0.25) * layers + 0.5))
+    figure.set_layout_engine("constrained", h_pad=0.02)
     scale = PowerNorm(0.5, vmin=0, vmax=max(float(of_model.max()) for of_model in models.values()))
-    parts: Any = figure.subfigures(1, len(models), squeeze=False, width_ratios=heads, wspace=0.04)[0]
+    columns: Any = figure.subfigures(1, len(models) + 1, width_ratios=[*heads, 0.8 / size], wspace=0.02)
+    *parts, legend = columns
     image: Any = None
-    panels: list[Any] = []
     for part, (name, of_model) in zip(parts, models.items(), strict=True):
         part.suptitle(name, fontsize=10)
         grid = part.subplots(layers, of_model.shape[1], squeeze=False)
-        panels += list(grid.flat)
         for (layer, head), axes in np.ndenumerate(grid):
             axes.set_xticks([])
             axes.set_yticks([])
@@ -53,5 +53,7 @@ def show_heads(
                 axes.set_xticks(range(len(tokens)), tokens, fontsize=4.5, family="monospace")
                 axes.set_yticks(range(len(tokens)), tokens, fontsize=4.5, family="monospace")
                 axes.tick_params(length=0, pad=1)
-    parts[-1].colorbar(image, ax=panels[-len(grid.flat) :], label="weight (colour: square root)", fraction=0.05)
+    bar = legend.colorbar(image, cax=legend.add_axes((0.1, 0.2, 0.2, 0.6)))
+    bar.set_label("weight", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return figure

@@ -7,6 +7,10 @@ import pytest
 from jaxattn import Causal, Documents, Sinks, Window, viz
 
 
+def panels_of(figure):
+    return [axes for part in figure.subfigs for axes in part.axes if axes.get_title()]
+
+
 def image(axes):
     return np.asarray(axes.get_images()[0].get_array())
 
@@ -31,12 +35,18 @@ def test_every_head_has_its_panel_caption_and_weights():
     weights = np.random.default_rng(0).uniform(size=(2, 3, 4, 4))
     captions = np.array([[f"{layer}.{head}" for head in range(3)] for layer in range(2)])
     figure = viz.show_heads({"a": weights, "b": weights[:1]}, {"a": captions}, list("abcd"))
-    panels = [axes for part in figure.subfigs for axes in part.axes if axes.get_title()]
+    panels = panels_of(figure)
     assert len(panels) == 2 * 3 + 3
     for axes, expected in zip(panels, [*weights.reshape(6, 4, 4), *weights[0]], strict=True):
         np.testing.assert_allclose(image(axes), expected, rtol=1e-6)
     assert [axes.get_xlabel() for axes in panels[:6]] == captions.ravel().tolist()
-    assert [label.get_text() for label in panels[0].get_xticklabels()] == list("abcd")
+    assert not panels[0].get_xticklabels()
+
+
+def test_one_model_of_few_tokens_has_them_on_its_axes():
+    panels = panels_of(viz.show_heads({"a": np.ones((1, 2, 4, 4))}, tokens=list("abcd")))
+    for axes in panels:
+        assert [label.get_text() for label in axes.get_xticklabels()] == list("abcd")
 
 
 def test_weights_of_the_wrong_rank_raise():
