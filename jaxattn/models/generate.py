@@ -70,8 +70,8 @@ def generate(
     The whole loop is one compiled program, kept for later calls with the same shapes; it stops when every sequence
     has ended. `sample` tells what temperature, top_k and top_p do; `key` is needed unless temperature is 0.
 
-    Raises ValueError for empty prompts, unknown tokens or lengths that do not fit, if the prompt and the new tokens exceed the model's
-    context, and for sampling parameters out of range.
+    Raises ValueError for empty prompts, unknown tokens or lengths that do not fit, if the prompt and the new tokens
+    exceed the model's context, and for sampling parameters out of range.
     """
     prompts = jnp.asarray(prompts)
     if prompts.ndim != 2 or 0 in prompts.shape or not jnp.issubdtype(prompts.dtype, jnp.integer):

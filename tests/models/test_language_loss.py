@@ -1,0 +1,127 @@
+"""train.language_loss of a decoder: one number per key, the same number for the same key, and a gradient everywhere."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import HEADS, MIXED, PLAIN, VOCABULARY, assert_close, decoder, run, shared, tokens
+
+from jaxattn import Documents
+from jaxattn.models import Attention, Layer, from_plain, to_plain
+from jaxattn.models.config import DecoderConfig
+from jaxattn.train import language_loss, with_params
+
+B, T = 2, 10
+DROPPED = Layer(dataclasses.replace(PLAIN.mixer, dropout=0.5), PLAIN.feed_forward)
+
+
+def batch():
+    rng, sequences = np.random.default_rng(4), tokens(B, T + 1)
+    documents = np.sort(rng.integers(0, 3, (B, T)), axis=-1)
+    return {
+        "tokens": jnp.asarray(sequences[:, :-1]),
+        "targets": jnp.asarray(sequences[:, 1:]),
+        "documents": jnp.asarray(documents),
+        "weights": jnp.asarray(rng.random((B, T)) < 0.8, jnp.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def dropped():
+    model = decoder((DROPPED, DROPPED))
+    params, loss = language_loss(model)
+    compiled = jax.jit(lambda params, key: loss(params, batch(), key)[0])
+    return model, params, lambda key: np.asarray(compiled(params, key))
+
+
+def test_the_same_key_gives_the_same_loss_and_another_key_another(dropped):
+    *_, loss = dropped
+    one, same, other = (loss(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert one.tobytes() == same.tobytes()
+    assert one != other
+
+
+def test_without_a_key_there_is_no_dropout(dropped):
+    """The loss is then the cross-entropy of the evaluated model's logits, here in NumPy."""
+    model, _params, loss = dropped
+    given = {name: np.asarray(x) for name, x in batch().items()}
+    logits = np.asarray(run(model, given["tokens"], mask=Documents(batch()["documents"]))[0], np.float64)
+    nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, given["targets"][..., None], -1)[..., 0]
+    assert_close(loss(None), (nll * given["weights"]).sum())
+    assert loss(None) == loss(None)
+    assert abs(loss(jax.random.key(0)) - loss(None)) > 1e-3 * loss(None)
+
+
+def test_the_loss_leaves_the_model_as_it_is(dropped):
+    model, _, loss = dropped
+    before = [np.asarray(x) for x in jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngKey)))]
+    loss(jax.random.key(5))
+    after = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngKey)))
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    assert model.runs[0].mixer.deterministic
+
+
+def test_dropout_differs_between_layers_of_a_stack_and_between_calls():
+    """Two layers with the same weights on the same input, alike but for what they drop."""
+    stack = decoder((DROPPED, DROPPED)).runs[0]
+    graph, arrays = nnx.split(stack)
+    layers = [nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], arrays)).mixer for i in (0, 1)]
+    nnx.update(layers[1], nnx.state(layers[0], nnx.Param))
+    x = np.random.default_rng(0).standard_normal((B, T, 16)).astype(np.float32)
+    call = nnx.jit(lambda mixer, x: mixer(x)[0])
+    np.testing.assert_array_equal(call(layers[0], x), call(layers[1], x))
+    for layer in layers:
+        layer.train()
+    drawn = [np.asarray(call(layer, x)) for layer in (layers[0], layers[1], layers[0], layers[1])]
+    assert all((drawn[i] != drawn[j]).any() for i in range(4) for j in range(i))
+
+
+def test_a_model_in_training_draws_anew_at_every_call():
+    model, x = decoder((DROPPED,)), tokens(B, T)
+    model.train()
+    one, other = (np.asarray(run(model, x)[0]) for _ in range(2))
+    assert (one != other).any()
+    model.eval()
+    np.testing.assert_array_equal(run(model, x)[0], run(model, x)[0])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_gradient_reaches_every_parameter_of_every_layer(tied):
+    model = shared((PLAIN,)) if tied else decoder(MIXED, tied=False)
+    params, loss = language_loss(model)
+    gradient = jax.jit(jax.grad(lambda params: loss(params, batch(), None)[0]))(params)
+    flat = {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(gradient)}
+    assert sum(name.endswith("null_logit") for name in flat) == (not tied)
+    assert ("head/kernel" in flat) == (not tied)
+    for name, leaf in flat.items():
+        layers = leaf if name.startswith("runs") else leaf[None]
+        assert (abs(layers).reshape(len(layers), -1).max(-1) > 0).all(), name
+        assert np.isfinite(leaf).all(), name
+
+
+def test_a_z_loss_adds_the_squares_of_the_log_normalisers():
+    params, loss = language_loss(shared((PLAIN,)), 0.5)
+    total, sums = jax.jit(lambda params: loss(params, batch(), None))(params)
+    logits = run(shared((PLAIN,)), batch()["tokens"], mask=Documents(batch()["documents"]))[0]
+    z = np.log(np.exp(np.asarray(logits, np.float64)).sum(-1))
+    assert_close(total, sums["nll"] + 0.5 * (np.asarray(batch()["weights"]) * z**2).sum())
+    assert total > 1.001 * sums["nll"]
+
+
+def test_with_params_puts_parameters_into_the_model():
+    model = shared((PLAIN,))
+    params, _ = language_loss(model)
+    doubled = with_params(model, jax.tree.map(lambda p: 2 * p, params))
+    np.testing.assert_array_equal(doubled.embed.embedding[...], 2 * model.embed.embedding[...])
+    same = with_params(model, params)
+    np.testing.assert_array_equal(run(same, tokens())[0], run(model, tokens())[0])
+
+
+def test_a_config_comes_back_from_plain_data():
+    config = DecoderConfig(VOCABULARY, 12, 16, [*MIXED, Layer(Attention(heads=HEADS, mask=None))], tied=False)
+    assert from_plain(to_plain(config)) == config
+    with pytest.raises(ValueError, match="not the config of a decoder"):
+        from_plain({"widht": 3})

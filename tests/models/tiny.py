@@ -1,0 +1,71 @@
+"""Small decoders for the tests of `jaxattn.models`, with weights that make every part of them matter."""
+
+from functools import cache, partial
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxattn import Causal, Sigmoid, Sinks, Window
+from jaxattn.models import Attention, Decoder, DecoderConfig, FeedForward, Layer
+
+VOCABULARY, CONTEXT, WIDTH, HEADS = 11, 12, 16, 4
+EPS = float(np.finfo(np.float32).eps)
+
+PLAIN = Layer(Attention(heads=HEADS), FeedForward(hidden=16))
+STREAMING = Layer(
+    Attention(
+        heads=HEADS,
+        key_heads=2,
+        head_dim=6,
+        mask=Causal() & (Window(3) | Sinks(1)),
+        null_logit=True,
+        qk_norm=True,
+        gate=True,
+        dropout=0.5,
+    ),
+    FeedForward(hidden=16),
+)
+SIGMOID = Layer(
+    Attention(heads=HEADS, rotary_base=None, alibi=True, normalize=Sigmoid()), FeedForward(hidden=16, kind="gelu")
+)
+MIXED = (PLAIN, PLAIN, STREAMING, SIGMOID)
+FACTOR = 20 * len(MIXED)  # epsilons: a handful of roundings in each of four steps of each layer
+
+
+def decoder(layers=MIXED, seed=0, **options) -> Decoder:
+    """A decoder in evaluation mode whose every parameter got noise: no gain or null logit is left at 0 or 1."""
+    config = DecoderConfig(VOCABULARY, CONTEXT, WIDTH, layers, **options)
+    model = Decoder(config, rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+
+    def noisy(leaf):
+        return leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32)
+
+    nnx.update(model, jax.tree.map(noisy, nnx.state(model, nnx.Param)))
+    model.eval()
+    return model
+
+
+@cache
+def shared(layers=MIXED) -> Decoder:
+    """The same decoder for every test that does not change it."""
+    return decoder(layers)
+
+
+def tokens(batch=3, length=CONTEXT, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCABULARY, (batch, length))
+
+
+@partial(nnx.jit, static_argnames="record")
+def run(model, tokens, record=(), **options):
+    """(logits, state, records), compiled."""
+    return model(tokens, record=record, **options)
+
+
+def assert_close(actual, expected, factor=FACTOR):
+    """|actual − expected| ≤ factor · ε · max |expected|, normwise."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    error = abs(actual - expected).max() / (factor * EPS * abs(expected).max())
+    assert error <= 1, f"largest error is {error:.3g} times the tolerance"  # also fails for NaN

@@ -1,0 +1,114 @@
+"""Decode = prefill: fed piece by piece through a cache, attention gives what one masked pass over everything gives.
+
+The reference is a pass over the sequences alone: no cache, no padding, no positions. Padding holds NaN, so whoever
+reads it shows it.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from multi_head import assert_close, randomise
+
+from jaxattn import Alibi, Causal, Sigmoid, Sinks, Window
+from jaxattn.nn import MultiHeadAttention, NullSoftmax
+
+D, T = 16, 7
+LENGTHS = np.array([7, 5, 3])
+MIXERS = {
+    "rotary": lambda: {"mask": Causal()},
+    "window and sinks": lambda: {"mask": Causal() & (Window(2) | Sinks(1))},
+    "alibi": lambda: {"mask": Causal(), "rotary_base": None, "bias": Alibi.geometric(4)},
+    "sigmoid": lambda: {"mask": Causal(), "normalize": Sigmoid()},
+    "null logit": lambda: {"mask": Causal(), "normalize": NullSoftmax(4)},
+    "grouped, qk-norm, gate": lambda: {"mask": Causal(), "key_heads": 2, "head_dim": 6, "qk_norm": True, "gate": True},
+}
+# How the tokens of three sequences of lengths 7, 5 and 3 are laid out, and cut into calls.
+LAYOUTS = {"full": None, "right-padded": "right", "left-padded": "left"}
+CUTS = {"token by token": [1] * T, "3 then 4": [3, 4]}
+
+
+@nnx.jit
+def run(module, x, **options):
+    y, state, _ = module(x, **options)
+    return y, state
+
+
+@pytest.fixture(scope="module", params=MIXERS)
+def mixer(request):
+    module = randomise(MultiHeadAttention(D, 4, **MIXERS[request.param](), rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(1).standard_normal((3, T, D)).astype(np.float32)
+    return module, x, np.asarray(run(module, x)[0])
+
+
+def laid_out(x, padding):
+    """(inputs, positions, where token t of sequence b is): the layout of the three sequences."""
+    lengths = LENGTHS if padding else np.full(3, T)
+    first = T - lengths if padding == "left" else np.zeros(3, int)
+    inputs, positions = np.full_like(x, np.nan), np.full((3, T), -1)
+    for b, (start, length) in enumerate(zip(first, lengths, strict=True)):
+        inputs[b, start : start + length], positions[b, start : start + length] = x[b, :length], np.arange(length)
+    return inputs, positions, [(b, np.arange(n), first[b] + np.arange(n)) for b, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("padding", LAYOUTS.values(), ids=LAYOUTS)
+def test_decode_is_prefill(mixer, padding, cut):
+    module, x, expected = mixer
+    inputs, positions, places = laid_out(x, padding)
+    state, pieces, start = module.init_state(3, T), [], 0
+    for size in cut:
+        piece = slice(start, start + size)
+        y, state = run(module, inputs[:, piece], positions=jnp.asarray(positions[:, piece]), state=state)
+        pieces.append(np.asarray(y))
+        start += size
+    y = np.concatenate(pieces, axis=1)
+    for b, tokens, slots in places:
+        assert_close(y[b, slots], expected[b, tokens])
+        np.testing.assert_array_equal(state.positions[b], np.where(np.arange(T) < len(tokens), np.arange(T), -1))
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_padding_without_a_cache_changes_nothing(mixer, padding):
+    module, x, expected = mixer
+    inputs, positions, places = laid_out(x, padding)
+    y, state = run(module, inputs, positions=jnp.asarray(positions))
+    assert state is None
+    for b, tokens, slots in places:
+        assert_close(np.asarray(y)[b, slots], expected[b, tokens])
+
+
+def test_a_cache_may_be_larger_than_the_sequence_and_positions_default_to_the_first(mixer):
+    module, x, expected = mixer
+    y, state = run(module, x, state=module.init_state(3, T + 5))
+    assert_close(y, expected)
+    np.testing.assert_array_equal(state.positions, np.broadcast_to([*range(T), *[-1] * 5], (3, T + 5)))
+
+
+def test_empty_slots_are_not_seen_where_no_mask_hides_the_future():
+    module = randomise(MultiHeadAttention(D, 4, rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(1).standard_normal((3, T, D)).astype(np.float32)
+    first, state = run(module, x[:, :3], state=module.init_state(3, T + 2))
+    assert_close(first, run(module, x[:, :3])[0])
+    rest, _ = run(module, x[:, 3:], positions=jnp.arange(3, T), state=state)
+    assert_close(rest, run(module, x)[0][:, 3:])
+
+
+def test_decoding_runs_inside_a_loop():
+    module = randomise(MultiHeadAttention(D, 4, mask=Causal(), rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(1).standard_normal((3, T, D)).astype(np.float32)
+    graph, arrays = nnx.split(module)
+
+    @partial(jax.jit, static_argnums=0)
+    def loop(graph, arrays, x):
+        def one(state, token):
+            position, x = token
+            y, state, _ = nnx.merge(graph, arrays)(x[:, None], positions=position[None], state=state)
+            return state, y[:, 0]
+
+        return jax.lax.scan(one, module.init_state(3, T), (jnp.arange(T), x.swapaxes(0, 1)))[1].swapaxes(0, 1)
+
+    assert_close(loop(graph, arrays, x), run(module, x)[0])

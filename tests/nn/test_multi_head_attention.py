@@ -1,0 +1,189 @@
+"""nn.MultiHeadAttention is multi-head attention: the float64 oracle of `multi_head`, over its options."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from multi_head import assert_close, multi_head, randomise
+
+from jaxattn import Alibi, Causal, Explicit, Lengths, Sigmoid, Sinks, Window
+from jaxattn.nn import MultiHeadAttention, NullSoftmax
+
+D, T, B = 16, 7, 2
+
+
+@partial(nnx.jit, static_argnames="record")
+def run(module, x, record=(), **options):
+    return module(x, record=record, **options)
+
+
+def causal(p, r):
+    return r <= p
+
+
+def window(p, r):
+    return r <= p and (r >= p - 2 or r < 1)
+
+
+def everything(p, r):
+    return True
+
+
+WINDOW = Causal() & (Window(2) | Sinks(1))
+RAGGED = [[0, 1, 2, 3, 4, -1, -1], [-1, 2, 3, 4, 7, 8, 9]]
+# name: (options of the module, the same said to the oracle, the visible pairs, positions)
+CASES = {
+    "plain": ({"mask": Causal()}, {"rotary": 1e4}, causal, None),
+    "no mask": ({}, {"rotary": 1e4}, everything, None),
+    "grouped, wide heads, part rotated, biases": (
+        {
+            "key_heads": 2,
+            "head_dim": 6,
+            "rotary_base": 100.0,
+            "rotary_fraction": 2 / 3,
+            "use_bias": True,
+            "mask": Causal(),
+        },
+        {"key_heads": 2, "head_dim": 6, "rotary": 100.0, "fraction": 2 / 3},
+        causal,
+        None,
+    ),
+    "one key head, qk-norm, gate, null logit": (
+        {"key_heads": 1, "qk_norm": True, "gate": True, "mask": WINDOW, "normalize": NullSoftmax(4)},
+        {"key_heads": 1, "qk_norm": True, "gate": True, "rotary": 1e4},
+        window,
+        None,
+    ),
+    "sigmoid with alibi": (
+        {"rotary_base": None, "normalize": Sigmoid(), "bias": Alibi.geometric(4), "mask": Causal()},
+        {"sigmoid": True, "slopes": [1 / 4, 1 / 16, 1 / 64, 1 / 256]},
+        causal,
+        None,
+    ),
+    "positions": ({"mask": Causal()}, {"rotary": 1e4}, causal, RAGGED),
+    "tiled": (
+        {"key_heads": 2, "qk_norm": True, "mask": WINDOW, "implementation": "tiled"},
+        {"key_heads": 2, "qk_norm": True, "rotary": 1e4},
+        window,
+        RAGGED,
+    ),
+}
+
+
+def inputs(*shape, seed=5):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_oracle(name):
+    options, said, visible, positions = CASES[name]
+    module = randomise(MultiHeadAttention(D, 4, **options, rngs=nnx.Rngs(0)))
+    null = {"null_logit": module.normalize.null_logit[...]} if isinstance(module.normalize, NullSoftmax) else {}
+    x = inputs(B, T, D)
+    said = {"heads": 4, "key_heads": 4, "head_dim": 4} | said | null
+    expected, magnitude = multi_head(module, x, visible, positions=positions, **said)
+    given = None if positions is None else jnp.asarray(positions)
+    y, state, records = run(module, x, positions=given)
+    assert_close(y, expected, magnitude)
+    assert state is None
+    assert records == {}
+
+
+def test_the_oracle_tells_the_options_apart():
+    """Each option moves the oracle by far more than the tolerance, so that the test above can fail."""
+    module = randomise(MultiHeadAttention(D, 4, qk_norm=True, gate=True, rngs=nnx.Rngs(0)))
+    x, sizes = inputs(B, T, D), {"heads": 4, "key_heads": 4, "head_dim": 4}
+    plain, magnitude = multi_head(module, x, causal, **sizes)
+    variants = [{"rotary": 1e4}, {"qk_norm": True}, {"gate": True}, {"slopes": [1.0] * 4}, {"sigmoid": True}]
+    for variant in [*variants, {"null_logit": [0.0] * 4}, {"positions": RAGGED}]:
+        other, _ = multi_head(module, x, causal, **sizes, **variant)
+        assert (abs(other - plain) / magnitude).max() > 1e-3, variant
+
+
+def test_cross_attention_reads_a_context_of_another_width_and_length():
+    module = MultiHeadAttention(
+        D, 4, key_heads=2, context_features=10, rotary_base=None, use_bias=True, rngs=nnx.Rngs(0)
+    )
+    x, context = inputs(B, T, D), inputs(B, 5, 10, seed=6)
+    sizes = {"heads": 4, "key_heads": 2, "head_dim": 4, "context": context}
+    expected, magnitude = multi_head(randomise(module), x, everything, **sizes)
+    y, _, records = run(module, x, context=context, record=("q", "k", "weights"))
+    assert_close(y, expected, magnitude)
+    assert {site: value.shape for site, value in records.items()} == {
+        "q": (B, T, 4, 4),
+        "k": (B, 5, 2, 4),
+        "weights": (B, 4, T, 5),
+    }
+    expected, magnitude = multi_head(module, x, lambda p, r: r < 3, **sizes)
+    assert_close(run(module, x, context=context, mask=Lengths(jnp.array([3, 3])))[0], expected, magnitude)
+
+
+def test_the_mask_of_a_call_is_joined_with_the_module_own():
+    module, x = randomise(MultiHeadAttention(D, 4, mask=Causal(), rngs=nnx.Rngs(0))), inputs(B, T, D)
+    even = Explicit(jnp.broadcast_to(jnp.arange(T) % 2 == 0, (1, T, T)))
+    expected, magnitude = multi_head(
+        module, x, lambda p, r: r <= p and r % 2 == 0, heads=4, key_heads=4, head_dim=4, rotary=1e4
+    )
+    assert_close(run(module, x, mask=even)[0], expected, magnitude)
+
+
+def test_a_row_that_sees_nothing_adds_the_output_bias_alone():
+    module, x = randomise(MultiHeadAttention(D, 4, use_bias=True, rngs=nnx.Rngs(0))), inputs(B, T, D)
+    y, _, _ = run(module, x, positions=jnp.asarray(RAGGED))
+    np.testing.assert_array_equal(y[0, 5:], np.broadcast_to(module.out.bias[...], (2, D)))
+
+
+def test_dropout_draws_anew_at_every_call_and_is_off_in_evaluation():
+    module = MultiHeadAttention(D, 4, dropout=0.5, mask=Causal(), rngs=nnx.Rngs(0))
+    plain = MultiHeadAttention(D, 4, mask=Causal(), rngs=nnx.Rngs(0))
+    nnx.update(plain, nnx.state(module, nnx.Param))
+    x = inputs(B, T, D)
+    draws = [np.asarray(run(module, x)[0]) for _ in range(3)]
+    assert not any(np.array_equal(a, b) for a, b in zip(draws, draws[1:] + draws[:1], strict=True))
+    module.eval()
+    quiet = [np.asarray(run(module, x)[0]) for _ in range(2)]
+    np.testing.assert_array_equal(*quiet)
+    assert_close(quiet[0], run(plain, x)[0])
+    module.train()
+    assert not np.array_equal(run(module, x)[0], quiet[0])
+
+
+def test_parameters_are_float32_and_the_output_has_the_dtype_asked_for():
+    module = MultiHeadAttention(D, 4, qk_norm=True, gate=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))} == {jnp.dtype("float32")}
+    assert jax.eval_shape(lambda x: module(x)[0], jnp.zeros((B, T, D))).dtype == jnp.bfloat16
+    assert module.init_state(1, 2).key.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "features 16 is no multiple of heads 3"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"heads": 4, "key_heads": 3}, "key_heads is 3 but heads is 4: need a divisor of 4"),
+        ({"heads": 4, "key_heads": 8}, "key_heads is 8 but heads is 4: need a divisor of 4"),
+        ({"heads": 4, "key_heads": 0}, "key_heads is 0 but heads is 4: need a divisor of 4"),
+        ({"heads": 4, "dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1\.0"),
+        ({"heads": 4, "dropout": -0.1}, r"dropout must be at least 0 and below 1, got -0\.1"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiHeadAttention(D, **options, rngs=nnx.Rngs(0))
+
+
+def test_cross_attention_refuses_rotary_positions_and_a_state():
+    x = jnp.zeros((B, T, D))
+    with pytest.raises(ValueError, match=r"cross-attention takes .* no rotary positions: need rotary_base=None"):
+        MultiHeadAttention(D, 4, rngs=nnx.Rngs(0))(x, context=x)
+    module = MultiHeadAttention(D, 4, rotary_base=None, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="cross-attention takes no state"):
+        module(x, context=x, state=module.init_state(B, T))
+
+
+def test_unknown_sites_are_refused():
+    with pytest.raises(ValueError, match=r"record names unknown sites \['wieghts'\]: need some of \['embed', 'q'"):
+        MultiHeadAttention(D, 4, rngs=nnx.Rngs(0))(jnp.zeros((B, T, D)), record=("wieghts",))
