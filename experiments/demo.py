@@ -6,6 +6,7 @@ same steps for each, one table, a few generated lines, and two figures. Run agai
 
 import argparse
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ BASE = models.Attention(heads=4, qk_norm=True)
 ATTENTIONS = {
     "softmax": BASE,
     "window+sinks": dataclasses.replace(BASE, mask=Causal() & (Window(31) | Sinks(4))),
-    "sigmoid": dataclasses.replace(BASE, normalize=Sigmoid()),
+    "sigmoid": dataclasses.replace(BASE, normalize=Sigmoid(bias=-math.log(CONTEXT))),
 }
 PROMPT = "def read(self, size=-1):\n    "
 TEXT = "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n"

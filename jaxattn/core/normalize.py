@@ -97,21 +97,24 @@ class Softmax(Streaming):
 
 @part
 class Sigmoid(Streaming):
-    """weight_j = σ(s_j), each key on its own, no normalisation over keys; lse = log Σ_j σ(s_j).
+    """weight_j = σ(s_j + bias), each key on its own, no normalisation over keys; lse = log Σ_j σ(s_j + bias).
 
     Changing one key leaves the weights of the others as they are, so no sink can form (the attention-sink study of
-    Gu et al., 2024). The scale of `out` grows with the number of visible keys; a bias of −log S keeps it small.
+    Gu et al., 2024). The scale of `out` grows with the number S of visible keys: a bias of −log S lets the weights of
+    a row start with a sum near 1.
     """
 
+    bias: float = 0.0
+
     def weights(self, scores, visible):
-        weights = jnp.where(visible, jax.nn.sigmoid(scores), 0)
+        weights = jnp.where(visible, jax.nn.sigmoid(scores + self.bias), 0)
         return weights, safe_log(weights.sum(-1))
 
     def reference(self, scores):
         return jnp.zeros_like(scores[..., 0])
 
     def weight(self, scores, reference):
-        return jax.nn.sigmoid(scores)
+        return jax.nn.sigmoid(scores + self.bias)
 
     def finish(self, numerator, total, reference):
         return numerator, safe_log(total)

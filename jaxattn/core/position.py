@@ -6,6 +6,16 @@ from jaxtyping import Array, Float, Int
 from jaxattn.core.score import accumulator
 
 
+def rotary_channels(width: int, fraction: float) -> int:
+    """R = fraction · width, the channels that are rotated. Raises ValueError unless it is even, whole and <= width."""
+    rotated = round(fraction * width)
+    if not 0 <= fraction <= 1 or rotated % 2 or abs(rotated - fraction * width) > 1e-6:
+        raise ValueError(
+            f"fraction {fraction} of head dim {width} is {fraction * width:g} channels: need an even number <= {width}"
+        )
+    return rotated
+
+
 def rotary(
     x: Float[Array, "*b t n h"],
     positions: Int[Array, "*#b t"],
@@ -21,11 +31,7 @@ def rotary(
     Raises ValueError if R is not an even whole number between 0 and H, or if positions do not fit x.
     """
     *batch, length, _, width = x.shape
-    rotated = round(fraction * width)
-    if not 0 <= fraction <= 1 or rotated % 2 or abs(rotated - fraction * width) > 1e-6:
-        raise ValueError(
-            f"fraction {fraction} of head dim {width} is {fraction * width:g} channels: need an even number <= {width}"
-        )
+    rotated = rotary_channels(width, fraction)
     positions = jnp.asarray(positions)
     if positions.ndim > len(batch) + 1 or positions.shape[-1:] != (length,):
         raise ValueError(f"positions has shape {positions.shape} but x has {x.shape}: need [..., T] = [..., {length}]")

@@ -84,7 +84,8 @@ class FeedForward:
 
     def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.FeedForward:
         """The module."""
-        hidden = self.hidden or (4 * features if self.kind == "gelu" else -(-8 * features // 48) * 16)
+        default = 4 * features if self.kind == "gelu" else -(-8 * features // 48) * 16
+        hidden = default if self.hidden is None else self.hidden
         return nn.FeedForward(features, hidden, kind=self.kind, dtype=dtype, rngs=rngs)
 
 
@@ -126,5 +127,7 @@ class DecoderConfig:
         for name in ("vocabulary", "context", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}: need 'float32' or 'bfloat16'")
         if not self.layers:
             raise ValueError("layers is empty: need at least one Layer")

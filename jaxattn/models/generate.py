@@ -78,7 +78,8 @@ def generate(
         raise ValueError(f"prompts must be integers [batch, length], not empty, got {prompts.dtype}{prompts.shape}")
     batch, length = prompts.shape
     lengths = jnp.full(batch, length, jnp.int32) if lengths is None else jnp.asarray(lengths)
-    if lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > length:
+    whole = jnp.issubdtype(lengths.dtype, jnp.integer)
+    if not whole or lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > length:
         raise ValueError(f"lengths must be {batch} numbers from 1 to {length}, got {np.asarray(lengths).tolist()}")
     given = np.asarray(prompts)[np.arange(length) < np.asarray(lengths)[:, None]]
     if given.min() < 0 or given.max() >= model.config.vocabulary:

@@ -11,7 +11,7 @@ from jaxattn.core.attend import Implementation, attend, attention_weights
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Mask
 from jaxattn.core.normalize import Softmax
-from jaxattn.core.position import rotary
+from jaxattn.core.position import rotary, rotary_channels
 from jaxattn.core.score import Dot
 from jaxattn.nn.sites import Recorder
 
@@ -37,7 +37,7 @@ class MultiHeadAttention(nnx.Module):
     score, bias, mask, normalize: parts, or modules that own arrays and return a part when called without arguments.
     dtype: of the computation (parameters are float32).
 
-    Raises ValueError for sizes that do not divide and for cross-attention with rotary positions.
+    Raises ValueError for sizes that do not divide, cross-attention with rotary positions, and dropout without a stream.
     """
 
     def __init__(
@@ -73,6 +73,12 @@ class MultiHeadAttention(nnx.Module):
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.heads, self.key_heads = heads, key_heads
         self.head_dim = features // heads if head_dim is None else head_dim
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {self.head_dim}")
+        if rotary_base is not None:
+            rotary_channels(self.head_dim, rotary_fraction)
+            if context_features is not None:
+                raise ValueError("context_features is given but cross-attention takes no rotary: need rotary_base=None")
         self.rotary_base, self.rotary_fraction = rotary_base, rotary_fraction
         self.dropout, self.deterministic = dropout, False
         self.implementation: Implementation = implementation
@@ -90,6 +96,10 @@ class MultiHeadAttention(nnx.Module):
         self.gate = linear(features, heads * self.head_dim) if gate else None
         self.query_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
         self.key_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
+        if dropout and "dropout" not in rngs and "default" not in rngs:
+            raise ValueError(
+                f"dropout is {dropout} but rngs has no such stream: need nnx.Rngs(0) or nnx.Rngs(dropout=0)"
+            )
         self.stream = nnx.data(rngs["dropout"].fork() if dropout else None)
 
     def __call__(
@@ -111,6 +121,9 @@ class MultiHeadAttention(nnx.Module):
         if context is not None and (state is not None or self.rotary_base is not None):
             raise ValueError("cross-attention takes no state and no rotary positions: need rotary_base=None")
         source = x if context is None else context
+        for name, given, project in (("x", x, self.query), ("context", source, self.key)):
+            if given.ndim != 3 or given.shape[-1] != project.in_features:
+                raise ValueError(f"{name} has shape {given.shape}: need [batch, length, {project.in_features}]")
         query = self._split(self.query(x), self.heads)
         key, value = (self._split(project(source), self.key_heads) for project in (self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:

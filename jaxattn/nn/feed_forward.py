@@ -13,7 +13,7 @@ Kind = Literal["gelu", "swiglu"]
 class FeedForward(nnx.Module):
     """gelu: W₂ gelu(W₁ x);  swiglu: W₂ (silu(W_g x) ⊙ W₁ x)  (Shazeer, 2020). x [..., D] -> [..., D].
 
-    Raises ValueError for another kind.
+    Raises ValueError for another kind and for a hidden width below 1.
     """
 
     def __init__(
@@ -28,6 +28,8 @@ class FeedForward(nnx.Module):
     ):
         if kind not in get_args(Kind):
             raise ValueError(f"kind {kind!r} is unknown: need one of {get_args(Kind)}")
+        if hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {hidden}")
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)

@@ -7,8 +7,8 @@ from jaxtyping import Array
 SITES = {
     "embed": "[B, T, D] token embeddings",
     "q": "[B, T, N, H] queries, before rotation",
-    "k": "[B, S, K, H] keys, before rotation",
-    "v": "[B, S, K, H] values",
+    "k": "[B, S, K, H] keys of this call's tokens, before rotation",
+    "v": "[B, S, K, H] values of this call's tokens",
     "scores": "[B, N, T, S] scores after bias and mask (hidden: −inf)",
     "weights": "[B, N, T, S] attention weights",
     "z": "[B, T, N, H] what each head reads, before the output projection",

@@ -220,6 +220,11 @@ def test_sizes_must_be_positive(name):
         DecoderConfig(**{name: 0})
 
 
+def test_a_dtype_must_be_one_that_trains():
+    with pytest.raises(ValueError, match="dtype is 'int32': need 'float32' or 'bfloat16'"):
+        DecoderConfig(dtype="int32")
+
+
 def test_a_model_needs_layers():
     with pytest.raises(ValueError, match="layers is empty: need at least one Layer"):
         DecoderConfig(layers=())
@@ -233,7 +238,7 @@ def test_a_model_needs_layers():
         (Attention(dropout=1.5), r"dropout must be at least 0 and below 1, got 1\.5"),
         (
             dataclasses.replace(SIGMOID.mixer, null_logit=True),
-            r"null_logit needs normalize=Softmax\(\), got Sigmoid\(\)",
+            r"null_logit needs normalize=Softmax\(\), got Sigmoid",
         ),
     ],
 )

@@ -170,6 +170,11 @@ def test_top_k_1_is_greedy(model, naive):
         (np.zeros((2, 3), int), {"lengths": np.array([3, 4])}, r"lengths must be 2 numbers from 1 to 3, got \[3, 4\]"),
         (np.zeros((2, 3), int), {"lengths": np.array([3, 0])}, r"lengths must be 2 numbers from 1 to 3, got \[3, 0\]"),
         (np.zeros((2, 3), int), {"lengths": np.array([3])}, r"lengths must be 2 numbers from 1 to 3, got \[3\]"),
+        (
+            np.zeros((2, 3), int),
+            {"lengths": np.array([2.0, 3.0])},
+            r"lengths must be 2 numbers from 1 to 3, got \[2\.0",
+        ),
         (np.zeros((1, 3), int), {"temperature": -1.0}, r"need temperature >= 0, .* got -1\.0, None and None"),
         (np.zeros((1, 3), int), {"temperature": float("nan")}, "need temperature >= 0, .* got nan, None and None"),
         (np.zeros((1, 3), int), {"top_k": 0}, r"need .* top_k >= 1 .* got 1\.0, 0 and None"),

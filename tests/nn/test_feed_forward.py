@@ -47,6 +47,12 @@ def test_a_given_width_is_kept():
     assert Spec(hidden=40).build(16, jnp.float32, nnx.Rngs(0)).up.kernel.shape == (16, 40)
 
 
+@pytest.mark.parametrize("hidden", [0, -1])
+def test_no_width_is_refused(hidden):
+    with pytest.raises(ValueError, match=f"hidden must be at least 1, got {hidden}"):
+        Spec(hidden=hidden).build(16, jnp.float32, nnx.Rngs(0))
+
+
 def test_an_unknown_kind_is_refused():
     message = r"kind 'relu' is unknown: need one of \('gelu', 'swiglu'\)"
     with pytest.raises(ValueError, match=message):

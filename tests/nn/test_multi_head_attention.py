@@ -166,6 +166,13 @@ def test_parameters_are_float32_and_the_output_has_the_dtype_asked_for():
         ({"heads": 4, "key_heads": 3}, "key_heads is 3 but heads is 4: need a divisor of 4"),
         ({"heads": 4, "key_heads": 8}, "key_heads is 8 but heads is 4: need a divisor of 4"),
         ({"heads": 4, "key_heads": 0}, "key_heads is 0 but heads is 4: need a divisor of 4"),
+        ({"heads": 4, "head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"heads": 4, "head_dim": 3}, r"fraction 1\.0 of head dim 3 is 3 channels: need an even number <= 3"),
+        (
+            {"heads": 4, "rotary_fraction": 0.25},
+            r"fraction 0\.25 of head dim 4 is 1 channels: need an even number <= 4",
+        ),
+        ({"heads": 4, "context_features": 8}, "context_features is given .* need rotary_base=None"),
         ({"heads": 4, "dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1\.0"),
         ({"heads": 4, "dropout": -0.1}, r"dropout must be at least 0 and below 1, got -0\.1"),
     ],
@@ -182,6 +189,22 @@ def test_cross_attention_refuses_rotary_positions_and_a_state():
     module = MultiHeadAttention(D, 4, rotary_base=None, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="cross-attention takes no state"):
         module(x, context=x, state=module.init_state(B, T))
+
+
+def test_inputs_of_another_width_are_refused():
+    module = MultiHeadAttention(D, 4, context_features=8, rotary_base=None, rngs=nnx.Rngs(0))
+    x = jnp.zeros((B, T, D))
+    with pytest.raises(ValueError, match=r"x has shape \(2, .*, 8\): need \[batch, length, 16\]"):
+        module(x[..., :8])
+    with pytest.raises(ValueError, match=r"context has shape \(2, .*, 16\): need \[batch, length, 8\]"):
+        module(x)  # a context is needed: x is not one
+    with pytest.raises(ValueError, match=r"x has shape .* need \[batch, length, 16\]"):
+        module(x[0], context=x[..., :8])
+
+
+def test_dropout_needs_a_random_stream():
+    with pytest.raises(ValueError, match=r"dropout is 0\.5 but rngs has no such stream"):
+        MultiHeadAttention(D, 4, dropout=0.5, rngs=nnx.Rngs(params=0))
 
 
 def test_unknown_sites_are_refused():
