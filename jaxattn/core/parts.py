@@ -49,7 +49,21 @@ def part(cls: type[T]) -> type[T]:
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     static = [name for name in names if _is_static(hints[name])]
     leaves = [name for name in names if name not in static]
-    return jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=static)
+
+    # Not register_dataclass: to it, structures of two classes with the same fields are equal, so a compiled program
+    # for `a & b` could be taken for `a | b` (JAX 0.10 to 0.12).
+    def children(value):
+        return tuple(getattr(value, name) for name in leaves), tuple(getattr(value, name) for name in static)
+
+    def children_with_keys(value):
+        data, meta = children(value)
+        return tuple((jax.tree_util.GetAttrKey(name), x) for name, x in zip(leaves, data, strict=True)), meta
+
+    def rebuild(meta, data):
+        return cls(**dict(zip(leaves, data, strict=True)), **dict(zip(static, meta, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, children_with_keys, rebuild, children)
+    return cls
 
 
 def check_fields(slot: str, value: Any) -> None:
