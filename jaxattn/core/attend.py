@@ -120,7 +120,7 @@ def _attend(
 ):
     call = _call(query, key, value, score, bias, mask, normalize, query_positions, key_positions, dropout)
     out, lse = dense(call) if implementation == "dense" else tiled(call, block)
-    return out.astype(value.dtype), lse
+    return out.astype(value.dtype), lse.astype(accumulator(query, key, value))
 
 
 def _call(query, key, value, score, bias, mask, normalize, query_positions, key_positions, dropout) -> Call:
@@ -154,10 +154,12 @@ def _choose(arguments: tuple, block: Any, implementation: str) -> tuple[str, dic
     query, key, _, _, _, _, normalize, *_ = arguments
     if implementation not in ("auto", "dense", "tiled"):
         raise ValueError(f"implementation {implementation!r} is unknown: need 'auto', 'dense' or 'tiled'")
-    if block is not None and not (isinstance(block, int) or len(block) == 2):
-        raise ValueError(f"block must be an int or (queries, keys), got {block!r}")
-    if block is not None and np.min(block) < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
+    if block is not None:
+        sizes = block if isinstance(block, tuple) else (block, block)
+        if len(sizes) != 2 or not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+            raise TypeError(f"block must be an int or a tuple of two, (queries, keys), got {block!r}")
+        if min(sizes) < 1:
+            raise ValueError(f"block must be at least 1, got {block}")
     _check(*arguments)
     size = 4 * query.size // query.shape[-1] * key.shape[-3]
     held = f"the {query.shape[-3]} x {key.shape[-3]} scores of all heads take {size / 2**20:,.4g} MiB"
@@ -226,7 +228,10 @@ def _check(query, key, value, score, bias, mask, normalize, query_positions, key
     def slots(query, key, value, score, bias, mask, query_positions, key_positions):
         call = _call(query, key, value, score, bias, mask, normalize, query_positions, key_positions, None)
         positions = call.query_positions, call.key_positions
-        return score(query.swapaxes(-2, -3), key.swapaxes(-2, -3)), bias and bias(*positions), mask and mask(*positions)
+        scores = score(query.swapaxes(-2, -3), key.swapaxes(-2, -3))
+        if scores.shape == rows.shape:
+            normalize.weights(scores, jnp.ones(rows.shape, bool))
+        return scores, bias and bias(*positions), mask and mask(*positions)
 
     shapes = jax.eval_shape(slots, query, key, value, score, bias, mask, query_positions, key_positions)
     if shapes[0].shape != rows.shape:

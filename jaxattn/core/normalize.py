@@ -68,6 +68,9 @@ class Softmax(Streaming):
     null_logit: Float[Array, " heads"] | None = None
 
     def weights(self, scores, visible):
+        heads = scores.shape[-3]
+        if self.null_logit is not None and jnp.shape(self.null_logit) != (heads,):
+            raise ValueError(f"null_logit has shape {jnp.shape(self.null_logit)}: need one per head, ({heads},)")
         scores = jnp.where(visible, scores, -jnp.inf)
         null = None if self.null_logit is None else jnp.asarray(self.null_logit, scores.dtype)[:, None]
         top = scores.max(-1) if null is None else jnp.maximum(scores.max(-1), null)

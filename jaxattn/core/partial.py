@@ -14,7 +14,8 @@ from jaxattn.core.parts import part
 class Partial:
     """A mean of values under positive weights, `out` [..., T, N, V], and the log of their sum, `lse` [..., T, N].
 
-    `Partial(out, extras["lse"])` of `out, extras = attend(..., return_lse=True)` is the partial result for its keys.
+    `Partial(out, extras["lse"])` of `out, extras = attend(..., return_lse=True)` is the partial result for its keys,
+    under a normaliser whose weights sum to one (`Sigmoid` gives a sum: its mean is out · exp(−lse)).
     """
 
     out: Float[Array, "*b t n v"]

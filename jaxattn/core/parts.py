@@ -79,19 +79,26 @@ def check_fields(slot: str, value: Any) -> None:
             allowed = typing.get_args(hints[field.name]) or (hints[field.name],)
             kinds = [hint for hint in allowed if hasattr(hint, "dims")]
             if kinds and not any(isinstance(jnp.asarray(given), kind) for kind in kinds):
-                wanted = " or ".join(f"{kind.__name__}" for kind in kinds)
+                wanted = " or ".join(
+                    f"{kind.__name__.split('[')[0]}[Array, '{kind.dim_str.strip()}']" for kind in kinds
+                )
                 raise TypeError(
                     f"{slot}: {type(value).__name__}.{field.name} must be {wanted}, "
                     f"got {given.dtype}[{','.join(map(str, given.shape))}]"
                 )
 
 
+MOST = 2**30  # so that the sum of two of these, or of one and a position, fits an int32
+
+
 def check_static_int(owner: str, name: str, value: Any, least: int) -> None:
-    """Raises unless `value` is a Python int of at least `least`; for the `__post_init__` of parts."""
+    """Raises unless `value` is an int from `least` to `MOST`; for the `__post_init__` of parts."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
+    if value > MOST:
+        raise ValueError(f"{owner}: {name} must be at most 2**30, got {value}")
 
 
 def take(table: Num[Array, "*b n p"] | Bool[Array, "*b n p"], index: Int[Array, "..."], grid: int, fill: Any) -> Array:

@@ -28,12 +28,16 @@ def rotary(
     So the product of a rotated query and a rotated key depends on their distance only. Angles are float32 (float64 for
     float64 x) whatever the dtype of x, which the result keeps. `positions` [..., T] broadcasts over heads and batch.
 
-    Raises ValueError if R is not an even whole number between 0 and H, or if positions do not fit x.
+    Raises ValueError if R is not an even whole number between 0 and H or positions do not fit x, TypeError for an x
+    that is not floating point [..., T, N, H].
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 3:
+        raise TypeError(f"x must be floating point [..., length, heads, head dim], got {x.dtype}{list(x.shape)}")
     *batch, length, _, width = x.shape
     rotated = rotary_channels(width, fraction)
     positions = jnp.asarray(positions)
-    if positions.ndim > len(batch) + 1 or positions.shape[-1:] != (length,):
+    fits = positions.ndim <= len(batch) + 1 and positions.shape[-1:] == (length,)
+    if not fits or any(a not in (1, b) for a, b in zip(positions.shape[-2::-1], batch[::-1], strict=False)):
         raise ValueError(f"positions has shape {positions.shape} but x has {x.shape}: need [..., T] = [..., {length}]")
     dtype = accumulator(x)
     frequency = base ** (-jnp.arange(0, rotated, 2, dtype=dtype) / max(rotated, 1))

@@ -1,0 +1,216 @@
+"""What is said of whole tiles is true, exact where it can be, and saves the work it promises to save."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import BATCH_IDS, IDS, IMPLEMENTATIONS, LENGTHS, MASKS, evaluate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from jaxattn import Causal, Documents, Dot, Explicit, Lengths, Sinks, Softmax, Window, attend, part
+from jaxattn.core.blocks import BLOCKS, block_index, choose_block
+
+BATCH, HEADS, LENGTH, BLOCK = (2,), 4, 12, (4, 3)
+PLACES = arrays(np.int32, LENGTH, elements=st.integers(-1, 15))
+STATIC = ("causal", "window", "wide window", "sinks", "strict future")
+MASKED = [name for name in MASKS if name != "none"]
+
+
+def in_tiles(query, key, block):
+    """[..., T] and [..., S], padded with −1, as [..., 1, QB, 1, bq] and [..., 1, 1, KB, bk]."""
+    (query, key) = (
+        np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % b)], constant_values=-1)
+        for x, b in zip((query, key), block, strict=True)
+    )
+    query = query.reshape(*query.shape[:-1], -1, block[0])[..., None, :, None, :]
+    return query, key.reshape(*key.shape[:-1], -1, block[1])[..., None, None, :, :]
+
+
+@jax.jit
+def pairs_and_bounds(mask, query, key, tiled_query, tiled_key):
+    return mask(query[..., None, :, None], key[..., None, None, :]), mask.bounds(tiled_query, tiled_key)
+
+
+def any_and_all(visible, query, key, block):
+    """Per tile, [*b, N, QB, KB]: does any pair of slots see each other; does every pair of non-empty slots?"""
+    empty = (query < 0)[..., None, :, None] | (key < 0)[..., None, None, :]
+    short = [(0, -visible.shape[axis] % b) for axis, b in zip((-2, -1), block, strict=True)]
+    pad = [(0, 0)] * (visible.ndim - 2) + short
+    shown, every = np.pad(visible, pad), np.pad(visible | empty, pad, constant_values=True)
+    cut = (*visible.shape[:-2], shown.shape[-2] // block[0], block[0], shown.shape[-1] // block[1], block[1])
+    return shown.reshape(cut).any((-3, -1)), every.reshape(cut).all((-3, -1))
+
+
+@pytest.mark.parametrize("name", MASKED)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(first=PLACES, second=PLACES, key=PLACES)
+def test_masks_are_their_predicates_and_bounds_are_promises_kept(name, first, second, key):
+    """At any positions: empty slots, repeated and in any order."""
+    mask, predicate = MASKS[name]
+    query = np.stack([first, second])
+    tiles = in_tiles(query, key, BLOCK)
+    shown, bounds = pairs_and_bounds(mask, query, key, *tiles)
+    visible = oracle.pairs(predicate, query, key, BATCH, HEADS)
+    slots = (query >= 0)[:, None, :, None] & (key >= 0)
+    np.testing.assert_array_equal(np.broadcast_to(shown & slots, visible.shape), visible)
+    some, every = any_and_all(visible, query, key, BLOCK)
+    for possible, certain in (bounds, mask.bounds(*tiles))[: 2 if name in STATIC else 1]:
+        assert not (some & ~np.asarray(possible)).any(), "a tile with a visible pair must be possible"
+        assert not (~every & np.asarray(certain)).any(), "in a certain tile every pair of non-empty slots is visible"
+
+
+EXACT = {name: MASKS[name][0] for name in (*STATIC, "documents", "lengths", "explicit by head", "explicit by batch")}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_bounds_are_exact_on_contiguous_positions(name):
+    query, key = np.arange(2, 14)[None].repeat(2, 0), np.arange(LENGTH)
+    visible = oracle.pairs(MASKS[name][1], query, key, BATCH, HEADS)
+    tiles = in_tiles(query, key, BLOCK)
+    for (possible, certain), (some, every) in [(EXACT[name].bounds(*tiles), any_and_all(visible, query, key, BLOCK))]:
+        np.testing.assert_array_equal(np.broadcast_to(possible, some.shape), some)
+        np.testing.assert_array_equal(np.broadcast_to(certain, every.shape), every)
+
+
+def index_of(mask, lengths, block):
+    return block_index(mask, *in_tiles(*(np.arange(length, dtype=np.int32) for length in lengths), block))
+
+
+def test_the_tiles_of_masks_by_hand():
+    index, loops = index_of(Causal(), (16, 16), (4, 4))  # tile (i, j): full below the diagonal, partial on it
+    assert (index.full.tolist(), index.count.tolist(), loops) == ([0, 1, 2, 3], [1, 2, 3, 4], (True, True))
+    assert [row[:n].tolist() for row, n in zip(index.tiles, index.count, strict=True)] == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+    ]
+    index, loops = index_of(Window(3), (16, 16), (4, 4))  # the diagonal and the tile before it, both partial
+    assert (index.full.tolist(), index.count.tolist(), loops) == ([0] * 4, [1, 2, 2, 2], (False, True))
+    assert index.tiles.shape == (4, 2)
+    index, loops = index_of(None, (8, 10), (4, 5))
+    assert (index.full.tolist(), index.count.tolist(), loops) == ([2, 2], [2, 2], (True, False))
+    index, loops = index_of(None, (7, 9), (4, 5))  # padded slots make a tile partial
+    assert (index.full.tolist(), index.count.tolist(), loops) == ([1, 0], [2, 2], (True, True))
+    index, _ = index_of(Causal() & (Window(3) | Sinks(2)), (16, 16), (4, 4))  # the window's tiles and the first
+    assert (index.full.tolist(), index.count.tolist()) == ([0] * 4, [1, 2, 3, 3])
+    index, _ = index_of(~Causal(), (16, 16), (4, 4))
+    assert (index.full.tolist(), index.count.tolist()) == ([3, 2, 1, 0], [4, 3, 2, 1])
+
+
+def test_the_tiles_of_documents_and_lengths_under_jit_by_hand():
+    ids, lengths = jnp.array([0] * 8 + [1] * 4 + [-1] * 4), jnp.array([3, 8])
+    places = in_tiles(np.arange(16, dtype=np.int32), np.arange(16, dtype=np.int32), (4, 4))
+    index = jax.jit(lambda ids: block_index(Documents(ids), *places)[0])(ids)
+    assert (index.full.tolist(), index.count.tolist()) == ([2, 2, 1, 0], [2, 2, 1, 0])
+    index = jax.jit(lambda lengths: block_index(Lengths(lengths), *places)[0])(lengths)  # the batch shares its tiles
+    assert (index.full.tolist(), index.count.tolist()) == ([0] * 4, [2] * 4)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_block_index_covers_all_visible_pairs_of_all_heads_and_batch_entries(name):
+    query, key = np.arange(14, dtype=np.int32)[None].repeat(2, 0), np.arange(13, dtype=np.int32)
+    index, (some_full, some_masked) = block_index(MASKS[name][0], *in_tiles(query, key, (4, 3)))
+    some, every = any_and_all(oracle.pairs(MASKS[name][1], query, key, BATCH, HEADS), query, key, (4, 3))
+    for i, row in enumerate(np.asarray(index.tiles)):
+        full, count = int(index.full[i]), int(index.count[i])
+        assert every[:, :, i, row[:full]].all()
+        assert not some[:, :, i, np.setdiff1d(np.arange(5), row[:count])].any()
+        assert len(set(row[:count].tolist())) == count
+        assert some_full or not full
+        assert some_masked or full == count
+
+
+def test_narrow_masks_get_small_tiles_and_unknown_ones_the_largest():
+    lengths = 4096, 4096
+
+    def choose(mask, dynamic=False):
+        def of(block):
+            places = in_tiles(*(np.arange(length, dtype=np.int32) for length in lengths), block)
+            return block_index(mask, *(map(jnp.asarray, places) if dynamic else places))[0]
+
+        return choose_block(of, lengths)
+
+    assert choose(None) == BLOCKS["cpu"][0]
+    assert choose(Window(16)) == BLOCKS["cpu"][-1]
+    assert choose(Window(16), dynamic=True) == BLOCKS["cpu"][0]
+
+
+VISITS: list[int] = []
+
+
+@part
+class Counted:
+    """Dot, counting how often it is evaluated."""
+
+    def __call__(self, query, key):
+        jax.debug.callback(lambda: VISITS.append(1))
+        return Dot()(query, key)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("mask", "tiles"),
+    [(Causal(), 10), (Window(3), 7), (Documents(jnp.array([0] * 8 + [1] * 4 + [2] * 4)), 6)],
+    ids=["causal", "window", "documents"],
+)
+def test_each_active_tile_is_computed_once_and_no_other(mask, tiles):
+    x = normal(16, 1, 2)
+    VISITS.clear()
+    attend(x, x, x, score=Counted(), mask=mask, block=4, implementation="tiled").block_until_ready()
+    jax.effects_barrier()
+    assert len(VISITS) == tiles
+
+
+# A mask under which the last four queries need none of the first eight keys, whole tiles of 4.
+SKIPPING = {
+    "window": Window(3),
+    "documents": Documents(jnp.array([0] * 8 + [1] * 8)),
+    "explicit": Explicit(jnp.asarray(np.tril(np.ones((16, 16), bool)) & ~np.tri(16, 16, -5, bool))[None]),
+    "lengths": ~Lengths(jnp.array([9])),
+    "streaming": Causal() & Documents(jnp.array([0] * 8 + [1] * 8)) & (Window(2) | Sinks(1)),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_skipped_tiles_are_not_read(name):
+    """Not even NaN is noticed there. dense, which reads everything, shows that the poison works."""
+    query, key, value = normal(1, 4, 2, 4, seed=1), normal(1, 16, 1, 4, seed=2), normal(1, 16, 1, 4, seed=3)
+    key[:, :8], value[:, :8] = np.nan, np.nan
+    cotangents = normal(1, 4, 2, 4, seed=4), normal(1, 4, 2, seed=5)
+    call = (query, key, value), (Dot(), None, Softmax()), SKIPPING[name], (np.arange(12, 16), None), cotangents
+    results, gradients = evaluate(*call, implementation="tiled", block=4)
+    for x in jax.tree.leaves((results, gradients)):
+        assert np.isfinite(x).all()
+    assert not np.any(gradients[1][:, :8])
+    assert np.isnan(evaluate(*call, implementation="dense")[0][0]).any()
+
+
+@pytest.mark.parametrize("name", ["documents", "streaming"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_documents_never_leak(name, implementation):
+    """Changing one document changes its own outputs and gradients and, bit for bit, nobody else's."""
+    arrays = normal(1, 16, 4, 4, seed=1), normal(1, 16, 2, 4, seed=2), normal(1, 16, 2, 4, seed=3)
+    cotangents = normal(1, 16, 4, 4, seed=4), normal(1, 16, 4, seed=5)
+    rest = (Dot(), None, Softmax()), MASKS[name][0], (None, None), cotangents
+    before = evaluate(arrays, *rest, implementation=implementation, block=4)
+    for document in set(IDS.tolist()):
+        inside = document == IDS
+        changed = tuple(x + 3 * inside[:, None, None] * normal(*x.shape, seed=7) for x in arrays)
+        after = evaluate(changed, *rest, implementation=implementation, block=4)
+        for old, new in zip(*((results[0], *gradients[:3]) for results, gradients in (before, after)), strict=True):
+            np.testing.assert_array_equal(old[:, ~inside], new[:, ~inside])
+            assert document < 0 or (old[:, inside] != new[:, inside]).any((0, 2, 3)).all()
+        assert (before[0][1] != after[0][1])[:, inside].all() or document < 0
+
+
+def test_the_tables_are_worth_testing():
+    assert len(set(IDS[IDS >= 0].tolist())) > 2
+    assert LENGTHS.min() == 0
+    assert (np.diff(BATCH_IDS) < 0).any()  # documents out of order, which bounds must not count on
