@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxattn.core.call import Call
-from jaxattn.core.dense import dense, scores, visible
+from jaxattn.core.dense import dense, scores
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Mask
 from jaxattn.core.normalize import Normalize, Softmax, Streaming
@@ -109,9 +109,8 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
 @jax.jit
 def _weights(*arguments):
     call = _call(*arguments)
-    shown = scores(call)
-    seen = jnp.broadcast_to(visible(call), shown.shape)
-    return call.normalize.weights(shown, seen)[0], jnp.where(seen, shown, -jnp.inf)
+    all_scores, visible = scores(call)
+    return call.normalize.weights(all_scores, visible)[0], jnp.where(visible, all_scores, -jnp.inf)
 
 
 @partial(jax.jit, static_argnames=("block", "implementation"))

@@ -52,6 +52,12 @@ class Mask(abc.ABC):
         return Not(self)
 
 
+def visible(mask: Mask | None, query: Int[Array, "*b 1 t 1"], key: Int[Array, "*b 1 1 s"]) -> Bool[Array, "#*b #n t s"]:
+    """The mask (None shows all) with the empty slots hidden."""
+    shown = (query >= 0) & (key >= 0)
+    return shown if mask is None else shown & mask(query, key)
+
+
 @part
 class And(Mask):
     """Visible to both masks; what `a & b` makes."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.core.blocks import BlockIndex, block_index, choose_block
 from jaxattn.core.call import Call
+from jaxattn.core.mask import visible
 from jaxattn.core.parts import cotangent, inexact_leaves
 from jaxattn.core.score import accumulator, biased_scores, grouped_matmul, grouped_matmul_transpose
 
@@ -91,11 +92,6 @@ def _vary(tree: Any, axes: frozenset[str]) -> Any:
     return jax.tree.map(cast, tree)
 
 
-def _visible(mask, query_positions, key_positions):
-    shown = (query_positions >= 0) & (key_positions >= 0)
-    return shown if mask is None else shown & mask(query_positions, key_positions)
-
-
 def _over_tiles(loops: tuple[bool, bool], active: BlockIndex, row, visit, carry):
     """carry = visit(j, masked, carry) over the key tiles j of one query tile: first the full ones, with no mask."""
     tiles, full, count = active.tiles[row], active.full[row], active.count[row]
@@ -119,7 +115,7 @@ def _sums(loops: tuple[bool, bool], learned: Learned, given: Given) -> Sums:
             key, value, key_positions = _key_tile(j, learned, given)
             scores = biased_scores(score, bias, query, key, query_positions, key_positions)
             if masked:
-                scores = jnp.where(_visible(given.mask, query_positions, key_positions), scores, -jnp.inf)
+                scores = jnp.where(visible(given.mask, query_positions, key_positions), scores, -jnp.inf)
             reference = jnp.maximum(sums.reference, normalize.reference(scores))
             finite = jnp.where(jnp.isneginf(reference), 0, reference)
             shrink = jnp.exp(sums.reference - finite)
@@ -156,12 +152,12 @@ def _sums_backward(loops, residuals, cotangents):
         def visit(j, masked, carry):
             d_query, d_key, d_value, d_leaves = carry
             key, value, key_positions = _key_tile(j, learned, given)
-            visible = _visible(given.mask, query_positions, key_positions) if masked else True
+            shown = visible(given.mask, query_positions, key_positions) if masked else True
 
             def weights_of(query, key, leaves):
                 score, bias, normalize = rebuild(leaves)
                 scores = biased_scores(score, bias, query, key, query_positions, key_positions)
-                return normalize.weight(jnp.where(visible, scores, -jnp.inf) if masked else scores, reference)
+                return normalize.weight(jnp.where(shown, scores, -jnp.inf) if masked else scores, reference)
 
             weights, pull = jax.vjp(weights_of, query, key, leaves)
             d_weights = grouped_matmul(d_numerator, value.astype(d_numerator.dtype).swapaxes(-1, -2))
