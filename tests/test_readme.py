@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,8 +39,10 @@ def test_shapes_are_those_in_the_comments(names):
 
 
 def test_the_picture_is_the_one_in_the_repository(names):
-    drawn, kept = (path.read_bytes() for path in (names["folder"] / "mask.png", ROOT / "docs" / "mask.png"))
-    assert drawn[:8] == kept[:8] == b"\x89PNG\r\n\x1a\n"
+    files = names["folder"] / "mask.png", ROOT / "docs" / "mask.png"
+    drawn, kept = (np.asarray(Image.open(file).convert("L"), float) for file in files)
+    assert drawn.shape == kept.shape
+    assert np.abs(drawn - kept).mean() < 5  # of 255; letters may be drawn differently, another mask differs by 20
 
 
 def test_training_your_own_learns(names):

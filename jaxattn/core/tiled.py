@@ -33,6 +33,12 @@ class Sums(NamedTuple):
     reference: Float[Array, "*b n t"]
 
 
+def _swap_heads(sums: Sums) -> Sums:
+    """[..., n, bq, v] and [..., n, bq] to [..., bq, n, v] and [..., bq, n], and back: tiles are computed heads first
+    but stored as `out` is laid out, so that only tiles, which are in cache, are ever transposed."""
+    return Sums(sums.numerator.swapaxes(-2, -3), sums.total.swapaxes(-1, -2), sums.reference.swapaxes(-1, -2))
+
+
 class Learned(NamedTuple):
     """What the custom gradient differentiates."""
 
@@ -105,7 +111,7 @@ def _over_tiles(loops: tuple[bool, bool], active: BlockIndex, row, visit, carry)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(loops: tuple[bool, bool], learned: Learned, given: Given) -> Sums:
-    """The three numbers of every query, [qb, *b, n, bq, ...]; differentiable but for `reference`."""
+    """The three numbers of every query, [qb, *b, bq, n, ...]; differentiable but for `reference`."""
     score, bias, normalize = learned.parts
 
     def one_query_tile(row):
@@ -131,7 +137,7 @@ def _sums(loops: tuple[bool, bool], learned: Learned, given: Given) -> Sums:
             jnp.zeros((*rows, learned.value.shape[-1]), dtype), jnp.zeros(rows, dtype), jnp.full(rows, -jnp.inf, dtype)
         )
         sums = _over_tiles(loops, given.active, row, visit, _vary(start, _axes(learned)))
-        return sums._replace(reference=jnp.where(jnp.isneginf(sums.reference), 0, sums.reference))
+        return _swap_heads(sums._replace(reference=jnp.where(jnp.isneginf(sums.reference), 0, sums.reference)))
 
     return jax.lax.map(one_query_tile, jnp.arange(learned.query.shape[-4]))
 
@@ -146,7 +152,8 @@ def _sums_backward(loops, residuals, cotangents):
     leaves, rebuild = inexact_leaves(learned.parts)
 
     def one_query_tile(carry, tile):
-        row, reference, d_numerator, d_total = tile
+        row, *sums = tile
+        d_numerator, d_total, reference = _swap_heads(Sums(*sums))
         query, query_positions = _query_tile(row, learned, given)
 
         def visit(j, masked, carry):
@@ -184,7 +191,7 @@ def _sums_backward(loops, residuals, cotangents):
         jnp.zeros(learned.value.shape, dtype),
         [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves],
     )
-    tiles = (jnp.arange(learned.query.shape[-4]), reference, cotangents.numerator, cotangents.total)
+    tiles = (jnp.arange(learned.query.shape[-4]), cotangents.numerator, cotangents.total, reference)
     (d_key, d_value, d_leaves), d_query = jax.lax.scan(one_query_tile, _vary(start, _axes(learned)), tiles)
     gradient = Learned(
         jnp.moveaxis(d_query, 0, -4).astype(learned.query.dtype),
@@ -219,7 +226,7 @@ def tiled(call: Call, block: tuple[int, int] | None) -> tuple[Float[Array, "*b t
     )
     given = Given(call.mask, call.dropout, *jax.tree.map(jnp.asarray, (query_positions, key_positions, index)))
     learned = _vary(jax.tree.map(jnp.asarray, learned), _axes((learned, given)))
-    out, lse = call.normalize.finish(*_sums(loops, learned, given))  # [qb, *b, n, bq, v] and [qb, *b, n, bq]
+    out, lse = call.normalize.finish(*_swap_heads(_sums(loops, learned, given)))  # [qb, *b, n, bq, ...]
     *batch, length, heads, _ = call.query.shape
     out = jnp.moveaxis(out.swapaxes(-2, -3), 0, -4).reshape(*batch, -1, heads, out.shape[-1])
     lse = jnp.moveaxis(lse.swapaxes(-1, -2), 0, -3).reshape(*batch, -1, heads)
