@@ -97,4 +97,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the shortest length, three turns")
     arguments = parser.parse_args()
-    main([256] if arguments.quick else [256, 512, 1024, 2048, 8192], 3 if arguments.quick else 7)
+    main([256] if arguments.quick else [256, 512, 1024, 2048, 8192], 3 if arguments.quick else 9)

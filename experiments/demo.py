@@ -7,6 +7,7 @@ same steps for each, one table, a few generated lines, and two figures. Run agai
 import argparse
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def main(folder: Path, steps: int) -> dict[str, float]:
         console.rule(f"training: {name}")
         config = models.DecoderConfig(context=CONTEXT, width=WIDTH, layers=[models.Layer(attention)] * LAYERS)
         results[name] = train(config, DataConfig(), optimizer, training, folder=str(folder / name))
+        if not results[name].complete:
+            sys.exit(f"interrupted: run the demo again to resume in {folder}")
 
     table = Table(title=f"{steps} steps of {TRAINING.batch_size * CONTEXT} bytes on the Python standard library")
     for column in ("attention", "validation bits per byte", "tokens/s", "parameters"):
@@ -80,4 +83,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)")
     parser.add_argument("--steps", type=int, default=TRAINING.steps, help="training steps of each decoder")
     arguments = parser.parse_args()
-    main(arguments.folder, arguments.steps)
+    try:
+        main(arguments.folder, arguments.steps)
+    except (ValueError, OSError) as error:
+        sys.exit(f"demo: {error} (another folder: --folder)")

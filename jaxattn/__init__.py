@@ -4,7 +4,7 @@ from jaxattn.core.attend import attend, explain
 from jaxattn.core.bias import Alibi, Bias
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Causal, Documents, Explicit, Lengths, Mask, Sinks, Window
-from jaxattn.core.normalize import Normalize, Sigmoid, Softmax
+from jaxattn.core.normalize import Normalize, Sigmoid, Softmax, Streaming
 from jaxattn.core.partial import EMPTY, Partial, merge
 from jaxattn.core.parts import part
 from jaxattn.core.position import rotary
@@ -26,6 +26,7 @@ __all__ = [
     "Sigmoid",
     "Sinks",
     "Softmax",
+    "Streaming",
     "Window",
     "attend",
     "explain",

@@ -99,8 +99,9 @@ def train(
         },
         folder=folder,
     )
-    figure = viz.save(viz.show_curves({Path(folder).name: result.history}), Path(folder) / "loss.png")
-    print(f"validation bits per byte {result.metrics['validation_bits_per_byte']:.3f}; loss figure {figure}")
+    if result.complete:
+        figure = viz.save(viz.show_curves({Path(folder).name: result.history}), Path(folder) / "loss.png")
+        print(f"validation bits per byte {result.metrics['validation_bits_per_byte']:.3f}; loss figure {figure}")
     return result
 
 
@@ -193,7 +194,9 @@ def explain(
         implementation: auto, or the one to ask for.
     """
     query = jax.ShapeDtypeStruct((batch, length, heads, head_dim), dtype)
-    key = jax.ShapeDtypeStruct((batch, keys or length, key_heads or heads, head_dim), dtype)
+    key = jax.ShapeDtypeStruct(
+        (batch, length if keys is None else keys, heads if key_heads is None else key_heads, head_dim), dtype
+    )
     return jaxattn.explain(query, key, key, mask=mask, normalize=normalize, implementation=implementation)
 
 

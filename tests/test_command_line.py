@@ -133,7 +133,9 @@ def test_another_config_in_the_folder_names_the_field(run, config, capsys):
 
 
 def test_mistakes_get_one_line(run, config, corpus, tmp_path, capsys):
-    assert "longer than the model's context of 32" in fails(capsys, "generate", "--folder", run, "--prompt", "x" * 40)
+    assert "no room for new ones in the model's context of 32" in fails(
+        capsys, "generate", "--folder", run, "--prompt", "x" * 40
+    )
     assert "at most 31 (the context)" in fails(capsys, "inspect", "x" * 40, "--folder", run)
     assert "does not exist" in fails(capsys, "generate", "--folder", tmp_path / "none")
     train = ("train", "--config", config, "--folder", tmp_path / "new")

@@ -35,8 +35,11 @@ def append(
 ) -> Cache:
     """Writes each token to the slot of its position. Tokens at position −1, or beyond the capacity, are not written.
 
-    Positions are data, so a token beyond the capacity cannot raise here: callers check lengths before they compile.
+    Positions are data, so one beyond the capacity cannot raise here: callers check lengths before they compile. More
+    tokens than the capacity are a ValueError.
     """
+    if positions.shape[1] > cache.positions.shape[1]:
+        raise ValueError(f"key has {positions.shape[1]} tokens but the cache has capacity {cache.positions.shape[1]}")
     rows = jnp.arange(positions.shape[0])[:, None]
     slots = jnp.where(positions < 0, cache.positions.shape[1], positions)  # out of range: dropped
     return Cache(

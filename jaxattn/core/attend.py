@@ -13,7 +13,7 @@ from jaxattn.core.dense import dense, scores
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Mask
 from jaxattn.core.normalize import Normalize, Softmax, Streaming
-from jaxattn.core.parts import check_fields
+from jaxattn.core.parts import check_fields, fits
 from jaxattn.core.score import Dot, accumulator
 from jaxattn.core.tiled import tiled
 
@@ -56,8 +56,9 @@ def attend(
     A row with no visible key gives out = 0 and lse = −inf.
 
     implementation: "dense" holds all T x S weights; "tiled" needs memory linear in T + S, skips tiles in which the
-    mask hides everything and recomputes the rest for gradients (it has no forward-mode derivative); "auto" chooses
-    (see `explain`). `block` is the tile size of "tiled", an int or (queries, keys); by default it fits the mask.
+    mask hides everything and recomputes the rest for gradients; "auto" chooses (see `explain`). Name "dense" for
+    forward-mode and second derivatives, which "tiled" does not have. `block` is the tile size of "tiled", an int or
+    (queries, keys); by default it fits the mask.
 
     Raises TypeError or ValueError, naming the argument, for shapes that do not fit, integer arrays, positions of the
     wrong shape, empty axes and unknown implementations; NotImplementedError if the named implementation cannot serve a
@@ -160,7 +161,7 @@ def _choose(arguments: tuple, block: Any, implementation: str) -> tuple[str, dic
         if min(sizes) < 1:
             raise ValueError(f"block must be at least 1, got {block}")
     _check(*arguments)
-    size = 4 * query.size // query.shape[-1] * key.shape[-3]
+    size = accumulator(query, key).itemsize * query.size // query.shape[-1] * key.shape[-3]
     held = f"the {query.shape[-3]} x {key.shape[-3]} scores of all heads take {size / 2**20:,.4g} MiB"
     refusal = None if isinstance(normalize, Streaming) else _whole_rows(normalize)
     if implementation != "auto":
@@ -209,8 +210,7 @@ def _check(query, key, value, score, bias, mask, normalize, query_positions, key
             continue
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"{name} must be an integer array, got {getattr(x, 'dtype', type(x).__name__)}")
-        fits = len(x.shape) <= len(batch) + 1 and x.shape[-1:] == (size,)
-        if not fits or any(a not in (1, b) for a, b in zip(x.shape[-2::-1], batch[::-1], strict=False)):
+        if not fits(tuple(x.shape), tuple(batch), size):
             raise ValueError(f"{name} has shape {x.shape}: need [..., {size}] with batch axes that fit {tuple(batch)}")
     for slot, part in (("score", score), ("bias", bias), ("mask", mask), ("normalize", normalize)):
         check_fields(slot, part)
@@ -238,8 +238,8 @@ def _check(query, key, value, score, bias, mask, normalize, query_positions, key
     for slot, given in (("bias", shapes[1]), ("mask", shapes[2])):
         if given is not None:
             try:
-                fits = np.broadcast_shapes(given.shape, rows.shape) == rows.shape
+                broadcasts = np.broadcast_shapes(given.shape, rows.shape) == rows.shape
             except ValueError:
-                fits = False
-            if not fits:
+                broadcasts = False
+            if not broadcasts:
                 raise ValueError(f"{slot} gives shape {given.shape}: need one that broadcasts to {rows.shape}")

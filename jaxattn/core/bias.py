@@ -9,7 +9,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.parts import part, take
+from jaxattn.core.parts import part, take_pairs
 
 
 @part
@@ -22,10 +22,7 @@ class Bias:
     array: Float[Array, "*batch heads query_positions key_positions"]
 
     def __call__(self, query: Int[Array, "*b 1 t 1"], key: Int[Array, "*b 1 1 s"]) -> Float[Array, "*b n t s"]:
-        rows, columns = self.array.shape[-2:]
-        inside = (query >= 0) & (query < rows) & (key >= 0) & (key < columns)
-        index = jnp.where(inside, query * columns + key, -1)
-        return take(self.array.reshape(*self.array.shape[:-2], rows * columns), index, grid=2, fill=0)
+        return take_pairs(self.array, query, key, grid=2, fill=0)
 
 
 @part

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jaxattn.core.parts import check_static_int, part, take
+from jaxattn.core.parts import check_static_int, part, take, take_pairs
 
 Bounds = tuple[Any, Any]
 
@@ -210,10 +210,7 @@ class Explicit(Mask):
     array: Bool[Array, "*batch heads query_positions key_positions"]
 
     def __call__(self, query, key, grid=2):
-        rows, columns = self.array.shape[-2:]
-        inside = (query >= 0) & (query < rows) & (key >= 0) & (key < columns)
-        index = jnp.where(inside, query * columns + key, -1)
-        return take(self.array.reshape(*self.array.shape[:-2], rows * columns), index, grid, fill=False)
+        return take_pairs(self.array, query, key, grid, fill=False)
 
     def bounds(self, query, key):
         def one_row_of_tiles(query):  # [..., 1, 1, 1, bq]: all tiles at once would be a second T x S array of indices

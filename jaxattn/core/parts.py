@@ -67,25 +67,32 @@ def part(cls: type[T]) -> type[T]:
 
 
 def check_fields(slot: str, value: Any) -> None:
-    """Raises TypeError if an array field of a part (or of a part inside it) is not what its annotation says."""
+    """Raises TypeError if a field of a part (or of a part inside it) is not what its annotation says.
+
+    An array in a static field is refused too: it would be a constant of the compiled program, without a gradient.
+    """
     if not dataclasses.is_dataclass(value):
         return
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
-        given = getattr(value, field.name)
+        given, name = getattr(value, field.name), f"{slot}: {type(value).__name__}.{field.name}"
+        is_array = hasattr(given, "shape") and hasattr(given, "dtype")
+        allowed = typing.get_args(hints[field.name]) or (hints[field.name],)
+        kinds = [hint for hint in allowed if hasattr(hint, "dims")]
+        got = f"{given.dtype}[{','.join(map(str, given.shape))}]" if is_array else repr(given)
         if dataclasses.is_dataclass(given):
             check_fields(slot, given)
-        elif isinstance(given, np.ndarray | jax.Array):
-            allowed = typing.get_args(hints[field.name]) or (hints[field.name],)
-            kinds = [hint for hint in allowed if hasattr(hint, "dims")]
-            if kinds and not any(isinstance(jnp.asarray(given), kind) for kind in kinds):
-                wanted = " or ".join(
-                    f"{kind.__name__.split('[')[0]}[Array, '{kind.dim_str.strip()}']" for kind in kinds
-                )
-                raise TypeError(
-                    f"{slot}: {type(value).__name__}.{field.name} must be {wanted}, "
-                    f"got {given.dtype}[{','.join(map(str, given.shape))}]"
-                )
+        elif isinstance(given, np.ndarray | jax.Array) and _is_static(hints[field.name]):
+            raise TypeError(f"{name} is static, so an array would get no gradient: need a Python value, got {got}")
+        elif kinds:
+            wanted = " or ".join(f"{kind.__name__.split('[')[0]}[Array, '{kind.dim_str.strip()}']" for kind in kinds)
+            if is_array and not isinstance(given, jax.ShapeDtypeStruct):
+                fits = any(isinstance(jnp.asarray(given), kind) for kind in kinds)
+            else:
+                plain = [hint for hint in allowed if hint in _PLAIN] + [int] * (float in allowed)
+                fits = is_array or isinstance(given, tuple(plain))
+            if not fits:
+                raise TypeError(f"{name} must be {wanted}, got {got}")
 
 
 MOST = 2**30  # so that the sum of two of these, or of one and a position, fits an int32
@@ -99,6 +106,20 @@ def check_static_int(owner: str, name: str, value: Any, least: int) -> None:
         raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
     if value > MOST:
         raise ValueError(f"{owner}: {name} must be at most 2**30, got {value}")
+
+
+def fits(positions: tuple[int, ...], batch: tuple[int, ...], length: int) -> bool:
+    """Whether positions of this shape are [..., length] with batch axes that broadcast to `batch`."""
+    pairs = zip(positions[-2::-1], batch[::-1], strict=False)
+    return len(positions) <= len(batch) + 1 and positions[-1:] == (length,) and all(a in (1, b) for a, b in pairs)
+
+
+def take_pairs(table: Array, query: Int[Array, "..."], key: Int[Array, "..."], grid: int, fill: Any) -> Array:
+    """out[..., n, g] = table[..., n, query, key] `fill` outside the table [..., 1 or N, P, R]."""
+    rows, columns = table.shape[-2:]
+    inside = (query >= 0) & (query < rows) & (key >= 0) & (key < columns)
+    index = jnp.where(inside, query * columns + key, -1)
+    return take(jnp.reshape(table, (*table.shape[:-2], rows * columns)), index, grid, fill)
 
 
 def take(table: Num[Array, "*b n p"] | Bool[Array, "*b n p"], index: Int[Array, "..."], grid: int, fill: Any) -> Array:

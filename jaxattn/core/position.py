@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxattn.core.parts import fits
 from jaxattn.core.score import accumulator
 
 
@@ -36,8 +37,9 @@ def rotary(
     *batch, length, _, width = x.shape
     rotated = rotary_channels(width, fraction)
     positions = jnp.asarray(positions)
-    fits = positions.ndim <= len(batch) + 1 and positions.shape[-1:] == (length,)
-    if not fits or any(a not in (1, b) for a, b in zip(positions.shape[-2::-1], batch[::-1], strict=False)):
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"positions must be integers, got {positions.dtype}")
+    if not fits(positions.shape, tuple(batch), length):
         raise ValueError(f"positions has shape {positions.shape} but x has {x.shape}: need [..., T] = [..., {length}]")
     dtype = accumulator(x)
     frequency = base ** (-jnp.arange(0, rotated, 2, dtype=dtype) / max(rotated, 1))

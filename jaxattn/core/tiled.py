@@ -212,11 +212,11 @@ def tiled(call: Call, block: tuple[int, int] | None) -> tuple[Float[Array, "*b t
         query_positions = _tiles(call.query_positions[..., 0], -1, block[0], fill=-1)[..., None, :]
         return query_positions, _tiles(call.key_positions, -1, block[1], fill=-1)
 
+    lengths = call.query.shape[-3], call.key.shape[-3]
     if block is None:
-        lengths = call.query.shape[-3], call.key.shape[-3]
         block = choose_block(lambda size: block_index(call.mask, *positions_in_tiles(size))[0], lengths)
-    queries, keys = block
-    query_positions, key_positions = positions_in_tiles(block)
+    queries, keys = min(block[0], lengths[0]), min(block[1], lengths[1])
+    query_positions, key_positions = positions_in_tiles((queries, keys))
     index, loops = block_index(call.mask, query_positions, key_positions)
     learned = Learned(
         _tiles(call.query, -3, queries),

@@ -7,6 +7,7 @@ a new spec; the decoder knows none of them. Parts (masks, normalisers) stand in 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jax
 from flax import nnx
 
 from jaxattn import nn
@@ -46,6 +47,10 @@ class Attention:
     qk_norm: bool = False
     gate: bool = False
     dropout: float = 0.0
+
+    def __post_init__(self):
+        if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves((self.mask, self.normalize))):
+            raise ValueError("mask and normalize of a spec hold no arrays: give such a mask when calling the model")
 
     def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.MultiHeadAttention:
         """The module; raises ValueError for sizes that do not divide."""

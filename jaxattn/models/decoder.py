@@ -45,6 +45,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed = nnx.Embed(config.vocabulary, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
         runs = [(spec, len(list(run))) for spec, run in itertools.groupby(config.layers)]
+        self.lengths = tuple(length for _, length in runs)
         self.runs = nnx.List([_stack(spec, length, config.width, dtype, rngs) for spec, length in runs])
         self.final_norm = nnx.RMSNorm(config.width, rngs=rngs)
         self.head = None if config.tied else nnx.Linear(config.width, config.vocabulary, use_bias=False, rngs=rngs)
@@ -60,9 +61,10 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Array]]:
         """(logits, state, records).
 
-        positions [B, T] or [T] (default 0..T−1; −1 is padding); mask is and-ed with each layer's own (for packed
-        documents: `Documents(ids)`); state from `init_state` when decoding; record names sites of `nn.SITES`, each
-        returned with a leading layer axis (but `embed`).
+        positions [B, T] or [T] (default 0..T−1, or after the last one in `state`; −1 is padding); mask is and-ed with
+        each layer's own (for packed documents: `Documents(ids)`); state from `init_state` when decoding; record names
+        sites of `nn.SITES`, each returned with a leading layer axis (but `embed`). Tokens outside the vocabulary give
+        NaN logits.
 
         Raises ValueError for unknown sites, and if a site's shape differs between layers.
         """
@@ -92,13 +94,12 @@ class Decoder(nnx.Module):
 
     def init_state(self, batch: int, capacity: int) -> Any:
         """What decoding sequences of at most `capacity` tokens starts from: a pytree, one entry per run of layers."""
-        lengths = [len(list(run)) for _, run in itertools.groupby(self.config.layers)]
 
         def stacked(run: Block, length: int) -> Any:
             one = run.mixer.init_state(batch, capacity)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (length, *x.shape)), one)
 
-        return tuple(stacked(run, length) for run, length in zip(self.runs, lengths, strict=True))
+        return tuple(stacked(run, length) for run, length in zip(self.runs, self.lengths, strict=True))
 
 
 def _stack(spec: Layer, length: int, width: int, dtype: Any, rngs: nnx.Rngs) -> Block:

@@ -87,8 +87,8 @@ def generate(
             f"prompts has tokens from {given.min()} to {given.max()}: need 0 to {model.config.vocabulary - 1}"
         )
     context, longest = model.config.context, int(lengths.max())
-    if longest > context:
-        raise ValueError(f"prompts has {longest} tokens: longer than the model's context of {context}")
+    if longest >= context:
+        raise ValueError(f"prompts has {longest} tokens: no room for new ones in the model's context of {context}")
     if max_new_tokens < 1 or longest + max_new_tokens > context:
         raise ValueError(
             f"max_new_tokens is {max_new_tokens} after a prompt of {longest}: "

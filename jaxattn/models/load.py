@@ -46,6 +46,8 @@ def load_decoder(folder: str | Path) -> tuple[Decoder, int]:
     from jaxattn.train import load, with_params  # of the extra `train`
 
     def abstract(config: dict[str, Any]) -> Any:
+        if "model" not in config:
+            raise ValueError(f"the run in {str(folder)!r} has no 'model' in its config: need models.to_plain of it")
         return nnx.state(nnx.eval_shape(lambda: Decoder(from_plain(config["model"]), rngs=nnx.Rngs(0))), nnx.Param)
 
     loaded = load(folder, abstract)

@@ -34,7 +34,8 @@ class MultiHeadAttention(nnx.Module):
     rotary_base: rotary embedding of q and k with this base, None for none; rotary_fraction: of the channels.
     qk_norm: RMS norm of q and k over H with learned gains, before rotation. gate: z ⊙ σ(W_g x) before W_o.
     dropout: rate on the attention weights, active unless `deterministic` (see `nnx.Module.train` and `eval`).
-    score, bias, mask, normalize: parts, or modules that own arrays and return a part when called without arguments.
+    score, bias, mask, normalize: parts, or modules that own `nnx.Param`s and return a part when called without
+    arguments. Arrays of a part that is given directly are constants: they are not trained.
     dtype: of the computation (parameters are float32).
 
     Raises ValueError for sizes that do not divide, cross-attention with rotary positions, and dropout without a stream.
@@ -114,8 +115,9 @@ class MultiHeadAttention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Cache | None, dict[str, Array]]:
         """Self-attention over x, or cross-attention from x to `context`.
 
-        positions [B, T] or [T], default 0..T−1; −1 marks padding, which is not seen. `mask` is and-ed with the
-        module's own. With a `state` from `init_state` the new tokens are appended to it and see what it holds.
+        positions [B, T] or [T]; −1 marks padding, which is not seen. `mask` is and-ed with the module's own. With a
+        `state` from `init_state` the new tokens are appended to it and see what it holds. Positions default to
+        0..T−1, and with a state to those after the last one it holds.
         """
         tap = Recorder(record)
         if context is not None and (state is not None or self.rotary_base is not None):
@@ -129,14 +131,15 @@ class MultiHeadAttention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key, value = tap("q", query), tap("k", key), tap("v", value)
+        if state is not None:
+            after = state.positions.max(-1, keepdims=True) + 1 + jnp.arange(x.shape[-2])
+            positions = after if positions is None else jnp.broadcast_to(positions, x.shape[:-1])
         if self.rotary_base is not None:
             places = jnp.arange(x.shape[-2]) if positions is None else positions
             query, key = (rotary(y, places, self.rotary_base, self.rotary_fraction) for y in (query, key))
 
         key_positions = positions if context is None else None
-        if state is not None:
-            positions = jnp.arange(x.shape[-2]) if positions is None else positions
-            positions = jnp.broadcast_to(positions, x.shape[:-1])
+        if state is not None and positions is not None:
             state = append(state, key, value, positions)
             key, value, key_positions = state.key, state.value, state.positions
         own = _part(self.mask)

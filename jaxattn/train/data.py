@@ -92,6 +92,8 @@ def _read(file: Path, folder: Path) -> Document:
             f"file {str(file)!r} is not UTF-8 text: byte 0x{content[error.start]:02x} at offset {error.start} "
             f"({error.reason})"
         ) from None
+    if b"\0" in content:
+        raise ValueError(f"file {str(file)!r} is not text: byte 0x00 at offset {content.index(0)}")
     return Document(file.relative_to(folder).as_posix(), content)
 
 
@@ -141,7 +143,6 @@ class Windows:
     - `targets` int32: the token after each; it comes from the next window for the last one.
     - `weights` float32: 0 where the target is a BOS, which belongs to another document, else 1.
     - `documents` int32 ≥ 0: the index of each token's document, for the `Documents` attention mask.
-    - `positions` int32: 0, 1, ... from the start of the window, and again from the start of each document in it.
 
     A tail of the stream shorter than a window is left out. `digest` is a hexadecimal SHA-256 of the stream.
     Raises `ValueError` for a length below 1 and for a corpus without L+1 tokens.
@@ -150,7 +151,9 @@ class Windows:
     def __init__(self, documents: Sequence[Document], length: int):
         if length < 1:
             raise ValueError(f"length is {length}: a window has at least 1 token")
-        parts = [np.array([BOS, *document.content, EOS], np.uint16) for document in documents]
+        parts = [np.pad(np.frombuffer(content, np.uint8).astype(np.uint16), 1) for _, content in documents]
+        for part in parts:
+            part[0], part[-1] = BOS, EOS
         total = sum(part.size for part in parts)
         if total < length + 1:
             raise ValueError(
@@ -173,13 +176,11 @@ class Windows:
         tokens, targets = stretch[:-1], stretch[1:]
         offsets = start + np.arange(self.length)
         documents = np.searchsorted(self.starts, offsets, side="right") - 1
-        positions = offsets - np.maximum(self.starts[documents], start)
         return {
             "tokens": tokens,
             "targets": targets,
             "weights": (targets != BOS).astype(np.float32),
             "documents": documents.astype(np.int32),
-            "positions": positions.astype(np.int32),
         }
 
     def __repr__(self) -> str:

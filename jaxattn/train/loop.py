@@ -43,7 +43,8 @@ from jaxattn.train.step import (
     on_pmap,
 )
 
-# Fields that do not alter what is learned, by their dotted names in the run's config: a resumed run may change them.
+# Fields that a resumed run may change, by their dotted names in the run's config: they do not alter what is learned
+# (but that `pmap` draws other random numbers on each device).
 FREE_FIELDS = tuple(
     f"train.{name}" for name in ("eval_every", "eval_batches", "log_every", "save_every", "keep", "devices")
 )
@@ -120,7 +121,8 @@ def fit(
     """Train from `params`, or from the newest checkpoint in `folder`, to the last step.
 
     A run that is killed and started again ends as it would have without: the same parameters bit for bit where the
-    device computes the same bits twice, and the same log. Ctrl-C saves and returns early; a second one stops at once.
+    device computes the same bits twice, and the same log but for speeds. Ctrl-C saves and returns early; a second one
+    stops at once.
     `run_config`, which JSON can hold, is what a resumed run must share with its checkpoints, beside `config` (but for
     `FREE_FIELDS`) and the data: put in it whatever makes the model and the optimiser what they are.
 

@@ -80,3 +80,9 @@ def test_a_cache_is_a_pytree_that_loops_carry():
 def test_an_empty_cache_needs_a_size(batch, capacity):
     with pytest.raises(ValueError, match=f"batch and capacity must be at least 1, got {batch} and {capacity}"):
         empty(batch, capacity, (1, 2), (1, 2), jnp.float32)
+
+
+def test_more_tokens_than_slots_are_refused():
+    cache = empty(1, 3, (1, 2), (1, 2), jnp.float32)
+    with pytest.raises(ValueError, match="key has 5 tokens but the cache has capacity 3"):
+        append(cache, jnp.zeros((1, 5, 1, 2)), jnp.zeros((1, 5, 1, 2)), jnp.arange(5)[None])

@@ -214,3 +214,22 @@ def test_the_tables_are_worth_testing():
     assert len(set(IDS[IDS >= 0].tolist())) > 2
     assert LENGTHS.min() == 0
     assert (np.diff(BATCH_IDS) < 0).any()  # documents out of order, which bounds must not count on
+
+
+def test_a_window_of_256_at_length_8192_computes_less_than_a_sixth_of_causal():
+    def pairs(mask):
+        def index_of(block):
+            query = np.arange(8192, dtype=np.int32).reshape(1, -1, 1, block[0])
+            key = np.arange(8192, dtype=np.int32).reshape(1, 1, -1, block[1])
+            return block_index(mask, query, key)[0]
+
+        block = choose_block(index_of, (8192, 8192))
+        return int(index_of(block).count.sum()) * block[0] * block[1]
+
+    assert 6 * pairs(Causal() & Window(256)) < pairs(Causal())
+
+
+def test_a_block_larger_than_the_lengths_costs_no_memory():
+    x = jax.ShapeDtypeStruct((1, 6, 1, 4), jnp.float32)
+    call = jax.jit(lambda x: attend(x, x, x, implementation="tiled", block=2**15))
+    assert call.lower(x).compile().memory_analysis().temp_size_in_bytes < 2**16

@@ -144,6 +144,17 @@ BAD = {
         TypeError,
         r"bias: Alibi.slopes must be Float.*heads.*, got float32\[8,1\]",
     ),
+    "mask list": (
+        {"mask": Explicit([[[True]]])},
+        TypeError,
+        r"mask: Explicit.array must be Bool.*, got \[\[\[True\]\]\]",
+    ),
+    "slopes list": ({"bias": Alibi([0.5] * 8)}, TypeError, r"bias: Alibi.slopes must be Float.*, got \[0\.5"),
+    "array in a static field": (
+        {"normalize": Sigmoid(jnp.float32(1))},
+        TypeError,
+        r"normalize: Sigmoid.bias is static, .*: need a Python value, got float32\[\]",
+    ),
     "bias array": ({"bias": zeros(8, 5, 7)}, TypeError, "score and bias must be parts"),
     "scale": ({"score": Dot(zeros(8))}, TypeError, r"score: Dot.scale must be Float.*, got float32\[8\]"),
     "score": ({"score": 0.5}, TypeError, "score and bias must be parts"),
@@ -163,7 +174,7 @@ BAD = {
         ValueError,
         r"null_logit has shape \(1,\): need one per head",
     ),
-    "null logit number": ({"normalize": Softmax(0.0)}, ValueError, r"null_logit has shape \(\): need one per head"),
+    "null logit number": ({"normalize": Softmax(0.0)}, TypeError, "Softmax.null_logit must be Float.*heads.*, got 0.0"),
     "dropout": ({"dropout": 0.1}, TypeError, r"dropout must be Dropout\(rate, key\), got float"),
 }
 
@@ -174,6 +185,11 @@ def test_a_bad_call_is_refused(name):
     for call in (attend, explain):
         with pytest.raises(exception, match=message):
             call(**GOOD | changed)
+
+
+def test_numbers_are_welcome_where_the_annotation_says_so():
+    for scale in (1, 0.5, np.float32(0.5), jnp.float32(0.5)):
+        assert attend(**GOOD, score=Dot(scale), mask=Window(np.int64(3))).shape == (2, 5, 8, 3)
 
 
 def test_the_good_call_is_good(capsys):

@@ -122,3 +122,8 @@ def test_rotary_refuses_batches_that_do_not_fit_and_arrays_of_another_kind():
         rotary(np.zeros((2, 1, 8), np.int32), np.arange(2))
     with pytest.raises(TypeError, match=r"x must be floating point .* got float32\[2, 8\]"):
         rotary(np.zeros((2, 8), np.float32), np.arange(2))
+
+
+def test_positions_are_whole_numbers():
+    with pytest.raises(TypeError, match="positions must be integers, got float32"):
+        rotary(np.zeros((2, 1, 8), np.float32), np.zeros(2, np.float32))

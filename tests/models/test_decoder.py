@@ -23,7 +23,7 @@ from tiny import (
     tokens,
 )
 
-from jaxattn import Causal, Documents, Window
+from jaxattn import Causal, Documents, Lengths, Window
 from jaxattn.models import Attention, Decoder, DecoderConfig, FeedForward, Layer
 
 IDS = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, -1])
@@ -275,3 +275,8 @@ def test_a_decoder_works_under_every_transformation():
 def test_the_layers_of_the_mixed_model_are_what_its_tests_say():
     assert len({spec.mixer for spec in MIXED}) == 3
     assert {spec.mixer.heads for spec in MIXED} == {HEADS}
+
+
+def test_a_spec_holds_no_arrays():
+    with pytest.raises(ValueError, match="mask and normalize of a spec hold no arrays"):
+        Attention(mask=Lengths(jnp.array([3])))

@@ -158,7 +158,7 @@ def test_top_k_1_is_greedy(model, naive):
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        (np.zeros((1, 13), int), {}, "prompts has 13 tokens: longer than the model's context of 12"),
+        (np.zeros((1, 13), int), {}, "prompts has 13 tokens: no room for new ones in the model's context of 12"),
         (np.zeros((1, 5), int), {"max_new_tokens": 8}, "max_new_tokens is 8 after a prompt of 5: need 1 to 7"),
         (np.zeros((1, 5), int), {"max_new_tokens": 0}, "max_new_tokens is 0 after a prompt of 5: need 1 to 7"),
         (np.zeros((1, 0), int), {}, r"prompts must be integers \[batch, length\], not empty, got int32\(1, 0\)"),

@@ -112,3 +112,15 @@ def test_decoding_runs_inside_a_loop():
         return jax.lax.scan(one, module.init_state(3, T), (jnp.arange(T), x.swapaxes(0, 1)))[1].swapaxes(0, 1)
 
     assert_close(loop(graph, arrays, x), run(module, x)[0])
+
+
+def test_decoding_without_positions_goes_on_after_the_last_token():
+    module = MultiHeadAttention(16, 4, mask=Causal(), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    whole, _, _ = module(x)
+    state, pieces = module.init_state(2, 8), []
+    for start, stop in ((0, 2), (2, 3), (3, 5)):
+        y, state, _ = module(x[:, start:stop], state=state)
+        pieces.append(y)
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=40 * np.finfo(np.float32).eps)
+    assert state.positions.tolist() == [[0, 1, 2, 3, 4, -1, -1, -1]] * 2

@@ -161,18 +161,15 @@ def test_windows_are_the_stream_cut_in_pieces():
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 50])
-def test_documents_and_positions_are_those_that_counting_finds(length):
+def test_documents_are_those_that_counting_finds(length):
     windows = Windows(documents_of_one_byte([5, 0, 9, 1, 13, 2, 20]), length)
     document = -1
     for i in range(len(windows)):
         window = windows[i]
-        position = 0
         for t in range(length):
             if window["tokens"][t] == BOS:
-                document, position = document + 1, 0
+                document += 1
             assert window["documents"][t] == document
-            assert window["positions"][t] == position
-            position += 1
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 50])
@@ -190,7 +187,7 @@ def test_no_token_is_trained_to_predict_across_documents(length):
 def test_windows_have_static_shapes_and_dtypes():
     window = Windows(documents_of_one_byte([5, 9]), 4)[0]
     dtypes = {name: (array.shape, array.dtype.name) for name, array in window.items()}
-    integers = dict.fromkeys(("tokens", "targets", "documents", "positions"), ((4,), "int32"))
+    integers = dict.fromkeys(("tokens", "targets", "documents"), ((4,), "int32"))
     assert dtypes == {**integers, "weights": ((4,), "float32")}
 
 
