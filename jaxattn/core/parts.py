@@ -115,7 +115,7 @@ def fits(positions: tuple[int, ...], batch: tuple[int, ...], length: int) -> boo
 
 
 def take_pairs(table: Array, query: Int[Array, "..."], key: Int[Array, "..."], grid: int, fill: Any) -> Array:
-    """out[..., n, g] = table[..., n, query, key] `fill` outside the table [..., 1 or N, P, R]."""
+    """out[..., n, g] = table[..., n, query, key], or `fill` outside the table [..., 1 or N, P, R]."""
     rows, columns = table.shape[-2:]
     inside = (query >= 0) & (query < rows) & (key >= 0) & (key < columns)
     index = jnp.where(inside, query * columns + key, -1)
