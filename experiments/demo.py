@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxattn import Causal, Sigmoid, Sinks, Window, analysis, models, viz
-from jaxattn.__main__ import DataConfig, generate, token_labels, train
-from jaxattn.train import BOS, OptimizerConfig, TrainConfig, encode
+from jaxattn import Causal, Sigmoid, Sinks, Window, models, viz
+from jaxattn.__main__ import DataConfig, generate, read, token_labels, train
+from jaxattn.train import OptimizerConfig, TrainConfig
 
 # Chosen by measuring the softmax decoder's validation bits per byte after about a minute on two cores (x86-64, jax
 # 0.10.2, seed 0): width 192, batch 16, rate 3e-3: 2.67; 128, 16, 6e-3: 2.43; 128, 16, 3e-3: 2.43; 96, 16, 4e-3: 2.35;
@@ -60,14 +59,10 @@ def main(folder: Path, steps: int) -> dict[str, float]:
         table.add_row(name, f"{bits:.3f}", f"{result.tokens_per_second:,.0f}", f"{parameters:,}")
     console.print(table)
 
-    tokens = np.concatenate([[BOS], encode(TEXT)])
     for name in ATTENTIONS:
         console.rule(f"generated: {name}")
         generate(PROMPT, max_new_tokens=CONTEXT - len(PROMPT) - 1, folder=str(folder / name))
-        model, _ = models.load_decoder(folder / name)
-        _, _, records = model(jnp.asarray(tokens)[None], record=("weights",))
-        statistics = analysis.head_statistics(records["weights"])
-        weights[name] = records["weights"][:, 0]
+        tokens, weights[name], statistics = read(models.load_decoder(folder / name)[0], TEXT[: CONTEXT - 1])
         captions[name] = np.vectorize("H {:.1f}  sink {:.2f}".format)(statistics.entropy, statistics.sink_mass)
 
     curves = viz.show_curves({name: result.history for name, result in results.items()})

@@ -126,7 +126,7 @@ def generate(
         folder: Output folder of the training run.
     """
     model, _ = models.load_decoder(folder)
-    tokens = np.concatenate([[BOS], encode(prompt)])[None]
+    tokens = begin(prompt)[None]
     room = model.config.context - tokens.shape[1]
     drawn = models.generate(
         model,
@@ -152,17 +152,13 @@ def inspect(text: str, output: str = "inspect.png", folder: str = DEFAULT_FOLDER
         folder: Output folder of the training run.
     """
     model, step = models.load_decoder(folder)
-    tokens = np.concatenate([[BOS], encode(text)])[None]
-    if tokens.shape[1] > model.config.context:
-        raise ValueError(f"text has {tokens.shape[1] - 1} bytes: need at most {model.config.context - 1} (the context)")
-    _, _, records = model(jnp.asarray(tokens), record=("weights",))
-    statistics = analysis.head_statistics(records["weights"])
+    tokens, weights, statistics = read(model, text)
     print("layer head  entropy (nats)  sink mass")
     for (layer, head), entropy in np.ndenumerate(np.asarray(statistics.entropy)):
         print(f"{layer:5d} {head:4d} {entropy:15.3f} {statistics.sink_mass[layer, head]:10.3f}")
     captions = np.vectorize("entropy {:.2f}  sink {:.2f}".format)(statistics.entropy, statistics.sink_mass)
     name = f"{Path(folder).name}, step {step}"
-    figure = viz.show_heads({name: records["weights"][:, 0]}, {name: captions}, token_labels(tokens[0]))
+    figure = viz.show_heads({name: weights}, {name: captions}, token_labels(tokens))
     print(f"wrote {viz.save(figure, output)}")
     return statistics
 
@@ -198,6 +194,23 @@ def explain(
         (batch, length if keys is None else keys, heads if key_heads is None else key_heads, head_dim), dtype
     )
     return jaxattn.explain(query, key, key, mask=mask, normalize=normalize, implementation=implementation)
+
+
+def begin(text: str) -> np.ndarray:
+    """The tokens [T] of a document that starts with this text."""
+    return np.concatenate([[BOS], encode(text)])
+
+
+def read(model: models.Decoder, text: str) -> tuple[np.ndarray, jax.Array, analysis.HeadStatistics]:
+    """The tokens [T] of a text, and the weights [L, N, T, T] and the statistics of every head of a model that reads it.
+
+    Raises ValueError for a text longer than the model's context.
+    """
+    tokens, context = begin(text), model.config.context
+    if len(tokens) > context:
+        raise ValueError(f"text has {len(tokens) - 1} bytes: need at most {context - 1} (the context)")
+    _, _, records = model(jnp.asarray(tokens)[None], record=("weights",))
+    return tokens, records["weights"][:, 0], analysis.head_statistics(records["weights"])
 
 
 def token_labels(tokens: np.ndarray) -> list[str]:

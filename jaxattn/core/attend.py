@@ -13,7 +13,7 @@ from jaxattn.core.dense import dense, scores
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Mask
 from jaxattn.core.normalize import Normalize, Softmax, Streaming
-from jaxattn.core.parts import check_fields, fits
+from jaxattn.core.parts import check_fields, positions_fit
 from jaxattn.core.score import Dot, accumulator
 from jaxattn.core.tiled import tiled
 
@@ -210,7 +210,7 @@ def _check(query, key, value, score, bias, mask, normalize, query_positions, key
             continue
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"{name} must be an integer array, got {getattr(x, 'dtype', type(x).__name__)}")
-        if not fits(tuple(x.shape), tuple(batch), size):
+        if not positions_fit(tuple(x.shape), tuple(batch), size):
             raise ValueError(f"{name} has shape {x.shape}: need [..., {size}] with batch axes that fit {tuple(batch)}")
     for slot, part in (("score", score), ("bias", bias), ("mask", mask), ("normalize", normalize)):
         check_fields(slot, part)

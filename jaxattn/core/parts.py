@@ -87,11 +87,11 @@ def check_fields(slot: str, value: Any) -> None:
         elif kinds:
             wanted = " or ".join(f"{kind.__name__.split('[')[0]}[Array, '{kind.dim_str.strip()}']" for kind in kinds)
             if is_array and not isinstance(given, jax.ShapeDtypeStruct):
-                fits = any(isinstance(jnp.asarray(given), kind) for kind in kinds)
+                right = any(isinstance(jnp.asarray(given), kind) for kind in kinds)
             else:
                 plain = [hint for hint in allowed if hint in _PLAIN] + [int] * (float in allowed)
-                fits = is_array or isinstance(given, tuple(plain))
-            if not fits:
+                right = is_array or isinstance(given, tuple(plain))
+            if not right:
                 raise TypeError(f"{name} must be {wanted}, got {got}")
 
 
@@ -108,7 +108,7 @@ def check_static_int(owner: str, name: str, value: Any, least: int) -> None:
         raise ValueError(f"{owner}: {name} must be at most 2**30, got {value}")
 
 
-def fits(positions: tuple[int, ...], batch: tuple[int, ...], length: int) -> bool:
+def positions_fit(positions: tuple[int, ...], batch: tuple[int, ...], length: int) -> bool:
     """Whether positions of this shape are [..., length] with batch axes that broadcast to `batch`."""
     pairs = zip(positions[-2::-1], batch[::-1], strict=False)
     return len(positions) <= len(batch) + 1 and positions[-1:] == (length,) and all(a in (1, b) for a, b in pairs)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.parts import fits
+from jaxattn.core.parts import positions_fit
 from jaxattn.core.score import accumulator
 
 
@@ -39,7 +39,7 @@ def rotary(
     positions = jnp.asarray(positions)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(f"positions must be integers, got {positions.dtype}")
-    if not fits(positions.shape, tuple(batch), length):
+    if not positions_fit(positions.shape, tuple(batch), length):
         raise ValueError(f"positions has shape {positions.shape} but x has {x.shape}: need [..., T] = [..., {length}]")
     dtype = accumulator(x)
     frequency = base ** (-jnp.arange(0, rotated, 2, dtype=dtype) / max(rotated, 1))
