@@ -1,6 +1,6 @@
 """Attention a tile at a time: memory linear in length, empty tiles skipped, gradients by recomputation.
 
-For each query tile the key tiles in its row of the `BlockIndex` are visited, and three numbers per query are carried:
+For each query tile the key tiles in its row of the `Schedule` are visited, and three numbers per query are carried:
 the reference r (for softmax the maximum score so far), total = Σ_j w(s_j, r) and numerator = Σ_j w(s_j, r) v_j. The
 normaliser's `finish` turns them into out and lse with ordinary JAX. So the backward pass of this file is the
 derivative of two plain sums, at fixed r, whatever the normaliser:
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.blocks import BlockIndex, block_index, choose_block
 from jaxattn.core.call import Call
 from jaxattn.core.mask import visible
 from jaxattn.core.parts import cotangent, inexact_leaves
+from jaxattn.core.schedule import Schedule, choose_block, schedule
 from jaxattn.core.score import accumulator, biased_scores, grouped_matmul, grouped_matmul_transpose
 
 
@@ -55,7 +55,7 @@ class Given(NamedTuple):
     dropout: Any
     query_positions: Int[Array, "*b 1 qb 1 bq"]
     key_positions: Int[Array, "*b 1 1 kb bk"]
-    active: BlockIndex
+    active: Schedule
 
 
 def _tiles(x: Any, axis: int, size: int, fill: int = 0) -> Any:
@@ -98,7 +98,7 @@ def _vary(tree: Any, axes: frozenset[str]) -> Any:
     return jax.tree.map(cast, tree)
 
 
-def _over_tiles(loops: tuple[bool, bool], active: BlockIndex, row, visit, carry):
+def _over_tiles(loops: tuple[bool, bool], active: Schedule, row, visit, carry):
     """carry = visit(j, masked, carry) over the key tiles j of one query tile: first the full ones, with no mask."""
     tiles, full, count = active.tiles[row], active.full[row], active.count[row]
     some_full, some_masked = loops
@@ -214,10 +214,10 @@ def tiled(call: Call, block: tuple[int, int] | None) -> tuple[Float[Array, "*b t
 
     lengths = call.query.shape[-3], call.key.shape[-3]
     if block is None:
-        block = choose_block(lambda size: block_index(call.mask, *positions_in_tiles(size))[0], lengths)
+        block = choose_block(lambda size: schedule(call.mask, *positions_in_tiles(size))[0], lengths)
     queries, keys = min(block[0], lengths[0]), min(block[1], lengths[1])
     query_positions, key_positions = positions_in_tiles((queries, keys))
-    index, loops = block_index(call.mask, query_positions, key_positions)
+    index, loops = schedule(call.mask, query_positions, key_positions)
     learned = Learned(
         _tiles(call.query, -3, queries),
         _tiles(call.key, -3, keys),

@@ -1,4 +1,4 @@
-"""Masks in the call: causality, empty slots, order. (What each mask shows is in test_blocks.py.)"""
+"""Masks in the call: causality, empty slots, order. (What each mask shows is in test_schedule.py.)"""
 
 from functools import partial
 

@@ -13,7 +13,7 @@ from jaxattn.core.parts import part
 
 
 @part
-class BlockIndex:
+class Schedule:
     """For each query tile, the key tiles it needs, those that need no mask first.
 
     Row i of `tiles` starts with `full[i]` tiles in which every pair is visible, goes on to `count[i]` with those in
@@ -26,9 +26,9 @@ class BlockIndex:
     count: Int[Array, " qb"]
 
 
-def block_index(
+def schedule(
     mask: Mask | None, query: Int[Array, "*b 1 qb 1 bq"], key: Int[Array, "*b 1 1 kb bk"]
-) -> tuple[BlockIndex, tuple[bool, bool]]:
+) -> tuple[Schedule, tuple[bool, bool]]:
     """The active tiles of a mask over tiled positions (−1 is an empty slot).
 
     Also whether any tile is full, and whether any is partial, as far as trace time can tell.
@@ -47,9 +47,9 @@ def block_index(
     full = (rank == 0).sum(-1).astype(np.int32)
     count = (rank < 2).sum(-1).astype(np.int32)
     if not static:
-        return BlockIndex(tiles, full, count), (True, True)
+        return Schedule(tiles, full, count), (True, True)
     tiles = tiles[:, : max(int(count.max()), 1)]
-    return BlockIndex(tiles, full, count), (bool(full.any()), bool((count > full).any()))
+    return Schedule(tiles, full, count), (bool(full.any()), bool((count > full).any()))
 
 
 # Tile sizes (queries, keys) to choose from: large ones use the cores well, small ones fit narrow masks.
@@ -60,7 +60,7 @@ TILE_COST = 2**12
 
 
 def choose_block(
-    index_of: Callable[[tuple[int, int]], BlockIndex], lengths: tuple[int, int], blocks: Sequence | None = None
+    index_of: Callable[[tuple[int, int]], Schedule], lengths: tuple[int, int], blocks: Sequence | None = None
 ) -> tuple[int, int]:
     """The tile size that computes the fewest pairs, counting `TILE_COST` per tile; the largest if that is not known."""
     blocks = blocks or BLOCKS.get(jax.default_backend(), PARALLEL_BLOCKS)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from jaxattn import Causal, Documents, Dot, Explicit, Lengths, Sinks, Softmax, Window, attend, part
-from jaxattn.core.blocks import BLOCKS, block_index, choose_block
+from jaxattn.core.schedule import BLOCKS, choose_block, schedule
 
 BATCH, HEADS, LENGTH, BLOCK = (2,), 4, 12, (4, 3)
 PLACES = arrays(np.int32, LENGTH, elements=st.integers(-1, 15))
@@ -76,7 +76,7 @@ def test_bounds_are_exact_on_contiguous_positions(name):
 
 
 def index_of(mask, lengths, block):
-    return block_index(mask, *in_tiles(*(np.arange(length, dtype=np.int32) for length in lengths), block))
+    return schedule(mask, *in_tiles(*(np.arange(length, dtype=np.int32) for length in lengths), block))
 
 
 def test_the_tiles_of_masks_by_hand():
@@ -104,16 +104,16 @@ def test_the_tiles_of_masks_by_hand():
 def test_the_tiles_of_documents_and_lengths_under_jit_by_hand():
     ids, lengths = jnp.array([0] * 8 + [1] * 4 + [-1] * 4), jnp.array([3, 8])
     places = in_tiles(np.arange(16, dtype=np.int32), np.arange(16, dtype=np.int32), (4, 4))
-    index = jax.jit(lambda ids: block_index(Documents(ids), *places)[0])(ids)
+    index = jax.jit(lambda ids: schedule(Documents(ids), *places)[0])(ids)
     assert (index.full.tolist(), index.count.tolist()) == ([2, 2, 1, 0], [2, 2, 1, 0])
-    index = jax.jit(lambda lengths: block_index(Lengths(lengths), *places)[0])(lengths)  # the batch shares its tiles
+    index = jax.jit(lambda lengths: schedule(Lengths(lengths), *places)[0])(lengths)  # the batch shares its tiles
     assert (index.full.tolist(), index.count.tolist()) == ([0] * 4, [2] * 4)
 
 
 @pytest.mark.parametrize("name", MASKED)
-def test_a_block_index_covers_all_visible_pairs_of_all_heads_and_batch_entries(name):
+def test_a_schedule_covers_all_visible_pairs_of_all_heads_and_batch_entries(name):
     query, key = np.arange(14, dtype=np.int32)[None].repeat(2, 0), np.arange(13, dtype=np.int32)
-    index, (some_full, some_masked) = block_index(MASKS[name][0], *in_tiles(query, key, (4, 3)))
+    index, (some_full, some_masked) = schedule(MASKS[name][0], *in_tiles(query, key, (4, 3)))
     some, every = any_and_all(oracle.pairs(MASKS[name][1], query, key, BATCH, HEADS), query, key, (4, 3))
     for i, row in enumerate(np.asarray(index.tiles)):
         full, count = int(index.full[i]), int(index.count[i])
@@ -130,7 +130,7 @@ def test_narrow_masks_get_small_tiles_and_unknown_ones_the_largest():
     def choose(mask, dynamic=False):
         def of(block):
             places = in_tiles(*(np.arange(length, dtype=np.int32) for length in lengths), block)
-            return block_index(mask, *(map(jnp.asarray, places) if dynamic else places))[0]
+            return schedule(mask, *(map(jnp.asarray, places) if dynamic else places))[0]
 
         return choose_block(of, lengths)
 
@@ -221,7 +221,7 @@ def test_a_window_of_256_at_length_8192_computes_less_than_a_sixth_of_causal():
         def index_of(block):
             query = np.arange(8192, dtype=np.int32).reshape(1, -1, 1, block[0])
             key = np.arange(8192, dtype=np.int32).reshape(1, 1, -1, block[1])
-            return block_index(mask, query, key)[0]
+            return schedule(mask, query, key)[0]
 
         block = choose_block(index_of, (8192, 8192))
         return int(index_of(block).count.sum()) * block[0] * block[1]
