@@ -7,11 +7,12 @@ from jaxattn.core.mask import Causal, Documents, Explicit, Lengths, Mask, Sinks,
 from jaxattn.core.normalize import Normalize, Sigmoid, Softmax, Streaming
 from jaxattn.core.partial import EMPTY, Partial, merge
 from jaxattn.core.parts import part
-from jaxattn.core.position import rotary
+from jaxattn.core.position import NTK, Interpolate, LearnedPositions, Yarn, rotary, rotary_2d, sinusoidal
 from jaxattn.core.score import Dot
 
 __all__ = [
     "EMPTY",
+    "NTK",
     "Alibi",
     "Bias",
     "Causal",
@@ -19,6 +20,8 @@ __all__ = [
     "Dot",
     "Dropout",
     "Explicit",
+    "Interpolate",
+    "LearnedPositions",
     "Lengths",
     "Mask",
     "Normalize",
@@ -28,9 +31,12 @@ __all__ = [
     "Softmax",
     "Streaming",
     "Window",
+    "Yarn",
     "attend",
     "explain",
     "merge",
     "part",
     "rotary",
+    "rotary_2d",
+    "sinusoidal",
 ]

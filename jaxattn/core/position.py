@@ -1,10 +1,132 @@
 """Position embeddings: functions of (x, positions)."""
 
+import abc
+import math
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.parts import positions_fit
+from jaxattn.core.parts import check_static_int, part, positions_fit
 from jaxattn.core.score import accumulator
+
+Base = Float[Array, "*#b #n"] | float
+
+
+class RotaryScaling(abc.ABC):
+    """How a rotary embedding trained on short sequences serves longer ones: other frequencies for the same channels.
+
+    With `factor` 1 each is the identity. Raises ValueError for a factor below 1 or not finite, TypeError for one that
+    is not a number.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, base: Any, channels: int, dtype: Any) -> Float[Array, "*#b #t #n r"]:
+        """The R/2 frequencies of R = `channels` rotated channels, in the last axis."""
+
+    @property
+    @abc.abstractmethod
+    def attention_scale(self) -> float:
+        """What query and key are to be multiplied by; `rotary` leaves it to the caller."""
+
+
+def rotary_frequencies(base: Any, channels: int, dtype: Any) -> Float[Array, "*#b #t #n r"]:
+    """base^(−2 i / R),  i = 0 .. R/2 − 1: radians per position of each pair of channels."""
+    return base ** (-jnp.arange(0, channels, 2, dtype=dtype) / max(channels, 1))
+
+
+def _check_factor(owner: str, factor: Any) -> None:
+    if not isinstance(factor, int | float | np.number) or isinstance(factor, bool):
+        raise TypeError(f"{owner}: factor must be a number, got {factor!r}")
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"{owner}: factor must be at least 1 and finite, got {factor}")
+
+
+@part
+class Interpolate(RotaryScaling):
+    """position -> position / factor: longer sequences fall between the trained positions (Chen et al., 2023)."""
+
+    factor: float
+    attention_scale = 1.0
+
+    def __post_init__(self):
+        _check_factor("Interpolate", self.factor)
+
+    def __call__(self, base, channels, dtype):
+        return rotary_frequencies(base, channels, dtype) / self.factor
+
+
+@part
+class NTK(RotaryScaling):
+    """base -> base · factor^(R / (R − 2)) for R rotated channels ("NTK-aware", described by Peng et al., 2023).
+
+    The highest frequency, 1, stays; the lowest is divided by `factor`; those between are spread evenly in their logs.
+    With R = 2 there is one frequency, the highest, and nothing changes.
+    """
+
+    factor: float
+    attention_scale = 1.0
+
+    def __post_init__(self):
+        _check_factor("NTK", self.factor)
+
+    def __call__(self, base, channels, dtype):
+        stretch = self.factor ** (channels / (channels - 2)) if channels > 2 else 1.0
+        return rotary_frequencies(base * stretch, channels, dtype)
+
+
+@part
+class Yarn(RotaryScaling):
+    """frequency_i -> (1 − ramp_i) · frequency_i + ramp_i · frequency_i / factor  (YaRN, Peng et al., 2023).
+
+    Over `original_length` L, the length of training, pair i makes L · frequency_i / 2π rotations. Pairs that make more
+    than `beta_fast` keep their frequency, those that make fewer than `beta_slow` are interpolated, and between them
+    ramp_i goes from 0 to 1. It is linear in the index i, between
+
+        low = max(⌊index(beta_fast)⌋, 0),   high = min(⌈index(beta_slow)⌉, R − 1),
+        index(r) = R ln(L / 2π r) / (2 ln base)
+
+    as in the authors' code and the models published with it; in the text of the paper it is linear in the rotations.
+
+    The paper also sharpens attention: query and key are each multiplied by `attention_scale` = 0.1 ln(factor) + 1.
+    `rotary` does not; multiply both, or give `score=Dot(H**-0.5 * yarn.attention_scale**2)`.
+
+    Raises ValueError unless beta_fast > beta_slow > 0 and original_length is positive; a base, where it is a number,
+    must be above 1.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self):
+        _check_factor("Yarn", self.factor)
+        check_static_int("Yarn", "original_length", self.original_length, 1)
+        if not self.beta_fast > self.beta_slow > 0:
+            raise ValueError(
+                f"Yarn: beta_fast must be above beta_slow and both positive, got {self.beta_fast}, {self.beta_slow}"
+            )
+
+    @property
+    def attention_scale(self) -> float:
+        return 0.1 * math.log(self.factor) + 1
+
+    def __call__(self, base, channels, dtype):
+        # In float64 where the base is a number: rounded to float32, an index near a whole number has another floor.
+        xp: Any = np if isinstance(base, int | float) else jnp
+        if xp is np and base <= 1:
+            raise ValueError(f"base must be above 1 for Yarn, got {base}")
+
+        def index(rotations):
+            return channels * math.log(self.original_length / (2 * math.pi * rotations)) / (2 * xp.log(base))
+
+        low = xp.maximum(xp.floor(index(self.beta_fast)), 0)
+        high = xp.minimum(xp.ceil(index(self.beta_slow)), channels - 1)
+        ramp = jnp.clip((jnp.arange(channels // 2, dtype=dtype) - low) / xp.maximum(high - low, 1e-3), 0, 1)
+        kept = rotary_frequencies(base, channels, dtype)
+        return ((1 - ramp) * kept + ramp * (kept / self.factor)).astype(dtype)
 
 
 def rotary_channels(width: int, fraction: float) -> int:
@@ -20,8 +142,9 @@ def rotary_channels(width: int, fraction: float) -> int:
 def rotary(
     x: Float[Array, "*b t n h"],
     positions: Int[Array, "*#b t"],
-    base: float = 10000.0,
+    base: Base = 10000.0,
     fraction: float = 1.0,
+    scaling: RotaryScaling | None = None,
 ) -> Float[Array, "*b t n h"]:
     """Rotary position embedding (Su et al., 2021) of the first R = fraction · H channels; the others pass through.
 
@@ -29,23 +152,109 @@ def rotary(
     So the product of a rotated query and a rotated key depends on their distance only. Angles are float32 (float64 for
     float64 x) whatever the dtype of x, which the result keeps. `positions` [..., T] broadcasts over heads and batch.
 
-    Raises ValueError if R is not an even whole number between 0 and H or positions do not fit x, TypeError for an x
-    that is not floating point [..., T, N, H].
+    `base` is a number or an array that broadcasts to [..., N]: a base per head, per batch entry, or both. `scaling`
+    changes the frequencies for sequences longer than those of training: `Interpolate`, `NTK` or `Yarn`.
+
+    Raises ValueError if R is not an even whole number between 0 and H, if positions or base do not fit x, or for a base
+    that is not positive (an array is not looked into); TypeError for an x that is not floating point [..., T, N, H].
     """
+    return _rotate(x, positions, base, fraction, scaling, "positions")
+
+
+def rotary_2d(
+    x: Float[Array, "*b t n h"],
+    rows: Int[Array, "*#b t"],
+    columns: Int[Array, "*#b t"],
+    base: Base = 10000.0,
+) -> Float[Array, "*b t n h"]:
+    """Rotary embedding for images: the first half of the channels turns by the row, the second half by the column.
+
+    Each half is `rotary` of H/2 channels, so the product of a rotated query and a rotated key depends only on how many
+    rows and how many columns they are apart (Heo et al., 2024, call it axial). Patch t of an image that is W patches
+    wide has row t // W and column t % W. Shapes and errors are those of `rotary`; H must be a multiple of 4.
+    """
+    if x.ndim and x.shape[-1] % 4:
+        raise ValueError(f"x has head dim {x.shape[-1]}: rotary_2d needs a multiple of 4")
+    by_row, by_column = jnp.split(jnp.asarray(x), 2, axis=-1)
+    halves = _rotate(by_row, rows, base, 1.0, None, "rows"), _rotate(by_column, columns, base, 1.0, None, "columns")
+    return jnp.concatenate(halves, axis=-1)
+
+
+def _rotate(x: Any, positions: Any, base: Any, fraction: float, scaling: Any, name: str) -> Array:
+    """`rotary`, where errors call the positions `name`."""
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 3:
         raise TypeError(f"x must be floating point [..., length, heads, head dim], got {x.dtype}{list(x.shape)}")
-    *batch, length, _, width = x.shape
+    *batch, length, heads, width = x.shape
     rotated = rotary_channels(width, fraction)
     positions = jnp.asarray(positions)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise TypeError(f"positions must be integers, got {positions.dtype}")
+        raise TypeError(f"{name} must be integers, got {positions.dtype}")
     if not positions_fit(positions.shape, tuple(batch), length):
-        raise ValueError(f"positions has shape {positions.shape} but x has {x.shape}: need [..., T] = [..., {length}]")
+        raise ValueError(f"{name} has shape {positions.shape} but x has {x.shape}: need [..., T] = [..., {length}]")
     dtype = accumulator(x)
-    frequency = base ** (-jnp.arange(0, rotated, 2, dtype=dtype) / max(rotated, 1))
-    angle = positions.astype(dtype)[..., None, None] * frequency  # [..., T, 1, R/2]
+    if isinstance(base, int | float):
+        if not base > 0:
+            raise ValueError(f"base must be positive, got {base}")
+    else:
+        base = jnp.asarray(base, dtype)
+        if not _broadcasts(base.shape, (*batch, heads)):
+            raise ValueError(f"base has shape {base.shape} but x has {x.shape}: need one that broadcasts to [..., N]")
+        base = base[..., None, :, None] if base.ndim else base
+    if scaling is None:
+        frequency = rotary_frequencies(base, rotated, dtype)
+    elif isinstance(scaling, RotaryScaling):
+        frequency = scaling(base, rotated, dtype)
+    else:
+        raise TypeError(f"scaling must be Interpolate, NTK, Yarn or None, got {type(scaling).__name__}")
+    angle = positions.astype(dtype)[..., None, None] * frequency  # [..., T, 1 or N, R/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second, rest = x[..., : rotated // 2], x[..., rotated // 2 : rotated], x[..., rotated:]
     first, second = first.astype(dtype), second.astype(dtype)
     turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
     return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
+def sinusoidal(positions: Int[Array, "*b t"], width: int, base: float = 10000.0) -> Float[Array, "*b t d"]:
+    """Absolute position embedding, to be added to the input of the first layer (Vaswani et al., 2017):
+
+        out[2 i] = sin(position · base^(−2 i / D)),   out[2 i + 1] = cos(position · base^(−2 i / D))
+
+    for width D, in float32. A negative position (an empty slot) gives zeros. Raises ValueError for a width that is not
+    even and positive or a base that is not positive, TypeError for positions that are not integers.
+    """
+    check_static_int("sinusoidal", "width", width, 2)
+    if width % 2:
+        raise ValueError(f"sinusoidal: width must be even, got {width}")
+    if not base > 0:
+        raise ValueError(f"base must be positive, got {base}")
+    places = _integers(positions)
+    angle = places[..., None] * rotary_frequencies(base, width, jnp.float32)
+    waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*places.shape, width)
+    return jnp.where((places >= 0)[..., None], waves, 0)
+
+
+@part
+class LearnedPositions:
+    """out = table[position]: a learned absolute position embedding, to be added to the input (Gehring et al., 2017).
+
+    `table` is [P, D]. Positions outside it, also the −1 of an empty slot, give zeros and no gradient, never NaN.
+    Raises TypeError for positions that are not integers.
+    """
+
+    table: Float[Array, "positions width"]
+
+    def __call__(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
+        places, table = _integers(positions), jnp.asarray(self.table)
+        inside = (places >= 0) & (places < table.shape[0])
+        return jnp.where(inside[..., None], table[jnp.where(inside, places, 0)], 0)
+
+
+def _integers(positions: Any) -> Array:
+    positions = jnp.asarray(positions)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"positions must be integers, got {positions.dtype}")
+    return positions
