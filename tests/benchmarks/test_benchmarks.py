@@ -1,22 +1,91 @@
-"""The benchmark runs, and its cases compute the same thing where they should."""
+"""The benchmark runs and reports, and its contenders compute the same thing. Nothing here looks at a time."""
+
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
-from benchmarks.__main__ import call, cases, measure
+from benchmarks import report
+from benchmarks.__main__ import run
+from benchmarks.cases import CASES, Setting, visible_pairs
+from benchmarks.contenders import CONTENDERS
+from benchmarks.measure import RefusedError, peak_while
+from benchmarks.rows import Row, Rows, slopes
+from benchmarks.targets import check
+
+TRAIN, DECODE = Setting(1, 64, 64, "float32", True), Setting(2, 1, 64, "float32", False)
+WITHOUT_FLEX = {name: make for name, make in CONTENDERS.items() if name != "torch flex"}  # it calls a C++ compiler
 
 
-def test_every_case_is_timed_and_weighed():
-    for seconds, temporaries in measure(64, backward=True, turns=1).values():
-        assert seconds > 0
-        assert temporaries > 0
+def test_a_run_measures_every_case_and_is_reported(tmp_path):
+    rows, floors, notes = run(list(CASES), [TRAIN, DECODE], 0.0, False, contenders=WITHOUT_FLEX)
+    assert {(row.case, row.setting) for row in rows.rows if row.contender == "jaxattn"} == {
+        (case, setting) for case in CASES for setting in (TRAIN, DECODE)
+    }
+    for row in rows.rows:
+        assert min(row.seconds) > 0
+        assert row.floor_seconds > 0
+    assert min(floors.values()) > 0
+    report.write(tmp_path, rows, floors, notes)
+    plain = json.loads((tmp_path / "results.json").read_text())
+    assert len(plain["rows"]) == len(rows.rows)
+    text = (tmp_path / "report.md").read_text()
+    assert all(case in text for case in CASES)
+    for figure in ("times.png", "memory.png"):
+        assert (tmp_path / figure).stat().st_size > 1000
 
 
-def test_the_causal_cases_agree():
-    arrays = [jax.random.normal(key, (1, 64, 2, 8)) for key in jax.random.split(jax.random.key(0), 3)]
-    causal = {name: options for name, options in cases(64).items() if name.endswith(", causal")}
-    assert len(causal) == 3
-    gradients = [call(options, backward=True)(*arrays) for options in causal.values()]
-    for gradient in gradients[1:]:
-        for ours, theirs in zip(gradient, gradients[0], strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=20 * np.finfo(np.float32).eps * np.abs(theirs).max())
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("setting", [TRAIN, DECODE], ids=["train", "decode"])
+def test_contenders_agree(case, setting):
+    """In out and in the gradients of query, key and value, to the rounding of two float32 sums over the keys."""
+    results = {}
+    for name in ("jaxattn", "jax.nn", "torch SDPA"):
+        try:
+            result = CONTENDERS[name](case, setting).run()
+        except RefusedError:
+            continue
+        if name.startswith("torch"):
+            result = jax.tree.map(lambda x: x.detach().transpose(1, 2).numpy(), result)
+        results[name] = (result[0], *result[1][:3]) if setting.backward else (result,)
+    first = results.pop("jaxattn")
+    for other in results.values():
+        for ours, theirs in zip(first, other, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=40 * np.finfo(np.float32).eps * np.abs(theirs).max())
+
+
+def test_visible_pairs_by_hand():
+    assert visible_pairs("full", TRAIN) == 64 * 64
+    assert visible_pairs("causal", TRAIN) == 64 * 65 // 2
+    assert visible_pairs("causal", DECODE) == 64
+    long = Setting(1, 1024, 1024, "float32", False)
+    assert visible_pairs("window", long) == 257 * 1024 - 256 * 257 // 2
+    assert visible_pairs("documents", long) == 2 * (512 * 513 // 2)
+
+
+def row(contender, case, length, seconds, temporaries=None):
+    return Row(contender, case, Setting(1, length, length, "float32", False), seconds, 1.0, 1.0, temporaries)
+
+
+def test_targets_and_slopes_by_hand():
+    """A ratio is the median of the ratios within rounds; temporaries that double with T grow with power 1."""
+    rows = Rows(
+        [
+            row("jaxattn", "causal", 4096, [1.0, 1.0, 1.0], 1000),
+            row("jaxattn", "causal", 8192, [2.0, 4.0, 30.0], 2000),
+            row("torch SDPA", "causal", 8192, [1.0, 4.0, 10.0]),
+        ]
+    )
+    (slope,) = slopes(rows)
+    assert (slope.power, slope.bytes_per_token) == (1.0, 1000 / 4096)
+    target = next(x for x in check(rows) if "torch SDPA" in x.what)
+    assert (target.measured, target.fastest, target.limit) == (2.0, 2.0, 1.1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_sees_what_a_call_held():
+    """To the accuracy of the kernel's counters, which each thread adds to in batches of pages."""
+    held = 2**26
+    assert 0.9 * held < peak_while(lambda: np.ones(held, np.int8).sum()) < 1.5 * held

@@ -1,0 +1,92 @@
+"""What is compared: attention calls that differ in one part, at the sizes of `settings`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattn import Alibi, Causal, Documents, Window
+from jaxattn.core.mask import visible
+
+HEADS, HEAD_DIM = 8, 64
+WINDOW, DOCUMENT = 256, 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The sizes of a call; `backward` adds the gradients of query, key, value and what the case learns."""
+
+    batch: int
+    queries: int
+    keys: int
+    dtype: str
+    backward: bool
+
+    @property
+    def name(self) -> str:
+        lengths = f"T = S = {self.queries}" if self.queries == self.keys else f"T = {self.queries}, S = {self.keys}"
+        return f"{lengths}, batch {self.batch}, {self.dtype}, {self.direction}"
+
+    @property
+    def direction(self) -> str:
+        return "forward + backward" if self.backward else "forward"
+
+
+def settings(lengths: Sequence[int], cache_lengths: Sequence[int], dtypes: Sequence[str]) -> list[Setting]:
+    """Training at `lengths`, both directions, and decoding one token against a cache of each of `cache_lengths`."""
+    train = [Setting(1, t, t, dtype, backward) for t in lengths for dtype in dtypes for backward in (False, True)]
+    return train + [Setting(8, 1, s, dtype, False) for s in cache_lengths for dtype in dtypes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The options of `attend` for a number of keys, all of them parts; and those of them that get gradients."""
+
+    options: Callable[[int], dict[str, Any]]
+    learned: tuple[str, ...] = ()
+
+
+CASES = {
+    "full": Case(lambda keys: {}),
+    "causal": Case(lambda keys: {"mask": Causal()}),
+    "window": Case(lambda keys: {"mask": Window(WINDOW)}),
+    "documents": Case(lambda keys: {"mask": Causal() & Documents(jnp.arange(keys) // DOCUMENT)}),
+    "alibi": Case(lambda keys: {"mask": Causal(), "bias": Alibi(2.0 ** -jnp.arange(1, HEADS + 1))}),
+}
+
+
+def positions(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+    """Of queries and keys; queries are the last ones, as a cache says when it decodes."""
+    return np.arange(setting.keys - setting.queries, setting.keys), np.arange(setting.keys)
+
+
+def options(case: str, setting: Setting) -> dict[str, Any]:
+    """The options of `attend`. Decoding passes the query's position, but for "full", which shows the plain call."""
+    given = CASES[case].options(setting.keys)
+    if given and setting.queries < setting.keys:
+        given["query_positions"] = jnp.asarray(positions(setting)[0])
+    return given
+
+
+def arrays(setting: Setting) -> list[Any]:
+    """query, key, value and the cotangent of the output, standard normal: [B, T or S, N, H]."""
+    lengths = (setting.queries, setting.keys, setting.keys, setting.queries)
+    keys = jax.random.split(jax.random.key(0), len(lengths))
+    return [
+        jax.random.normal(key, (setting.batch, length, HEADS, HEAD_DIM), setting.dtype)
+        for key, length in zip(keys, lengths, strict=True)
+    ]
+
+
+def visible_pairs(case: str, setting: Setting) -> int:
+    """How many (query, key) pairs the mask shows, per head and batch entry: the least that has to be computed."""
+    mask = CASES[case].options(setting.keys).get("mask")
+    query, key = (jnp.asarray(x) for x in positions(setting))
+
+    def row(position: Any) -> Any:
+        return jnp.broadcast_to(visible(mask, position[None, None, None], key[None, None]), (1, 1, len(key))).sum()
+
+    return int(jax.lax.map(row, query).sum())

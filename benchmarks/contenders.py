@@ -1,0 +1,77 @@
+"""Who is compared: this library and its peers, each made ready for a case, or refused with the reason.
+
+Every contender computes out, or (out, gradients) for the same cotangent, from the same arrays.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.cases import CASES, WINDOW, Setting, arrays, options, positions
+from benchmarks.measure import DENSE_LENGTH, Prepared, RefusedError, compile_call
+from benchmarks.torch_peers import torch_flex, torch_sdpa
+from jaxattn import attend
+
+
+def _compile(forward: Callable, case: str, setting: Setting) -> Prepared:
+    """forward(query, key, value, parts), and its vjp if asked for. Parts are arguments, so that they may be data."""
+    *inputs, cotangent = arrays(setting)
+    given = options(case, setting)
+    learned = {name: given.pop(name) for name in CASES[case].learned}
+
+    def only_forward(query, key, value, learned, given):
+        return forward(query, key, value, learned | given)
+
+    def both(query, key, value, learned, given, cotangent):
+        out, pull = jax.vjp(lambda q, k, v, x: only_forward(q, k, v, x, given), query, key, value, learned)
+        return out, pull(cotangent)
+
+    if setting.backward:
+        return compile_call(both, *inputs, learned, given, cotangent)
+    return compile_call(only_forward, *inputs, learned, given)
+
+
+def ours(case: str, setting: Setting) -> Prepared:
+    """`attend` with implementation "auto"."""
+    return _compile(lambda query, key, value, parts: attend(query, key, value, **parts), case, setting)
+
+
+def jax_nn(case: str, setting: Setting) -> Prepared:
+    """`jax.nn.dot_product_attention`: causal and window by its own options, the rest by arrays [1, N or 1, T, S]."""
+    if case not in ("full", "causal"):
+        if set(CASES[case].options(setting.keys)) - {"mask", "bias"}:
+            raise RefusedError("has no such part")
+        if setting.queries > DENSE_LENGTH:
+            raise RefusedError(f"holds T x S arrays: above T = {DENSE_LENGTH} only full and causal are timed")
+    implementation: Any = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    own: dict[str, dict[str, Any]] = {"causal": {"is_causal": True}, "window": {"local_window_size": (WINDOW, 0)}}
+    square = setting.queries == setting.keys
+    query_positions, key_positions = (jnp.asarray(x) for x in positions(setting))
+
+    def forward(query, key, value, parts):
+        given: dict[str, Any] = own[case].copy() if square and case in own else {}
+        for slot in {"mask", "bias"} & set(parts) if not given else ():
+            given[slot] = parts[slot](query_positions[:, None], key_positions[None, None])[None]
+        return jax.nn.dot_product_attention(query, key, value, **given, implementation=implementation)
+
+    return _compile(forward, case, setting)
+
+
+def one_read(case: str, setting: Setting) -> Prepared:
+    """Reads key and value once, the floor of decoding: their largest elements."""
+    if case != "full" or setting.queries > 1:
+        raise RefusedError("is the floor of decoding over a full cache, and of nothing else")
+    _, key, value, _ = arrays(setting)
+    return compile_call(lambda key, value: (key.max(), value.max()), key, value)
+
+
+Contender = Callable[[str, Setting], Prepared]
+CONTENDERS: dict[str, Contender] = {
+    "jaxattn": ours,
+    "jax.nn": jax_nn,
+    "torch SDPA": torch_sdpa,
+    "torch flex": torch_flex,
+    "one read": one_read,
+}
