@@ -3,7 +3,21 @@
 from jaxattn.core.attend import attend, explain
 from jaxattn.core.bias import Alibi, Bias
 from jaxattn.core.maps import Dropout
-from jaxattn.core.mask import Causal, Documents, Explicit, Lengths, Mask, Sinks, Window
+from jaxattn.core.mask import (
+    Ancestors,
+    Causal,
+    Chunked,
+    Dilated,
+    Documents,
+    Explicit,
+    Graph,
+    Lengths,
+    Mask,
+    PerHead,
+    Prefix,
+    Sinks,
+    Window,
+)
 from jaxattn.core.normalize import Normalize, Sigmoid, Softmax, Streaming
 from jaxattn.core.partial import EMPTY, Partial, merge
 from jaxattn.core.parts import part
@@ -14,18 +28,24 @@ __all__ = [
     "EMPTY",
     "NTK",
     "Alibi",
+    "Ancestors",
     "Bias",
     "Causal",
+    "Chunked",
+    "Dilated",
     "Documents",
     "Dot",
     "Dropout",
     "Explicit",
+    "Graph",
     "Interpolate",
     "LearnedPositions",
     "Lengths",
     "Mask",
     "Normalize",
     "Partial",
+    "PerHead",
+    "Prefix",
     "Sigmoid",
     "Sinks",
     "Softmax",

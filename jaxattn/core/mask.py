@@ -8,9 +8,13 @@ read positions and never offsets, one mask serves training, padding, packed docu
 positions cut into tiles, `query [..., 1, QB, 1, bq]` and `key [..., 1, 1, KB, bk]`, and returns (possible, certain):
 False in `possible` promises that the tile hides every pair of slots, True in `certain` that it shows every pair of
 non-empty slots. It is evaluated with NumPy when positions and mask are static, with JAX otherwise.
+
+Every mask can be looked at: `to_array`, `density`, `describe` (and `viz.show_mask`).
 """
 
 import abc
+import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -31,6 +35,11 @@ def tile_range(positions: Any, valid: Any = None) -> tuple[Any, Any]:
     return xp.where(valid, positions, largest).min(-1), xp.where(valid, positions, -1).max(-1)
 
 
+def _all_of(positions: Any, condition: Any) -> Any:
+    """Whether it holds for every non-empty slot of a tile (last axis)."""
+    return ((positions < 0) | condition).all(-1)
+
+
 class Mask(abc.ABC):
     """What a part must offer to stand in the mask slot. A new mask needs `__call__`; `bounds` makes it fast."""
 
@@ -42,6 +51,26 @@ class Mask(abc.ABC):
         """(possible, certain) per tile, [..., 1 or N, QB, KB]; by default nothing is known and nothing is skipped."""
         return np.True_, np.False_
 
+    def to_array(self, queries: Any, keys: Any = None) -> Bool[Array, "*b n t s"]:
+        """What each query sees, [..., N or 1, T, S]; `Explicit` of it is the same mask at the positions 0..length−1.
+
+        `queries` and `keys` are numbers of positions, counted from 0, or int arrays of positions [..., T] and [..., S]
+        (those of an empty slot, −1, are hidden); `keys` are the queries unless given. Raises ValueError for a number
+        below 1, TypeError for what is not integer.
+        """
+        query, key = _places("queries", queries), _places("keys", queries if keys is None else keys)
+        shown = visible(self, query[..., None, :, None], key[..., None, None, :])
+        return jnp.broadcast_to(shown, np.broadcast_shapes(shown.shape, (1, query.shape[-1], key.shape[-1])))
+
+    def density(self, queries: Any, keys: Any = None) -> float:
+        """The share of the pairs of `to_array` that are visible. It holds them all, and does not run under `jit`."""
+        return float(self.to_array(queries, keys).mean())
+
+    def describe(self) -> str:
+        """A few words on what the mask shows."""
+        static = [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), int | str)]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in static)})"
+
     def __and__(self, other: "Mask") -> "And":
         return And(self, other)
 
@@ -52,10 +81,25 @@ class Mask(abc.ABC):
         return Not(self)
 
 
+def _places(name: str, given: Any) -> Any:
+    if isinstance(given, int | np.integer):
+        check_static_int("to_array", name, given, 1)
+        return np.arange(given, dtype=np.int32)
+    if not hasattr(given, "dtype") or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must be an int or an integer array, got {getattr(given, 'dtype', type(given).__name__)}"
+        )
+    return given.astype(np.int32)
+
+
 def visible(mask: Mask | None, query: Int[Array, "*b 1 t 1"], key: Int[Array, "*b 1 1 s"]) -> Bool[Array, "#*b #n t s"]:
     """The mask (None shows all) with the empty slots hidden."""
     shown = (query >= 0) & (key >= 0)
     return shown if mask is None else shown & mask(query, key)
+
+
+def _grouped(mask: Mask, kinds: Any) -> str:
+    return f"({mask.describe()})" if isinstance(mask, kinds) else mask.describe()
 
 
 @part
@@ -72,6 +116,9 @@ class And(Mask):
         (possible, certain), (possible2, certain2) = self.first.bounds(query, key), self.second.bounds(query, key)
         return possible & possible2, certain & certain2
 
+    def describe(self):
+        return f"{_grouped(self.first, Or)} and {_grouped(self.second, Or)}"
+
 
 @part
 class Or(Mask):
@@ -87,6 +134,9 @@ class Or(Mask):
         (possible, certain), (possible2, certain2) = self.first.bounds(query, key), self.second.bounds(query, key)
         return possible | possible2, certain | certain2
 
+    def describe(self):
+        return f"{_grouped(self.first, And)} or {_grouped(self.second, And)}"
+
 
 @part
 class Not(Mask):
@@ -101,6 +151,9 @@ class Not(Mask):
         possible, certain = self.mask.bounds(query, key)
         return ~certain, ~possible
 
+    def describe(self):
+        return f"not {_grouped(self.mask, (And, Or, PerHead))}"
+
 
 @part
 class Causal(Mask):
@@ -112,6 +165,9 @@ class Causal(Mask):
     def bounds(self, query, key):
         (first, last), (first_key, last_key) = tile_range(query), tile_range(key)
         return self(last, first_key), self(first, last_key)
+
+    def describe(self):
+        return "causal"
 
 
 @part
@@ -137,6 +193,11 @@ class Window(Mask):
         possible = (last_key >= first - self.left) & (first_key <= last + self.right)
         return possible, (first_key >= last - self.left) & (last_key <= first + self.right)
 
+    def describe(self):
+        if self.right:
+            return f"{self.left} back to {self.right} ahead"
+        return f"the last {self.left + 1} keys" if self.left else "itself"
+
 
 @part
 class Sinks(Mask):
@@ -156,6 +217,60 @@ class Sinks(Mask):
     def bounds(self, query, key):
         first_key, last_key = tile_range(key)
         return first_key < self.count, last_key < self.count
+
+    def describe(self):
+        return "the first key" if self.count == 1 else f"the first {self.count} keys"
+
+
+@part
+class Dilated(Mask):
+    """Keys at a distance from the query that `step` divides, before it and after it.
+
+    It limits neither direction nor distance, since other masks do: `Dilated(s) & Window(n * s)` shows the keys at
+    distances 0, s, .. n·s, a dilated window; `Causal() & (Window(s) | Dilated(s))` joins the two patterns of the
+    strided sparse transformer (Child et al., 2019).
+    Raises ValueError for a step below 1, TypeError for one that is not an int.
+    """
+
+    step: int
+
+    def __post_init__(self):
+        check_static_int("Dilated", "step", self.step, 1)
+
+    def __call__(self, query, key):
+        return (query - key) % self.step == 0
+
+    def bounds(self, query, key):
+        (first, last), (first_key, last_key) = tile_range(query), tile_range(key)
+        least, most = first - last_key, last - first_key
+        possible = most // self.step * self.step >= least
+        return possible, possible & ((least == most) | (self.step == 1))
+
+    def describe(self):
+        return f"distances divisible by {self.step}"
+
+
+@part
+class Chunked(Mask):
+    """Query and key are in the same chunk of `size` positions: ⌊query / size⌋ = ⌊key / size⌋ (local block attention).
+
+    Raises ValueError for a size below 1, TypeError for one that is not an int.
+    """
+
+    size: int
+
+    def __post_init__(self):
+        check_static_int("Chunked", "size", self.size, 1)
+
+    def __call__(self, query, key):
+        return query // self.size == key // self.size
+
+    def bounds(self, query, key):
+        (first, last), (first_key, last_key) = ([x // self.size for x in tile_range(places)] for places in (query, key))
+        return (first <= last_key) & (first_key <= last), (first == last_key) & (first_key == last)
+
+    def describe(self):
+        return f"the same chunk of {self.size}"
 
 
 @part
@@ -181,9 +296,12 @@ class Documents(Mask):
     def bounds(self, query, key):
         ids, key_ids = self._of(query, key, grid=3)
         (first, last), (first_key, last_key) = tile_range(ids), tile_range(key_ids)
-        shown = ((query < 0) | (ids >= 0)).all(-1) & ((key < 0) | (key_ids >= 0)).all(-1)
+        shown = _all_of(query, ids >= 0) & _all_of(key, key_ids >= 0)
         possible = (first <= last_key) & (first_key <= last)
         return possible, shown & (first == last) & (first_key == last_key) & (first == first_key)
+
+    def describe(self):
+        return "the same document"
 
 
 @part
@@ -198,6 +316,29 @@ class Lengths(Mask):
     def bounds(self, query, key):
         first_key, last_key = tile_range(key)
         return self(query, first_key), self(query, last_key)
+
+    def describe(self):
+        return "within the length"
+
+
+@part
+class Prefix(Mask):
+    """key ≤ query, or key < length: a prefix that sees itself in both directions, then causal (prefix-LM).
+
+    The prefix of Raffel et al. (2020); `length` is an int or an array [...], one per batch entry. A length known when
+    the program is written may be left to static masks, so that tiles are skipped at trace time: `Causal() | Sinks(n)`.
+    """
+
+    length: Int[Array, "*batch"] | int
+
+    def __call__(self, query, key):
+        return (Causal() | Lengths(jnp.asarray(self.length)))(query, key)
+
+    def bounds(self, query, key):
+        return (Causal() | Lengths(jnp.asarray(self.length))).bounds(query, key)
+
+    def describe(self):
+        return f"a prefix{f' of {self.length}' if isinstance(self.length, int) else ''}, then causal"
 
 
 @part
@@ -221,3 +362,171 @@ class Explicit(Mask):
         rows = jnp.moveaxis(jnp.asarray(query), -3, 0)[..., None, :, :]
         possible, certain = jax.lax.map(one_row_of_tiles, rows)  # each [QB, ..., n, 1, KB]
         return jnp.moveaxis(possible, 0, -2)[..., 0, :, :], jnp.moveaxis(certain, 0, -2)[..., 0, :, :]
+
+    def describe(self):
+        return "a table of pairs"
+
+
+@part
+class Graph(Mask):
+    """The query sees the keys in its list: key ∈ neighbours[..., n, query position, :].
+
+    `neighbours` [..., N or 1, P, D] holds the positions of at most D keys per node, padded with −1. Memory is P · D
+    where the table of an `Explicit` holds every pair. A node sees itself only if its list says so; positions outside
+    the lists see nothing.
+    """
+
+    neighbours: Int[Array, "*batch heads nodes degree"]
+
+    @classmethod
+    def from_edges(cls, senders: Any, receivers: Any, nodes: int) -> "Graph":
+        """The graph in which receivers[e] sees senders[e] for every edge e; int arrays [E] that are known, not traced.
+
+        Raises ValueError for edges to or from a node that is not one of 0..nodes−1, or arrays that do not match.
+        """
+        ends = np.asarray(senders), np.asarray(receivers)
+        if ends[0].shape != ends[1].shape or ends[0].ndim != 1:
+            raise ValueError(f"senders and receivers have shapes {ends[0].shape}, {ends[1].shape}: need [E] for both")
+        receiver, sender = np.unique(np.stack([ends[1], ends[0]]).astype(np.int64), axis=1)
+        if len(receiver) and not (0 <= min(receiver.min(), sender.min()) <= max(receiver.max(), sender.max()) < nodes):
+            raise ValueError(f"edges must be between the nodes 0..{nodes - 1}")
+        degree = np.bincount(receiver, minlength=nodes)
+        place = np.arange(len(receiver)) - np.repeat(np.cumsum(degree) - degree, degree)
+        neighbours = np.full((1, nodes, max(degree.max(initial=0), 1)), -1, np.int32)
+        neighbours[0, receiver, place] = sender
+        return cls(jnp.asarray(neighbours))
+
+    @classmethod
+    def from_adjacency(cls, adjacency: Any) -> "Graph":
+        """The graph in which node i sees node j where adjacency[..., i, j], [P, R] or [..., N or 1, P, R], known.
+
+        Raises ValueError for an array with fewer than two axes.
+        """
+        adjacency = np.asarray(adjacency, bool)
+        if adjacency.ndim < 2:
+            raise ValueError(f"adjacency has shape {adjacency.shape}: need [P, R] or [..., N or 1, P, R]")
+        adjacency = adjacency[None] if adjacency.ndim == 2 else adjacency
+        degree = max(adjacency.sum(-1).max(initial=0), 1)
+        order = np.argsort(~adjacency, axis=-1, kind="stable")[..., :degree]
+        return cls(jnp.asarray(np.where(np.take_along_axis(adjacency, order, -1), order, -1).astype(np.int32)))
+
+    def _of(self, query: Any) -> Array:
+        """The lists of queries [..., 1, T, 1], [..., n, T, D]."""
+        neighbours = jnp.asarray(self.neighbours)
+        *lead, nodes, degree = neighbours.shape
+        index = jnp.where(query >= 0, query * degree + np.arange(degree), -1)
+        return take(neighbours.reshape(*lead, nodes * degree), index, grid=2, fill=-1)
+
+    def __call__(self, query, key):
+        return (self._of(query)[..., :, None, :] == key[..., None]).any(-1)
+
+    def bounds(self, query, key):
+        first_key, last_key = (x[..., None] for x in tile_range(key))  # [..., 1, 1, KB, 1]
+
+        def one_row_of_tiles(query):  # [..., 1, bq, 1]: all tiles at once would be QB · KB lists
+            seen = self._of(query)
+            seen = seen.reshape(*seen.shape[:-2], 1, 1, -1)
+            return ((seen >= first_key) & (seen <= last_key)).any(-1)
+
+        rows = jnp.moveaxis(jnp.asarray(query), -3, 0).swapaxes(-1, -2)
+        possible = jax.lax.map(one_row_of_tiles, rows)  # [QB, ..., n, 1, KB]
+        return jnp.moveaxis(possible, 0, -2)[..., 0, :, :], np.False_
+
+    def describe(self):
+        return "neighbours in a graph"
+
+
+@part
+class Ancestors(Mask):
+    """The query's node sees itself and its ancestors: the mask of a tree of drafts (SpecInfer, Miao et al., 2024).
+
+    `parents` [..., M] holds each node's parent, which comes before it, parents[i] < i, or −1 for a root; several roots
+    make a forest. Nodes are told apart by their position (siblings would share a depth), so the query and key
+    positions of the call are node numbers; what embeds a position uses the depth. A chain is `Causal()`.
+
+    In a walk that meets each node before its children, the descendants of node j are the nodes met at steps
+    enter_j .. exit_j − 1. So j is an ancestor of i, or i, iff enter_j ≤ enter_i < exit_j: memory is linear in M, and
+    pointer doubling finds the steps in log M rounds.
+    """
+
+    parents: Int[Array, "*batch nodes"]
+
+    def _of(self, query, key, grid):
+        """(enter of queries, enter of keys, exit of keys); outside the tree −1, 0, 0, which no one sees."""
+        parents = jnp.asarray(self.parents)
+        enter, after = jax.vmap(_walk)(parents.reshape(-1, parents.shape[-1]))
+        enter, after = (x.reshape(*parents.shape[:-1], 1, -1) for x in (enter, after))
+        return take(enter, query, grid, fill=-1), take(enter, key, grid, fill=0), take(after, key, grid, fill=0)
+
+    def __call__(self, query, key):
+        enter, enter_key, exit_key = self._of(query, key, grid=2)
+        return (enter_key <= enter) & (enter < exit_key)
+
+    def bounds(self, query, key):
+        enter, enter_key, exit_key = self._of(query, key, grid=3)
+        (first, last), inside = tile_range(enter), exit_key > 0
+        (first_enter, last_enter), (first_exit, last_exit) = tile_range(enter_key, inside), tile_range(exit_key, inside)
+        possible = (first_enter <= last) & (first < last_exit)
+        shown = _all_of(query, enter >= 0) & _all_of(key, inside)
+        return possible, shown & (last_enter <= first) & (last < first_exit)
+
+    def describe(self):
+        return "itself and its ancestors"
+
+
+def _walk(parents: Int[Array, " m"]) -> tuple[Int[Array, " m"], Int[Array, " m"]]:
+    """(enter, exit) of every node of a forest in preorder, children in the order of their numbers."""
+    nodes = parents.shape[0]
+    rounds = max(nodes - 1, 1).bit_length()
+    parents = jnp.maximum(parents, -1)
+    start = jnp.append(jnp.where(parents < 0, nodes, parents), nodes)  # node `nodes` is above the roots
+    size, jump = jnp.ones(nodes + 1, jnp.int32).at[-1].set(0), start
+    for _ in range(rounds):  # size counts descendants nearer than 2^round, jump goes 2^round up
+        size, jump = size.at[jump].add(size).at[-1].set(0), jump[jump]
+    size = size[:-1]
+    order = jnp.argsort(parents, stable=True)
+    before = jnp.cumsum(size[order]) - size[order]
+    siblings = before - before[jnp.searchsorted(parents[order], parents[order])]
+    enter = jnp.append(jnp.zeros_like(size).at[order].set(siblings) + (parents >= 0), 0)
+    jump = start
+    for _ in range(rounds):  # enter adds up the steps along the way to the root
+        enter, jump = enter + jnp.where(jump < nodes, enter[jump], 0), jump[jump]
+    return enter[:-1], enter[:-1] + size
+
+
+@part
+class PerHead(Mask):
+    """Head n sees what masks[n] shows it: for instance another window for every head.
+
+    A mask of the tuple that itself differs by head stands for its own head n. Tiles are shared by all heads, so one
+    is computed where any of them needs it. Raises TypeError unless `masks` is a tuple, ValueError if it is empty.
+    """
+
+    masks: tuple[Mask, ...]
+
+    def __post_init__(self):
+        if not isinstance(self.masks, tuple):
+            raise TypeError(f"PerHead: masks must be a tuple of masks, got {type(self.masks).__name__}")
+        if not self.masks:
+            raise ValueError("PerHead: masks is empty: need one per head")
+
+    def __call__(self, query, key):
+        return _stack_heads([mask(query, key) for mask in self.masks])
+
+    def bounds(self, query, key):
+        possible, certain = zip(*(mask.bounds(query, key) for mask in self.masks), strict=True)
+        return _stack_heads(possible), _stack_heads(certain)
+
+    def describe(self):
+        texts = [mask.describe() for mask in self.masks]
+        groups = [(text, [n for n, _ in group]) for text, group in itertools.groupby(enumerate(texts), lambda x: x[1])]
+        named = (f"head {heads[0]}" if len(heads) == 1 else f"heads {heads[0]}-{heads[-1]}" for _, heads in groups)
+        return "; ".join(f"{name}: {text}" for name, (text, _) in zip(named, groups, strict=True))
+
+
+def _stack_heads(each: Any) -> Any:
+    """Element n of [..., 1 or N, a, b] arrays becomes head n."""
+    xp: Any = np if all(isinstance(x, np.ndarray | np.bool_) for x in each) else jnp
+    of_head = [x[..., min(n, x.shape[-3] - 1), :, :] if np.ndim(x) > 2 else x for n, x in enumerate(each)]
+    shape = np.broadcast_shapes((1, 1), *(np.shape(x) for x in of_head))
+    return xp.stack([xp.broadcast_to(x, shape) for x in of_head], axis=-3)

@@ -13,13 +13,19 @@ import oracle
 
 from jaxattn import (
     Alibi,
+    Ancestors,
     Bias,
     Causal,
+    Chunked,
+    Dilated,
     Documents,
     Dot,
     Explicit,
+    Graph,
     Lengths,
     Mask,
+    PerHead,
+    Prefix,
     Sigmoid,
     Sinks,
     Softmax,
@@ -45,6 +51,18 @@ BY_HEAD = np.random.default_rng(1).random((4, 16, 16)) < 0.3
 BY_HEAD[:, 5] = False
 BY_BATCH = np.random.default_rng(2).random((2, 1, 16, 16)) < 0.5
 BY_BATCH[1, :, :, 8:] = False
+NEIGHBOURS = np.random.default_rng(3).integers(-1, 16, (4, 12, 3))
+CHUNKS = range(5), range(5, 10), range(10, 15)
+PARENTS = np.array(
+    [[-1, 0, 0, 1, 1, 2, 5, 0, -1, 8, 9, 8, 3, 12, 13, 10], [-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
+)
+
+
+def descends(parents, node, ancestor) -> bool:
+    while node > ancestor:
+        node = parents[node]
+    return node == ancestor
+
 
 # name: (the part, the same thing said anew: does head n of batch entry b at position p see the key at position r?)
 MASKS: dict[str, tuple[Mask | None, Callable]] = {
@@ -76,6 +94,25 @@ MASKS: dict[str, tuple[Mask | None, Callable]] = {
     "outside the window": (
         ~Window(2, 1) & Lengths(jnp.asarray(LENGTHS)),
         lambda b, n, p, r: not p - 2 <= r <= p + 1 and r < LENGTHS[b[-1]],
+    ),
+    "prefix": (Prefix(jnp.asarray(LENGTHS)), lambda b, n, p, r: r <= p or r < LENGTHS[b[-1]]),
+    "prefix of 5": (Prefix(5), lambda b, n, p, r: r <= p or r < 5),
+    "dilated": (Dilated(3), lambda b, n, p, r: abs(p - r) in (0, 3, 6, 9, 12, 15)),
+    "strided": (
+        Causal() & (Window(2) | Dilated(4)),
+        lambda b, n, p, r: r <= p and (p - r <= 2 or p - r in (4, 8, 12)),
+    ),
+    "chunked": (Chunked(5), lambda b, n, p, r: [p in chunk for chunk in CHUNKS] == [r in chunk for chunk in CHUNKS]),
+    "graph": (Graph(jnp.asarray(NEIGHBOURS)), lambda b, n, p, r: p < 12 and r in NEIGHBOURS[n, p].tolist()),
+    "ancestors": (Ancestors(jnp.asarray(PARENTS)), lambda b, n, p, r: descends(PARENTS[b[-1]], p, r)),
+    "per head": (
+        PerHead((Window(1), Causal() & ~Window(4), Documents(jnp.asarray(BATCH_IDS)), Explicit(jnp.asarray(BY_HEAD)))),
+        lambda b, n, p, r: (
+            p - 1 <= r <= p,
+            r < p - 4,
+            BATCH_IDS[b[-1], p] == BATCH_IDS[b[-1], r] and BATCH_IDS[b[-1], p] >= 0,
+            BY_HEAD[3, p, r],
+        )[n],
     ),
     "causal or explicit": (
         Causal() & Explicit(jnp.asarray(BY_HEAD)) | ~(Sinks(9) | Causal()),
@@ -125,6 +162,16 @@ CASES = (
     Case("streaming", (10, 13), (3, 4), (4, 2, 1), positions="scattered", learned=("null", "table by batch")),
     Case("outside the window", (6, 11), 64, positions="scattered", normalize="sigmoid", learned=("scale",)),
     Case("causal or explicit", (11, 14), (4, 8), (4, 4, 4), positions="scattered", learned=("alibi",)),
+    Case("prefix", (12, 14), (4, 3), learned=("scale", "null", "table by batch")),
+    Case("prefix of 5", (11, 9), 4, (4, 4, 1), batch=(), normalize="sigmoid", learned=("alibi",)),
+    Case("dilated", (8, 13), (3, 4), (4, 1, 1), positions="scattered", learned=("table",)),
+    Case("strided", (16, 16), (4, 2), (2, 2, 1), learned=("scale", "alibi")),
+    Case("chunked", (14, 16), 4, (4, 1, 2), (5, 3), dtype=np.float64, learned=("null",)),
+    Case("graph", (13, 16), 4, (4, 2, 1), batch=(), learned=("scale", "alibi")),
+    Case("graph", (11, 12), (3, 4), positions="scattered", normalize="sigmoid", learned=("table",)),
+    Case("ancestors", (16, 16), 4, (4, 2, 4), learned=("null", "table by batch")),
+    Case("ancestors", (7, 12), 3, (2, 1, 1), positions="scattered", dtype=ml_dtypes.bfloat16),
+    Case("per head", (12, 15), (4, 5), (4, 2, 1), learned=("scale", "null", "alibi")),
 )
 
 

@@ -1,14 +1,38 @@
-"""Masks in the call: causality, empty slots, order. (What each mask shows is in test_schedule.py.)"""
+"""Masks in the call: causality, empty slots, order; how masks are made and read. (That each mask shows what its
+predicate says, at any positions, is in test_schedule.py.)"""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
-from cases import IMPLEMENTATIONS, MASKS, assert_close, evaluate
+from cases import BATCH_IDS, BY_HEAD, IMPLEMENTATIONS, MASKS, NEIGHBOURS, PARENTS, assert_close, evaluate
+from test_schedule import any_and_all, in_tiles
 
-from jaxattn import Alibi, Bias, Causal, Documents, Dot, Mask, Sigmoid, Softmax, attend, part
+from jaxattn import (
+    Alibi,
+    Ancestors,
+    Bias,
+    Causal,
+    Chunked,
+    Dilated,
+    Documents,
+    Dot,
+    Explicit,
+    Graph,
+    Lengths,
+    Mask,
+    PerHead,
+    Prefix,
+    Sigmoid,
+    Sinks,
+    Softmax,
+    Window,
+    attend,
+    part,
+)
 
 LENGTH = 12
 
@@ -29,7 +53,7 @@ PARTS = Dot(np.float32(0.6)), Alibi(np.array([0.1, 0.2, 0.3, 0.4], np.float32)),
 COTANGENTS = normal(2, LENGTH, 4, 3, seed=20), normal(2, LENGTH, 4, seed=21)
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "streaming"])
+@pytest.mark.parametrize("name", ["causal", "window", "streaming", "strided"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_future_does_not_change_the_past(name, implementation):
     query, key, value = a_call()
@@ -146,3 +170,224 @@ def test_a_mask_needs_nothing_but_its_call():
         assert_close(x, y, 8 * np.abs(y).max())
     np.testing.assert_array_equal((Every(3) & ~Every(1))(np.arange(4)[:, None], np.arange(4)), np.zeros((4, 4), bool))
     np.testing.assert_array_equal(Every(3)(np.arange(LENGTH)[:, None], np.arange(LENGTH)), table)
+
+
+# Of masks whose bounds are exact: whether a tile shows a pair; and those of whole tiles too.
+EXACT = ("prefix", "prefix of 5", "chunked", "per head of exact ones")
+POSSIBLE = (*EXACT, "dilated", "graph")
+TILES = in_tiles(np.arange(2, 14, dtype=np.int32)[None].repeat(2, 0), np.arange(12, dtype=np.int32), (4, 3))
+
+
+def exact_case(name):
+    if name == "per head of exact ones":
+        windows = (Window(0), Window(2, 1), Window(9), Documents(jnp.asarray(BATCH_IDS)))
+        return PerHead(windows), lambda b, n, p, r: (
+            p == r,
+            -2 <= r - p <= 1,
+            p - 9 <= r <= p,
+            BATCH_IDS[b[-1], p] == BATCH_IDS[b[-1], r] and BATCH_IDS[b[-1], p] >= 0,
+        )[n]
+    return MASKS[name]
+
+
+@pytest.mark.parametrize("name", POSSIBLE)
+def test_bounds_are_exact_on_contiguous_positions(name):
+    """For batch entry 0, whose documents are in order: the ids of a tile are known by their range."""
+    mask, predicate = exact_case(name)
+    query, key = np.arange(2, 14)[None].repeat(2, 0), np.arange(12)
+    some, every = any_and_all(oracle.pairs(predicate, query, key, (2,), 4), query, key, (4, 3))
+    possible, certain = (np.broadcast_to(x, some.shape) for x in mask.bounds(*TILES))
+    np.testing.assert_array_equal(possible[0], some[0])
+    if name in EXACT:
+        np.testing.assert_array_equal(certain[0], every[0])
+
+
+@pytest.mark.parametrize("mask", [Dilated(3), Chunked(4), PerHead((Window(1), Causal() & Dilated(2)))], ids=str)
+def test_static_masks_have_static_bounds(mask):
+    assert all(isinstance(x, np.ndarray) for x in mask.bounds(*TILES))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_tiles_of_one_pair_are_classified_exactly(step):
+    query, key = (np.arange(6, dtype=np.int32) for _ in range(2))
+    possible, certain = Dilated(step).bounds(*in_tiles(query, key, (1, 1)))
+    expected = (query[:, None] - key) % step == 0
+    np.testing.assert_array_equal(possible[0], expected)
+    np.testing.assert_array_equal(certain[0], expected)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "none"])
+def test_a_mask_as_an_array_is_the_same_mask(name):
+    """to_array is the predicate, Explicit of it is the mask again, and density its mean."""
+    mask, predicate = MASKS[name]
+    array = mask.to_array(12, 14)
+    expected = oracle.pairs(predicate, np.arange(12), np.arange(14), (2,), 4)
+    assert array.ndim >= 3
+    assert array.dtype == bool
+    np.testing.assert_array_equal(np.broadcast_to(array, expected.shape), expected)
+    np.testing.assert_array_equal(np.broadcast_to(Explicit(array).to_array(12, 14), expected.shape), expected)
+    assert mask.density(12, 14) == pytest.approx(expected.mean(), abs=1e-6)
+    assert isinstance(mask.describe(), str)
+
+
+def test_an_array_at_given_positions_hides_empty_slots():
+    places = np.array([[3, -1, 0], [2, 2, 1]])
+    expected = (places[:, None, :, None] >= [1, 0, -1]) & (places >= 0)[:, None, :, None] & [True, True, False]
+    np.testing.assert_array_equal(Causal().to_array(places, np.array([1, 0, -1])), expected)
+    np.testing.assert_array_equal(Causal().to_array(3), [np.tri(3, dtype=bool)])
+
+
+@part
+class Undescribed(Mask):
+    """A user's mask."""
+
+    step: int
+    table: jax.Array
+
+    def __call__(self, query, key):
+        return query == key
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        (Causal() & (Window(7) | Sinks(3)), "causal and (the last 8 keys or the first 3 keys)"),
+        (~(Causal() & Window(2, 1)) | Sinks(1), "not (causal and 2 back to 1 ahead) or the first key"),
+        (Causal() & Window(0) & Dilated(3), "causal and itself and distances divisible by 3"),
+        (~Documents(np.zeros(2, int)) | Chunked(4), "not the same document or the same chunk of 4"),
+        (Prefix(3), "a prefix of 3, then causal"),
+        (Prefix(np.array([3, 4])) & Lengths(np.array([5, 6])), "a prefix, then causal and within the length"),
+        (PerHead((Causal(), Causal(), Window(1))), "heads 0-1: causal; head 2: the last 2 keys"),
+        (~PerHead((Causal(),)), "not (head 0: causal)"),
+        (
+            Explicit(np.ones((1, 1, 1), bool)) & Graph(np.zeros((1, 1, 1), int)),
+            "a table of pairs and neighbours in a graph",
+        ),
+        (Ancestors(np.array([-1])), "itself and its ancestors"),
+        (Undescribed(4, np.zeros(3)), "Undescribed(step=4)"),
+    ],
+)
+def test_masks_say_what_they_show(mask, text):
+    assert mask.describe() == text
+
+
+@pytest.mark.parametrize(
+    ("make", "exception", "message"),
+    [
+        (lambda: Dilated(0), ValueError, "Dilated: step must be at least 1, got 0"),
+        (lambda: Dilated(1.5), TypeError, "Dilated: step must be an int, got 1.5"),
+        (lambda: Chunked(0), ValueError, "Chunked: size must be at least 1, got 0"),
+        (lambda: Chunked(jnp.int32(2)), TypeError, "Chunked: size must be an int, got Array"),
+        (lambda: PerHead(()), ValueError, "PerHead: masks is empty: need one per head"),
+        (lambda: PerHead([Causal()]), TypeError, "PerHead: masks must be a tuple of masks, got list"),
+        (lambda: Graph.from_edges([0, 1], [1], 2), ValueError, r"have shapes \(2,\), \(1,\): need \[E\] for both"),
+        (lambda: Graph.from_edges([0, 2], [1, 1], 2), ValueError, r"edges must be between the nodes 0..1"),
+        (lambda: Graph.from_adjacency([True]), ValueError, r"adjacency has shape \(1,\): need \[P, R\] or"),
+        (lambda: Causal().to_array(0), ValueError, "queries must be at least 1, got 0"),
+        (lambda: Causal().to_array(3, 0), ValueError, "keys must be at least 1, got 0"),
+        (lambda: Causal().density(2.0), TypeError, "queries must be an int or an integer array, got float"),
+        (lambda: Causal().to_array(2, np.ones(2)), TypeError, "keys must be an int or an integer array, got float64"),
+    ],
+)
+def test_what_masks_refuse(make, exception, message):
+    with pytest.raises(exception, match=message):
+        make()
+
+
+def test_a_call_names_masks_that_do_not_fit_it():
+    x = normal(5, 4, 2)
+    with pytest.raises(ValueError, match=r"mask gives shape \(1, 3, 5, 5\)|mask gives shape \(3, 5, 5\)"):
+        attend(x, x, x, mask=PerHead((Causal(),) * 3))
+    with pytest.raises(TypeError, match=r"mask: Graph.neighbours must be Int\[Array, .* got bool"):
+        attend(x, x, x, mask=Graph(np.ones((1, 5, 5), bool)))
+
+
+def test_a_prefix_is_causal_or_the_first_keys():
+    for length in (0, 1, 4, 9):
+        expected = (Causal() | Sinks(length)).to_array(7)
+        np.testing.assert_array_equal(Prefix(length).to_array(7), expected)
+        np.testing.assert_array_equal(jax.jit(lambda mask: mask.to_array(7))(Prefix(length)), expected)
+
+
+def test_a_dilated_window_by_hand():
+    shown = (Dilated(2) & Window(4)).to_array(np.array([7]), 9)
+    np.testing.assert_array_equal(shown[0, 0], [p in (3, 5, 7) for p in range(9)])
+
+
+def test_graphs_from_edges_and_from_an_adjacency_are_the_same():
+    rng = np.random.default_rng(0)
+    adjacency = rng.random((9, 9)) < 0.2
+    adjacency[3] = False
+    receivers, senders = np.nonzero(adjacency)
+    again = rng.permutation(np.tile(np.arange(len(senders)), 2))  # every edge twice, in any order
+    for graph in (Graph.from_edges(senders[again], receivers[again], 9), Graph.from_adjacency(adjacency)):
+        np.testing.assert_array_equal(graph.to_array(9)[0], adjacency)
+        assert graph.neighbours.shape == (1, 9, adjacency.sum(-1).max())
+    np.testing.assert_array_equal(Graph.from_adjacency(BY_HEAD).to_array(16), BY_HEAD)
+    assert not Graph.from_edges([], [], 3).to_array(3).any()
+
+
+def test_attention_over_a_graph_is_a_loop_over_neighbours():
+    query, key, value = a_call()
+    for implementation in IMPLEMENTATIONS:
+        graph = Graph(jnp.asarray(NEIGHBOURS))
+        out = attend(query, key, value, mask=graph, score=Dot(1.0), implementation=implementation, block=4)
+        for n, p in np.ndindex(4, LENGTH):
+            seen = sorted({int(r) for r in NEIGHBOURS[n, p] if 0 <= r < LENGTH})
+            weights = np.exp(key[0, seen, n // 2] @ query[0, p, n])
+            expected = weights @ value[0, seen, 0] / weights.sum() if seen else np.zeros(3)
+            assert_close(out[0, p, n], expected, 8 * np.abs(value).max())
+
+
+def test_a_graph_needs_no_memory_for_all_pairs():
+    """10 000 nodes of 8 neighbours: the 10^8 pairs would take 95 MiB as booleans."""
+    x = jax.ShapeDtypeStruct((10_000, 1, 2), jnp.float32)
+    graph = Graph(jax.ShapeDtypeStruct((1, 10_000, 8), jnp.int32))
+    call = jax.jit(lambda x, graph: attend(x, x, x, mask=graph, implementation="tiled", block=128))
+    assert call.lower(x, graph).compile().memory_analysis().temp_size_in_bytes < 2**24
+
+
+def path_to_root(parents, node):
+    path = []
+    while node >= 0:
+        path.append(node)
+        node = parents[node]
+    return path[::-1]
+
+
+def test_a_chain_of_ancestors_is_causal_and_roots_are_apart():
+    chain = Ancestors(jnp.arange(9) - 1)
+    np.testing.assert_array_equal(chain.to_array(9), Causal().to_array(9))
+    np.testing.assert_array_equal(Ancestors(jnp.full(4, -1)).to_array(4)[0], np.eye(4))
+    assert not chain.to_array(np.array([9, 12]), 9).any()  # no such nodes
+    assert not chain.to_array(9, np.array([9, 12])).any()
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 7, 8, 9, 33])
+def test_ancestors_of_random_trees_are_found_by_walking_up(nodes):
+    rng = np.random.default_rng(nodes)
+    parents = np.stack([[rng.integers(-1, i) if i else -1 for i in range(nodes)] for _ in range(4)])
+    expected = [[[j in path_to_root(tree, i) for j in range(nodes)] for i in range(nodes)] for tree in parents]
+    np.testing.assert_array_equal(Ancestors(jnp.asarray(parents)).to_array(nodes)[:, 0], expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_path_of_a_tree_alone_gives_the_same_outputs(implementation):
+    """What verifying a tree of drafts in one call relies on."""
+    parents = PARENTS[0]
+    query, key, value = (normal(16, heads, 4, seed=heads) for heads in (4, 2, 1))
+    out = attend(query, key, value, mask=Ancestors(parents), implementation=implementation, block=4)
+    for node in range(16):
+        path = np.array(path_to_root(parents, node))
+        alone = attend(query[path], key[path], value[path], mask=Causal(), implementation="dense")
+        assert_close(out[path], alone, 8 * np.abs(value).max())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_mask_per_head_is_a_loop_over_heads(implementation):
+    query, key, value = a_call()
+    masks = (Window(1), Window(6), ~Causal(), PerHead((Causal(), Causal(), Causal(), Sinks(3))))
+    out = attend(query, key, value, mask=PerHead(masks), implementation=implementation, block=4)
+    for n, mask in enumerate((*masks[:3], Sinks(3))):
+        alone = attend(query[:, :, n : n + 1], key[:, :, n // 2 : n // 2 + 1], value, mask=mask)
+        assert_close(out[:, :, n : n + 1], alone, 8 * np.abs(value).max())
