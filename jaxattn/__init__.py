@@ -2,15 +2,14 @@
 
 from jaxattn.core.attend import attend, explain
 from jaxattn.core.bias import Alibi, Bias
+from jaxattn.core.graph import Ancestors, Graph
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import (
-    Ancestors,
     Causal,
     Chunked,
     Dilated,
     Documents,
     Explicit,
-    Graph,
     Lengths,
     Mask,
     PerHead,
