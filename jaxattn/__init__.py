@@ -2,6 +2,7 @@
 
 from jaxattn.core.attend import attend, explain
 from jaxattn.core.bias import Alibi, Bias
+from jaxattn.core.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
 from jaxattn.core.graph import Ancestors, Graph
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import (
@@ -29,6 +30,8 @@ __all__ = [
     "Alibi",
     "Ancestors",
     "Bias",
+    "BlockIndex",
+    "Blocks",
     "Causal",
     "Chunked",
     "Dilated",
@@ -52,10 +55,13 @@ __all__ = [
     "Window",
     "Yarn",
     "attend",
+    "block_means",
     "explain",
     "merge",
     "part",
     "rotary",
     "rotary_2d",
+    "select_tokens",
     "sinusoidal",
+    "take_tokens",
 ]

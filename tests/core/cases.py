@@ -15,6 +15,8 @@ from jaxattn import (
     Alibi,
     Ancestors,
     Bias,
+    BlockIndex,
+    Blocks,
     Causal,
     Chunked,
     Dilated,
@@ -51,6 +53,7 @@ BY_HEAD = np.random.default_rng(1).random((4, 16, 16)) < 0.3
 BY_HEAD[:, 5] = False
 BY_BATCH = np.random.default_rng(2).random((2, 1, 16, 16)) < 0.5
 BY_BATCH[1, :, :, 8:] = False
+ACTIVE = np.random.default_rng(4).random((2, 4, 6, 3)) < 0.4
 NEIGHBOURS = np.random.default_rng(3).integers(-1, 16, (4, 12, 3))
 CHUNKS = range(5), range(5, 10), range(10, 15)
 PARENTS = np.array(
@@ -105,6 +108,10 @@ MASKS: dict[str, tuple[Mask | None, Callable]] = {
     "chunked": (Chunked(5), lambda b, n, p, r: [p in chunk for chunk in CHUNKS] == [r in chunk for chunk in CHUNKS]),
     "graph": (Graph(jnp.asarray(NEIGHBOURS)), lambda b, n, p, r: p < 12 and r in NEIGHBOURS[n, p].tolist()),
     "ancestors": (Ancestors(jnp.asarray(PARENTS)), lambda b, n, p, r: descends(PARENTS[b[-1]], p, r)),
+    "blocks": (
+        Blocks(BlockIndex(jnp.asarray(ACTIVE), (2, 4))),
+        lambda b, n, p, r: p < 12 and r < 12 and ACTIVE[b[-1], n, p // 2, r // 4],
+    ),
     "per head": (
         PerHead((Window(1), Causal() & ~Window(4), Documents(jnp.asarray(BATCH_IDS)), Explicit(jnp.asarray(BY_HEAD)))),
         lambda b, n, p, r: (
@@ -171,6 +178,8 @@ CASES = (
     Case("graph", (11, 12), (3, 4), positions="scattered", normalize="sigmoid", learned=("table",)),
     Case("ancestors", (16, 16), 4, (4, 2, 4), learned=("null", "table by batch")),
     Case("ancestors", (7, 12), 3, (2, 1, 1), positions="scattered", dtype=ml_dtypes.bfloat16),
+    Case("blocks", (13, 12), (4, 3), learned=("scale", "null", "alibi")),
+    Case("blocks", (6, 13), 4, (4, 1, 2), positions="scattered", normalize="sigmoid", learned=("table by batch",)),
     Case("per head", (12, 15), (4, 5), (4, 2, 1), learned=("scale", "null", "alibi")),
 )
 
