@@ -14,6 +14,7 @@ from jaxattn import nn
 from jaxattn.core.bias import Alibi
 from jaxattn.core.mask import Causal, Mask
 from jaxattn.core.normalize import Normalize, Softmax
+from jaxattn.core.position import RotaryScaling
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Attention:
         null_logit: Learn one null logit per head, a place to attend to nothing (softmax only).
         rotary_base: Base of the rotary position embedding; none for no rotation.
         rotary_fraction: Fraction of the channels that is rotated.
+        rotary_scaling: How positions beyond those of training are read (Interpolate, NTK or Yarn).
         alibi: Add the ALiBi distance bias with its geometric slopes.
         qk_norm: RMS norm of queries and keys, before rotation.
         gate: Multiply what heads read by a sigmoid gate of the input.
@@ -43,6 +45,7 @@ class Attention:
     null_logit: bool = False
     rotary_base: float | None = 10000.0
     rotary_fraction: float = 1.0
+    rotary_scaling: RotaryScaling | None = None
     alibi: bool = False
     qk_norm: bool = False
     gate: bool = False
@@ -63,6 +66,7 @@ class Attention:
             head_dim=self.head_dim,
             rotary_base=self.rotary_base,
             rotary_fraction=self.rotary_fraction,
+            rotary_scaling=self.rotary_scaling,
             qk_norm=self.qk_norm,
             gate=self.gate,
             dropout=self.dropout,

@@ -11,7 +11,7 @@ from jaxattn.core.attend import Implementation, attend, attention_weights
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Mask
 from jaxattn.core.normalize import Softmax
-from jaxattn.core.position import rotary, rotary_channels
+from jaxattn.core.position import RotaryScaling, rotary, rotary_channels
 from jaxattn.core.score import Dot
 from jaxattn.nn.sites import Recorder
 
@@ -32,6 +32,8 @@ class MultiHeadAttention(nnx.Module):
     features: D of x and y. heads: N. key_heads: K (grouped heads; default N, a divisor of N). head_dim: H, default
     D / N, independent of both otherwise. context_features: width of `context` for cross-attention, default D.
     rotary_base: rotary embedding of q and k with this base, None for none; rotary_fraction: of the channels.
+    rotary_scaling: how positions beyond those of training are read, e.g. `Yarn(4.0, 2048)`; q and k are multiplied by
+    its `attention_scale`.
     qk_norm: RMS norm of q and k over H with learned gains, before rotation. gate: z ⊙ σ(W_g x) before W_o.
     dropout: rate on the attention weights, active unless `deterministic` (see `nnx.Module.train` and `eval`).
     score, bias, mask, normalize: parts, or modules that own `nnx.Param`s and return a part when called without
@@ -51,6 +53,7 @@ class MultiHeadAttention(nnx.Module):
         context_features: int | None = None,
         rotary_base: float | None = 10000.0,
         rotary_fraction: float = 1.0,
+        rotary_scaling: RotaryScaling | None = None,
         qk_norm: bool = False,
         gate: bool = False,
         dropout: float = 0.0,
@@ -81,6 +84,7 @@ class MultiHeadAttention(nnx.Module):
             if context_features is not None:
                 raise ValueError("context_features is given but cross-attention takes no rotary: need rotary_base=None")
         self.rotary_base, self.rotary_fraction = rotary_base, rotary_fraction
+        self.rotary_scaling = rotary_scaling
         self.dropout, self.deterministic = dropout, False
         self.implementation: Implementation = implementation
         self.dtype = dtype
@@ -136,7 +140,10 @@ class MultiHeadAttention(nnx.Module):
             positions = after if positions is None else jnp.broadcast_to(positions, x.shape[:-1])
         if self.rotary_base is not None:
             places = jnp.arange(x.shape[-2]) if positions is None else positions
-            query, key = (rotary(y, places, self.rotary_base, self.rotary_fraction) for y in (query, key))
+            turn, scaling = (self.rotary_base, self.rotary_fraction, self.rotary_scaling), self.rotary_scaling
+            query, key = (rotary(y, places, *turn) for y in (query, key))
+            if scaling is not None:
+                query, key = query * scaling.attention_scale, key * scaling.attention_scale
 
         key_positions = positions if context is None else None
         if state is not None and positions is not None:

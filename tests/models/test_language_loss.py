@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from tiny import HEADS, MIXED, PLAIN, VOCABULARY, assert_close, decoder, run, shared, tokens
 
-from jaxattn import Documents
+from jaxattn import Causal, Documents, PerHead, Window, Yarn
 from jaxattn.models import Attention, Layer, from_plain, to_plain
 from jaxattn.models.config import DecoderConfig
 from jaxattn.train import language_loss, with_params
@@ -121,7 +121,9 @@ def test_with_params_puts_parameters_into_the_model():
 
 
 def test_a_config_comes_back_from_plain_data():
-    config = DecoderConfig(VOCABULARY, 12, 16, [*MIXED, Layer(Attention(heads=HEADS, mask=None))], tied=False)
+    scaled = Attention(heads=HEADS, mask=PerHead((Window(2), Causal())), rotary_scaling=Yarn(4.0, 64, beta_slow=2.0))
+    layers = [*MIXED, Layer(Attention(heads=HEADS, mask=None)), Layer(scaled)]
+    config = DecoderConfig(VOCABULARY, 12, 16, layers, tied=False)
     assert from_plain(to_plain(config)) == config
     with pytest.raises(ValueError, match="not the config of a decoder"):
         from_plain({"widht": 3})

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from multi_head import assert_close, multi_head, randomise
 
-from jaxattn import Alibi, Causal, Explicit, Lengths, Sigmoid, Sinks, Window
+from jaxattn import NTK, Alibi, Causal, Explicit, Interpolate, Lengths, Sigmoid, Sinks, Window, Yarn, attend, rotary
 from jaxattn.nn import MultiHeadAttention, NullSoftmax
 
 D, T, B = 16, 7, 2
@@ -119,6 +119,26 @@ def test_cross_attention_reads_a_context_of_another_width_and_length():
     }
     expected, magnitude = multi_head(module, x, lambda p, r: r < 3, **sizes)
     assert_close(run(module, x, context=context, mask=Lengths(jnp.array([3, 3])))[0], expected, magnitude)
+
+
+@pytest.mark.parametrize("scaling", [Interpolate(4.0), NTK(4.0), Yarn(4.0, 8)], ids=str)
+def test_scaled_rotary_turns_and_sharpens_queries_and_keys(scaling):
+    options = {"key_heads": 2, "mask": Causal(), "rotary_base": 100.0, "rotary_scaling": scaling}
+    module, places = MultiHeadAttention(D, 4, **options, rngs=nnx.Rngs(0)), 3 * np.arange(T)
+    _, _, seen = run(module, inputs(B, T, D), record=("q", "k", "v", "z"), positions=places)
+    query, key = (rotary(seen[site], places, 100.0, scaling=scaling) * scaling.attention_scale for site in "qk")
+    expected = attend(query, key, seen["v"], mask=Causal())
+    assert_close(seen["z"], expected)
+    assert np.abs(attend(rotary(seen["q"], places), rotary(seen["k"], places), seen["v"]) - expected).max() > 1e-3
+
+
+def test_interpolated_positions_are_the_trained_ones():
+    plain, scaled = (
+        MultiHeadAttention(D, 4, mask=Causal(), rotary_scaling=scaling, rngs=nnx.Rngs(0))
+        for scaling in (None, Interpolate(4.0))
+    )
+    x = inputs(B, T, D)
+    assert_close(run(scaled, x, positions=4 * np.arange(T))[0], run(plain, x)[0])
 
 
 def test_the_mask_of_a_call_is_joined_with_the_module_own():
