@@ -1,12 +1,38 @@
-"""What all pictures share: colours, and how they are written."""
+"""What all pictures share: colours, panels of (query, key) pairs, and how they are written."""
 
 import os
 from pathlib import Path
+from typing import Any
 
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 COLOURS = ("#2f5d8a", "#c8553d", "#4f8a4b", "#8a5fa8", "#b8862b", "#4a8f98")
 WEIGHTS = "Blues"
+# Of signed numbers, the same shade for the same size: less than nothing is red, more is blue.
+SIGNED = LinearSegmentedColormap.from_list("signed", ["#8f2d1a", COLOURS[1], "#f4f3ee", COLOURS[0], "#16324f"])
+MOST_COLUMNS = 4
+
+
+def panels(count: int, ratio: float = 1.0, beside: float = 0.0) -> tuple[Figure, list[Any]]:
+    """A figure of `count` panels for (query, key) pairs, `ratio` = keys / queries: one is large, more are a grid.
+
+    Only the panels at the left and at the bottom name their axes. `beside` is width left over, for a colour bar.
+    """
+    columns = min(count, MOST_COLUMNS)
+    rows = -(-count // columns)
+    size = 3.6 if count == 1 else 2.2
+    figure = Figure(figsize=(size * columns + beside, size / ratio * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for number, axes in enumerate(grid.flat):
+        if number >= count:
+            axes.set_axis_off()
+            continue
+        if number + columns >= count:
+            axes.set_xlabel("key position")
+        if number % columns == 0:
+            axes.set_ylabel("query position")
+    return figure, list(grid.flat)[:count]
 
 
 def save(figure: Figure, path: str | Path) -> Path:

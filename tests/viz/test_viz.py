@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn import Causal, Documents, Sinks, Window, viz
+from jaxattn import Causal, Documents, PerHead, Sinks, Window, viz
 
 
 def panels_of(figure):
@@ -24,6 +24,18 @@ def test_a_mask_is_drawn_as_its_definition():
 def test_a_mask_over_data_is_drawn_for_the_first_batch_entry():
     axes = viz.show_mask(Documents(jnp.array([[0, 0, 1, 1], [0, 1, 2, 3]])), 4).axes[0]
     np.testing.assert_array_equal(image(axes), np.kron(np.eye(2), np.ones((2, 2))))
+
+
+def test_a_mask_that_differs_by_head_has_a_panel_for_each():
+    masks = (Causal(), Window(1), Sinks(2), Window(0), Causal())
+    figure = viz.show_mask(PerHead(masks), 6, title="five heads")
+    shown = [axes for axes in figure.axes if axes.get_images()]
+    assert len(shown) == 5
+    for number, (mask, axes) in enumerate(zip(masks, shown, strict=True)):
+        np.testing.assert_array_equal(image(axes), mask.to_array(6)[0])
+        assert axes.get_title() == f"head {number}: {mask.density(6):.0%}"
+    assert figure.get_suptitle() == "five heads"
+    assert len([axes for axes in viz.show_mask(PerHead((Causal(), Causal())), 6).axes if axes.get_images()]) == 1
 
 
 def test_a_mask_of_no_size_raises():
