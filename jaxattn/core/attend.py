@@ -1,23 +1,30 @@
 """attend: the one call for everything that weighs keys. Checks it, picks an implementation, explains the choice."""
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxattn.core import fused
 from jaxattn.core.call import Call
-from jaxattn.core.dense import dense, scores
-from jaxattn.core.maps import Dropout
+from jaxattn.core.dense import dense, weigh
+from jaxattn.core.maps import Dropout, Map, Need
 from jaxattn.core.mask import Mask
+from jaxattn.core.measure import Measure
 from jaxattn.core.normalize import Normalize, Softmax, Streaming
 from jaxattn.core.parts import check_fields, positions_fit
-from jaxattn.core.score import Dot, accumulator
+from jaxattn.core.rows import rows
+from jaxattn.core.score import Dot, accumulator, raw_scores
 from jaxattn.core.tiled import tiled
 
-Implementation = Literal["auto", "dense", "tiled"]
+Implementation = Literal["auto", "dense", "rows", "tiled", "fused"]
+IMPLEMENTATIONS = ("dense", "rows", "tiled", "fused")
 
 # Up to this many bytes of scores the dense implementation is about as fast as the tiled one (see `benchmarks`).
 DENSE_BYTES = 2**22
@@ -32,43 +39,56 @@ def attend(
     bias: Any = None,
     mask: Mask | None = None,
     normalize: Normalize = Softmax(),
+    score_maps: Sequence[Map] = (),
+    weight_maps: Sequence[Map] = (),
+    measures: Mapping[str, Measure] = MappingProxyType({}),
     query_positions: Int[Array, "*#b t"] | None = None,
-    key_positions: Int[Array, "*#b s"] | None = None,
+    key_positions: Int[Array, "*#b s"] | Int[Array, "*b s k"] | None = None,
     dropout: Dropout | None = None,
     return_lse: bool = False,
     block: int | tuple[int, int] | None = None,
     implementation: Implementation = "auto",
 ) -> Any:
-    """out_i = Σ_j w_ij v_j,  w = normalize(score(q, k) + bias where mask),  per head.
+    """out_i = Σ_j w_ij v_j,  w = weight_maps(normalize(score_maps(score(q, k) + bias) where mask)),  per head.
 
     The defaults are softmax attention with scale H**-0.5 (Vaswani et al., 2017). N is a multiple of K and of Kv: query
     head n reads key head n // (N / K) and value head n // (N / Kv). Any number of batch axes, also none.
 
-    score(query, key), bias(query_positions, key_positions) and mask(query_positions, key_positions) are parts; see
-    `jaxattn.core.score`, `bias`, `mask`, `normalize` for the ones there are and what a new one must offer. All their
-    arrays get gradients. `dropout` acts on the weights after normalisation.
+    Every slot takes parts; see the first lines of `jaxattn.core.score`, `bias`, `maps`, `mask`, `normalize` and
+    `measure` for the ones there are and what a new one must offer. All their arrays get gradients. Maps are applied in
+    order; `dropout` acts on the weights last.
 
-    query_positions [..., T] and key_positions [..., S] are ints, by default 0..T−1 and 0..S−1. Position −1 marks an
-    empty slot: as a key it is never seen, as a query its row is zero, and whatever the arrays hold there is ignored.
+    query_positions [..., T] and key_positions [..., S] are ints, by default 0..T−1 and 0..S−1; key_positions may also
+    differ by key head, [..., S, K], with all batch axes. Position −1 marks an empty slot: as a key it is never seen, as
+    a query its row is zero, and whatever the arrays hold there is ignored.
 
     Scores and statistics are float32 (float64 for float64 inputs); `out` [..., T, N, V] has value's dtype. With
-    `return_lse` the result is (out, {"lse": lse}), lse [..., T, N] the log of each row's total weight, differentiable.
+    `return_lse` or `measures` the result is (out, extras): extras["lse"] [..., T, N] is the log of each row's total
+    weight, differentiable, and extras[name] what each measure says of the weights, in the same pass.
     A row with no visible key gives out = 0 and lse = −inf.
 
-    implementation: "dense" holds all T x S weights; "tiled" needs memory linear in T + S, skips tiles in which the
-    mask hides everything and recomputes the rest for gradients; "auto" chooses (see `explain`). Name "dense" for
-    forward-mode and second derivatives, which "tiled" does not have. `block` is the tile size of "tiled", an int or
-    (queries, keys); by default it fits the mask.
+    implementation: "dense" holds all T x S weights; "rows" a block of complete rows at a time; "tiled" a tile at a
+    time, skipping tiles in which the mask hides everything; both need memory linear in T + S and recompute for
+    gradients.
+    "fused" is a library's kernel. "auto" takes the fastest that serves the call (see `explain`); a named one is never
+    replaced. "tiled" has reverse-mode derivatives of first order: for `jax.jvp`, `jax.linearize`, Hessian-vector
+    products and the like name "rows" or "dense". `block` is the tile size of "tiled", an int or (queries, keys), and
+    the number of queries at a time of "rows"; by default it fits the call.
 
     Raises TypeError or ValueError, naming the argument, for shapes that do not fit, integer arrays, positions of the
     wrong shape, empty axes and unknown implementations; NotImplementedError if the named implementation cannot serve a
     part.
     """
-    arguments = (query, key, value, score, bias, mask, normalize, query_positions, key_positions, dropout)
-    name, _ = _choose(arguments, block, implementation)
+    call = Given(
+        query, key, value, score, bias, tuple(score_maps), mask, normalize, tuple(weight_maps), dict(measures), dropout,
+        query_positions, key_positions,
+    )  # fmt: skip
+    name, _ = _choose(call, block, implementation, return_lse)
     block = (block, block) if isinstance(block, int) else block
-    out, lse = _attend(*arguments, block=block, implementation=name)
-    return (out, {"lse": lse}) if return_lse else out
+    kernel = fused.plan(call, return_lse) if name == "fused" else None
+    out, lse, measured = _attend(call, block=block, implementation=name, kernel=kernel)
+    extras = ({"lse": lse} if return_lse else {}) | measured
+    return (out, extras) if return_lse or measures else out
 
 
 def attention_weights(
@@ -79,16 +99,21 @@ def attention_weights(
     bias: Any = None,
     mask: Mask | None = None,
     normalize: Normalize = Softmax(),
+    score_maps: Sequence[Map] = (),
+    weight_maps: Sequence[Map] = (),
     query_positions: Int[Array, "*#b t"] | None = None,
-    key_positions: Int[Array, "*#b s"] | None = None,
+    key_positions: Int[Array, "*#b s"] | Int[Array, "*b s k"] | None = None,
 ) -> tuple[Float[Array, "*b n t s"], Float[Array, "*b n t s"]]:
     """(weights, scores) [..., N, T, S] of the same call to `attend`, for looking at; hidden scores are −inf.
 
-    Memory is T x S per head. Arguments and errors are those of `attend`.
+    Memory is T x S per head: for long inputs see `RowsOf`. Arguments and errors are those of `attend`.
     """
-    arguments = (query, key, key, score, bias, mask, normalize, query_positions, key_positions, None)
-    _check(*arguments)
-    return _weights(*arguments)
+    call = Given(
+        query, key, key, score, bias, tuple(score_maps), mask, normalize, tuple(weight_maps), {}, None,
+        query_positions, key_positions,
+    )  # fmt: skip
+    _check(call)
+    return _weights(call)
 
 
 def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
@@ -96,36 +121,66 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
 
     Takes what `attend` takes; arrays may be `jax.ShapeDtypeStruct`s, since only shapes and dtypes are looked at.
     """
-    options.pop("return_lse", None)
+    return_lse = options.pop("return_lse", False)
     block, implementation = options.pop("block", None), options.pop("implementation", "auto")
-    defaults = {"score": Dot(), "bias": None, "mask": None, "normalize": Softmax()}
-    defaults |= {"query_positions": None, "key_positions": None, "dropout": None}
+    defaults: dict[str, Any] = {"score": Dot(), "bias": None, "score_maps": (), "mask": None, "normalize": Softmax()}
+    defaults |= {"weight_maps": (), "measures": {}, "dropout": None, "query_positions": None, "key_positions": None}
     if unknown := set(options) - set(defaults):
         raise TypeError(f"explain got unknown arguments {sorted(unknown)}: need those of attend")
-    name, reasons = _choose((query, key, value, *(defaults | options).values()), block, implementation)
+    name, reasons = _choose(Given(query, key, value, *(defaults | options).values()), block, implementation, return_lse)
     print("\n".join(f"{'->' if other == name else '  '} {other}: {reason}" for other, reason in reasons.items()))
     return name
 
 
+class Given(NamedTuple):
+    """The arguments of a call as the user gave them."""
+
+    query: Any
+    key: Any
+    value: Any
+    score: Any
+    bias: Any
+    score_maps: Any
+    mask: Any
+    normalize: Any
+    weight_maps: Any
+    measures: Any
+    dropout: Any
+    query_positions: Any
+    key_positions: Any
+
+
 @jax.jit
-def _weights(*arguments):
-    call = _call(*arguments)
-    all_scores, visible = scores(call)
-    return call.normalize.weights(all_scores, visible)[0], jnp.where(visible, all_scores, -jnp.inf)
+def _weights(given: Given):
+    view = weigh(_call(given))
+    return view.weights, jnp.where(view.visible, view.scores, -jnp.inf)
 
 
-@partial(jax.jit, static_argnames=("block", "implementation"))
-def _attend(
-    query, key, value, score, bias, mask, normalize, query_positions, key_positions, dropout, *, block, implementation
-):
-    call = _call(query, key, value, score, bias, mask, normalize, query_positions, key_positions, dropout)
-    out, lse = dense(call) if implementation == "dense" else tiled(call, block)
-    return out.astype(value.dtype), lse.astype(accumulator(query, key, value))
+@partial(jax.jit, static_argnames=("block", "implementation", "kernel"))
+def _attend(given: Given, *, block, implementation, kernel):
+    if implementation == "fused":
+        return fused.fused(given, kernel), None, {}
+    call = _call(given)
+    if implementation == "dense":
+        out, lse, measured = dense(call)
+    elif implementation == "rows":
+        out, lse, measured = rows(call, None if block is None else block[0])
+    else:
+        out, lse, measured = tiled(call, block)
+    batch = given.query.ndim - 3
+    by_row = {name for name, measure in call.measures.items() if measure.over == "rows"}
+    measured = {
+        name: jax.tree.map(lambda x: x.swapaxes(batch, batch + 1), result) if name in by_row else result
+        for name, result in measured.items()
+    }
+    return out.astype(given.value.dtype), lse.astype(accumulator(given.query, given.key, given.value)), measured
 
 
-def _call(query, key, value, score, bias, mask, normalize, query_positions, key_positions, dropout) -> Call:
+def _call(given: Given) -> Call:
     """Default positions filled in, the contents of empty slots zeroed (they may be anything), dropout seeds drawn."""
+    query, key, value = given.query, given.key, given.value
     *batch, length, heads, _ = query.shape
+    query_positions, key_positions = given.query_positions, given.key_positions
     if query_positions is None:
         query_positions = np.arange(length, dtype=np.int32)
     else:
@@ -133,59 +188,87 @@ def _call(query, key, value, score, bias, mask, normalize, query_positions, key_
     if key_positions is None:
         key_positions = np.arange(key.shape[-3], dtype=np.int32)
     else:
-        shown = (key_positions >= 0)[..., None, None]
+        by_head = key_positions.ndim == len(batch) + 2
+        shown = (key_positions >= 0)[..., None] if by_head else (key_positions >= 0)[..., None, None]
         key, value = jnp.where(shown, key, 0), jnp.where(shown, value, 0)
+        if by_head:
+            key_positions = jnp.repeat(key_positions, heads // key.shape[-2], -1).swapaxes(-1, -2)[..., None, :]
+    if key_positions.ndim < len(batch) + 2:
+        key_positions = key_positions[..., None, None, :]
+    slots = ("score", "bias", "score_maps", "mask", "normalize", "weight_maps", "measures")
     return Call(
-        query,
-        key,
-        value,
-        score,
-        bias,
-        mask,
-        normalize,
-        None if dropout is None else dropout.draw(tuple(batch), heads),
-        query_positions.astype(np.int32)[..., None, :, None],
-        key_positions.astype(np.int32)[..., None, None, :],
+        query=query,
+        key=key,
+        value=value,
+        dropout=None if given.dropout is None else given.dropout.draw(tuple(batch), heads),
+        query_positions=query_positions.astype(np.int32)[..., None, :, None],
+        key_positions=key_positions.astype(np.int32),
+        **{slot: getattr(given, slot) for slot in slots},
     )
 
 
-def _choose(arguments: tuple, block: Any, implementation: str) -> tuple[str, dict[str, str]]:
+def _needs(given: Given) -> dict[Need, list[str]]:
+    """Which parts need complete rows, and which the whole matrix."""
+    needs: dict[Need, list[str]] = {"tile": [], "rows": [], "matrix": []}
+    if not isinstance(given.normalize, Streaming):
+        needs["rows"].append(f"normalize={type(given.normalize).__name__}")
+    for each in given.score_maps:
+        needs[each.scores_need].append(f"score_maps={type(each).__name__}")
+    for each in given.weight_maps:
+        needs[each.weights_need].append(f"weight_maps={type(each).__name__}")
+    for each in given.measures.values():
+        needs["rows"].append(f"measures={type(each).__name__}")
+    return needs
+
+
+def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> tuple[str, dict[str, str]]:
     """The implementation to use, and for each one why (not). Raises what `attend` raises."""
-    query, key, _, _, _, _, normalize, *_ = arguments
-    if implementation not in ("auto", "dense", "tiled"):
-        raise ValueError(f"implementation {implementation!r} is unknown: need 'auto', 'dense' or 'tiled'")
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        choices = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation {implementation!r} is unknown: need 'auto', {choices}")
     if block is not None:
         sizes = block if isinstance(block, tuple) else (block, block)
         if len(sizes) != 2 or not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
             raise TypeError(f"block must be an int or a tuple of two, (queries, keys), got {block!r}")
         if min(sizes) < 1:
             raise ValueError(f"block must be at least 1, got {block}")
-    _check(*arguments)
+    _check(given)
+    query, key = given.query, given.key
     size = accumulator(query, key).itemsize * query.size // query.shape[-1] * key.shape[-3]
     held = f"the {query.shape[-3]} x {key.shape[-3]} scores of all heads take {size / 2**20:,.4g} MiB"
-    refusal = None if isinstance(normalize, Streaming) else _whole_rows(normalize)
+    limit, small = f"{DENSE_BYTES / 2**20:,.4g} MiB", size <= DENSE_BYTES
+    needs = _needs(given)
+    by_rows, by_matrix = (" and ".join(needs[need]) for need in ("rows", "matrix"))
+    kernel = fused.plan(given, return_lse)
+    refusals: dict[str, str | None] = {"dense": None, "rows": None, "tiled": None}
+    refusals["fused"] = kernel if isinstance(kernel, str) else None
+    if by_matrix:
+        refusals["rows"] = refusals["tiled"] = f"{by_matrix}: it needs all queries and keys at once"
+    elif by_rows:
+        refusals["tiled"] = f"{by_rows}: it needs whole rows, not a few keys at a time"
+    if implementation != "auto" and (refusal := refusals[implementation]):
+        raise NotImplementedError(f"implementation {implementation!r} cannot serve {refusal}")
     if implementation != "auto":
-        if implementation == "tiled" and refusal:
-            raise NotImplementedError(f"implementation 'tiled' cannot serve {refusal}")
-        name = implementation
+        why = {other: "named in the call" if other == implementation else "another was named" for other in refusals}
+        return implementation, why
+    if refusals["fused"] is None:
+        name = "fused"
+    elif small or refusals["rows"]:
+        name = "dense"
     else:
-        name = "dense" if refusal or size <= DENSE_BYTES else "tiled"
-    limit = f"{DENSE_BYTES / 2**20:,.4g} MiB"
+        name = "rows" if refusals["tiled"] else "tiled"
     why = {
-        "dense": f"{held}, {'at most' if size <= DENSE_BYTES else 'more than'} {limit}",
-        "tiled": f"cannot serve {refusal}" if refusal else f"serves this call in linear memory; chosen above {limit}",
+        "dense": f"{held}, {'at most' if small else 'more than'} {limit}",
+        "rows": "serves this call in linear memory, in plain JAX; chosen above the limit where tiled cannot serve",
+        "tiled": f"serves this call in linear memory; chosen above {limit}",
+        "fused": "serves this call with a library's kernel",
     }
-    if implementation != "auto":
-        why = {other: "named in the call" if other == name else "another was named" for other in why}
-    return name, why
+    return name, {other: f"cannot serve {refusals[other]}" if refusals[other] else why[other] for other in why}
 
 
-def _whole_rows(normalize: Any) -> str:
-    return f"normalize={type(normalize).__name__}: it needs whole rows, not a few keys at a time"
-
-
-def _check(query, key, value, score, bias, mask, normalize, query_positions, key_positions, dropout) -> None:
+def _check(given: Given) -> None:
     """Raises for every call that could not mean anything, before any of it is traced."""
+    query, key, value = given.query, given.key, given.value
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
@@ -205,41 +288,69 @@ def _check(query, key, value, score, bias, mask, normalize, query_positions, key
     keys = key.shape[-3]
     if value.shape[-3] != keys:
         raise ValueError(f"value has length {value.shape[-3]} but key has {keys}: need the same")
-    for name, x, size in (("query_positions", query_positions, length), ("key_positions", key_positions, keys)):
+    positions = (("query_positions", given.query_positions, length), ("key_positions", given.key_positions, keys))
+    for name, x, size in positions:
         if x is None:
             continue
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"{name} must be an integer array, got {getattr(x, 'dtype', type(x).__name__)}")
+        if name == "key_positions" and len(x.shape) == len(batch) + 2:
+            if x.shape != (*batch, keys, key.shape[-2]) or value.shape[-2] != key.shape[-2]:
+                raise ValueError(
+                    f"key_positions has shape {x.shape}: by key head need {(*batch, keys, key.shape[-2])}, and as many "
+                    f"value heads ({value.shape[-2]}) as key heads"
+                )
+            continue
         if not positions_fit(tuple(x.shape), tuple(batch), size):
             raise ValueError(f"{name} has shape {x.shape}: need [..., {size}] with batch axes that fit {tuple(batch)}")
-    for slot, part in (("score", score), ("bias", bias), ("mask", mask), ("normalize", normalize)):
-        check_fields(slot, part)
-    if mask is not None and not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a Mask such as Causal() or Explicit(array), got {type(mask).__name__}")
-    if not isinstance(normalize, Normalize):
-        raise TypeError(f"normalize must be a normaliser such as Softmax(), got {type(normalize).__name__}")
-    if dropout is not None and not isinstance(dropout, Dropout):
-        raise TypeError(f"dropout must be Dropout(rate, key), got {type(dropout).__name__}")
-    if not callable(score) or not (bias is None or callable(bias)):
-        raise TypeError("score and bias must be parts such as Dot() and Bias(array)")
+    _check_parts(given)
     rows = jax.ShapeDtypeStruct((*batch, heads, length, keys), accumulator(query, key))
 
-    def slots(query, key, value, score, bias, mask, query_positions, key_positions):
-        call = _call(query, key, value, score, bias, mask, normalize, query_positions, key_positions, None)
+    def slots(given: Given):
+        call = _call(given)
         positions = call.query_positions, call.key_positions
-        scores = score(query.swapaxes(-2, -3), key.swapaxes(-2, -3))
+        scores = raw_scores(call.score, call.query.swapaxes(-2, -3), call.key.swapaxes(-2, -3), *positions)
         if scores.shape == rows.shape:
-            normalize.weights(scores, jnp.ones(rows.shape, bool))
-        return scores, bias and bias(*positions), mask and mask(*positions)
+            for score_map in call.score_maps:
+                scores = score_map(scores, None, *positions)
+            view = weigh(dataclasses.replace(call, bias=None, mask=None))
+            measured = {name: measure(view) for name, measure in call.measures.items()}
+            del measured
+        return scores, call.bias and call.bias(*positions), call.mask and call.mask(*positions)
 
-    shapes = jax.eval_shape(slots, query, key, value, score, bias, mask, query_positions, key_positions)
+    shapes = jax.eval_shape(slots, given)
     if shapes[0].shape != rows.shape:
         raise ValueError(f"score gives shape {shapes[0].shape}: need [..., N, T, S] = {rows.shape}")
-    for slot, given in (("bias", shapes[1]), ("mask", shapes[2])):
-        if given is not None:
+    for slot, result in (("bias", shapes[1]), ("mask", shapes[2])):
+        if result is not None:
             try:
-                broadcasts = np.broadcast_shapes(given.shape, rows.shape) == rows.shape
+                broadcasts = np.broadcast_shapes(result.shape, rows.shape) == rows.shape
             except ValueError:
                 broadcasts = False
             if not broadcasts:
-                raise ValueError(f"{slot} gives shape {given.shape}: need one that broadcasts to {rows.shape}")
+                raise ValueError(f"{slot} gives shape {result.shape}: need one that broadcasts to {rows.shape}")
+
+
+def _check_parts(given: Given) -> None:
+    """Raises for what is not a part, or stands in the wrong slot, or holds something its fields do not say."""
+    for slot in ("score", "bias", "mask", "normalize", "dropout"):
+        check_fields(slot, getattr(given, slot))
+    for slot, kind, example in (("score_maps", Map, "(SoftCap(50.0),)"), ("weight_maps", Map, "(TopKWeights(8),)")):
+        for each in getattr(given, slot):
+            if not isinstance(each, kind):
+                raise TypeError(f"{slot} must be a tuple of maps such as {example}, got {type(each).__name__} in it")
+            check_fields(slot, each)
+    for name, measure in given.measures.items():
+        if not isinstance(measure, Measure):
+            raise TypeError(f"measures must map names to measures such as Entropy(), got {name}={measure!r}")
+        if name == "lse":
+            raise ValueError("measures: 'lse' is the name of the log of the total weights, choose another")
+        check_fields("measures", measure)
+    if given.mask is not None and not isinstance(given.mask, Mask):
+        raise TypeError(f"mask must be a Mask such as Causal() or Explicit(array), got {type(given.mask).__name__}")
+    if not isinstance(given.normalize, Normalize):
+        raise TypeError(f"normalize must be a normaliser such as Softmax(), got {type(given.normalize).__name__}")
+    if given.dropout is not None and not isinstance(given.dropout, Dropout):
+        raise TypeError(f"dropout must be Dropout(rate, key), got {type(given.dropout).__name__}")
+    if not callable(given.score) or not (given.bias is None or callable(given.bias)):
+        raise TypeError("score and bias must be parts such as Dot() and Bias(array)")

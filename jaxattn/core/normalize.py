@@ -1,10 +1,10 @@
 """Normalisers: how scores become weights.
 
-A normaliser is a part with `weights(scores [..., N, T, S], visible) -> (weights, lse)`: the definition, on whole rows.
-`lse` [..., N, T] is the log of a row's total weight before normalisation. A row that sees no key has weights 0 and
-lse −inf.
+A normaliser is a part with `weights(scores [..., N, T, S], visible) -> (weights, lse)` on whole rows. `lse` [..., N, T]
+is the log of a row's total weight before normalisation. A row that sees no key has weights 0 and lse −inf. One that
+draws at random sets `positional = True` and is called with the positions [..., 1, T, 1] and [..., 1, 1, S] as well.
 
-One that can be computed a few keys at a time (a *streaming* normaliser) also has
+One that can be computed a few keys at a time (a *streaming* normaliser) is defined by
 
     reference(scores)              a number per row that keeps weights in range (the maximum so far); it cancels out
     weight(scores, reference)      the weight of each key before normalisation, elementwise and differentiable;
@@ -16,19 +16,25 @@ the factor exp(reference − reference'). `finish` is ordinary JAX and may ignor
 """
 
 import abc
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxattn.core.parts import part
+from jaxattn.core import noise
+from jaxattn.core.noise import Seed
+from jaxattn.core.parts import check_positive, check_static_int, part, per_head
 
 Scores = Float[Array, "*b n t s"]
 Rows = Float[Array, "*b n t"]
+PerHead = Float[Array, ""] | Float[Array, " heads"] | float
 
 
 class Normalize(abc.ABC):
     """What a part must offer to stand in the normalize slot."""
+
+    positional: ClassVar[bool] = False
 
     @abc.abstractmethod
     def weights(self, scores: Scores, visible: Bool[Array, "*b n t s"]) -> tuple[Scores, Rows]:
@@ -50,6 +56,14 @@ class Streaming(Normalize):
     def finish(self, numerator: Float[Array, "*b n t v"], total: Rows, reference: Rows) -> tuple[Array, Rows]:
         """(out, lse) from the sums over keys."""
 
+    def weights(self, scores, visible):
+        """All keys at once. The weights are what reading the identity matrix gives."""
+        scores = jnp.where(visible, scores, -jnp.inf)
+        reference = jax.lax.stop_gradient(self.reference(scores))
+        reference = jnp.where(jnp.isneginf(reference), 0, reference)
+        weights = self.weight(scores, reference)
+        return self.finish(weights, weights.sum(-1), reference)
+
 
 def safe_log(x: Array) -> Array:
     """log x for x > 0 and −inf for x = 0, with gradient 0 there."""
@@ -58,66 +72,277 @@ def safe_log(x: Array) -> Array:
 
 @part
 class Softmax(Streaming):
-    """weight_j = exp(s_j) / (exp(b) + Σ_i exp(s_i)), lse = log(exp(b) + Σ_i exp(s_i)).
+    """weight_j = exp(s_j / τ) / (exp(b) + Σ_i exp(s_i / τ)), lse = log(exp(b) + Σ_i exp(s_i / τ)).
 
     b is the head's `null_logit` [N], the score of a key whose value is zero: a learned sink that lets a head attend
     to nothing. Without it (b = −∞) this is softmax; b = 0 is softmax-off-by-one. With it, out = σ(lse₀ − b) · out₀
     where out₀, lse₀ are those of plain softmax. A row that sees no key has lse = −inf, null logit or not.
+    The `temperature` τ > 0, one number or one per head [N], is 1 unless given; it does not divide b.
     """
 
     null_logit: Float[Array, " heads"] | None = None
+    temperature: Float[Array, ""] | Float[Array, " heads"] | float | None = None
 
-    def weights(self, scores, visible):
-        heads = scores.shape[-3]
-        if self.null_logit is not None and jnp.shape(self.null_logit) != (heads,):
-            raise ValueError(f"null_logit has shape {jnp.shape(self.null_logit)}: need one per head, ({heads},)")
-        scores = jnp.where(visible, scores, -jnp.inf)
-        null = None if self.null_logit is None else jnp.asarray(self.null_logit, scores.dtype)[:, None]
-        top = scores.max(-1) if null is None else jnp.maximum(scores.max(-1), null)
-        top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
-        weights = jnp.exp(scores - top[..., None])
-        seen = visible.any(-1)
-        total = weights.sum(-1) + (0 if null is None else jnp.where(seen, jnp.exp(null - top), 0))
-        lse = jnp.where(seen, top + safe_log(total), -jnp.inf)
-        return weights / jnp.where(total > 0, total, 1)[..., None], lse
+    def __post_init__(self):
+        check_positive("Softmax", "temperature", self.temperature)
+
+    def _tempered(self, scores: Scores) -> Scores:
+        if self.temperature is None:
+            return scores
+        hidden = jnp.isneginf(scores)  # kept out of the division, whose gradient would be 0 · ∞
+        divided = jnp.where(hidden, 0, scores) / per_head("temperature", self.temperature, scores)
+        return jnp.where(hidden, -jnp.inf, divided)
 
     def reference(self, scores):
-        return scores.max(-1)
+        return self._tempered(scores).max(-1)
 
     def weight(self, scores, reference):
-        return jnp.exp(scores - reference[..., None])
+        return jnp.exp(self._tempered(scores) - reference[..., None])
 
     def finish(self, numerator, total, reference):
         seen = total > 0
         out = numerator / jnp.where(seen, total, 1)[..., None]
         lse = reference + jnp.log(jnp.where(seen, total, 1))
         if self.null_logit is not None:
+            if jnp.shape(self.null_logit) != (total.shape[-2],):
+                raise ValueError(
+                    f"null_logit has shape {jnp.shape(self.null_logit)}: need one per head, ({total.shape[-2]},)"
+                )
             null = jnp.asarray(self.null_logit, lse.dtype)[:, None]
             out = out * jax.nn.sigmoid(lse - null)[..., None]
             lse = jnp.logaddexp(lse, null)
         return out, jnp.where(seen, lse, -jnp.inf)
 
 
-@part
-class Sigmoid(Streaming):
-    """weight_j = σ(s_j + bias), each key on its own, no normalisation over keys; lse = log Σ_j σ(s_j + bias).
+class Elementwise(Streaming):
+    """Each key's weight depends on its own score alone, so changing a key leaves the weights of the others as they are.
 
-    Changing one key leaves the weights of the others as they are, so no sink can form (the attention-sink study of
-    Gu et al., 2024). The scale of `out` grows with the number S of visible keys: a bias of −log S lets the weights of
-    a row start with a sum near 1.
+    `normalized` divides a row by its total; rows whose total is 0 stay 0. Without it the scale of `out` grows with the
+    number of visible keys. lse = log Σ_j weight_j.
     """
 
-    bias: float = 0.0
+    normalized: bool
 
-    def weights(self, scores, visible):
-        weights = jnp.where(visible, jax.nn.sigmoid(scores + self.bias), 0)
-        return weights, safe_log(weights.sum(-1))
+    def reference(self, scores):
+        return jnp.zeros_like(scores[..., 0])
+
+    def finish(self, numerator, total, reference):
+        if self.normalized:
+            numerator = numerator / jnp.where(total > 0, total, 1)[..., None]
+        return numerator, safe_log(total)
+
+
+@part
+class Sigmoid(Elementwise):
+    """weight_j = σ(s_j + bias); lse = log Σ_j σ(s_j + bias).
+
+    No sink can form where rows are not normalised (the attention-sink study of Gu et al., 2024). A bias of −log S lets
+    the weights of a row start with a sum near 1. `bias` is one number or one per head [N], 0 unless given. Where
+    all s_j + bias are very negative, normalised sigmoid is softmax.
+    """
+
+    bias: Float[Array, ""] | Float[Array, " heads"] | float | None = None
+    normalized: bool = False
+
+    def weight(self, scores, reference):
+        return jax.nn.sigmoid(scores if self.bias is None else scores + per_head("bias", self.bias, scores))
+
+
+@part
+class Relu(Elementwise):
+    """weight_j = max(s_j, 0): many weights are exactly 0."""
+
+    normalized: bool = False
+
+    def weight(self, scores, reference):
+        return jax.nn.relu(scores)
+
+
+@part
+class ReluSquared(Elementwise):
+    """weight_j = max(s_j, 0)²."""
+
+    normalized: bool = False
+
+    def weight(self, scores, reference):
+        return jnp.square(jax.nn.relu(scores))
+
+
+@part
+class Elu1(Elementwise):
+    """weight_j = elu(s_j) + 1, that is s_j + 1 for s_j > 0 and exp(s_j) below: positive, with a gradient everywhere."""
+
+    normalized: bool = False
+
+    def weight(self, scores, reference):
+        return jnp.where(scores > 0, scores + 1, jnp.exp(jnp.minimum(scores, 0)))
+
+
+@part
+class Linear(Streaming):
+    """weight_j = s_j, which may be negative; normalised, weight_j = s_j / max(|Σ_i s_i|, 1).  lse = log |Σ_j s_j|.
+
+    The linear kernel of Gu et al. (2024). Without masks or normalisation out = (Σ_j v_j k_jᵀ) q: linear attention.
+    """
+
+    normalized: bool = False
 
     def reference(self, scores):
         return jnp.zeros_like(scores[..., 0])
 
     def weight(self, scores, reference):
-        return jax.nn.sigmoid(scores + self.bias)
+        return jnp.where(jnp.isneginf(scores), 0, scores)
 
     def finish(self, numerator, total, reference):
-        return numerator, safe_log(total)
+        if self.normalized:
+            numerator = numerator / jnp.maximum(jnp.abs(total), 1)[..., None]
+        return numerator, safe_log(jnp.abs(total))
+
+
+# Normalisers of whole rows.
+
+
+def _total_one(visible: Bool[Array, "*b n t s"], dtype: jnp.dtype) -> Rows:
+    """The lse of weights that sum to one by construction: 0, and −inf where nothing is visible."""
+    return jnp.where(visible.any(-1), jnp.zeros((), dtype), -jnp.inf)
+
+
+def _descending(scores: Scores, visible: Bool[Array, "*b n t s"]) -> tuple[Scores, Scores, Array]:
+    """(scores − row maximum, hidden ones 0; the same in descending order, hidden ones last and −inf; 1, 2, .., S)."""
+    shown = jnp.where(visible, scores, -jnp.inf)
+    top = jax.lax.stop_gradient(shown.max(-1, keepdims=True))
+    shifted = jnp.where(visible, scores - jnp.where(jnp.isneginf(top), 0, top), 0)
+    ordered = -jnp.sort(-jax.lax.stop_gradient(jnp.where(visible, shifted, -jnp.inf)), axis=-1)
+    return shifted, ordered, jnp.arange(1, scores.shape[-1] + 1, dtype=scores.dtype)
+
+
+@part
+class Sparsemax(Normalize):
+    """The point of the simplex nearest to the scores, argmin_p |p − s|²: p_j = max(s_j − τ, 0) with Σ p = 1.
+
+    Martins and Astudillo (2016). Sparse; piecewise linear in s; two keys whose scores differ by 1 or more: one-hot.
+    lse is 0.
+    """
+
+    def weights(self, scores, visible):
+        shifted, ordered, rank = _descending(scores, visible)
+        finite = jnp.where(jnp.isneginf(ordered), 0, ordered)
+        support = (~jnp.isneginf(ordered) & (1 + rank * ordered > jnp.cumsum(finite, -1))).sum(-1, keepdims=True)
+        least = jnp.take_along_axis(finite, jnp.maximum(support - 1, 0), -1)
+        inside = visible & (shifted >= least)
+        count = jnp.maximum(inside.sum(-1, keepdims=True), 1)
+        threshold = (jnp.where(inside, shifted, 0).sum(-1, keepdims=True) - 1) / count
+        weights = jnp.where(inside, jnp.maximum(shifted - threshold, 0), 0)
+        return weights, _total_one(visible, scores.dtype)
+
+
+@part
+class Entmax15(Normalize):
+    """p = argmax_p p·s + Σ_j (p_j − p_j^1.5) / 0.75: p_j = max(s_j / 2 − τ, 0)² with Σ p = 1  (Peters et al., 2019).
+
+    The 1.5-entmax: sparse like sparsemax and smooth like softmax, between the two. lse is 0.
+    """
+
+    def weights(self, scores, visible):
+        shifted, ordered, rank = _descending(scores / 2, visible)
+        finite = jnp.where(jnp.isneginf(ordered), 0, ordered)
+        mean = jnp.cumsum(finite, -1) / rank
+        spread = jnp.cumsum(jnp.square(finite), -1) - rank * jnp.square(mean)
+        threshold = mean - jnp.sqrt(jnp.maximum((1 - spread) / rank, 0))
+        support = (~jnp.isneginf(ordered) & (threshold <= ordered)).sum(-1, keepdims=True)
+        least = jnp.take_along_axis(finite, jnp.maximum(support - 1, 0), -1)
+        # On the support the threshold is an explicit function of the scores, so its derivatives of any order are right.
+        inside = visible & (shifted >= least)
+        count = jnp.maximum(inside.sum(-1, keepdims=True), 1).astype(scores.dtype)
+        mean = jnp.where(inside, shifted, 0).sum(-1, keepdims=True) / count
+        spread = jnp.where(inside, jnp.square(shifted - mean), 0).sum(-1, keepdims=True)
+        threshold = mean - jnp.sqrt(jnp.maximum((1 - spread) / count, jnp.finfo(scores.dtype).tiny))
+        weights = jnp.where(inside, jnp.square(jnp.maximum(shifted - threshold, 0)), 0)
+        return weights, _total_one(visible, scores.dtype)
+
+
+@part
+class TopK(Normalize):
+    """Softmax over the k largest visible scores of each row (ties: the first keys); lse is over those.
+
+    k >= the number of keys is softmax, k = 1 one-hot. No gradient flows through the choice.
+    """
+
+    k: int
+
+    def __post_init__(self):
+        check_static_int("TopK", "k", self.k, 1)
+
+    def weights(self, scores, visible):
+        ranked = jnp.where(visible, jax.lax.stop_gradient(scores), -jnp.inf)
+        _, index = jax.lax.top_k(ranked, min(self.k, scores.shape[-1]))
+        chosen = jnp.put_along_axis(jnp.zeros(scores.shape, bool), index, True, axis=-1, inplace=False)
+        return Softmax().weights(scores, visible & chosen)
+
+
+@part
+class OneHotSample(Normalize):
+    """One visible key per row, drawn with probability p = softmax(s): weight 1 for it and 0 for the others.
+
+    lse = log p of the drawn key, the log of the total of the weights p_j · [j is drawn] before normalisation. So
+
+        score-function gradient   ∇ E f(out) = E f(out) ∇ lse: add (reward − baseline) · lse to the objective, reward
+                                  held constant (`score_function`; REINFORCE, Williams, 1992). The weights themselves
+                                  carry no gradient.
+        straight_through          the weights have the values of the sample and the gradient of p (biased).
+
+    E out = softmax attention. The draw is a function of `key`, head and positions (Gumbel-max), so every
+    implementation draws the same; use a new key for every step.
+    """
+
+    key: Seed
+    straight_through: bool = False
+
+    positional: ClassVar[bool] = True
+
+    def weights(self, scores, visible, query, key):  # type: ignore[override]
+        p, lse = Softmax().weights(scores, visible)
+        noisy = scores + noise.gumbel(noise.seeds(self.key, scores.shape[:-2]), query, key)
+        drawn = jnp.where(visible, noisy, -jnp.inf).argmax(-1, keepdims=True)
+        sample = visible & (jnp.arange(scores.shape[-1]) == drawn)
+        log_p = jnp.where(sample, scores, 0).sum(-1) - jnp.where(jnp.isneginf(lse), 0, lse)
+        weights = sample.astype(scores.dtype)
+        if self.straight_through:
+            weights = p + jax.lax.stop_gradient(weights - p)
+        return weights, jnp.where(visible.any(-1), log_p, -jnp.inf)
+
+
+@part
+class Gumbel(Normalize):
+    """softmax((s + g) / τ) with Gumbel noise g: a relaxed sample, one-hot as τ -> 0.
+
+    Jang et al. (2017), Maddison et al. (2017). The largest weight is that of the key which `OneHotSample` draws with
+    the same `key`, whatever τ > 0.
+    lse is that of the noisy scores over τ.
+    """
+
+    key: Seed
+    temperature: Float[Array, ""] | Float[Array, " heads"] | float = 1.0
+
+    positional: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_positive("Gumbel", "temperature", self.temperature)
+
+    def weights(self, scores, visible, query, key):  # type: ignore[override]
+        noisy = scores + noise.gumbel(noise.seeds(self.key, scores.shape[:-2]), query, key).astype(scores.dtype)
+        return Softmax(temperature=self.temperature).weights(noisy, visible)
+
+
+def score_function(
+    reward: Float[Array, "..."], log_probability: Float[Array, "..."], baseline: Float[Array, "..."] | float = 0.0
+) -> Float[Array, "..."]:
+    """(reward − baseline) · log_probability, with no gradient through reward and baseline: its gradient in the
+    parameters of the distribution is an unbiased estimate of that of E reward (REINFORCE, Williams, 1992).
+
+    With `OneHotSample`, log_probability is the `lse` that attend returns; a baseline that does not depend on the draw
+    changes the variance only. Rows that saw nothing (−inf) give 0.
+    """
+    seen = ~jnp.isneginf(log_probability)
+    advantage = jax.lax.stop_gradient(reward - baseline)
+    return jnp.where(seen, advantage * jnp.where(seen, log_probability, 0), 0)

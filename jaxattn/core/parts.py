@@ -108,6 +108,24 @@ def check_static_int(owner: str, name: str, value: Any, least: int) -> None:
         raise ValueError(f"{owner}: {name} must be at most 2**30, got {value}")
 
 
+def check_positive(owner: str, name: str, value: Any) -> None:
+    """Raises ValueError for a Python number that is not positive; arrays are not looked at."""
+    if isinstance(value, int | float) and not value > 0:
+        raise ValueError(f"{owner}: {name} must be positive, got {value}")
+
+
+def per_head(name: str, value: Any, block: Array) -> Array:
+    """A number, or one per head [N], shaped to broadcast against a block [..., N, T, S], in its dtype.
+
+    Raises ValueError for any other shape.
+    """
+    heads = block.shape[-3]
+    if jnp.shape(value) not in ((), (heads,)):
+        raise ValueError(f"{name} has shape {jnp.shape(value)}: need one per head, ({heads},)")
+    value = jnp.asarray(value, block.dtype)
+    return value[:, None, None] if value.ndim else value
+
+
 def positions_fit(positions: tuple[int, ...], batch: tuple[int, ...], length: int) -> bool:
     """Whether positions of this shape are [..., length] with batch axes that broadcast to `batch`."""
     pairs = zip(positions[-2::-1], batch[::-1], strict=False)

@@ -7,7 +7,8 @@ derivative of two plain sums, at fixed r, whatever the normaliser:
 
     ds_j = ∂w(s_j, r)/∂s · (d_numerator·v_j + d_total),    dv_j = Σ_i w(s_ij, r_i) d_numerator_i
 
-and ds is pulled back through score and bias by `jax.vjp` on the tile, which reaches every array they hold.
+and ds is pulled back through score, bias and maps by `jax.vjp` on the tile, which reaches every array they hold. Weight
+maps that act on tiles change the weights in the numerator, and not those in the total.
 """
 
 from functools import partial
@@ -22,7 +23,7 @@ from jaxattn.core.call import Call
 from jaxattn.core.mask import visible
 from jaxattn.core.parts import cotangent, inexact_leaves
 from jaxattn.core.schedule import Schedule, choose_block, schedule
-from jaxattn.core.score import accumulator, biased_scores, grouped_matmul, grouped_matmul_transpose
+from jaxattn.core.score import accumulator, grouped_matmul, grouped_matmul_transpose, mapped_scores, raw_scores
 
 
 class Sums(NamedTuple):
@@ -45,14 +46,13 @@ class Learned(NamedTuple):
     query: Float[Array, "*b qb bq n h"]
     key: Float[Array, "*b kb bk k h"]
     value: Float[Array, "*b kb bk kv v"]
-    parts: Any  # (score, bias, normalize)
+    parts: Any  # (score, bias, score_maps, normalize, weight_maps)
 
 
 class Given(NamedTuple):
     """What it does not."""
 
     mask: Any
-    dropout: Any
     query_positions: Int[Array, "*b 1 qb 1 bq"]
     key_positions: Int[Array, "*b 1 1 kb bk"]
     active: Schedule
@@ -98,6 +98,11 @@ def _vary(tree: Any, axes: frozenset[str]) -> Any:
     return jax.tree.map(cast, tree)
 
 
+def vary_like(tree: Any, like: Any) -> Any:
+    """`_vary` over the axes over which `like` differs."""
+    return _vary(tree, _axes(like))
+
+
 def _over_tiles(loops: tuple[bool, bool], active: Schedule, row, visit, carry):
     """carry = visit(j, masked, carry) over the key tiles j of one query tile: first the full ones, with no mask."""
     tiles, full, count = active.tiles[row], active.full[row], active.count[row]
@@ -112,23 +117,25 @@ def _over_tiles(loops: tuple[bool, bool], active: Schedule, row, visit, carry):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(loops: tuple[bool, bool], learned: Learned, given: Given) -> Sums:
     """The three numbers of every query, [qb, *b, bq, n, ...]; differentiable but for `reference`."""
-    score, bias, normalize = learned.parts
+    score, bias, score_maps, normalize, weight_maps = learned.parts
 
     def one_query_tile(row):
         query, query_positions = _query_tile(row, learned, given)
 
         def visit(j, masked, sums):
             key, value, key_positions = _key_tile(j, learned, given)
-            scores = biased_scores(score, bias, query, key, query_positions, key_positions)
+            positions = query_positions, key_positions
+            shown: Any = visible(given.mask, *positions) if masked else None
+            scores = mapped_scores(score, bias, score_maps, query, key, shown, *positions)
             if masked:
-                scores = jnp.where(visible(given.mask, query_positions, key_positions), scores, -jnp.inf)
+                scores = jnp.where(shown, scores, -jnp.inf)
             reference = jnp.maximum(sums.reference, normalize.reference(scores))
             finite = jnp.where(jnp.isneginf(reference), 0, reference)
             shrink = jnp.exp(sums.reference - finite)
             weights = normalize.weight(scores, finite)
             total = sums.total * shrink + weights.sum(-1)
-            if given.dropout is not None:
-                weights = weights * given.dropout(query_positions, key_positions).astype(weights.dtype)
+            for weight_map in weight_maps:
+                weights = weight_map(weights, shown, *positions)
             read = grouped_matmul(weights, value.astype(weights.dtype))
             return Sums(sums.numerator * shrink[..., None] + read, total, reference)
 
@@ -149,7 +156,9 @@ def _sums_forward(loops, learned, given):
 
 def _sums_backward(loops, residuals, cotangents):
     learned, given, reference = residuals
-    leaves, rebuild = inexact_leaves(learned.parts)
+    score, bias, *others = learned.parts
+    leaves, rebuild = inexact_leaves((score, *others))
+    bias_leaves, rebuild_bias = inexact_leaves(bias)
 
     def one_query_tile(carry, tile):
         row, *sums = tile
@@ -157,28 +166,48 @@ def _sums_backward(loops, residuals, cotangents):
         query, query_positions = _query_tile(row, learned, given)
 
         def visit(j, masked, carry):
-            d_query, d_key, d_value, d_leaves = carry
+            d_query, d_key, d_value, d_leaves, d_bias_leaves = carry
             key, value, key_positions = _key_tile(j, learned, given)
-            shown = visible(given.mask, query_positions, key_positions) if masked else True
+            positions = query_positions, key_positions
+            shown: Any = visible(given.mask, *positions) if masked else None
 
-            def weights_of(query, key, leaves):
-                score, bias, normalize = rebuild(leaves)
-                scores = biased_scores(score, bias, query, key, query_positions, key_positions)
-                return normalize.weight(jnp.where(shown, scores, -jnp.inf) if masked else scores, reference)
+            def weights_of(query, key, bias_tile, leaves):
+                """The weights of the tile, and what weight maps make of them."""
+                score, score_maps, normalize, weight_maps = rebuild(leaves)
+                scores = raw_scores(score, query, key, *positions)
+                scores = scores if bias is None else scores + bias_tile.astype(scores.dtype)
+                for score_map in score_maps:
+                    scores = score_map(scores, shown, *positions)
+                weights = normalize.weight(jnp.where(shown, scores, -jnp.inf) if masked else scores, reference)
+                if not weight_maps:
+                    return weights, None
+                mapped = weights
+                for weight_map in weight_maps:
+                    mapped = weight_map(mapped, shown, *positions)
+                return weights, mapped
 
-            weights, pull = jax.vjp(weights_of, query, key, leaves)
-            d_weights = grouped_matmul(d_numerator, value.astype(d_numerator.dtype).swapaxes(-1, -2))
-            kept = weights
-            if given.dropout is not None:
-                keep = given.dropout(query_positions, key_positions).astype(weights.dtype)
-                d_weights, kept = d_weights * keep, weights * keep
-            d_query_j, d_key_j, d_leaves_j = pull((d_weights + d_total[..., None]).astype(weights.dtype))
-            d_value_j = grouped_matmul_transpose(kept, d_numerator, value.shape[-3])
+            bias_tile: Any = None
+            pull_bias: Any = None
+            if bias is not None:
+                bias_tile, pull_bias = jax.vjp(lambda leaves: rebuild_bias(leaves)(*positions), bias_leaves)
+            (weights, mapped), pull = jax.vjp(weights_of, query, key, bias_tile, leaves)
+            d_mapped = grouped_matmul(d_numerator, value.astype(d_numerator.dtype).swapaxes(-1, -2))
+            every = jnp.broadcast_to(d_total[..., None], weights.shape)
+            d_mapped, every = d_mapped.astype(weights.dtype), every.astype(weights.dtype)
+            d_weights = (d_mapped + every, None) if mapped is None else (every, d_mapped)
+            d_query_j, d_key_j, d_bias, d_leaves_j = pull(d_weights)
+            d_value_j = grouped_matmul_transpose(weights if mapped is None else mapped, d_numerator, value.shape[-3])
+            if hasattr(bias, "accumulate"):
+                total = rebuild_bias(d_bias_leaves).accumulate(d_bias, *positions)
+                d_bias_leaves = inexact_leaves(total)[0]
+            elif bias is not None:
+                d_bias_leaves = jax.tree.map(jnp.add, d_bias_leaves, pull_bias(d_bias)[0])
             return (
                 d_query + d_query_j,
                 d_key.at[..., j, :, :, :].add(d_key_j.swapaxes(-2, -3).astype(d_key.dtype)),
                 d_value.at[..., j, :, :, :].add(d_value_j.swapaxes(-2, -3)),
                 jax.tree.map(jnp.add, d_leaves, d_leaves_j),
+                d_bias_leaves,
             )
 
         d_query = _vary(jnp.zeros(query.shape, d_numerator.dtype), _axes(learned))
@@ -186,18 +215,21 @@ def _sums_backward(loops, residuals, cotangents):
         return tuple(carry), d_query.swapaxes(-2, -3)
 
     dtype = cotangents.numerator.dtype
-    start = (
-        jnp.zeros(learned.key.shape, dtype),
-        jnp.zeros(learned.value.shape, dtype),
-        [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves],
-    )
+
+    def zeros(leaves):
+        return [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+
+    d_arrays = jnp.zeros(learned.key.shape, dtype), jnp.zeros(learned.value.shape, dtype)
+    start = *d_arrays, zeros(leaves), zeros(bias_leaves)
     tiles = (jnp.arange(learned.query.shape[-4]), cotangents.numerator, cotangents.total, reference)
-    (d_key, d_value, d_leaves), d_query = jax.lax.scan(one_query_tile, _vary(start, _axes(learned)), tiles)
+    totals, d_query = jax.lax.scan(one_query_tile, _vary(start, _axes(learned)), tiles)
+    d_key, d_value, d_leaves, d_bias_leaves = totals
+    d_score, *d_others = cotangent((score, *others), d_leaves)
     gradient = Learned(
         jnp.moveaxis(d_query, 0, -4).astype(learned.query.dtype),
         d_key.astype(learned.key.dtype),
         d_value.astype(learned.value.dtype),
-        cotangent(learned.parts, d_leaves),
+        (d_score, cotangent(bias, d_bias_leaves), *d_others),
     )
     return gradient, None
 
@@ -205,8 +237,10 @@ def _sums_backward(loops, residuals, cotangents):
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def tiled(call: Call, block: tuple[int, int] | None) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"]]:
-    """(out, lse) of a call whose normaliser is streaming, in tiles of `block` = (queries, keys) or a fitting size."""
+def tiled(
+    call: Call, block: tuple[int, int] | None
+) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:
+    """(out, lse, {}) of a call whose parts work on tiles, in tiles of `block` = (queries, keys) or a fitting size."""
 
     def positions_in_tiles(block: tuple[int, int]) -> tuple[Any, Any]:  # [*b, 1, qb, 1, bq] and [*b, 1, 1, kb, bk]
         query_positions = _tiles(call.query_positions[..., 0], -1, block[0], fill=-1)[..., None, :]
@@ -218,16 +252,17 @@ def tiled(call: Call, block: tuple[int, int] | None) -> tuple[Float[Array, "*b t
     queries, keys = min(block[0], lengths[0]), min(block[1], lengths[1])
     query_positions, key_positions = positions_in_tiles((queries, keys))
     index, loops = schedule(call.mask, query_positions, key_positions)
+    weight_maps = call.weight_maps if call.dropout is None else (*call.weight_maps, call.dropout)
     learned = Learned(
         _tiles(call.query, -3, queries),
         _tiles(call.key, -3, keys),
         _tiles(call.value, -3, keys),
-        (call.score, call.bias, call.normalize),
+        (call.score, call.bias, call.score_maps, call.normalize, weight_maps),
     )
-    given = Given(call.mask, call.dropout, *jax.tree.map(jnp.asarray, (query_positions, key_positions, index)))
+    given = Given(call.mask, *jax.tree.map(jnp.asarray, (query_positions, key_positions, index)))
     learned = _vary(jax.tree.map(jnp.asarray, learned), _axes((learned, given)))
     out, lse = call.normalize.finish(*_swap_heads(_sums(loops, learned, given)))  # [qb, *b, n, bq, ...]
     *batch, length, heads, _ = call.query.shape
     out = jnp.moveaxis(out.swapaxes(-2, -3), 0, -4).reshape(*batch, -1, heads, out.shape[-1])
     lse = jnp.moveaxis(lse.swapaxes(-1, -2), 0, -3).reshape(*batch, -1, heads)
-    return out[..., :length, :, :], lse[..., :length, :]
+    return out[..., :length, :, :], lse[..., :length, :], {}

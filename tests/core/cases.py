@@ -35,7 +35,7 @@ from jaxattn import (
     attend,
 )
 
-IMPLEMENTATIONS = ("dense", "tiled")
+IMPLEMENTATIONS = ("dense", "rows", "tiled")
 FACTOR = 20  # epsilons of the accumulator, times the oracle's magnitude
 
 

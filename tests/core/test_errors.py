@@ -95,7 +95,7 @@ BAD = {
     "implementation": (
         {"implementation": "flash"},
         ValueError,
-        "implementation 'flash' is unknown: need 'auto', 'dense' or 'tiled'",
+        "implementation 'flash' is unknown: need 'auto', 'dense', 'rows', 'tiled', 'fused'",
     ),
     "block of 0": ({"block": 0}, ValueError, "block must be at least 1, got 0"),
     "block pair": ({"block": (4, -1)}, ValueError, r"block must be at least 1, got \(4, -1\)"),
@@ -250,7 +250,7 @@ def test_a_normaliser_that_needs_whole_rows_is_served_by_dense_and_refused_by_ti
     rng = np.random.default_rng(0)
     query, key, value = (rng.normal(size=x.shape).astype(np.float32) for x in GOOD.values())
     expected = attend(query, key, value, mask=Causal(), score=Dot(1e5))  # softmax so cold that it is hard
-    for implementation in ("dense", "auto"):
+    for implementation in ("dense", "rows", "auto"):
         out = attend(query, key, value, mask=Causal(), normalize=Top(), implementation=implementation)
         assert_close(out, expected, np.abs(value).max())
     for call in (attend, explain):
@@ -259,7 +259,7 @@ def test_a_normaliser_that_needs_whole_rows_is_served_by_dense_and_refused_by_ti
         ):
             call(query, key, value, normalize=Top(), implementation="tiled")
     assert explain(query, key, value, normalize=Top()) == "dense"
-    dense, tiled = capsys.readouterr().out.splitlines()
+    dense, _, tiled, _ = capsys.readouterr().out.splitlines()
     assert dense.startswith("-> dense: ")
     assert tiled.strip().startswith("tiled: cannot serve normalize=Top: it needs whole rows")
 
@@ -269,7 +269,7 @@ def test_explain_names_the_choice_and_a_reason_for_each_implementation(capsys):
         x = jax.ShapeDtypeStruct((1, length, 8, 64), jnp.bfloat16)
         name = explain(x, x, x, mask=Causal(), **options)
         lines = capsys.readouterr().out.splitlines()
-        assert [line[3:].split(":")[0] for line in lines] == list(IMPLEMENTATIONS)
+        assert [line[3:].split(":")[0] for line in lines] == [*IMPLEMENTATIONS, "fused"]
         assert [line.split()[1] for line in lines if line.startswith("->")] == [f"{name}:"]
         return name, lines
 

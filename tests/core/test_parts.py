@@ -186,11 +186,12 @@ def test_scores_and_biases_of_users_work_and_learn_in_every_implementation():
 
         return tuple(jax.value_and_grad(loss, argnums=range(1, 6))(each, *arguments) for each in IMPLEMENTATIONS)
 
-    dense, tiled = both(query, key, value, *parts)
+    dense, *others = both(query, key, value, *parts)
     assert all(np.any(x) for x in jax.tree.leaves(dense))
-    for x, y in zip(*map(jax.tree.leaves, (tiled, dense)), strict=True):
-        # Sums of at most B·N·T·S terms of both signs: √ of that, times the largest.
-        assert_close(x, y, np.sqrt(2 * 4 * 7 * 9) * np.abs(y).max())
+    for other in others:
+        for x, y in zip(*map(jax.tree.leaves, (other, dense)), strict=True):
+            # Sums of at most B·N·T·S terms of both signs: √ of that, times the largest.
+            assert_close(x, y, np.sqrt(2 * 4 * 7 * 9) * np.abs(y).max())
 
 
 def test_alibi_slopes_are_the_papers():
