@@ -20,9 +20,10 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The pictures of the README, from a fresh demo run.
+# The pictures of the README, from a fresh demo run, and those of docs/gallery.md.
 figures: demo
 	$(BIN)/python -m experiments.figures
+	$(BIN)/python -m experiments.gallery
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python {sys.version.split()[0]}: need 3.11 or newer; try make PYTHON=...") \

@@ -4,5 +4,6 @@ from jaxattn.viz.attention import show_heads
 from jaxattn.viz.curves import show_curves
 from jaxattn.viz.figure import save
 from jaxattn.viz.masks import show_mask
+from jaxattn.viz.scores import show_scores
 
-__all__ = ["save", "show_curves", "show_heads", "show_mask"]
+__all__ = ["save", "show_curves", "show_heads", "show_mask", "show_scores"]

@@ -1,11 +1,13 @@
 """What all pictures share: colours, panels of (query, key) pairs, and how they are written."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#2f5d8a", "#c8553d", "#4f8a4b", "#8a5fa8", "#b8862b", "#4a8f98")
 WEIGHTS = "Blues"
@@ -14,12 +16,12 @@ SIGNED = LinearSegmentedColormap.from_list("signed", ["#8f2d1a", COLOURS[1], "#f
 MOST_COLUMNS = 4
 
 
-def panels(count: int, ratio: float = 1.0, beside: float = 0.0) -> tuple[Figure, list[Any]]:
+def panels(count: int, ratio: float = 1.0, beside: float = 0.0, columns: int | None = None) -> tuple[Figure, list[Any]]:
     """A figure of `count` panels for (query, key) pairs, `ratio` = keys / queries: one is large, more are a grid.
 
     Only the panels at the left and at the bottom name their axes. `beside` is width left over, for a colour bar.
     """
-    columns = min(count, MOST_COLUMNS)
+    columns = min(math.ceil(math.sqrt(count)), MOST_COLUMNS) if columns is None else columns
     rows = -(-count // columns)
     size = 3.6 if count == 1 else 2.2
     figure = Figure(figsize=(size * columns + beside, size / ratio * rows + 0.5), layout="constrained")
@@ -28,11 +30,19 @@ def panels(count: int, ratio: float = 1.0, beside: float = 0.0) -> tuple[Figure,
         if number >= count:
             axes.set_axis_off()
             continue
+        whole_ticks(axes)
         if number + columns >= count:
             axes.set_xlabel("key position")
         if number % columns == 0:
             axes.set_ylabel("query position")
     return figure, list(grid.flat)[:count]
+
+
+def whole_ticks(axes: Any, both: bool = True) -> None:
+    """Positions are whole numbers: no ticks between them, on the x axis or on both."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    if both:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
 def save(figure: Figure, path: str | Path) -> Path:

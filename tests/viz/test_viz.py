@@ -1,10 +1,26 @@
 """Pictures: what is drawn is what was given, and equal figures are equal files."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn import Causal, Documents, PerHead, Sinks, Window, viz
+from jaxattn import (
+    NTK,
+    Alibi,
+    Bias,
+    Causal,
+    Documents,
+    MixHeads,
+    OneHotSample,
+    PerHead,
+    Sinks,
+    SoftCap,
+    Softmax,
+    TopKWeights,
+    Window,
+    viz,
+)
 
 
 def panels_of(figure):
@@ -41,6 +57,61 @@ def test_a_mask_that_differs_by_head_has_a_panel_for_each():
 def test_a_mask_of_no_size_raises():
     with pytest.raises(ValueError, match="at least 1, got 0 and 4"):
         viz.show_mask(Causal(), 0, 4)
+
+
+def test_a_bias_is_drawn_at_all_pairs_on_one_scale():
+    table = jnp.arange(12.0).reshape(1, 3, 4) - 5
+    axes = viz.show_scores(Bias(table), 3, 4).axes[0]
+    np.testing.assert_array_equal(image(axes), table[0])
+    assert axes.get_images()[0].get_clim() == (-6, 6)
+    figure = viz.show_scores(Alibi(jnp.array([1.0, 0.5])), 3)
+    heads = [axes for axes in figure.axes if axes.get_title()]
+    assert len(heads) == 2
+    for slope, axes in zip((1, 0.5), heads, strict=True):
+        np.testing.assert_array_equal(image(axes), -slope * abs(np.arange(3)[:, None] - np.arange(3)))
+        assert axes.get_images()[0].get_clim() == (-2, 2)
+
+
+def test_a_normaliser_is_drawn_as_the_weights_of_rows():
+    for part in (Softmax(), OneHotSample(jax.random.key(0))):
+        lines = viz.show_scores(part, 3, 5).axes[0].get_lines()[:3]
+        weights = np.array([line.get_ydata() for line in lines])
+        assert weights.shape == (3, 5)
+        np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+        if isinstance(part, Softmax):  # the scores are 2, 1, .., −2 times 1/2, 1, 2
+            ratios = np.log(weights[:, 0] / weights[:, 1])
+            np.testing.assert_allclose(ratios, [0.5, 1, 2], rtol=1e-5)
+
+
+def test_a_map_is_drawn_before_and_after():
+    before, after, against, *_ = viz.show_scores(SoftCap(2.0), 6, 5).axes
+    np.testing.assert_allclose(image(after), 2 * np.tanh(image(before) / 2), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(
+        against.get_lines()[0].get_xydata(), np.stack([image(x).ravel() for x in (before, after)], -1)
+    )
+    before, after, *_ = viz.show_scores(TopKWeights(1), 6, 5, on="weights").axes
+    np.testing.assert_allclose(image(before).sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(image(after).max(-1), 1, rtol=1e-6)
+    assert viz.show_scores(MixHeads(jnp.eye(2)), 4, heads=2).get_suptitle() == "MixHeads"
+
+
+def test_a_rotary_scaling_is_drawn_by_distance():
+    axes = viz.show_scores(NTK(4.0), 9, title="scaled").axes[0]
+    unscaled, scaled = (line.get_ydata() for line in axes.get_lines())
+    assert unscaled[0] == scaled[0] == 1
+    assert len(scaled) == 9
+    frequencies = 10_000.0 ** (-np.arange(32) / 32)
+    np.testing.assert_allclose(unscaled[3], np.cos(3 * frequencies).mean(), rtol=1e-5)
+    assert (scaled[1:4] > unscaled[1:4]).all()
+    assert axes.get_title() == "scaled"
+
+
+def test_what_show_scores_refuses():
+    with pytest.raises(ValueError, match="queries, keys and heads must be at least 1, got 0, 4 and 1"):
+        viz.show_scores(Softmax(), 0, 4)
+    for part, name in ((Causal(), "Causal"), (3.0, "float")):
+        with pytest.raises(TypeError, match=f"need a bias, map, normaliser or rotary scaling, got {name}"):
+            viz.show_scores(part, 4)
 
 
 def test_every_head_has_its_panel_caption_and_weights():
