@@ -288,6 +288,10 @@ def test_all_tokens_selected_is_plain_attention():
         chosen = select_tokens(scores, key, value, k, key_positions=places)
         assert chosen[0].shape == (2, 9, 2, 4)
         assert_close(each_head(query, *chosen, **options), expected, 8 * np.abs(value).max())
+        for implementation in IMPLEMENTATIONS:
+            new_key, new_value, positions = chosen
+            out = attend(query, new_key, new_value, key_positions=positions, implementation=implementation, **options)
+            assert_close(out, expected, 8 * np.abs(value).max())
 
 
 def test_selected_tokens_are_the_best_and_the_only_ones_read():
@@ -304,7 +308,10 @@ def test_selected_tokens_are_the_best_and_the_only_ones_read():
     expected = attend(query, key, value, mask=Explicit(jnp.asarray(table)))
 
     def selected(query, key, value):
-        return each_head(query, *select_tokens(scores, key, value, k))
+        key, value, positions = select_tokens(scores, key, value, k)
+        return attend(query, key, value, key_positions=positions)
+
+    assert_close(each_head(query, *select_tokens(scores, key, value, k)), expected, 8 * np.abs(value).max())
 
     out, pull = jax.vjp(selected, query, key, value)
     assert_close(out, expected, 8 * np.abs(value).max())

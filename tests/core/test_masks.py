@@ -230,6 +230,30 @@ def test_a_mask_as_an_array_is_the_same_mask(name):
     assert isinstance(mask.describe(), str)
 
 
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "none"])
+def test_keys_may_stand_elsewhere_for_every_head(name):
+    """As in a cache that evicts by head: each head's mask at its positions, and bounds that keep their promises."""
+    mask, predicate = MASKS[name]
+    rng = np.random.default_rng(0)
+    query, key = np.arange(2, 14, dtype=np.int32)[None].repeat(2, 0), rng.integers(-1, 16, (2, 4, 12)).astype(np.int32)
+    key[:, :, 3:9].sort()
+    tiled_query, tiled_key = in_tiles(query, key, (4, 3))
+    tiled_key = tiled_key[..., 0, 0, :, :][..., None, :, :]  # [2, 4, 1, KB, 3]
+
+    @jax.jit
+    def read(mask):
+        return mask(query[:, None, :, None], key[:, :, None, :]), mask.bounds(tiled_query, tiled_key)
+
+    shown, (possible, certain) = read(mask)
+    for head in range(4):
+        visible = oracle.pairs(predicate, query, key[:, head], (2,), 4)[:, head]
+        slots = key[:, head, None, :] >= 0
+        np.testing.assert_array_equal(np.broadcast_to(shown, (2, 4, 12, 12))[:, head] & slots, visible)
+        some, every = any_and_all(visible[:, None], query, key[:, head], (4, 3))
+        assert not (some[:, 0] & ~np.broadcast_to(possible, (2, 4, 3, 4))[:, head]).any()
+        assert not (~every[:, 0] & np.broadcast_to(certain, (2, 4, 3, 4))[:, head]).any()
+
+
 def test_an_array_at_given_positions_hides_empty_slots():
     places = np.array([[3, -1, 0], [2, 2, 1]])
     expected = (places[:, None, :, None] >= [1, 0, -1]) & (places >= 0)[:, None, :, None] & [True, True, False]
