@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxattn.core.mask import Mask, every_slot, tile_range
+from jaxattn.core.mask import Causal, Mask, every_slot, tile_range
 from jaxattn.core.parts import part, take
 
 
@@ -110,7 +110,8 @@ class Ancestors(Mask):
         enter, enter_key, exit_key = self._of(query, key, grid=3)
         (first, last), inside = tile_range(enter), exit_key > 0
         (first_enter, last_enter), (first_exit, last_exit) = tile_range(enter_key, inside), tile_range(exit_key, inside)
-        possible = (first_enter <= last) & (first < last_exit)
+        # Ancestors have smaller numbers, which rules out half of the tiles of any tree; ranges of steps the rest.
+        possible = Causal().bounds(query, key)[0] & (first_enter <= last) & (first < last_exit)
         shown = every_slot(query, enter >= 0) & every_slot(key, inside)
         return possible, shown & (last_enter <= first) & (last < first_exit)
 

@@ -387,6 +387,15 @@ def test_a_chain_of_ancestors_is_causal_and_roots_are_apart():
     assert not chain.to_array(9, np.array([9, 12])).any()
 
 
+def test_a_tree_needs_no_tiles_after_the_diagonal_and_forests_none_between_their_trees():
+    tree, places = Ancestors(jnp.maximum(jnp.arange(12) // 3 - 1, -1)), np.arange(12, dtype=np.int32)
+    possible, _ = tree.bounds(*in_tiles(places, places, (4, 3)))
+    assert not np.any(possible & ~np.tri(3, 4, k=1, dtype=bool))
+    forest = Ancestors(jnp.array([-1, 0, 0, 2, -1, 4, 5, 5, -1, 8, 9, 10]))
+    possible, _ = forest.bounds(*in_tiles(places, places, (4, 4)))
+    np.testing.assert_array_equal(possible[0], np.eye(3))
+
+
 @pytest.mark.parametrize("nodes", [1, 2, 7, 8, 9, 33])
 def test_ancestors_of_random_trees_are_found_by_walking_up(nodes):
     rng = np.random.default_rng(nodes)
