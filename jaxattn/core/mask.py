@@ -372,7 +372,8 @@ class PerHead(Mask):
     """Head n sees what masks[n] shows it: for instance another window for every head.
 
     A mask of the tuple that itself differs by head stands for its own head n. Tiles are shared by all heads, so one
-    is computed where any of them needs it. Raises TypeError unless `masks` is a tuple, ValueError if it is empty.
+    is computed where any of them needs it. Raises TypeError unless `masks` is a tuple, ValueError if it is empty or,
+    when called, if one of them has another number of heads.
     """
 
     masks: tuple[Mask, ...]
@@ -391,15 +392,20 @@ class PerHead(Mask):
         return _stack_heads(possible), _stack_heads(certain)
 
     def describe(self):
-        texts = [mask.describe() for mask in self.masks]
-        groups = [(text, [n for n, _ in group]) for text, group in itertools.groupby(enumerate(texts), lambda x: x[1])]
-        named = (f"head {heads[0]}" if len(heads) == 1 else f"heads {heads[0]}-{heads[-1]}" for _, heads in groups)
-        return "; ".join(f"{name}: {text}" for name, (text, _) in zip(named, groups, strict=True))
+        groups, first = [], 0
+        for text, same in itertools.groupby(mask.describe() for mask in self.masks):
+            last = first + len(list(same)) - 1
+            groups.append(f"head {first}: {text}" if first == last else f"heads {first}-{last}: {text}")
+            first = last + 1
+        return "; ".join(groups)
 
 
 def _stack_heads(each: Any) -> Any:
     """Element n of [..., 1 or N, a, b] arrays becomes head n."""
     xp: Any = np if all(isinstance(x, np.ndarray | np.bool_) for x in each) else jnp
-    of_head = [x[..., min(n, x.shape[-3] - 1), :, :] if np.ndim(x) > 2 else x for n, x in enumerate(each)]
+    for heads in (x.shape[-3] for x in each if np.ndim(x) > 2):
+        if heads not in (1, len(each)):
+            raise ValueError(f"PerHead: {len(each)} masks, but one of them is itself for {heads} heads: need the same")
+    of_head = [x[..., n if x.shape[-3] > 1 else 0, :, :] if np.ndim(x) > 2 else x for n, x in enumerate(each)]
     shape = np.broadcast_shapes((1, 1), *(np.shape(x) for x in of_head))
     return xp.stack([xp.broadcast_to(x, shape) for x in of_head], axis=-3)

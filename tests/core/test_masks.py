@@ -304,6 +304,11 @@ def test_masks_say_what_they_show(mask, text):
         (lambda: Chunked(jnp.int32(2)), TypeError, "Chunked: size must be an int, got Array"),
         (lambda: PerHead(()), ValueError, "PerHead: masks is empty: need one per head"),
         (lambda: PerHead([Causal()]), TypeError, "PerHead: masks must be a tuple of masks, got list"),
+        (
+            lambda: PerHead((Causal(), Causal(), Explicit(jnp.asarray(BY_HEAD)))).to_array(4),
+            ValueError,
+            "PerHead: 3 masks, but one of them is itself for 4 heads: need the same",
+        ),
         (lambda: Graph.from_edges([0, 1], [1], 2), ValueError, r"have shapes \(2,\), \(1,\): need \[E\] for both"),
         (lambda: Graph.from_edges([0, 2], [1, 1], 2), ValueError, r"edges must be between the nodes 0..1"),
         (lambda: Graph.from_adjacency([True]), ValueError, r"adjacency has shape \(1,\): need \[P, R\] or"),
