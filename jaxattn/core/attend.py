@@ -86,6 +86,8 @@ def attend(
     name, _ = _choose(call, block, implementation, return_lse)
     block = (block, block) if isinstance(block, int) else block
     kernel = fused.plan(call, return_lse) if name == "fused" else None
+    # NumPy leaves in the dtypes that JAX has now: an int64 table may else be taken for one under x64, or for none.
+    call = jax.tree.map(lambda x: x.astype(jnp.result_type(x)) if isinstance(x, np.ndarray) else x, call)
     out, lse, measured = _attend(call, block=block, implementation=name, kernel=kernel)
     extras = ({"lse": lse} if return_lse else {}) | measured
     return (out, extras) if return_lse or measures else out

@@ -52,9 +52,9 @@ class Bias:
         """Positions (0 on shared axes), whether they are a run inside the table, and the size of the tile in it."""
         rows, columns = self._table().shape[-2:]
         if rows == 1:
-            query = jnp.where(query >= 0, 0, -1).max(-2, keepdims=True)
+            query = jnp.minimum(query, 0).max(-2, keepdims=True)
         if columns == 1:
-            key = jnp.where(key >= 0, 0, -1).max(-1, keepdims=True)
+            key = jnp.minimum(key, 0).max(-1, keepdims=True)
         (row, run), (column, run2) = _run(query, -2), _run(key, -1)
         size = query.shape[-2], key.shape[-1]
         inside = (row + size[0] <= rows) & (column + size[1] <= columns)
