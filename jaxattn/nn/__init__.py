@@ -8,8 +8,31 @@ Every token mixer has one protocol:
 `state` is what decoding carries (None outside it), `records` a dict of the sites named in `record`.
 """
 
-from jaxattn.nn.attention import MultiHeadAttention, NullSoftmax
+from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.feed_forward import FeedForward
+from jaxattn.nn.learned import (
+    AdditiveScore,
+    BilinearScore,
+    HeadMixing,
+    KeyQueryConvolution,
+    LearnedTemperature,
+    NeuralScore,
+    NullSoftmax,
+    RelativePositionBias,
+)
 from jaxattn.nn.sites import SITES, Recorder
 
-__all__ = ["SITES", "FeedForward", "MultiHeadAttention", "NullSoftmax", "Recorder"]
+__all__ = [
+    "SITES",
+    "AdditiveScore",
+    "BilinearScore",
+    "FeedForward",
+    "HeadMixing",
+    "KeyQueryConvolution",
+    "LearnedTemperature",
+    "MultiHeadAttention",
+    "NeuralScore",
+    "NullSoftmax",
+    "Recorder",
+    "RelativePositionBias",
+]

@@ -1,5 +1,7 @@
 """Multi-head attention: projections around `attend`, with every slot an argument."""
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,20 +12,11 @@ from jaxattn.cache import Cache, append, empty
 from jaxattn.core.attend import Implementation, attend, attention_weights
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Mask
+from jaxattn.core.measure import Measure
 from jaxattn.core.normalize import Softmax
 from jaxattn.core.position import RotaryScaling, rotary, rotary_channels
 from jaxattn.core.score import Dot
-from jaxattn.nn.sites import Recorder
-
-
-class NullSoftmax(nnx.Module):
-    """Owns one null logit per head, initially 0, and makes `Softmax(null_logit)` when called: a learned sink."""
-
-    def __init__(self, heads: int):
-        self.null_logit = nnx.Param(jnp.zeros(heads))
-
-    def __call__(self) -> Softmax:
-        return Softmax(self.null_logit[...])
+from jaxattn.nn.sites import SITES, Recorder
 
 
 class MultiHeadAttention(nnx.Module):
@@ -37,10 +30,13 @@ class MultiHeadAttention(nnx.Module):
     qk_norm: RMS norm of q and k over H with learned gains, before rotation. gate: z ⊙ σ(W_g x) before W_o.
     dropout: rate on the attention weights, active unless `deterministic` (see `nnx.Module.train` and `eval`).
     score, bias, mask, normalize: parts, or modules that own `nnx.Param`s and return a part when called without
-    arguments. Arrays of a part that is given directly are constants: they are not trained.
+    arguments (`jaxattn.nn.learned`). score_maps, weight_maps: tuples of such. Arrays of a part that is given directly
+    are constants: they are not trained.
+    measures: names and measures. Each name is one more site to record; a measure is computed when it is recorded.
     dtype: of the computation (parameters are float32).
 
-    Raises ValueError for sizes that do not divide, cross-attention with rotary positions, and dropout without a stream.
+    Raises ValueError for sizes that do not divide, cross-attention with rotary positions, dropout without a stream, and
+    measures with the name of a site; TypeError for maps that are not in a tuple.
     """
 
     def __init__(
@@ -62,6 +58,9 @@ class MultiHeadAttention(nnx.Module):
         bias: Any = None,
         mask: Any = None,
         normalize: Any = Softmax(),
+        score_maps: Sequence[Any] = (),
+        weight_maps: Sequence[Any] = (),
+        measures: Mapping[str, Measure] = MappingProxyType({}),
         implementation: Implementation = "auto",
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -89,6 +88,13 @@ class MultiHeadAttention(nnx.Module):
         self.implementation: Implementation = implementation
         self.dtype = dtype
         self.score, self.bias, self.mask, self.normalize = (_own(slot) for slot in (score, bias, mask, normalize))
+        for name, maps in (("score_maps", score_maps), ("weight_maps", weight_maps)):
+            if not isinstance(maps, list | tuple):
+                raise TypeError(f"{name} must be a tuple such as (SoftCap(50.0),), got {type(maps).__name__}")
+        self.score_maps, self.weight_maps = nnx.data(tuple(score_maps)), nnx.data(tuple(weight_maps))
+        if taken := set(measures) & set(SITES):
+            raise ValueError(f"measures have the names of sites, {sorted(taken)}: need others")
+        self.measures = nnx.data(dict(measures))
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
@@ -122,14 +128,23 @@ class MultiHeadAttention(nnx.Module):
         positions [B, T] or [T]; −1 marks padding, which is not seen. `mask` is and-ed with the module's own. With a
         `state` from `init_state` the new tokens are appended to it and see what it holds. Positions default to
         0..T−1, and with a state to those after the last one it holds.
+
+        `record` names sites of `nn.SITES`, and measures by the names they were given; a measure's record is what it
+        says in its docstring, with a batch axis.
+
+        Raises ValueError for unknown sites and inputs of another width, and for a state under a map that reads other
+        queries (`Temporal`, a `Convolution` of more than one query), which a cache of keys does not keep.
         """
-        tap = Recorder(record)
+        tap = Recorder(record, (*SITES, *self.measures))
         if context is not None and (state is not None or self.rotary_base is not None):
             raise ValueError("cross-attention takes no state and no rotary positions: need rotary_base=None")
         source = x if context is None else context
         for name, given, project in (("x", x, self.query), ("context", source, self.key)):
             if given.ndim != 3 or given.shape[-1] != project.in_features:
                 raise ValueError(f"{name} has shape {given.shape}: need [batch, length, {project.in_features}]")
+        score_maps, weight_maps = (tuple(map(_part, maps)) for maps in (self.score_maps, self.weight_maps))
+        if state is not None:
+            _check_rows_alone(score_maps, weight_maps)
         query = self._split(self.query(x), self.heads)
         key, value = (self._split(project(source), self.key_heads) for project in (self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
@@ -155,6 +170,8 @@ class MultiHeadAttention(nnx.Module):
             "bias": _part(self.bias),
             "mask": own if mask is None else mask if own is None else own & mask,
             "normalize": _part(self.normalize),
+            "score_maps": score_maps,
+            "weight_maps": weight_maps,
             "query_positions": positions,
             "key_positions": key_positions,
         }
@@ -165,7 +182,13 @@ class MultiHeadAttention(nnx.Module):
         dropout = None
         if self.stream is not None and not self.deterministic:
             dropout = Dropout(self.dropout, self.stream())
-        z = tap("z", attend(query, key, value, dropout=dropout, implementation=self.implementation, **slots))
+        measures = {name: measure for name, measure in self.measures.items() if tap.wants(name)}
+        options: dict[str, Any] = {"measures": measures, "dropout": dropout, "implementation": self.implementation}
+        result = attend(query, key, value, **slots, **options)
+        z, measured = result if measures else (result, {})
+        for name, said in measured.items():
+            tap(name, said)
+        z = tap("z", z)
         merged = z.reshape(*z.shape[:-2], -1)
         if self.gate is not None:
             merged = merged * nnx.sigmoid(self.gate(x))
@@ -187,3 +210,15 @@ def _own(slot: Any) -> Any:
 
 def _part(slot: Any) -> Any:
     return slot() if isinstance(slot, nnx.Module) else slot
+
+
+def _check_rows_alone(score_maps: tuple, weight_maps: tuple) -> None:
+    """Raises ValueError for a map of which a row of scores or weights needs other rows than itself."""
+    needs = [("score_maps", each, each.scores_need) for each in score_maps]
+    needs += [("weight_maps", each, each.weights_need) for each in weight_maps]
+    for slot, each, need in needs:
+        if need == "matrix" or each.halo:
+            raise ValueError(
+                f"{slot}={type(each).__name__} reads the scores of other queries, which a state does not hold: "
+                "need state=None, or maps that look at one query at a time"
+            )

@@ -1,0 +1,131 @@
+"""Owners of learned parts: modules that hold the arrays of a part and return the part when called without arguments.
+
+They stand in the slots of `MultiHeadAttention` wherever a part may. Each says what it starts as; most start as ordinary
+attention. One of your own is as short as these.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxattn.core.bias import RelativeBias
+from jaxattn.core.maps import Convolution, MixHeads, Temperature
+from jaxattn.core.normalize import Softmax
+from jaxattn.core.score import Additive, Bilinear, Neural
+
+lecun, he = jax.nn.initializers.lecun_normal(), jax.nn.initializers.he_normal()
+
+
+class BilinearScore(nnx.Module):
+    """Owns the weight of `Bilinear`, qᵀ W k: one for all heads, or one for each of `heads`.
+
+    It starts as W = I/√H, which is scaled dot product.
+    """
+
+    def __init__(self, head_dim: int, heads: int | None = None):
+        weight = head_dim**-0.5 * jnp.eye(head_dim)
+        self.weight = nnx.Param(weight if heads is None else jnp.tile(weight, (heads, 1, 1)))
+
+    def __call__(self) -> Bilinear:
+        return Bilinear(self.weight[...])
+
+
+class AdditiveScore(nnx.Module):
+    """Owns the weights of `Additive`, vᵀ tanh(A q + B k), with A and B [H, hidden] for all heads.
+
+    Their variance is 1 / (2 H) and that of v 1 / hidden: queries and keys of unit variance start with scores of order
+    1, as those of scaled dot product are.
+    """
+
+    def __init__(self, head_dim: int, hidden: int, *, rngs: nnx.Rngs):
+        self.pair_weight = nnx.Param(lecun(rngs.params(), (2 * head_dim, hidden)))
+        self.vector = nnx.Param(lecun(rngs.params(), (hidden, 1))[:, 0])
+
+    def __call__(self) -> Additive:
+        query_weight, key_weight = jnp.split(self.pair_weight[...], 2)
+        return Additive(query_weight, key_weight, self.vector[...])
+
+
+class NeuralScore(nnx.Module):
+    """Owns the network of `Neural` on the pair [q; k], shared by all heads: 2 H -> hidden -> 1.
+
+    With `second` it has two hidden layers, 2 H -> hidden -> second -> 1; the paper's second is hidden / 2. Biases start
+    at 0 and weights at variance 1 / (2 H), then 2 / (inputs of the layer), which relu halves again (He et al., 2015).
+    There is no scale besides, so this starts with scores of order 1.
+    """
+
+    def __init__(self, head_dim: int, hidden: int, second: int | None = None, *, rngs: nnx.Rngs):
+        self.w1, self.b1 = nnx.Param(lecun(rngs.params(), (2 * head_dim, hidden))), nnx.Param(jnp.zeros(hidden))
+        if second is None:
+            self.w2, self.b2, self.w3 = nnx.Param(he(rngs.params(), (hidden, 1))[:, 0]), None, None
+        else:
+            self.w2, self.b2 = nnx.Param(he(rngs.params(), (hidden, second))), nnx.Param(jnp.zeros(second))
+            self.w3 = nnx.Param(he(rngs.params(), (second, 1))[:, 0])
+
+    def __call__(self) -> Neural:
+        if self.b2 is None or self.w3 is None:
+            return Neural(self.w1[...], self.b1[...], self.w2[...])
+        return Neural(self.w1[...], self.b1[...], self.w2[...], self.b2[...], self.w3[...])
+
+
+class RelativePositionBias(nnx.Module):
+    """Owns the table [N, buckets] of `RelativeBias`; the sizes unless given are those of T5 (Raffel et al., 2020).
+
+    It starts at 0, no bias. Give the attention `rotary_base=None` where this is to be all it knows of positions.
+    """
+
+    def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False):
+        self.table = nnx.Param(jnp.zeros((heads, buckets)))
+        self.max_distance, self.bidirectional = max_distance, bidirectional
+
+    def __call__(self) -> RelativeBias:
+        return RelativeBias(self.table[...], self.max_distance, self.bidirectional)
+
+
+class LearnedTemperature(nnx.Module):
+    """Owns log τ per head [N] and makes the score map `Temperature(τ)`, so τ stays positive. It starts at τ = 1."""
+
+    def __init__(self, heads: int):
+        self.log_temperature = nnx.Param(jnp.zeros(heads))
+
+    def __call__(self) -> Temperature:
+        return Temperature(jnp.exp(self.log_temperature[...]))
+
+
+class HeadMixing(nnx.Module):
+    """Owns the matrix [N, N] of `MixHeads`, for scores or for weights (talking heads, Shazeer et al., 2020).
+
+    It starts as the identity, as in multi-token attention (2025).
+    """
+
+    def __init__(self, heads: int):
+        self.weight = nnx.Param(jnp.eye(heads))
+
+    def __call__(self) -> MixHeads:
+        return MixHeads(self.weight[...])
+
+
+class KeyQueryConvolution(nnx.Module):
+    """Owns a kernel per head, [N, queries, keys], of `Convolution`, for scores or for weights.
+
+    It starts as the identity: 1 at the current query in the centre of the keys, and 0 elsewhere (multi-token attention,
+    2025; its language models use 6 queries and 11 keys). Raises ValueError for an even number of keys.
+    """
+
+    def __init__(self, heads: int, queries: int, keys: int):
+        if queries < 1 or keys < 1 or keys % 2 == 0:
+            raise ValueError(f"KeyQueryConvolution: need queries >= 1 and an odd number of keys, got {queries}, {keys}")
+        self.kernel = nnx.Param(jnp.zeros((heads, queries, keys)).at[:, -1, keys // 2].set(1))
+
+    def __call__(self) -> Convolution:
+        return Convolution(self.kernel[...])
+
+
+class NullSoftmax(nnx.Module):
+    """Owns one null logit per head, initially 0, and makes `Softmax(null_logit)` when called: a learned sink."""
+
+    def __init__(self, heads: int):
+        self.null_logit = nnx.Param(jnp.zeros(heads))
+
+    def __call__(self) -> Softmax:
+        return Softmax(self.null_logit[...])

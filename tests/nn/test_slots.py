@@ -1,0 +1,145 @@
+"""Maps and measures of a module are those of `attend`, and maps that read other queries refuse a cache."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from multi_head import assert_close, randomise
+
+from jaxattn import (
+    Causal,
+    Convolution,
+    Entropy,
+    LagProfile,
+    Mass,
+    Received,
+    SoftCap,
+    Temperature,
+    Temporal,
+    TopKWeights,
+    TopWeights,
+    attend,
+)
+from jaxattn.nn import HeadMixing, KeyQueryConvolution, MultiHeadAttention
+
+D, T, B = 16, 7, 2
+MEASURES = {"entropy": Entropy(), "lags": LagProfile(3), "halves": Mass(jnp.array([0, 0, 0, 1, 1, 1, 1]), 2)}
+
+
+@partial(nnx.jit, static_argnames="record")
+def run(module, x, record=(), **options):
+    return module(x, record=record, **options)
+
+
+def inputs(length=T):
+    return jnp.asarray(np.random.default_rng(5).standard_normal((B, length, D)), jnp.float32)
+
+
+def build(**options):
+    return randomise(MultiHeadAttention(D, 4, rotary_base=None, mask=Causal(), **options, rngs=nnx.Rngs(0)))
+
+
+def test_maps_are_applied_in_order_and_parts_stand_beside_modules():
+    maps = {"score_maps": (HeadMixing(4), SoftCap(0.5)), "weight_maps": (TopKWeights(2), HeadMixing(4))}
+    module = build(**maps)
+    _, _, seen = run(module, inputs(), record=("q", "k", "v", "z", "scores", "weights"))
+    before, after = (module.score_maps[0](), SoftCap(0.5)), (TopKWeights(2), module.weight_maps[1]())
+    expected = attend(seen["q"], seen["k"], seen["v"], mask=Causal(), score_maps=before, weight_maps=after)
+    assert_close(seen["z"], expected)
+    assert_close(seen["z"], jnp.einsum("bnts,bsnh->btnh", seen["weights"], seen["v"]))
+    visible = np.isfinite(seen["scores"])
+    np.testing.assert_array_equal(visible, np.broadcast_to(np.tri(T, dtype=bool), visible.shape))
+    assert np.abs(seen["scores"][visible]).max() <= 0.5
+    swapped = attend(seen["q"], seen["k"], seen["v"], mask=Causal(), score_maps=before[::-1], weight_maps=after[::-1])
+    assert np.abs(np.asarray(swapped - expected)).max() > 1e-3
+
+
+def test_arrays_of_maps_and_measures_belong_to_the_module_and_are_not_trained():
+    kernel = jnp.full((4, 2, 3), 0.25)
+    module = build(score_maps=(Convolution(kernel),), measures=MEASURES)
+    held = jax.tree.leaves(nnx.split(module, nnx.Param, ...)[2])
+    assert [leaf.shape for leaf in held if leaf.ndim == 3] == [(4, 2, 3)]
+    assert [leaf.tolist() for leaf in held if leaf.dtype == jnp.int32] == [MEASURES["halves"].groups.tolist()]
+
+
+def test_a_measure_is_recorded_under_its_own_name_when_asked_for():
+    module = build(measures=MEASURES)
+    y, _, records = run(module, inputs(), record=("entropy", "lags", "halves", "q", "k", "v"))
+    _, expected = attend(records["q"], records["k"], records["v"], mask=Causal(), measures=MEASURES)
+    for name in MEASURES:
+        assert_close(records[name], expected[name])
+    quiet, _, nothing = run(module, inputs())
+    assert_close(quiet, y)
+    assert nothing == {}
+    assert set(run(module, inputs(), record=("lags",))[2]) == {"lags"}
+
+
+def test_a_measure_may_give_several_arrays():
+    _, _, records = run(build(measures={"top": TopWeights(2)}), inputs(), record=("top", "weights"))
+    weights, positions = records["top"]
+    assert_close(weights, jnp.sort(records["weights"], -1)[..., :-3:-1].swapaxes(1, 2))
+    assert positions.shape == (B, T, 4, 2)
+
+
+def test_what_is_measured_has_a_gradient():
+    """A step up the gradient of the mean entropy raises it."""
+
+    @nnx.jit
+    def mean_entropy(module, x):
+        return module(x, record=("entropy",))[2]["entropy"].mean()
+
+    module = build(measures=MEASURES)
+    before, gradient = nnx.value_and_grad(mean_entropy)(module, inputs())
+    nnx.update(module, jax.tree.map(lambda p, g: p + 0.1 * g, nnx.state(module, nnx.Param), gradient))
+    assert mean_entropy(module, inputs()) > before + 1e-4
+
+
+def test_maps_of_single_rows_and_measures_decode_through_a_cache():
+    maps = {"score_maps": (SoftCap(0.5), HeadMixing(4)), "weight_maps": (TopKWeights(2),)}
+    module = build(**maps, measures={"entropy": Entropy(), "received": Received()})
+    x, record = inputs(), ("entropy", "received")
+    y, _, whole = run(module, x, record)
+    state, pieces = module.init_state(B, T), []
+    for t in range(T):
+        piece, state, records = run(module, x[:, t : t + 1], record, state=state)
+        pieces.append((piece, records))
+    assert_close(jnp.concatenate([piece for piece, _ in pieces], 1), y)
+    assert_close(jnp.concatenate([records["entropy"] for _, records in pieces], 1), whole["entropy"])
+    assert_close(sum(records["received"] for _, records in pieces), whole["received"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_maps": (SoftCap(5.0), Temporal())}, "score_maps=Temporal reads the scores of other queries"),
+        ({"weight_maps": (Temporal(),)}, "weight_maps=Temporal reads the scores of other queries"),
+        ({"score_maps": (KeyQueryConvolution(4, 2, 3),)}, "score_maps=Convolution reads the scores of other queries"),
+        ({"weight_maps": (KeyQueryConvolution(1, 2, 1),)}, "weight_maps=Convolution reads the scores of other queries"),
+    ],
+)
+def test_maps_that_read_other_queries_refuse_a_state(options, message):
+    module = build(**options)
+    with pytest.raises(ValueError, match=f"{message}, which a state does not hold: need state=None"):
+        module(inputs(), state=module.init_state(B, T))
+
+
+def test_a_convolution_of_keys_alone_decodes_through_a_cache():
+    module = build(score_maps=(KeyQueryConvolution(4, 1, 3),))
+    y, _, _ = run(module, inputs())
+    first, state, _ = run(module, inputs()[:, :4], state=module.init_state(B, T))
+    rest, _, _ = run(module, inputs()[:, 4:], state=state)
+    assert_close(jnp.concatenate([first, rest], 1), y)
+
+
+def test_maps_outside_a_tuple_and_names_that_are_taken_are_refused():
+    with pytest.raises(TypeError, match=r"score_maps must be a tuple such as \(SoftCap\(50.0\),\), got Temperature"):
+        build(score_maps=Temperature(2.0))
+    with pytest.raises(TypeError, match=r"weight_maps must be a tuple .* got HeadMixing"):
+        build(weight_maps=HeadMixing(4))
+    with pytest.raises(ValueError, match=r"measures have the names of sites, \['weights'\]: need others"):
+        build(measures={"weights": Entropy()})
+    with pytest.raises(ValueError, match=r"record names unknown sites \['entropie'\]: need some of .*'entropy'"):
+        build(measures=MEASURES)(inputs(), record=("entropie",))
