@@ -59,7 +59,8 @@ def _describe(given: Any, return_lse: bool) -> Plan | str:
         "dropout": given.dropout is not None,
         "weight_maps": bool(given.weight_maps),
         "query_positions or key_positions": given.query_positions is not None or given.key_positions is not None,
-        f"normalize={normalize}": not (isinstance(normalize, Softmax) and normalize == Softmax()),
+        f"normalize={type(normalize).__name__}": not isinstance(normalize, Softmax),
+        "normalize=Softmax with a null logit or a temperature": jax.tree.leaves(normalize) != [],
         f"score={type(given.score).__name__}": not isinstance(given.score, Dot),
         "score_maps other than one SoftCap": len(maps) > 1 or not all(isinstance(each, SoftCap) for each in maps),
         f"bias={type(given.bias).__name__}": not (given.bias is None or isinstance(given.bias, Bias)),
@@ -80,7 +81,8 @@ def _describe(given: Any, return_lse: bool) -> Plan | str:
         return f"mask={type(others[0]).__name__}"
     if len(windows) > 1 or sum(isinstance(term, Lengths) for term in terms) > 1:
         return "two masks of a kind"
-    if windows and (length > keys + windows[0].left or len(windows) + len(terms) > 3):
+    lengths = any(isinstance(term, Lengths) for term in terms)
+    if windows and (lengths or length > keys + windows[0].left):
         return "a window under which a query may see no key"
     is_causal = any(isinstance(term, Causal) for term in terms)
     window = (windows[0].left, 0 if is_causal else windows[0].right) if windows else None
@@ -103,6 +105,9 @@ def _cudnn_refusal(given: Any, described: Plan, platform: str) -> str | None:
         f"head dim {width}, need a multiple of 8 up to 128": width % 8 != 0 or width > 128,
         "score_maps=SoftCap": described.soft_cap is not None,
         "a window to the right": described.window is not None and described.window[1] > 0,
+        # Which corner the kernel's causal mask starts from does not matter then.
+        "a causal mask for other queries than keys": described.is_causal
+        and given.query.shape[-3] != given.key.shape[-3],
         "a bias of odd lengths": given.bias is not None and (given.query.shape[-3] % 2 or given.key.shape[-3] % 2),
     }
     return next((reason for reason, holds in unserved.items() if holds), None)

@@ -114,6 +114,29 @@ def test_forward_mode_goes_through_dense():
     assert_close(forward, reverse, float(size))
 
 
+@partial(jax.jit, static_argnames="implementation")
+def curvature(tangent, implementation):
+    """Forward over reverse, reverse over forward and linearize, of Σ loss along a tangent."""
+
+    def total(*x):
+        return loss(implementation, *x, IDS).sum()
+
+    gradient = jax.grad(total, argnums=(0, 1, 2, 3))
+    _, product = jax.jvp(gradient, ARGUMENTS, tangent)
+    slope, push = jax.linearize(total, *ARGUMENTS)
+    other = jax.grad(lambda *x: jax.jvp(total, x, tangent)[1], argnums=(0, 1, 2, 3))(*ARGUMENTS)
+    return product, other, push(*tangent), slope
+
+
+def test_hessian_vector_products_and_linearize_go_through_rows():
+    """Both orders of differentiation agree, and rows is dense; the sums are those of the gradients."""
+    tangent = jax.tree.map(lambda x: normal(*np.shape(x), seed=8) if np.ndim(x) else np.float32(0.3), ARGUMENTS)
+    product, other, slope, _ = rows = curvature(tangent, "rows")
+    assert_same(product, other)
+    assert_same(rows, curvature(tangent, "dense"))
+    assert_same(slope, forward_and_reverse(tangent)[1])
+
+
 def test_forward_mode_through_tiled_is_refused():
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda query: loss("tiled", query, KEY, VALUE, LEARNED, IDS), (QUERY,), (QUERY,))
