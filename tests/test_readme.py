@@ -1,13 +1,12 @@
 """The README's Python runs as written, in order, and shows what it says; its figures and files exist."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import ROOT, run_page
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
@@ -19,12 +18,7 @@ def names(tmp_path_factory):
     for number in range(12):
         lines = (f"The {word} number {number} is here, and the line goes on. " for word in ("cat", "dog", "owl") * 6)
         (folder / "my_texts" / f"{number}.txt").write_text("\n".join(lines))
-    namespace: dict = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-            exec(compile(block, "README.md", "exec"), namespace)
-    return namespace | {"folder": folder}
+    return run_page("README.md", folder) | {"folder": folder}
 
 
 def test_the_parts_merge_to_the_whole(names):
