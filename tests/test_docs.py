@@ -1,0 +1,321 @@
+"""The pages in docs: their Python runs as written and shows what they say, their links lead somewhere, and between them
+they name every part there is."""
+
+import functools
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pages import ROOT, run_page
+
+import jaxattn
+from jaxattn import NTK, BlockIndex, Causal, Explicit, PairSum, attend, rotary
+
+PAGES = {file.name: file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
+EPS = float(np.finfo(np.float32).eps)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """page(name).x is what x is at the end of docs/name.md; a page runs once."""
+    return functools.cache(lambda name: SimpleNamespace(**run_page(f"docs/{name}.md", tmp_path_factory.mktemp(name))))
+
+
+def assert_close(actual, expected, factor=100):
+    """Within `factor` roundings of the largest number: scores of a few units, sums of a few dozen terms."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=factor * EPS * abs(expected).max())
+
+
+def causal_rows(scores):
+    """Softmax of [N, T, T] over the keys at the query and before, in float64."""
+    scores = np.where(np.tri(scores.shape[-1], dtype=bool), np.asarray(scores, np.float64), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def dots(query, key):
+    return np.einsum("tnh,snh->nts", np.asarray(query, np.float64), np.asarray(key, np.float64))
+
+
+def read(weights, value):
+    return np.einsum("nts,snv->tnv", weights, np.asarray(value, np.float64))
+
+
+# attend.md
+
+
+def test_the_new_score_is_the_cosine(page):
+    p = page("attend")
+    norms = (np.linalg.norm(np.asarray(x, np.float64), axis=-1, keepdims=True) for x in (p.query, p.key))
+    query, key = (x / norm for x, norm in zip((p.query, p.key), norms, strict=True))
+    assert_close(p.by_angle, read(causal_rows(10 * dots(query, key)), p.value))
+
+
+def test_a_graph_layer_is_a_softmax_over_the_edges(page):
+    p = page("attend")
+    z = np.einsum("if,fnh->inh", p.nodes, np.asarray(p.weights["projection"], np.float64))
+    a, b = np.asarray(p.weights["score"].query_vector), np.asarray(p.weights["score"].key_vector)
+    out = np.zeros((6, 2, 8))
+    for node in range(6):
+        senders = p.senders[p.receivers == node]
+        for n in range(2):
+            score = z[node, n] @ a[n] + z[senders, n] @ b[n]
+            weight = np.exp(np.where(score > 0, score, 0.2 * score))
+            out[node, n] = weight @ z[senders, n] / weight.sum()
+    assert_close(p.features, np.where(out > 0, out, np.expm1(out)).reshape(6, 16))
+    assert isinstance(p.slopes["score"], PairSum)
+    assert all((np.abs(leaf) > 0).all() for leaf in jax.tree.leaves(p.slopes))
+
+
+def test_the_new_bias_falls_with_the_log_of_the_distance(page):
+    p = page("attend")
+    distance = np.abs(np.arange(p.T)[:, None] - np.arange(p.T))
+    bias = -np.array([0.5, 1.0, 2.0, 4.0])[:, None, None] * np.log1p(distance)
+    assert_close(p.nearby, read(causal_rows(dots(p.query, p.key) * p.H**-0.5 + bias), p.value))
+
+
+def test_a_merged_token_weighs_what_its_copies_weigh(page):
+    p = page("attend")
+    assert_close(p.merged, p.unmerged)
+    assert np.abs(p.merged - attend(p.query, p.few_keys, p.few_values)).max() > 0.01
+
+
+def test_the_gradient_of_a_table_has_its_size(page):
+    slope = page("attend").slope.table
+    assert slope.shape == (4, 8)
+    assert (np.abs(slope) > 0).all()
+
+
+def test_the_new_score_map_scales_by_the_log_of_the_visible_keys(page):
+    p = page("attend")
+    scale = 0.43 * np.log(np.arange(1, p.T + 1))[:, None] * p.H**-0.5
+    assert_close(p.sharp, read(causal_rows(dots(p.query, p.key) * scale), p.value))
+
+
+def test_talking_heads_mix_scores_and_weights(page):
+    p = page("attend")
+    scores = np.einsum("nm,mts->nts", p.before, dots(p.query, p.key) * p.H**-0.5)
+    assert_close(p.talking, read(np.einsum("nm,mts->nts", p.after, causal_rows(scores)), p.value))
+
+
+def test_a_convolution_finds_the_key_that_two_queries_ask_for(page):
+    p = page("attend")
+    assert p.joined["key"][1] == 2
+    assert p.alone["key"][1] == 0
+
+
+def test_the_new_mask_shows_the_patches_around_one_and_its_bounds_keep_them(page):
+    p = page("attend")
+    mask = p.Neighbourhood(4, 1)
+    row, column = np.divmod(np.arange(p.T), 4)
+    near = (abs(row[:, None] - row) <= 1) & (abs(column[:, None] - column) <= 1)
+    np.testing.assert_array_equal(mask.to_array(p.T)[0], near)
+    possible = np.asarray(BlockIndex.from_mask(mask, (p.T, p.T), (2, 2)).active)[0]
+    assert (possible >= near.reshape(8, 2, 8, 2).any((1, 3))).all()
+    assert not possible.all()
+    assert_close(p.patches, attend(p.query, p.key, p.value, mask=Explicit(near[None])))
+
+
+def test_each_draft_is_verified_as_if_its_line_were_the_text(page):
+    p = page("attend")
+    for node in range(6):
+        line, above = [], node
+        while above >= 0:
+            line, above = [above, *line], int(p.parents[above])
+        tokens = np.concatenate([np.arange(p.context), p.context + np.array(line)])
+        places = jnp.arange(len(tokens))
+        query, key = rotary(p.query[tokens], places), rotary(p.key[tokens], places)
+        assert_close(p.verified[node], attend(query, key, p.value[tokens], mask=Causal())[-1])
+
+
+def test_the_new_normaliser_is_softplus_and_has_finite_gradients(page):
+    p = page("attend")
+    weights = np.where(np.tri(p.T, dtype=bool), np.log1p(np.exp(dots(p.query, p.key) * p.H**-0.5)), 0)
+    assert_close(p.smooth, read(weights / weights.sum(-1, keepdims=True), p.value))
+    for implementation in ("dense", "tiled"):
+        options = {"normalize": p.Softplus(), "mask": Causal(), "implementation": implementation}
+        slope = jax.grad(lambda q, options=options: attend(q, p.key, p.value, **options).sum())(p.query)
+        assert np.isfinite(slope).all()
+
+
+def test_a_hard_choice_is_learned(page):
+    assert jax.nn.softmax(page("attend").logits)[4] > 0.9
+
+
+def test_the_importance_of_a_head_is_the_slope_of_its_gate(page):
+    """out_n is linear in gate_n, so the derivative of mean out² at 1 is 2 Σ_{head n} out² / size."""
+    p = page("attend")
+    out = np.asarray(attend(p.query, p.key, p.value, mask=Causal()), np.float64)
+    assert_close(p.importance, 2 * (out**2).sum((0, 2)) / out.size)
+    assert_close(p.loss(jnp.array([1.0, 0, 0, 0])) * out.size, (out[:, 0] ** 2).sum())
+
+
+def test_steering_gives_the_instruction_its_share_and_takes_no_mass_away(page):
+    p = page("attend")
+    before, after = np.asarray(p.unsteered["mass"]), np.asarray(p.extras["mass"])
+    assert_close(after.sum(-1), np.ones((p.T, p.N)))
+    assert_close(after[:5], before[:5])
+    assert_close(after[5:, :, 0], np.maximum(before[5:, :, 0], 0.6))
+    assert before[5:, :, 0].min() < 0.3
+
+
+def test_auto_takes_the_implementations_that_the_comments_say(page):
+    assert page("attend").taken == ["dense", "tiled", "rows"]
+
+
+def test_the_curvature_is_the_change_of_the_gradient(page):
+    p = page("attend")
+
+    def dense(query):
+        return jnp.square(attend(query, p.key, p.value, mask=Causal(), implementation="dense")).sum()
+
+    assert_close(p.curvature, jax.jvp(jax.grad(dense), (p.query,), (p.direction,))[1])
+
+
+def test_a_context_in_pieces_is_the_whole(page):
+    p = page("attend")
+    out, extras = attend(p.query, p.key, p.value, mask=Causal(), return_lse=True)
+    assert_close(p.streamed.out, out)
+    assert_close(p.streamed.lse, extras["lse"])
+
+
+def test_a_module_owns_and_trains_the_parts_of_every_slot(page):
+    p = page("attend")
+    assert p.y.shape == (2, p.T, 32)
+    assert p.records["instruction"].shape == (2, p.T, p.N, 2)
+    assert all((np.abs(leaf) > 0).any() for leaf in jax.tree.leaves(p.trained))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(p.trained)]
+    assert (4, 4) in shapes  # the mixing of heads
+    assert (4,) in shapes  # the gate
+
+
+# measures.md
+
+
+def test_measures_are_attention_with_another_value(page):
+    p = page("measures")
+    assert_close(p.received, p.extras["received"])
+    assert_close(p.mass, p.extras["halves"])
+    weights = causal_rows(dots(p.query, p.key) * p.H**-0.5)
+    assert_close(p.extras["last"][:, 0], weights[:, -1])
+    assert_close(p.extras["lags"], [[np.trace(head, -lag) for lag in range(4)] for head in weights])
+    assert_close(p.extras_of_keys["keys"], 1 / (weights**2).sum(-1).T)
+
+
+def test_a_penalty_holds_the_entropy_that_training_would_take(page):
+    p = page("measures")
+    assert p.free[0] == p.held[0] > 2
+    assert p.free[-1] < 0.7
+    assert np.abs(p.held[-50:] - 1).max() < 0.1
+
+
+# positions.md
+
+
+def test_permuting_keys_with_their_positions_changes_nothing(page):
+    p = page("positions")
+    assert_close(p.any_order, p.in_order)
+
+
+def test_bases_and_axes_turn_the_channels_they_should(page):
+    p = page("positions")
+    for head, base in enumerate((100.0, 10000.0)):
+        assert_close(p.two_bases[:, head], rotary(p.query, p.places, base=base)[:, head])
+    by_row, by_column = (rotary(p.query[..., half], p.places) for half in (slice(0, 8), slice(8, 16)))
+    assert_close(p.image_query[:4, :, 8:], by_column[:4])  # the first row of patches
+    assert_close(p.image_query[::4, :, :8], rotary(p.query[::4, :, :8], jnp.arange(3)))
+    assert np.abs(p.image_query[4:, :, :8] - by_row[4:]).max() > 0.1
+
+
+def test_scalings_stretch_the_slow_channels_and_keep_the_fast_ones(page):
+    p = page("positions")
+    plain = 10000.0 ** (-np.arange(0, p.H, 2) / p.H)
+    for frequency in p.frequencies.values():
+        assert_close(frequency[0], plain[0])
+        assert_close(frequency[-1], plain[-1] / 4)
+        assert (frequency <= plain * (1 + EPS)).all()
+        assert (frequency >= plain / 4 * (1 - 10 * EPS)).all()
+    turned = [rotary(x, p.far, scaling=p.yarn) * (0.1 * np.log(4) + 1) for x in (p.query, p.key)]
+    assert_close(p.read_far, attend(*turned, p.value, mask=Causal()))
+    assert_close(NTK(1.0)(10000.0, p.H, jnp.float32), plain)
+
+
+def test_slow_channels_stand_still_under_the_new_scaling(page):
+    p = page("positions")
+    plain = rotary(p.query, p.places)
+    for start in (0, 8):
+        assert_close(p.half_still[..., start : start + 4], plain[..., start : start + 4])
+        assert_close(p.half_still[..., start + 4 : start + 8], p.query[..., start + 4 : start + 8])
+
+
+# blocks.md
+
+
+def choose(scores, k, size):
+    """[N, T, S]: each query's own block, and the best of the past blocks by [N, T, blocks] until there are k."""
+    chosen = np.zeros((*scores.shape[:2], scores.shape[2] * size), bool)
+    for n, t in np.ndindex(scores.shape[:2]):
+        own = t // size
+        past = sorted(range(own), key=lambda block: -scores[n, t, block])[: k - 1]
+        for block in (own, *past):
+            chosen[n, t, block * size : (block + 1) * size] = True
+    return chosen
+
+
+def test_moba_reads_the_blocks_it_chose(page):
+    p = page("blocks")
+    means = np.repeat(np.asarray(p.key).reshape(8, p.size, p.K, p.H).mean(1), 2, axis=1)
+    chosen = choose(dots(p.query, means), 3, p.size)
+    expected = attend(p.query, p.key, p.value, mask=Causal() & Explicit(chosen))
+    assert_close(p.out, expected)
+    assert_close(p.everything, attend(p.query, p.key, p.value, mask=Causal()))
+    assert np.abs(p.out - p.everything).max() > 0.1
+    assert p.index.density() <= 3 / 8
+    assert np.isfinite(p.slope).all()
+    assert (np.abs(p.slope) > 0).any()
+
+
+def test_the_bound_of_a_block_is_above_all_of_its_scores(page):
+    p = page("blocks")
+    bound = np.asarray(p.quest_scores(p.query, p.key, p.size))
+    scores = dots(p.query, np.repeat(p.key, 2, axis=1)).reshape(p.N, p.T, 8, p.size).max(-1)
+    assert (bound >= scores - 100 * EPS * abs(scores).max()).all()
+    both = choose(bound, 3, p.size) | np.repeat(np.asarray(p.index.active), p.size, axis=-1)
+    assert_close(p.chosen, attend(p.query, p.key, p.value, mask=Causal() & Explicit(both)))
+
+
+def test_decoding_reads_the_chosen_tokens_of_each_key_head(page):
+    p = page("blocks")
+    assert p.few_keys.shape == (16, p.K, p.H)
+    seen = np.zeros((p.N, p.T, p.T), bool)
+    for n in range(p.N):
+        seen[n, -1, np.argsort(-p.scores[n // 2])[:16]] = True
+    assert_close(p.decoded, attend(p.query, p.key, p.value, mask=Explicit(seen))[-1:])
+
+
+# All pages
+
+
+def test_the_pages_name_every_part_and_call():
+    text = " ".join(PAGES[f"{name}.md"] for name in ("attend", "measures", "positions", "blocks"))
+    text = " ".join(re.findall(r"`[^`\n]+`", text))
+    missing = [name for name in jaxattn.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert missing == []
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target, anchor in re.findall(r"\]\(([\w/.]*)(?:#([\w-]+))?\)", PAGES[name]):
+        assert (ROOT / "docs" / target).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", PAGES[target or name], flags=re.MULTILINE)
+            assert anchor in map(slug, headings), f"{target}#{anchor}"
