@@ -7,16 +7,17 @@ import pytest
 from flax import nnx
 from multi_head import assert_close, randomise
 
-from jaxattn import Alibi, Causal, Dot
-from jaxattn.nn import MultiHeadAttention, NullSoftmax
+from jaxattn import Alibi, Causal, Dot, SoftCap
+from jaxattn.nn import BilinearScore, HeadMixing, MultiHeadAttention, NeuralScore, NullSoftmax
 
 D, T = 16, 5
 OPTIONS = {"key_heads": 2, "qk_norm": True, "gate": True, "mask": Causal()}
 
 
 def build(seed=0):
-    module = MultiHeadAttention(D, 4, **OPTIONS, bias=Alibi.geometric(4), normalize=NullSoftmax(4), rngs=nnx.Rngs(seed))
-    return randomise(module, seed)
+    slots = {"score": BilinearScore(D // 4), "bias": Alibi.geometric(4), "normalize": NullSoftmax(4)}
+    maps = {"score_maps": (SoftCap(5.0), HeadMixing(4)), "weight_maps": (HeadMixing(4),)}
+    return randomise(MultiHeadAttention(D, 4, **OPTIONS, **slots, **maps, rngs=nnx.Rngs(seed)), seed)
 
 
 def loss(module, x):
@@ -96,7 +97,7 @@ def test_scan_over_stacked_layers_is_a_loop(case):
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(rngs):
-        return MultiHeadAttention(D, 4, **OPTIONS, rngs=rngs)
+        return MultiHeadAttention(D, 4, **OPTIONS, score=NeuralScore(D // 4, 8, rngs=rngs), rngs=rngs)
 
     @nnx.jit
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
