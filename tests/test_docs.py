@@ -193,6 +193,37 @@ def test_a_module_owns_and_trains_the_parts_of_every_slot(page):
     assert (4,) in shapes  # the gate
 
 
+def test_the_new_parts_agree_in_every_implementation_that_they_allow(page):
+    """Values and all gradients, with grouped heads and empty slots."""
+    p = page("attend")
+    places = jnp.array([0, 1, 2, -1, *range(3, 13), -1, 13])
+    by_tile = {
+        "score": p.Cosine(jnp.float32(3.0)),
+        "bias": p.LogDistance(jnp.array([0.5, 1.0, 2.0, 4.0])),
+        "mask": Causal() & p.Neighbourhood(4, 2),
+        "normalize": p.Softplus(),
+        "weight_maps": (p.HeadGate(jnp.array([0.5, 1.0, 2.0, 4.0])),),
+    }
+    steered = jaxattn.Reallocate(p.groups, p.AtLeast(jnp.float32(0.6)), 2)
+    by_row = {"score_maps": (p.ByLength(jnp.float32(0.43)),), "mask": Causal(), "weight_maps": (steered,)}
+
+    def run(implementation, slots):
+        def of(query, key, value, slots):
+            options = {"query_positions": places, "key_positions": places, "implementation": implementation}
+            options |= {} if implementation == "dense" else {"block": 5}
+            return jnp.sin(attend(query, key, value, **slots, **options)).sum()
+
+        given = p.query, p.key[:, :2], p.value[:, :2], slots
+        value, slopes = jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2, 3), allow_int=True))(*given)
+        return value, *(leaf for leaf in jax.tree.leaves(slopes) if leaf.dtype != jax.dtypes.float0)
+
+    for slots, others in ((by_tile, ("rows", "tiled")), (by_row, ("rows",))):
+        expected = run("dense", slots)
+        for implementation in others:
+            for a, b in zip(run(implementation, slots), expected, strict=True):
+                assert_close(a, b)
+
+
 # measures.md
 
 
