@@ -36,7 +36,7 @@ class MultiHeadAttention(nnx.Module):
     dtype: of the computation (parameters are float32).
 
     Raises ValueError for sizes that do not divide, cross-attention with rotary positions, dropout without a stream, and
-    measures with the name of a site; TypeError for maps that are not in a tuple.
+    measures with the name of a site; TypeError for maps that are not in a tuple and measures that are not in a dict.
     """
 
     def __init__(
@@ -92,6 +92,8 @@ class MultiHeadAttention(nnx.Module):
             if not isinstance(maps, list | tuple):
                 raise TypeError(f"{name} must be a tuple such as (SoftCap(50.0),), got {type(maps).__name__}")
         self.score_maps, self.weight_maps = nnx.data(tuple(score_maps)), nnx.data(tuple(weight_maps))
+        if not isinstance(measures, Mapping):
+            raise TypeError(f'measures must be a dict such as {{"entropy": Entropy()}}, got {type(measures).__name__}')
         if taken := set(measures) & set(SITES):
             raise ValueError(f"measures have the names of sites, {sorted(taken)}: need others")
         self.measures = nnx.data(dict(measures))

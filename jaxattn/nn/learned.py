@@ -1,7 +1,7 @@
 """Owners of learned parts: modules that hold the arrays of a part and return the part when called without arguments.
 
 They stand in the slots of `MultiHeadAttention` wherever a part may. Each says what it starts as; most start as ordinary
-attention. One of your own is as short as these.
+attention. One of your own is as short as these. All raise ValueError for sizes below 1.
 """
 
 import jax
@@ -16,6 +16,13 @@ from jaxattn.core.score import Additive, Bilinear, Neural
 lecun, he = jax.nn.initializers.lecun_normal(), jax.nn.initializers.he_normal()
 
 
+def _check_sizes(owner: nnx.Module, **sizes: int | None) -> None:
+    """Raises ValueError for a size below 1; None is a size that was not given."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{type(owner).__name__}: {name} must be at least 1, got {size}")
+
+
 class BilinearScore(nnx.Module):
     """Owns the weight of `Bilinear`, qᵀ W k: one for all heads, or one for each of `heads`.
 
@@ -23,6 +30,7 @@ class BilinearScore(nnx.Module):
     """
 
     def __init__(self, head_dim: int, heads: int | None = None):
+        _check_sizes(self, head_dim=head_dim, heads=heads)
         weight = head_dim**-0.5 * jnp.eye(head_dim)
         self.weight = nnx.Param(weight if heads is None else jnp.tile(weight, (heads, 1, 1)))
 
@@ -38,6 +46,7 @@ class AdditiveScore(nnx.Module):
     """
 
     def __init__(self, head_dim: int, hidden: int, *, rngs: nnx.Rngs):
+        _check_sizes(self, head_dim=head_dim, hidden=hidden)
         self.pair_weight = nnx.Param(lecun(rngs.params(), (2 * head_dim, hidden)))
         self.vector = nnx.Param(lecun(rngs.params(), (hidden, 1))[:, 0])
 
@@ -55,6 +64,7 @@ class NeuralScore(nnx.Module):
     """
 
     def __init__(self, head_dim: int, hidden: int, second: int | None = None, *, rngs: nnx.Rngs):
+        _check_sizes(self, head_dim=head_dim, hidden=hidden, second=second)
         self.w1, self.b1 = nnx.Param(lecun(rngs.params(), (2 * head_dim, hidden))), nnx.Param(jnp.zeros(hidden))
         if second is None:
             self.w2, self.b2, self.w3 = nnx.Param(he(rngs.params(), (hidden, 1))[:, 0]), None, None
@@ -75,6 +85,7 @@ class RelativePositionBias(nnx.Module):
     """
 
     def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False):
+        _check_sizes(self, heads=heads, buckets=buckets, max_distance=max_distance)
         self.table = nnx.Param(jnp.zeros((heads, buckets)))
         self.max_distance, self.bidirectional = max_distance, bidirectional
 
@@ -86,6 +97,7 @@ class LearnedTemperature(nnx.Module):
     """Owns log τ per head [N] and makes the score map `Temperature(τ)`, so τ stays positive. It starts at τ = 1."""
 
     def __init__(self, heads: int):
+        _check_sizes(self, heads=heads)
         self.log_temperature = nnx.Param(jnp.zeros(heads))
 
     def __call__(self) -> Temperature:
@@ -99,6 +111,7 @@ class HeadMixing(nnx.Module):
     """
 
     def __init__(self, heads: int):
+        _check_sizes(self, heads=heads)
         self.weight = nnx.Param(jnp.eye(heads))
 
     def __call__(self) -> MixHeads:
@@ -113,8 +126,9 @@ class KeyQueryConvolution(nnx.Module):
     """
 
     def __init__(self, heads: int, queries: int, keys: int):
-        if queries < 1 or keys < 1 or keys % 2 == 0:
-            raise ValueError(f"KeyQueryConvolution: need queries >= 1 and an odd number of keys, got {queries}, {keys}")
+        _check_sizes(self, heads=heads, queries=queries, keys=keys)
+        if keys % 2 == 0:
+            raise ValueError(f"KeyQueryConvolution: keys is {keys}: need an odd number, so that there is a centre")
         self.kernel = nnx.Param(jnp.zeros((heads, queries, keys)).at[:, -1, keys // 2].set(1))
 
     def __call__(self) -> Convolution:
@@ -125,6 +139,7 @@ class NullSoftmax(nnx.Module):
     """Owns one null logit per head, initially 0, and makes `Softmax(null_logit)` when called: a learned sink."""
 
     def __init__(self, heads: int):
+        _check_sizes(self, heads=heads)
         self.null_logit = nnx.Param(jnp.zeros(heads))
 
     def __call__(self) -> Softmax:

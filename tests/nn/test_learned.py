@@ -148,7 +148,20 @@ def test_a_null_logit_starts_as_softmax_off_by_one():
     assert_close(seen["z"], plain * jax.nn.sigmoid(extras["lse"])[..., None])
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(2, 4), (0, 3), (2, 0)])
-def test_a_kernel_without_a_centre_is_refused(queries, keys):
-    with pytest.raises(ValueError, match=rf"need queries >= 1 and an odd number of keys, got {queries}, {keys}"):
-        KeyQueryConvolution(N, queries, keys)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda rngs: BilinearScore(H, 0), "BilinearScore: heads must be at least 1, got 0"),
+        (lambda rngs: AdditiveScore(0, 6, rngs=rngs), "AdditiveScore: head_dim must be at least 1, got 0"),
+        (lambda rngs: NeuralScore(H, 6, 0, rngs=rngs), "NeuralScore: second must be at least 1, got 0"),
+        (lambda rngs: RelativePositionBias(N, -2), "RelativePositionBias: buckets must be at least 1, got -2"),
+        (lambda rngs: LearnedTemperature(0), "LearnedTemperature: heads must be at least 1, got 0"),
+        (lambda rngs: HeadMixing(0), "HeadMixing: heads must be at least 1, got 0"),
+        (lambda rngs: KeyQueryConvolution(N, 0, 3), "KeyQueryConvolution: queries must be at least 1, got 0"),
+        (lambda rngs: KeyQueryConvolution(N, 2, 4), "KeyQueryConvolution: keys is 4: need an odd number"),
+        (lambda rngs: NullSoftmax(0), "NullSoftmax: heads must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build(nnx.Rngs(0))

@@ -139,6 +139,8 @@ def test_maps_outside_a_tuple_and_names_that_are_taken_are_refused():
         build(score_maps=Temperature(2.0))
     with pytest.raises(TypeError, match=r"weight_maps must be a tuple .* got HeadMixing"):
         build(weight_maps=HeadMixing(4))
+    with pytest.raises(TypeError, match=r"measures must be a dict .* got Entropy"):
+        build(measures=Entropy())
     with pytest.raises(ValueError, match=r"measures have the names of sites, \['weights'\]: need others"):
         build(measures={"weights": Entropy()})
     with pytest.raises(ValueError, match=r"record names unknown sites \['entropie'\]: need some of .*'entropy'"):
