@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxattn.core import noise
 from jaxattn.core.bias import log_gaussian
 from jaxattn.core.noise import Seed
-from jaxattn.core.parts import check_positive, check_static_int, part, per_head, take
+from jaxattn.core.parts import check_positive, check_static_int, count_ids, part, per_head, take
 
 Need = Literal["tile", "rows", "matrix"]
 Block = Float[Array, "*b n t s"]
@@ -235,16 +235,18 @@ class Reallocate(Map):
     Proportions inside a group stay. Equal to adding log(m'_g / m_g) to the scores of the group (log-bias lemma).
     `groups` [..., P] is a table over key positions of ids 0 .. G−1; keys with a negative id, or outside the table,
     keep their weights. `masses` gives the new masses: an array that broadcasts to [..., N, T, G], or a part
-    that is called on the old ones, m [..., N, T, G] -> m'. `size` is G.
+    that is called on the old ones, m [..., N, T, G] -> m'. `size` is G, by default as many as there are
+    masses or ids.
     A group without weight in a row has nothing to scale and stays 0.
     """
 
     groups: Int[Array, "*batch positions"]
     masses: Any
-    size: int
+    size: int | None = None
 
     def __post_init__(self):
-        check_static_int("Reallocate", "size", self.size, 1)
+        by_masses = jnp.shape(self.masses)[-1] if self.size is None and hasattr(self.masses, "shape") else self.size
+        object.__setattr__(self, "size", count_ids("Reallocate", self.groups, by_masses))
 
     def __call__(self, x, visible, query, key):
         ids = take(jnp.asarray(self.groups)[..., None, :], key, 2, fill=-1)

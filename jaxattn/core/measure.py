@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.parts import check_static_int, part, take
+from jaxattn.core.parts import check_static_int, count_ids, part, take
 
 
 class View(NamedTuple):
@@ -69,14 +69,14 @@ class Mass(Measure):
     """m_ig = Σ_{j in group g} w_ij, that is `attend` with one-hot values. [..., T, N, G]
 
     `groups` [..., P] is a table over key positions of ids 0 .. size − 1; keys with another id, or outside the table,
-    count for none. G is `size`.
+    count for none. G is `size`, by default one more than the largest id; under `jit`, where ids are not known, give it.
     """
 
     groups: Int[Array, "*batch positions"]
-    size: int
+    size: int | None = None
 
     def __post_init__(self):
-        check_static_int("Mass", "size", self.size, 1)
+        object.__setattr__(self, "size", count_ids("Mass", self.groups, self.size))
 
     def __call__(self, view):
         ids = take(jnp.asarray(self.groups)[..., None, :], view.key_positions, 2, fill=-1)

@@ -207,33 +207,44 @@ def _total_one(visible: Bool[Array, "*b n t s"], dtype: jnp.dtype) -> Rows:
     return jnp.where(visible.any(-1), jnp.zeros((), dtype), -jnp.inf)
 
 
-def _descending(scores: Scores, visible: Bool[Array, "*b n t s"]) -> tuple[Scores, Scores, Array]:
-    """(scores − row maximum, hidden ones 0; the same in descending order, hidden ones last and −inf; 1, 2, .., S)."""
+def _support(scores: Scores, visible: Bool[Array, "*b n t s"], power: int) -> tuple[Scores, Bool[Array, "*b n t s"]]:
+    """(x, x > τ) for x = scores less their row's maximum and the τ with Σ_j max(x_j − τ, 0)^power = 1.
+
+    Newton's method from τ = −1, where the maximum alone contributes 1: the sum is convex and falls in τ, so the steps
+    only ever go up, to the root; some ten of them, each a pass over the row, where sorting it would take far longer.
+    """
     shown = jnp.where(visible, scores, -jnp.inf)
     top = jax.lax.stop_gradient(shown.max(-1, keepdims=True))
-    shifted = jnp.where(visible, scores - jnp.where(jnp.isneginf(top), 0, top), 0)
-    ordered = -jnp.sort(-jax.lax.stop_gradient(jnp.where(visible, shifted, -jnp.inf)), axis=-1)
-    return shifted, ordered, jnp.arange(1, scores.shape[-1] + 1, dtype=scores.dtype)
+    x = jnp.where(visible, scores - jnp.where(jnp.isneginf(top), 0, top), 0)
+    fixed = jax.lax.stop_gradient(jnp.where(visible, x, -jnp.inf))
+
+    def step(state: tuple) -> tuple:
+        threshold, _, count = state
+        over = jnp.maximum(fixed - threshold, 0)
+        excess = (over**power).sum(-1, keepdims=True) - 1
+        slope = (power * over ** (power - 1) * (over > 0)).sum(-1, keepdims=True)
+        new = jnp.maximum(threshold, threshold + excess / jnp.where(slope > 0, slope, 1))
+        return new, (new > threshold).any(), count + 1
+
+    start = jnp.where(jnp.isneginf(top), 0, -jnp.ones_like(top)), ~jnp.isnan(top).any(), 0
+    # Rounding might let the last steps creep by an epsilon each.
+    threshold, _, _ = jax.lax.while_loop(lambda state: state[1] & (state[2] < 100), step, start)
+    return x, visible & (fixed > threshold)
 
 
 @part
 class Sparsemax(Normalize):
     """The point of the simplex nearest to the scores, argmin_p |p − s|²: p_j = max(s_j − τ, 0) with Σ p = 1.
 
-    Martins and Astudillo (2016). Sparse; piecewise linear in s; two keys whose scores differ by 1 or more: one-hot.
+    Martins and Astudillo (2016). Sparse; piecewise linear in s; a lead of 1 over all other keys gives one-hot.
     lse is 0.
     """
 
     def weights(self, scores, visible):
-        shifted, ordered, rank = _descending(scores, visible)
-        finite = jnp.where(jnp.isneginf(ordered), 0, ordered)
-        support = (~jnp.isneginf(ordered) & (1 + rank * ordered > jnp.cumsum(finite, -1))).sum(-1, keepdims=True)
-        least = jnp.take_along_axis(finite, jnp.maximum(support - 1, 0), -1)
-        inside = visible & (shifted >= least)
+        x, inside = _support(scores, visible, 1)
         count = jnp.maximum(inside.sum(-1, keepdims=True), 1)
-        threshold = (jnp.where(inside, shifted, 0).sum(-1, keepdims=True) - 1) / count
-        weights = jnp.where(inside, jnp.maximum(shifted - threshold, 0), 0)
-        return weights, _total_one(visible, scores.dtype)
+        threshold = (jnp.where(inside, x, 0).sum(-1, keepdims=True) - 1) / count
+        return jnp.where(inside, jnp.maximum(x - threshold, 0), 0), _total_one(visible, scores.dtype)
 
 
 @part
@@ -244,21 +255,13 @@ class Entmax15(Normalize):
     """
 
     def weights(self, scores, visible):
-        shifted, ordered, rank = _descending(scores / 2, visible)
-        finite = jnp.where(jnp.isneginf(ordered), 0, ordered)
-        mean = jnp.cumsum(finite, -1) / rank
-        spread = jnp.cumsum(jnp.square(finite), -1) - rank * jnp.square(mean)
-        threshold = mean - jnp.sqrt(jnp.maximum((1 - spread) / rank, 0))
-        support = (~jnp.isneginf(ordered) & (threshold <= ordered)).sum(-1, keepdims=True)
-        least = jnp.take_along_axis(finite, jnp.maximum(support - 1, 0), -1)
+        x, inside = _support(scores / 2, visible, 2)
         # On the support the threshold is an explicit function of the scores, so its derivatives of any order are right.
-        inside = visible & (shifted >= least)
         count = jnp.maximum(inside.sum(-1, keepdims=True), 1).astype(scores.dtype)
-        mean = jnp.where(inside, shifted, 0).sum(-1, keepdims=True) / count
-        spread = jnp.where(inside, jnp.square(shifted - mean), 0).sum(-1, keepdims=True)
+        mean = jnp.where(inside, x, 0).sum(-1, keepdims=True) / count
+        spread = jnp.where(inside, jnp.square(x - mean), 0).sum(-1, keepdims=True)
         threshold = mean - jnp.sqrt(jnp.maximum((1 - spread) / count, jnp.finfo(scores.dtype).tiny))
-        weights = jnp.where(inside, jnp.square(jnp.maximum(shifted - threshold, 0)), 0)
-        return weights, _total_one(visible, scores.dtype)
+        return jnp.where(inside, jnp.square(jnp.maximum(x - threshold, 0)), 0), _total_one(visible, scores.dtype)
 
 
 @part

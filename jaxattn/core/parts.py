@@ -114,6 +114,19 @@ def check_positive(owner: str, name: str, value: Any) -> None:
         raise ValueError(f"{owner}: {name} must be positive, got {value}")
 
 
+def count_ids(owner: str, ids: Any, size: int | None) -> int:
+    """`size`, or if it is None one more than the largest of the ids, for the `__post_init__` of parts.
+
+    Raises ValueError if the ids are traced, and so unknown, or if the size is not at least 1.
+    """
+    if size is None:
+        if isinstance(ids, jax.core.Tracer):
+            raise ValueError(f"{owner}: groups is traced, so their number is not known: need size=")
+        size = int(np.max(np.asarray(ids), initial=0)) + 1
+    check_static_int(owner, "size", size, 1)
+    return size
+
+
 def per_head(name: str, value: Any, block: Array) -> Array:
     """A number, or one per head [N], shaped to broadcast against a block [..., N, T, S], in its dtype.
 

@@ -65,6 +65,17 @@ def test_the_translated_call_is_the_call(name):
         np.testing.assert_allclose(x, y, rtol=0, atol=200 * np.finfo(np.float32).eps * max(1, np.abs(y).max()))
 
 
+def test_tokamax_is_the_call():
+    """On a CPU it computes with XLA; the arguments mean the same. Part of the tests where it is installed."""
+    attention = pytest.importorskip("tokamax").dot_product_attention
+    options = {"mask": ja.Window(3, 1), "score": ja.Dot(0.3), "score_maps": (ja.SoftCap(2.0),)}
+    plan = fused.plan(given(jnp.float32, **options), False, "tpu")
+    assert plan == fused.Plan("tokamax", 0.3, False, (3, 1), 2.0)
+    out = fused.call(given(jnp.float32, **options), plan, attention, logits_soft_cap=2.0)
+    expected = attend(QUERY, KEY, VALUE, **options)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=200 * np.finfo(np.float32).eps)
+
+
 REFUSED = {
     "return_lse=True": ({}, True),
     "measures": ({"measures": {"h": ja.Entropy()}}, False),

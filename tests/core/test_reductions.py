@@ -199,6 +199,14 @@ def test_reallocate_merges_the_groups_under_new_masses():
     assert_same(moved[:, rows], sum(m * o for m, o in zip(masses, outs, strict=True))[:, rows])
 
 
+def test_the_number_of_groups_is_that_of_masses_or_known_ids():
+    assert ja.Mass(GROUPS).size == 3
+    assert ja.Reallocate(GROUPS, np.ones((N, 1, 5), np.float32)).size == 5
+    assert ja.Reallocate(GROUPS, Powers(jnp.float32(1))).size == 3
+    with pytest.raises(ValueError, match="Mass: groups is traced, so their number is not known: need size="):
+        jax.jit(lambda groups: ja.Mass(groups).size)(GROUPS)
+
+
 @ja.part
 class Powers:
     """m -> mᵗ / Σ mᵗ, as a user would write it: split-softmax is t below 1 for a span and the rest."""
