@@ -1,10 +1,9 @@
 """attend: the one call for everything that weighs keys. Checks it, picks an implementation, explains the choice."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +11,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxattn.core import fused
-from jaxattn.core.call import Call
+from jaxattn.core.call import Given, prepare
+from jaxattn.core.check import check
 from jaxattn.core.dense import dense, weigh
 from jaxattn.core.maps import Dropout, Map, Need
 from jaxattn.core.mask import Mask
 from jaxattn.core.measure import Measure
 from jaxattn.core.normalize import Normalize, Softmax, Streaming
-from jaxattn.core.parts import check_fields, positions_fit
 from jaxattn.core.rows import rows
-from jaxattn.core.score import Dot, accumulator, raw_scores
+from jaxattn.core.score import Dot, accumulator
 from jaxattn.core.tiled import tiled
 
 Implementation = Literal["auto", "dense", "rows", "tiled", "fused"]
@@ -80,12 +79,13 @@ def attend(
     part.
     """
     call = Given(
-        query, key, value, score, bias, tuple(score_maps), mask, normalize, tuple(weight_maps), dict(measures), dropout,
+        query, key, value, score, bias, score_maps, mask, normalize, weight_maps, measures, dropout,
         query_positions, key_positions,
     )  # fmt: skip
     name, _ = _choose(call, block, implementation, return_lse)
     block = (block, block) if isinstance(block, int) else block
     kernel = fused.plan(call, return_lse) if name == "fused" else None
+    call = call._replace(measures=dict(measures))
     # NumPy leaves in the dtypes that JAX has now: an int64 table may else be taken for one under x64, or for none.
     call = jax.tree.map(lambda x: x.astype(jnp.result_type(x)) if isinstance(x, np.ndarray) else x, call)
     out, lse, measured = _attend(call, block=block, implementation=name, kernel=kernel)
@@ -111,10 +111,10 @@ def attention_weights(
     Memory is T x S per head: for long inputs see `RowsOf`. Arguments and errors are those of `attend`.
     """
     call = Given(
-        query, key, key, score, bias, tuple(score_maps), mask, normalize, tuple(weight_maps), {}, None,
+        query, key, key, score, bias, score_maps, mask, normalize, weight_maps, {}, None,
         query_positions, key_positions,
     )  # fmt: skip
-    _check(call)
+    check(call)
     return _weights(call)
 
 
@@ -134,27 +134,9 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
     return name
 
 
-class Given(NamedTuple):
-    """The arguments of a call as the user gave them."""
-
-    query: Any
-    key: Any
-    value: Any
-    score: Any
-    bias: Any
-    score_maps: Any
-    mask: Any
-    normalize: Any
-    weight_maps: Any
-    measures: Any
-    dropout: Any
-    query_positions: Any
-    key_positions: Any
-
-
 @jax.jit
 def _weights(given: Given):
-    view = weigh(_call(given))
+    view = weigh(prepare(given))
     return view.weights, jnp.where(view.visible, view.scores, -jnp.inf)
 
 
@@ -162,7 +144,7 @@ def _weights(given: Given):
 def _attend(given: Given, *, block, implementation, kernel):
     if implementation == "fused":
         return fused.fused(given, kernel), None, {}
-    call = _call(given)
+    call = prepare(given)
     if implementation == "dense":
         out, lse, measured = dense(call)
     elif implementation == "rows":
@@ -176,37 +158,6 @@ def _attend(given: Given, *, block, implementation, kernel):
         for name, result in measured.items()
     }
     return out.astype(given.value.dtype), lse.astype(accumulator(given.query, given.key, given.value)), measured
-
-
-def _call(given: Given) -> Call:
-    """Default positions filled in, the contents of empty slots zeroed (they may be anything), dropout seeds drawn."""
-    query, key, value = given.query, given.key, given.value
-    *batch, length, heads, _ = query.shape
-    query_positions, key_positions = given.query_positions, given.key_positions
-    if query_positions is None:
-        query_positions = np.arange(length, dtype=np.int32)
-    else:
-        query = jnp.where((query_positions >= 0)[..., None, None], query, 0)
-    if key_positions is None:
-        key_positions = np.arange(key.shape[-3], dtype=np.int32)
-    else:
-        by_head = key_positions.ndim == len(batch) + 2
-        shown = (key_positions >= 0)[..., None] if by_head else (key_positions >= 0)[..., None, None]
-        key, value = jnp.where(shown, key, 0), jnp.where(shown, value, 0)
-        if by_head:
-            key_positions = jnp.repeat(key_positions, heads // key.shape[-2], -1).swapaxes(-1, -2)[..., None, :]
-    if key_positions.ndim < len(batch) + 2:
-        key_positions = key_positions[..., None, None, :]
-    slots = ("score", "bias", "score_maps", "mask", "normalize", "weight_maps", "measures")
-    return Call(
-        query=query,
-        key=key,
-        value=value,
-        dropout=None if given.dropout is None else given.dropout.draw(tuple(batch), heads),
-        query_positions=query_positions.astype(np.int32)[..., None, :, None],
-        key_positions=key_positions.astype(np.int32),
-        **{slot: getattr(given, slot) for slot in slots},
-    )
 
 
 def _needs(given: Given) -> dict[Need, list[str]]:
@@ -234,7 +185,7 @@ def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> 
             raise TypeError(f"block must be an int or a tuple of two, (queries, keys), got {block!r}")
         if min(sizes) < 1:
             raise ValueError(f"block must be at least 1, got {block}")
-    _check(given)
+    check(given)
     query, key = given.query, given.key
     size = accumulator(query, key).itemsize * query.size // query.shape[-1] * key.shape[-3]
     held = f"the {query.shape[-3]} x {key.shape[-3]} scores of all heads take {size / 2**20:,.4g} MiB"
@@ -266,93 +217,3 @@ def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> 
         "fused": "serves this call with a library's kernel",
     }
     return name, {other: f"cannot serve {refusals[other]}" if refusals[other] else why[other] for other in why}
-
-
-def _check(given: Given) -> None:
-    """Raises for every call that could not mean anything, before any of it is traced."""
-    query, key, value = given.query, given.key, given.value
-    arrays = {"query": query, "key": key, "value": value}
-    for name, x in arrays.items():
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"{name} must be an array, got {type(x).__name__}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} has dtype {x.dtype}: need floating point")
-        if len(x.shape) < 3:
-            raise ValueError(f"{name} has shape {x.shape}: need [..., length, heads, head dim]")
-        if 0 in x.shape:
-            raise ValueError(f"{name} has shape {x.shape}: no axis may be empty")
-    *batch, length, heads, _ = query.shape
-    for name, x in (("key", key), ("value", value)):
-        if list(x.shape[:-3]) != batch:
-            raise ValueError(f"{name} has batch axes {x.shape[:-3]} but query has {tuple(batch)}: need the same")
-        if heads % x.shape[-2]:
-            raise ValueError(f"{name} has {x.shape[-2]} heads but query has {heads}: need a divisor of {heads}")
-    keys = key.shape[-3]
-    if value.shape[-3] != keys:
-        raise ValueError(f"value has length {value.shape[-3]} but key has {keys}: need the same")
-    positions = (("query_positions", given.query_positions, length), ("key_positions", given.key_positions, keys))
-    for name, x, size in positions:
-        if x is None:
-            continue
-        if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise TypeError(f"{name} must be an integer array, got {getattr(x, 'dtype', type(x).__name__)}")
-        if name == "key_positions" and len(x.shape) == len(batch) + 2:
-            if x.shape != (*batch, keys, key.shape[-2]) or value.shape[-2] != key.shape[-2]:
-                raise ValueError(
-                    f"key_positions has shape {x.shape}: by key head need {(*batch, keys, key.shape[-2])}, and as many "
-                    f"value heads ({value.shape[-2]}) as key heads"
-                )
-            continue
-        if not positions_fit(tuple(x.shape), tuple(batch), size):
-            raise ValueError(f"{name} has shape {x.shape}: need [..., {size}] with batch axes that fit {tuple(batch)}")
-    _check_parts(given)
-    rows = jax.ShapeDtypeStruct((*batch, heads, length, keys), accumulator(query, key))
-
-    def slots(given: Given):
-        call = _call(given)
-        positions = call.query_positions, call.key_positions
-        scores = raw_scores(call.score, call.query.swapaxes(-2, -3), call.key.swapaxes(-2, -3), *positions)
-        if scores.shape == rows.shape:
-            for score_map in call.score_maps:
-                scores = score_map(scores, None, *positions)
-            view = weigh(dataclasses.replace(call, bias=None, mask=None))
-            measured = {name: measure(view) for name, measure in call.measures.items()}
-            del measured
-        return scores, call.bias and call.bias(*positions), call.mask and call.mask(*positions)
-
-    shapes = jax.eval_shape(slots, given)
-    if shapes[0].shape != rows.shape:
-        raise ValueError(f"score gives shape {shapes[0].shape}: need [..., N, T, S] = {rows.shape}")
-    for slot, result in (("bias", shapes[1]), ("mask", shapes[2])):
-        if result is not None:
-            try:
-                broadcasts = np.broadcast_shapes(result.shape, rows.shape) == rows.shape
-            except ValueError:
-                broadcasts = False
-            if not broadcasts:
-                raise ValueError(f"{slot} gives shape {result.shape}: need one that broadcasts to {rows.shape}")
-
-
-def _check_parts(given: Given) -> None:
-    """Raises for what is not a part, or stands in the wrong slot, or holds something its fields do not say."""
-    for slot in ("score", "bias", "mask", "normalize", "dropout"):
-        check_fields(slot, getattr(given, slot))
-    for slot, kind, example in (("score_maps", Map, "(SoftCap(50.0),)"), ("weight_maps", Map, "(TopKWeights(8),)")):
-        for each in getattr(given, slot):
-            if not isinstance(each, kind):
-                raise TypeError(f"{slot} must be a tuple of maps such as {example}, got {type(each).__name__} in it")
-            check_fields(slot, each)
-    for name, measure in given.measures.items():
-        if not isinstance(measure, Measure):
-            raise TypeError(f"measures must map names to measures such as Entropy(), got {name}={measure!r}")
-        if name == "lse":
-            raise ValueError("measures: 'lse' is the name of the log of the total weights, choose another")
-        check_fields("measures", measure)
-    if given.mask is not None and not isinstance(given.mask, Mask):
-        raise TypeError(f"mask must be a Mask such as Causal() or Explicit(array), got {type(given.mask).__name__}")
-    if not isinstance(given.normalize, Normalize):
-        raise TypeError(f"normalize must be a normaliser such as Softmax(), got {type(given.normalize).__name__}")
-    if given.dropout is not None and not isinstance(given.dropout, Dropout):
-        raise TypeError(f"dropout must be Dropout(rate, key), got {type(given.dropout).__name__}")
-    if not callable(given.score) or not (given.bias is None or callable(given.bias)):
-        raise TypeError("score and bias must be parts such as Dot() and Bias(array)")

@@ -17,6 +17,7 @@ from jaxattn import (
     Lengths,
     Sigmoid,
     Sinks,
+    SoftCap,
     Softmax,
     Window,
     attend,
@@ -151,9 +152,9 @@ BAD = {
     ),
     "slopes list": ({"bias": Alibi([0.5] * 8)}, TypeError, r"bias: Alibi.slopes must be Float.*, got \[0\.5"),
     "array in a static field": (
-        {"normalize": Sigmoid(jnp.float32(1))},
+        {"score_maps": (SoftCap(jnp.float32(1)),)},
         TypeError,
-        r"normalize: Sigmoid.bias is static, .*: need a Python value, got float32\[\]",
+        r"score_maps: SoftCap.cap is static, .*: need a Python value, got float32\[\]",
     ),
     "bias array": ({"bias": zeros(8, 5, 7)}, TypeError, "score and bias must be parts"),
     "scale": ({"score": Dot(zeros(8))}, TypeError, r"score: Dot.scale must be Float.*, got float32\[8\]"),
@@ -195,7 +196,7 @@ def test_numbers_are_welcome_where_the_annotation_says_so():
 def test_the_good_call_is_good(capsys):
     assert attend(**GOOD).shape == (2, 5, 8, 3)
     assert explain(**GOOD) == "dense"
-    assert capsys.readouterr().out.count("\n") == 2
+    assert capsys.readouterr().out.count("\n") == 4  # a line per implementation
 
 
 def test_shapes_are_enough_to_refuse_a_bad_call():

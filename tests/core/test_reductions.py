@@ -349,6 +349,10 @@ def test_t5_buckets_are_the_published_ones():
             "Convolution: kernel has shape",
         ),
         (lambda: call(score_maps=(ja.Causal(),)), TypeError, "score_maps must be a tuple of maps such as"),
+        (lambda: call(score_maps=ja.SoftCap(5.0)), TypeError, "score_maps must be a tuple of maps such as"),
+        (lambda: call(measures=ja.Entropy()), TypeError, "measures must be a dict such as .*, got Entropy"),
+        (lambda: call(normalize=ja.Softmax), TypeError, "normalize is the class Softmax: need one of its parts"),
+        (lambda: call(score=ja.Dot), TypeError, r"score is the class Dot: need one of its parts, Dot\(...\)"),
         (
             lambda: call(score_maps=(ja.Temperature(np.ones(3, np.float32)),)),
             ValueError,
