@@ -1,38 +1,74 @@
-"""Which tiles of the (query, key) plane are worth computing."""
+"""Which parts of the (query, key) plane are worth computing."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxattn.core.mask import Mask
 from jaxattn.core.parts import part
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A tile of `queries` x `keys`. Query tiles lie on a grid; keys are taken from any multiple of `granule` on."""
+
+    queries: int
+    keys: int
+    granule: int
+
+
 @part
 class Schedule:
-    """For each query tile, the key tiles it needs, those that need no mask first.
+    """For each query tile, the granules at which its tiles start, those that need no mask first.
 
-    Row i of `tiles` starts with `full[i]` tiles in which every pair is visible, goes on to `count[i]` with those in
-    which some may be, and ends with tiles that are not computed. A query tile is computed once for all batch entries
-    and heads, so a tile is skipped when it is empty for all of them. NumPy arrays when known at trace time.
+    Row i of `starts` begins with `full[i]` tiles in which every pair is visible, goes on to `count[i]` with those in
+    which some may be, and ends with tiles that are not computed. The tiles of a row do not overlap. A query tile is
+    computed once for all batch entries and heads, so keys are skipped when they are empty for all of them. NumPy arrays
+    when known at trace time.
     """
 
-    tiles: Int[Array, "qb a"]
+    starts: Int[Array, "qb a"]
     full: Int[Array, " qb"]
     count: Int[Array, " qb"]
 
 
-def schedule(
-    mask: Mask | None, query: Int[Array, "*b 1 qb 1 bq"], key: Int[Array, "*b 1 1 kb bk"]
-) -> tuple[Schedule, tuple[bool, bool]]:
-    """The active tiles of a mask over tiled positions (−1 is an empty slot).
+@dataclasses.dataclass(frozen=True)
+class Kinds:
+    """What trace time can tell: is any tile full, is any not, and does every query tile have exactly one."""
 
-    Also whether any tile is full, and whether any is partial, as far as trace time can tell.
-    """
+    full: bool
+    partial: bool
+    single: bool
+
+
+def _tile_starts(possible: Bool[Array, "qb g"], run: int) -> Bool[Array, "qb g"]:
+    """Where tiles of `run` granules start that cover all possible ones: each at the first not yet covered."""
+    if run == 1:
+        return possible
+    if isinstance(possible, np.ndarray):
+        starts, free = np.zeros_like(possible), np.zeros(len(possible), int)
+        for granule in range(possible.shape[-1]):
+            starts[:, granule] = possible[:, granule] & (granule >= free)
+            free = np.where(starts[:, granule], granule + run, free)
+        return starts
+
+    def step(covered: Array, column: Array) -> tuple[Array, Array]:
+        start = column & (covered == 0)
+        return jnp.where(start, run - 1, jnp.maximum(covered - 1, 0)), start
+
+    _, starts = jax.lax.scan(step, jnp.zeros_like(possible[:, 0], int), possible.T)
+    return starts.T
+
+
+def schedule(
+    mask: Mask | None, query: Int[Array, "*b 1 qb 1 bq"], key: Int[Array, "*b #n 1 g gk"], run: int = 1
+) -> tuple[Schedule, Kinds]:
+    """The tiles of `run` granules that a mask needs, over queries in tiles and keys in granules (−1: an empty slot)."""
     possible, certain = (np.True_, np.True_) if mask is None else mask.bounds(query, key)
     possible = possible & (query >= 0).any(-1) & (key >= 0).any(-1)
     certain = certain & (query >= 0).all(-1) & (key >= 0).all(-1)
@@ -42,31 +78,42 @@ def schedule(
     over = tuple(range(np.ndim(possible) - 2))
     possible = xp.broadcast_to(possible.any(over), grid)
     certain = xp.broadcast_to(certain.all(over), grid)
-    rank = xp.where(possible, xp.where(certain, 0, 1), 2)
-    tiles = xp.argsort(rank, axis=-1, stable=True).astype(np.int32)
+    starts = _tile_starts(possible, run)
+    beyond = xp.zeros((grid[0], run - 1), bool)
+    padded = xp.concatenate([certain, beyond], -1)
+    every = xp.stack([padded[:, i : i + grid[1]] for i in range(run)]).all(0)
+    rank = xp.where(starts, xp.where(every, 0, 1), 2)
+    order = xp.argsort(rank, axis=-1, stable=True).astype(np.int32)
     full = (rank == 0).sum(-1).astype(np.int32)
     count = (rank < 2).sum(-1).astype(np.int32)
     if not static:
-        return Schedule(tiles, full, count), (True, True)
-    tiles = tiles[:, : max(int(count.max()), 1)]
-    return Schedule(tiles, full, count), (bool(full.any()), bool((count > full).any()))
+        return Schedule(order, full, count), Kinds(True, True, False)
+    order = order[:, : max(int(count.max()), 1)]
+    return Schedule(order, full, count), Kinds(bool(full.any()), bool((count > full).any()), bool((count == 1).all()))
 
 
-# Tile sizes (queries, keys) to choose from: large ones use the cores well, small ones fit narrow masks.
-BLOCKS = {"cpu": ((256, 512), (256, 256), (128, 128))}
-PARALLEL_BLOCKS = ((512, 1024), (256, 256), (128, 128))
+# Tiles to choose from: large ones use the cores well, small ones fit narrow masks.
+BLOCKS = {"cpu": (Block(256, 512, 512), Block(256, 512, 128), Block(128, 384, 128), Block(128, 128, 128))}
+PARALLEL_BLOCKS = (Block(512, 1024, 1024), Block(256, 256, 256), Block(128, 128, 128))
 # What starting a tile costs, in (query, key) pairs; fitted to causal and window masks of length 8192 on two CPU cores.
-TILE_COST = 2**12
+TILE_COST = 2**14
 
 
 def choose_block(
-    index_of: Callable[[tuple[int, int]], Schedule], lengths: tuple[int, int], blocks: Sequence | None = None
-) -> tuple[int, int]:
-    """The tile size that computes the fewest pairs, counting `TILE_COST` per tile; the largest if that is not known."""
-    blocks = blocks or BLOCKS.get(jax.default_backend(), PARALLEL_BLOCKS)
-    blocks = [(min(queries, lengths[0]), min(keys, lengths[1])) for queries, keys in blocks]
+    index_of: Callable[[Block], Schedule], lengths: tuple[int, int], blocks: Iterable[Block] | None = None
+) -> Block:
+    """The block that computes the fewest pairs, counting `TILE_COST` per tile; the first if that is not known."""
+    if blocks is None:
+        blocks = BLOCKS.get(jax.default_backend(), PARALLEL_BLOCKS)
+    blocks = [fit(block, lengths) for block in blocks]
 
-    def cost(block: tuple[int, int]) -> int:
-        return int(index_of(block).count.sum()) * (block[0] * block[1] + TILE_COST)
+    def cost(block: Block) -> int:
+        return int(index_of(block).count.sum()) * (block.queries * block.keys + TILE_COST)
 
     return min(blocks, key=cost) if isinstance(index_of(blocks[0]).count, np.ndarray) else blocks[0]
+
+
+def fit(block: Block, lengths: tuple[int, int]) -> Block:
+    """The block, no larger than the lengths need."""
+    granule = min(block.granule, lengths[1])
+    return Block(min(block.queries, lengths[0]), min(block.keys, -(-lengths[1] // granule) * granule), granule)

@@ -6,6 +6,7 @@ in float32 or better. Query head n belongs to key head n // (N / K). A score tha
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -27,32 +28,51 @@ def _precision(*arrays: Array) -> jax.lax.Precision | None:
     return None if asked or reduced else jax.lax.Precision.HIGHEST
 
 
-def grouped_matmul(rows: Float[Array, "*b n t x"], columns: Float[Array, "*b k x s"]) -> Float[Array, "*b n t s"]:
-    """rows @ columns, where row head n reads column head n // (N / K), which is never repeated; float32 or better."""
-    *batch, heads, length, width = rows.shape
-    groups = columns.shape[-3]
-    product = jnp.matmul(
-        rows.reshape(*batch, groups, heads // groups * length, width),
-        columns,
-        precision=_precision(rows, columns),
-        preferred_element_type=accumulator(rows, columns),
+def matmul(a: Float[Array, "..."], b: Float[Array, "..."], axes: tuple[int, int] = (-1, -2)) -> Array:
+    """The product of two batches of matrices over one axis of each, a's other axis first; float32 or better."""
+    batch = tuple(range(a.ndim - 2))
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((a.ndim + axes[0],), (b.ndim + axes[1],)), (batch, batch)),
+        precision=_precision(a, b),
+        preferred_element_type=accumulator(a, b),
     )
-    return product.reshape(*batch, heads, length, columns.shape[-1])
 
 
-def grouped_matmul_transpose(
-    rows: Float[Array, "*b n t x"], products: Float[Array, "*b n t s"], groups: int
-) -> Float[Array, "*b k x s"]:
-    """The transpose of `grouped_matmul` in its columns: out_k = Σ_{n of k} rows_nᵀ @ products_n."""
+def one_batch_axis(x: Float[Array, "... t x"]) -> Float[Array, "... t x"]:
+    """x without leading axes of size 1, but for one. XLA knows how to turn a product around (aᵀ bᵀ = (b a)ᵀ) only where
+    there is one batch axis. Larger axes are not merged, for they may be sharded."""
+    batch = x.shape[:-2]
+    return x.reshape(-1, *x.shape[-2:]) if sum(n > 1 for n in batch) <= 1 else x
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product(rows: Float[Array, "*b t x"], columns: Float[Array, "..."], axis: int) -> Float[Array, "*b t s"]:
+    return matmul(rows, columns, (-1, axis))
+
+
+@_product.defjvp
+def _product_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """The usual rule. Transposed, its second term is d_columns = rowsᵀ · d_out with rowsᵀ made first: a CPU is slow at
+    a product whose left operand it has to transpose on the way."""
+    (rows, columns), (d_rows, d_columns) = primals, tangents
+    transposed = jax.lax.optimization_barrier(rows.swapaxes(-1, -2))
+    d_out = matmul(d_rows, columns, (-1, axis)) + matmul(transposed, d_columns, (-2, axis))
+    return _product(rows, columns, axis), d_out
+
+
+def grouped_matmul(
+    rows: Float[Array, "*b n t x"], columns: Float[Array, "*b k x s"] | Float[Array, "*b k s x"], axis: int = -2
+) -> Float[Array, "*b n t s"]:
+    """rows @ columns, where row head n reads column head n // (N / K), which is never repeated; float32 or better.
+
+    `axis`, −2 or −1, is the axis x of the columns, over which is summed.
+    """
     *batch, heads, length, width = rows.shape
+    groups, size = columns.shape[-3], columns.shape[-3 - axis]
     rows = rows.reshape(*batch, groups, heads // groups * length, width)
-    products = products.reshape(*batch, groups, heads // groups * length, products.shape[-1])
-    return jnp.matmul(
-        rows.swapaxes(-1, -2),
-        products,
-        precision=_precision(rows, products),
-        preferred_element_type=accumulator(rows, products),
-    )
+    return _product(one_batch_axis(rows), one_batch_axis(columns), axis).reshape(*batch, heads, length, size)
 
 
 def raw_scores(score: Any, query: Array, key: Array, query_positions: Array, key_positions: Array) -> Array:
@@ -88,7 +108,7 @@ class Dot:
                 f"query has head dim {query.shape[-1]} but key has {key.shape[-1]}: Dot needs them to be equal"
             )
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return grouped_matmul(query, key.swapaxes(-1, -2)) * scale
+        return grouped_matmul(query, key, -1) * scale
 
 
 def _spread(heads: Float[Array, "*b k s h"], count: int) -> Float[Array, "*b n s h"]:
@@ -107,7 +127,7 @@ class Bilinear:
 
     def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"]) -> Float[Array, "*b n t s"]:
         rotated = jnp.matmul(query, self.weight, precision=_precision(query), preferred_element_type=accumulator(query))
-        return grouped_matmul(rotated, key.swapaxes(-1, -2).astype(rotated.dtype))
+        return grouped_matmul(rotated, key.astype(rotated.dtype), -1)
 
 
 # A score that is not a matrix product holds [rows, S, hidden] numbers per head for as many query rows at once as keep
@@ -206,7 +226,7 @@ class NegativeDistance:
         dtype = accumulator(query, key)
         scale = query.shape[-1] ** -0.5 / 2 if self.scale is None else self.scale
         sizes = [jnp.square(x.astype(dtype)).sum(-1) for x in (query, _spread(key, query.shape[-3]))]
-        products = grouped_matmul(query, key.swapaxes(-1, -2))
+        products = grouped_matmul(query, key, -1)
         return -scale * (sizes[0][..., :, None] - 2 * products + sizes[1][..., None, :])
 
 

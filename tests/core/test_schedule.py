@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from jaxattn import Causal, Documents, Dot, Explicit, Lengths, Sinks, Softmax, Window, attend, part
-from jaxattn.core.schedule import BLOCKS, choose_block, schedule
+from jaxattn.core.schedule import BLOCKS, Block, Kinds, choose_block, fit, schedule
 
 BATCH, HEADS, LENGTH, BLOCK = (2,), 4, 12, (4, 3)
 PLACES = arrays(np.int32, LENGTH, elements=st.integers(-1, 15))
@@ -80,25 +80,40 @@ def index_of(mask, lengths, block):
 
 
 def test_the_tiles_of_masks_by_hand():
-    index, loops = index_of(Causal(), (16, 16), (4, 4))  # tile (i, j): full below the diagonal, partial on it
-    assert (index.full.tolist(), index.count.tolist(), loops) == ([0, 1, 2, 3], [1, 2, 3, 4], (True, True))
-    assert [row[:n].tolist() for row, n in zip(index.tiles, index.count, strict=True)] == [
+    index, kinds = index_of(Causal(), (16, 16), (4, 4))  # tile (i, j): full below the diagonal, partial on it
+    assert (index.full.tolist(), index.count.tolist(), kinds) == ([0, 1, 2, 3], [1, 2, 3, 4], Kinds(True, True, False))
+    assert [row[:n].tolist() for row, n in zip(index.starts, index.count, strict=True)] == [
         [0],
         [0, 1],
         [0, 1, 2],
         [0, 1, 2, 3],
     ]
-    index, loops = index_of(Window(3), (16, 16), (4, 4))  # the diagonal and the tile before it, both partial
-    assert (index.full.tolist(), index.count.tolist(), loops) == ([0] * 4, [1, 2, 2, 2], (False, True))
-    assert index.tiles.shape == (4, 2)
-    index, loops = index_of(None, (8, 10), (4, 5))
-    assert (index.full.tolist(), index.count.tolist(), loops) == ([2, 2], [2, 2], (True, False))
-    index, loops = index_of(None, (7, 9), (4, 5))  # padded slots make a tile partial
-    assert (index.full.tolist(), index.count.tolist(), loops) == ([1, 0], [2, 2], (True, True))
+    index, kinds = index_of(Window(3), (16, 16), (4, 4))  # the diagonal and the tile before it, both partial
+    assert (index.full.tolist(), index.count.tolist(), kinds) == ([0] * 4, [1, 2, 2, 2], Kinds(False, True, False))
+    assert index.starts.shape == (4, 2)
+    index, kinds = index_of(None, (8, 10), (4, 5))
+    assert (index.full.tolist(), index.count.tolist(), kinds) == ([2, 2], [2, 2], Kinds(True, False, False))
+    index, kinds = index_of(None, (7, 9), (4, 5))  # padded slots make a tile partial
+    assert (index.full.tolist(), index.count.tolist(), kinds) == ([1, 0], [2, 2], Kinds(True, True, False))
     index, _ = index_of(Causal() & (Window(3) | Sinks(2)), (16, 16), (4, 4))  # the window's tiles and the first
     assert (index.full.tolist(), index.count.tolist()) == ([0] * 4, [1, 2, 3, 3])
     index, _ = index_of(~Causal(), (16, 16), (4, 4))
     assert (index.full.tolist(), index.count.tolist()) == ([3, 2, 1, 0], [4, 3, 2, 1])
+
+
+def test_tiles_of_several_granules_start_where_the_mask_does():
+    """Tiles of 4 queries and 6 keys, from any multiple of 2 on. A window of 3 needs keys 4i − 3 .. 4i + 3."""
+    places = in_tiles(np.arange(16, dtype=np.int32), np.arange(16, dtype=np.int32), (4, 2))
+    index, kinds = schedule(Window(3), *places, run=3)
+    starts = [row[:n].tolist() for row, n in zip(index.starts, index.count, strict=True)]
+    assert (starts, kinds.single) == ([[0], [0, 3], [2, 5], [4, 7]], False)
+    index, kinds = schedule(Window(2), *places, run=3)  # keys 4i − 2 .. 4i + 3 are one tile
+    assert (index.starts.tolist(), kinds) == ([[0], [1], [3], [5]], Kinds(False, True, True))
+    index, kinds = schedule(Causal(), *places, run=3)  # full where all three granules are
+    starts = [row[:n].tolist() for row, n in zip(index.starts, index.count, strict=True)]
+    assert (starts, index.full.tolist()) == ([[0], [0, 3], [0, 3], [0, 3, 6]], [0, 0, 1, 2])
+    index, kinds = schedule(~Causal() & Sinks(6), *places, run=2)  # nothing to see for the last queries
+    assert (index.count.tolist(), kinds.single) == ([2, 1, 0, 0], False)
 
 
 def test_the_tiles_of_documents_and_lengths_under_jit_by_hand():
@@ -111,17 +126,21 @@ def test_the_tiles_of_documents_and_lengths_under_jit_by_hand():
 
 
 @pytest.mark.parametrize("name", MASKED)
-def test_a_schedule_covers_all_visible_pairs_of_all_heads_and_batch_entries(name):
+@pytest.mark.parametrize("run", [1, 2, 3])
+def test_a_schedule_covers_all_visible_pairs_of_all_heads_and_batch_entries(name, run):
+    """Each once: the tiles of a row do not overlap, and those called full are."""
     query, key = np.arange(14, dtype=np.int32)[None].repeat(2, 0), np.arange(13, dtype=np.int32)
-    index, (some_full, some_masked) = schedule(MASKS[name][0], *in_tiles(query, key, (4, 3)))
+    index, kinds = schedule(MASKS[name][0], *in_tiles(query, key, (4, 3)), run)
     some, every = any_and_all(oracle.pairs(MASKS[name][1], query, key, BATCH, HEADS), query, key, (4, 3))
-    for i, row in enumerate(np.asarray(index.tiles)):
+    for i, row in enumerate(np.asarray(index.starts)):
         full, count = int(index.full[i]), int(index.count[i])
-        assert every[:, :, i, row[:full]].all()
-        assert not some[:, :, i, np.setdiff1d(np.arange(5), row[:count])].any()
-        assert len(set(row[:count].tolist())) == count
-        assert some_full or not full
-        assert some_masked or full == count
+        covered = [granule for start in row[:count] for granule in range(start, start + run)]
+        assert len(set(covered)) == len(covered)
+        assert every[:, :, i, covered[: full * run]].all()
+        assert not some[:, :, i, np.setdiff1d(np.arange(5), covered)].any()
+        assert kinds.full or not full
+        assert kinds.partial or full == count
+        assert count == 1 or not kinds.single
 
 
 def test_narrow_masks_get_small_tiles_and_unknown_ones_the_largest():
@@ -129,14 +148,21 @@ def test_narrow_masks_get_small_tiles_and_unknown_ones_the_largest():
 
     def choose(mask, dynamic=False):
         def of(block):
-            places = in_tiles(*(np.arange(length, dtype=np.int32) for length in lengths), block)
-            return schedule(mask, *(map(jnp.asarray, places) if dynamic else places))[0]
+            sizes = block.queries, block.granule
+            places = in_tiles(*(np.arange(length, dtype=np.int32) for length in lengths), sizes)
+            return schedule(mask, *(map(jnp.asarray, places) if dynamic else places), block.keys // block.granule)[0]
 
         return choose_block(of, lengths)
 
     assert choose(None) == BLOCKS["cpu"][0]
-    assert choose(Window(16)) == BLOCKS["cpu"][-1]
+    assert choose(Window(16)).keys < choose(Window(256)).keys < BLOCKS["cpu"][0].keys
     assert choose(Window(16), dynamic=True) == BLOCKS["cpu"][0]
+
+
+def test_blocks_are_no_larger_than_the_lengths_need():
+    assert fit(Block(256, 512, 128), (100, 300)) == Block(100, 384, 128)
+    assert fit(Block(256, 512, 128), (1000, 100)) == Block(256, 100, 100)
+    assert fit(Block(256, 512, 128), (1000, 1000)) == Block(256, 512, 128)
 
 
 VISITS: list[int] = []
@@ -216,17 +242,17 @@ def test_the_tables_are_worth_testing():
     assert (np.diff(BATCH_IDS) < 0).any()  # documents out of order, which bounds must not count on
 
 
-def test_a_window_of_256_at_length_8192_computes_less_than_a_sixth_of_causal():
+def test_a_window_of_256_at_length_8192_computes_less_than_a_tenth_of_causal():
     def pairs(mask):
         def index_of(block):
-            query = np.arange(8192, dtype=np.int32).reshape(1, -1, 1, block[0])
-            key = np.arange(8192, dtype=np.int32).reshape(1, 1, -1, block[1])
-            return schedule(mask, query, key)[0]
+            query = np.arange(8192, dtype=np.int32).reshape(1, -1, 1, block.queries)
+            key = np.arange(8192, dtype=np.int32).reshape(1, 1, -1, block.granule)
+            return schedule(mask, query, key, block.keys // block.granule)[0]
 
         block = choose_block(index_of, (8192, 8192))
-        return int(index_of(block).count.sum()) * block[0] * block[1]
+        return int(index_of(block).count.sum()) * block.queries * block.keys
 
-    assert 6 * pairs(Causal() & Window(256)) < pairs(Causal())
+    assert 10 * pairs(Causal() & Window(256)) < pairs(Causal())
 
 
 def test_a_block_larger_than_the_lengths_costs_no_memory():
