@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn import Alibi, Causal, Documents, Window
+from jaxattn import Alibi, Causal, Documents, Neural, RelativeBias, SoftCap, Window
 from jaxattn.core.mask import visible
 
 HEADS, HEAD_DIM = 8, 64
-WINDOW, DOCUMENT = 256, 512
+WINDOW, DOCUMENT, HIDDEN = 256, 512, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +49,23 @@ class Case:
     learned: tuple[str, ...] = ()
 
 
+def _normal(*shape: int) -> Any:
+    return jax.random.normal(jax.random.key(len(shape)), shape)
+
+
+def _network() -> Neural:
+    return Neural(_normal(2 * HEAD_DIM, HIDDEN) / HEAD_DIM**0.5, jnp.zeros(HIDDEN), _normal(HIDDEN))
+
+
 CASES = {
     "full": Case(lambda keys: {}),
     "causal": Case(lambda keys: {"mask": Causal()}),
     "window": Case(lambda keys: {"mask": Window(WINDOW)}),
     "documents": Case(lambda keys: {"mask": Causal() & Documents(jnp.arange(keys) // DOCUMENT)}),
-    "alibi": Case(lambda keys: {"mask": Causal(), "bias": Alibi(2.0 ** -jnp.arange(1, HEADS + 1))}),
+    "alibi": Case(lambda keys: {"mask": Causal(), "bias": Alibi.geometric(HEADS)}),
+    "soft cap": Case(lambda keys: {"mask": Causal(), "score_maps": (SoftCap(50.0),)}),
+    "bias table": Case(lambda keys: {"mask": Causal(), "bias": RelativeBias(_normal(HEADS, 32))}, ("bias",)),
+    "mlp score": Case(lambda keys: {"mask": Causal(), "score": _network()}, ("score",)),
 }
 
 

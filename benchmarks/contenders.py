@@ -22,7 +22,7 @@ def _compile(forward: Callable, case: str, setting: Setting) -> Prepared:
     learned = {name: given.pop(name) for name in CASES[case].learned}
 
     def only_forward(query, key, value, learned, given):
-        return forward(query, key, value, learned | given)
+        return forward(query, key, value, given | learned)
 
     def both(query, key, value, learned, given, cotangent):
         out, pull = jax.vjp(lambda q, k, v, x: only_forward(q, k, v, x, given), query, key, value, learned)

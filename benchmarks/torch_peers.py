@@ -71,7 +71,9 @@ def _score_mod(case: str, setting: Setting) -> Any:
     if case in ("alibi", "bias table"):  # both depend on the distance alone, and keys are not after the query
         bias = CASES[case].options(setting.keys)["bias"]
         distances = np.arange(setting.keys)
-        table = torch.from_numpy(np.array(bias(np.array([[0]]), -distances[None, None])[:, 0]))  # [N, distance]
+        table = torch.from_numpy(
+            np.array(bias(np.zeros((1, 1, 1), int), -distances[None, None])[:, 0])
+        )  # [N, distance]
         last = setting.keys - setting.queries
         return lambda score, b, h, i, j: score + table[h, torch.clamp(i + last - j, min=0)]
     return None
