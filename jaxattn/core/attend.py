@@ -27,6 +27,8 @@ IMPLEMENTATIONS = ("dense", "rows", "tiled", "fused")
 
 # Up to this many bytes of scores the dense implementation is about as fast as the tiled one (see `benchmarks`).
 DENSE_BYTES = 2**22
+# Or where they take no more than this share of what key and value take, and no tile can be skipped.
+DENSE_SHARE = 8
 
 
 def attend(
@@ -190,6 +192,9 @@ def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> 
     size = accumulator(query, key).itemsize * query.size // query.shape[-1] * key.shape[-3]
     held = f"the {query.shape[-3]} x {key.shape[-3]} scores of all heads take {size / 2**20:,.4g} MiB"
     limit, small = f"{DENSE_BYTES / 2**20:,.4g} MiB", size <= DENSE_BYTES
+    # A few queries that see all keys: their scores are small beside the keys, and no tile can be skipped.
+    held_anyway = key.size * key.dtype.itemsize + given.value.size * given.value.dtype.itemsize
+    few = not small and given.mask is None and given.key_positions is None and DENSE_SHARE * size <= held_anyway
     needs = _needs(given)
     by_rows, by_matrix = (" and ".join(needs[need]) for need in ("rows", "matrix"))
     kernel = fused.plan(given, return_lse)
@@ -206,12 +211,12 @@ def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> 
         return implementation, why
     if refusals["fused"] is None:
         name = "fused"
-    elif small or refusals["rows"]:
+    elif small or few or refusals["rows"]:
         name = "dense"
     else:
         name = "rows" if refusals["tiled"] else "tiled"
     why = {
-        "dense": f"{held}, {'at most' if small else 'more than'} {limit}",
+        "dense": f"{held}, {'at most' if small else 'more than'} {limit}{', but little beside key and value' * few}",
         "rows": "serves this call in linear memory, in plain JAX; chosen above the limit where tiled cannot serve",
         "tiled": f"serves this call in linear memory; chosen above {limit}",
         "fused": "serves this call with a library's kernel",

@@ -62,6 +62,30 @@ def _product_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
     return _product(rows, columns, axis), d_out
 
 
+# Up to so many rows, over all groups, a product on a CPU takes no longer than reading the columns.
+FEW_ROWS = 16
+
+
+def _product_of_few(rows: Float[Array, "*b k r x"], columns: Float[Array, "*b k s c"], axis: int) -> Array:
+    """`_product` for a query or two, as in decoding, which has to read every column once.
+
+    The product of the rows of all groups with the columns of all groups, of which each group keeps its own. So columns
+    are read as they lie in memory, [S, K H], where one product per group has XLA copy them first.
+    """
+    *batch, groups, count, _ = rows.shape
+    own = jnp.eye(groups, dtype=bool)[:, None, :, None]
+    flat = columns.swapaxes(-2, -3).reshape(*batch, columns.shape[-2], -1)
+    if axis == -1:
+        spread = jnp.where(own, rows.swapaxes(-1, -2)[..., None, :], 0)
+        products = matmul(flat, spread.reshape(*batch, flat.shape[-1], groups * count))
+        # Without the barrier XLA turns the product around, and then transposes the columns.
+        products = jax.lax.optimization_barrier(products).reshape(*batch, -1, groups, count)
+        return jnp.moveaxis(products, -3, -1)
+    across = jax.lax.optimization_barrier(rows.reshape(*batch, groups * count, -1).swapaxes(-1, -2))
+    products = matmul(across, flat, (-2, -2)).reshape(*batch, groups, count, groups, -1)
+    return jnp.where(own, products, 0).sum(-2)
+
+
 def grouped_matmul(
     rows: Float[Array, "*b n t x"], columns: Float[Array, "*b k x s"] | Float[Array, "*b k s x"], axis: int = -2
 ) -> Float[Array, "*b n t s"]:
@@ -72,6 +96,8 @@ def grouped_matmul(
     *batch, heads, length, width = rows.shape
     groups, size = columns.shape[-3], columns.shape[-3 - axis]
     rows = rows.reshape(*batch, groups, heads // groups * length, width)
+    if jax.default_backend() == "cpu" and groups > 1 and groups * rows.shape[-2] <= FEW_ROWS < columns.shape[-2]:
+        return _product_of_few(rows, columns, axis).reshape(*batch, heads, length, size)
     return _product(one_batch_axis(rows), one_batch_axis(columns), axis).reshape(*batch, heads, length, size)
 
 
@@ -263,7 +289,12 @@ class Location:
     def __call__(self, query, key, query_positions, key_positions):
         weight = jnp.asarray(self.weight)
         weight = weight if weight.ndim == 3 else weight[None]
-        by_position = jnp.matmul(query, weight.swapaxes(-1, -2), precision=_precision(query, weight))
+        by_position = jnp.matmul(
+            query,
+            weight.swapaxes(-1, -2),
+            precision=_precision(query, weight),
+            preferred_element_type=accumulator(query, weight),
+        )
         inside = (key_positions >= 0) & (key_positions < weight.shape[-2])
         index = jnp.where(inside, key_positions, 0)
         index = index.reshape((1,) * (by_position.ndim - index.ndim) + index.shape)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jaxattn import Causal, attend
 
@@ -29,3 +30,12 @@ def test_forward_and_backward_at_length_8192_take_less_than_300_mib():
 
 def test_memory_is_linear_in_length():
     assert temporaries(8192) < 2.5 * temporaries(4096)
+
+
+@pytest.mark.parametrize("mask", [None, Causal()], ids=["full", "causal"])
+def test_decoding_holds_no_copy_of_the_cache(mask):
+    query, cache = (jax.ShapeDtypeStruct((2, length, HEADS, WIDTH), jnp.float32) for length in (1, 16384))
+    last = jax.ShapeDtypeStruct((1,), jnp.int32)
+    call = jax.jit(lambda q, k, v, last: attend(q, k, v, mask=mask, query_positions=last))
+    temporaries = call.lower(query, cache, cache, last).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < cache.size * 4 / 8
