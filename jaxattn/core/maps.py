@@ -3,7 +3,8 @@
 A map is a part called on a block of either, `map(x [..., N, T, S], visible, query [..., 1, T, 1], key [..., 1, 1, S])`,
 and returns the block changed. `visible` says which pairs are (True where the mask shows them; None where all are).
 
-`scores_need` and `weights_need` say how much a map must see in the slot `score_maps` or `weight_maps`:
+`scores_need` and `weights_need` say how much a map must see in the slot `score_maps` or `weight_maps`; "rows" unless
+it says otherwise:
 
     "tile"    any block at all. As a weight map it then must commute with a factor per row, map(c·w) = c·map(w), since
               tiles are mapped before their rows are normalised.
@@ -22,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxattn.core import noise
 from jaxattn.core.bias import log_gaussian
 from jaxattn.core.noise import Seed
-from jaxattn.core.parts import check_positive, check_static_int, count_ids, part, per_head, take
+from jaxattn.core.parts import check_positive, check_static_int, count_ids, part, per_head, ratio, take
 
 Need = Literal["tile", "rows", "matrix"]
 Block = Float[Array, "*b n t s"]
@@ -34,7 +35,7 @@ Keys = Int[Array, "*b #n 1 s"]
 class Map(abc.ABC):
     """What a part must offer to stand in the slots score_maps and weight_maps; see the head of this file."""
 
-    scores_need: ClassVar[Need] = "tile"
+    scores_need: ClassVar[Need] = "rows"
     weights_need: ClassVar[Need] = "rows"
 
     @property
@@ -59,9 +60,10 @@ class SoftCap(Map):
 
     cap: float
 
+    scores_need: ClassVar[Need] = "tile"
+
     def __post_init__(self):
-        if not self.cap > 0:
-            raise ValueError(f"SoftCap: cap must be positive, got {self.cap}")
+        check_positive("SoftCap", "cap", self.cap)
 
     def __call__(self, x, visible, query, key):
         return self.cap * jnp.tanh(x / self.cap)
@@ -75,6 +77,8 @@ class Temperature(Map):
     """
 
     temperature: Float[Array, ""] | Float[Array, " heads"] | float
+
+    scores_need: ClassVar[Need] = "tile"
 
     def __post_init__(self):
         check_positive("Temperature", "temperature", self.temperature)
@@ -118,6 +122,8 @@ class MixHeads(Map):
 
     weight: Float[Array, "heads heads"]
 
+    scores_need: ClassVar[Need] = "tile"
+
     def __call__(self, x, visible, query, key):
         heads = x.shape[-3]
         if jnp.shape(self.weight) != (heads, heads):
@@ -140,8 +146,6 @@ class Convolution(Map):
     """
 
     kernel: Float[Array, "heads a b"]
-
-    scores_need: ClassVar[Need] = "rows"
 
     @property
     def halo(self):
@@ -181,8 +185,7 @@ def _largest(x: Block, visible: Visible, k: int) -> tuple[Bool[Array, "*b n t s"
 def _keep(weights: Block, kept: Bool[Array, "*b n t s"]) -> Block:
     """The kept weights, scaled so that each row's total stays what it was; nothing kept gives zeros."""
     left = jnp.where(kept, weights, 0)
-    total = left.sum(-1, keepdims=True)
-    return left * (weights.sum(-1, keepdims=True) / jnp.where(total != 0, total, 1))
+    return left * ratio(weights.sum(-1, keepdims=True), left.sum(-1, keepdims=True))
 
 
 @part
@@ -234,9 +237,9 @@ class Reallocate(Map):
 
     Proportions inside a group stay. Equal to adding log(m'_g / m_g) to the scores of the group (log-bias lemma).
     `groups` [..., P] is a table over key positions of ids 0 .. G−1; keys with a negative id, or outside the table,
-    keep their weights. `masses` gives the new masses: an array that broadcasts to [..., N, T, G], or a part
-    that is called on the old ones, m [..., N, T, G] -> m'. `size` is G, by default as many as there are
-    masses or ids.
+    keep their weights. `masses` gives the new masses: an array [..., N or 1, P or 1, G], a table over query positions
+    (queries outside it keep their weights), or with fewer axes; or a part that is called on the old ones, m [..., N, T,
+    G] -> m'. `size` is G, by default as many as there are masses or ids.
     A group without weight in a row has nothing to scale and stays 0.
     """
 
@@ -245,17 +248,28 @@ class Reallocate(Map):
     size: int | None = None
 
     def __post_init__(self):
-        by_masses = jnp.shape(self.masses)[-1] if self.size is None and hasattr(self.masses, "shape") else self.size
+        counted = self.size is None and len(getattr(self.masses, "shape", ())) > 0
+        by_masses = self.masses.shape[-1] if counted else self.size
         object.__setattr__(self, "size", count_ids("Reallocate", self.groups, by_masses))
 
     def __call__(self, x, visible, query, key):
         ids = take(jnp.asarray(self.groups)[..., None, :], key, 2, fill=-1)
         member = (ids[..., None] == jnp.arange(self.size)).astype(x.dtype)  # [..., 1 or N, 1, S, G]
         old = jnp.matmul(x, member[..., 0, :, :], precision=jax.lax.Precision.HIGHEST)
-        new = self.masses(old) if callable(self.masses) else jnp.broadcast_to(self.masses, old.shape)
-        factor = jnp.where(old > 0, new / jnp.where(old > 0, old, 1), 1).astype(x.dtype)
+        new = self.masses(old) if callable(self.masses) else self._at(query, old)
+        factor = jnp.where(old > 0, ratio(new, old), 1).astype(x.dtype)
         by_key = jnp.matmul(factor, member[..., 0, :, :].swapaxes(-1, -2), precision=jax.lax.Precision.HIGHEST)
         return x * jnp.where(ids >= 0, by_key, 1)
+
+    def _at(self, query: Queries, old: Array) -> Array:
+        """The table of masses at the query positions; outside it the old ones."""
+        table = jnp.asarray(self.masses, old.dtype)
+        table = table.reshape((1,) * (old.ndim - table.ndim) + table.shape)
+        if table.shape[-2] == 1:
+            return jnp.broadcast_to(table, old.shape)
+        inside = (query >= 0) & (query < table.shape[-2])
+        index = jnp.where(inside, query, 0).reshape((1,) * (old.ndim - query.ndim) + query.shape)
+        return jnp.where(inside, jnp.take_along_axis(table, index, -2), old)
 
 
 @part
@@ -313,6 +327,8 @@ class Dropout:
 
 
 def check_rate(owner: str, rate: float) -> None:
-    """Raises ValueError unless 0 <= rate < 1."""
+    """Raises TypeError unless it is a number and ValueError unless 0 <= rate < 1."""
+    if not isinstance(rate, int | float | np.number):
+        raise TypeError(f"{owner}: rate must be a number, got {rate!r}")
     if not 0 <= rate < 1:
         raise ValueError(f"{owner}: rate must be at least 0 and below 1, got {rate}")

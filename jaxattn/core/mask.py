@@ -40,6 +40,12 @@ def every_slot(positions: Any, condition: Any) -> Any:
     return ((positions < 0) | condition).all(-1)
 
 
+def _as_mask(other: Any) -> Any:
+    if not isinstance(other, Mask):
+        raise TypeError(f"a mask combines with masks, got {type(other).__name__}: need Explicit(array) for an array")
+    return other
+
+
 class Mask(abc.ABC):
     """What a part must offer to stand in the mask slot. A new mask needs `__call__`; `bounds` makes it fast."""
 
@@ -72,10 +78,10 @@ class Mask(abc.ABC):
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in static)})"
 
     def __and__(self, other: "Mask") -> "And":
-        return And(self, other)
+        return And(self, _as_mask(other))
 
     def __or__(self, other: "Mask") -> "Or":
-        return Or(self, other)
+        return Or(self, _as_mask(other))
 
     def __invert__(self) -> "Not":
         return Not(self)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.parts import check_static_int, count_ids, part, take
+from jaxattn.core.parts import check_static_int, count_ids, part, ratio, take
 
 
 class View(NamedTuple):
@@ -47,8 +47,7 @@ class Measure(abc.ABC):
 
 def _shares(weights: Float[Array, "*b n t s"]) -> Float[Array, "*b n t s"]:
     """Rows divided by their totals; rows without weight stay 0."""
-    total = weights.sum(-1, keepdims=True)
-    return weights / jnp.where(total != 0, total, 1)
+    return ratio(weights, weights.sum(-1, keepdims=True))
 
 
 @part
@@ -204,5 +203,4 @@ class Lookback(Measure):
             return jnp.where(some, view.weights, 0).sum(-1) / jnp.maximum(some.sum(-1), 1)
 
         context, new = mean(before), mean(~before)
-        total = context + new
-        return jnp.where(total > 0, context / jnp.where(total > 0, total, 1), 0)
+        return jnp.where(context + new > 0, ratio(context, context + new), 0)

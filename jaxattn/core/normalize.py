@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxattn.core import noise
 from jaxattn.core.noise import Seed
-from jaxattn.core.parts import check_positive, check_static_int, part, per_head
+from jaxattn.core.parts import check_positive, check_static_int, part, per_head, ratio
 
 Scores = Float[Array, "*b n t s"]
 Rows = Float[Array, "*b n t"]
@@ -128,7 +128,7 @@ class Elementwise(Streaming):
 
     def finish(self, numerator, total, reference):
         if self.normalized:
-            numerator = numerator / jnp.where(total > 0, total, 1)[..., None]
+            numerator = ratio(numerator, total[..., None])
         return numerator, safe_log(total)
 
 

@@ -33,7 +33,11 @@ def merge(a: Partial, b: Partial) -> Partial:
 
     Associative and commutative, with `EMPTY` as unit; where both are empty, out is 0 and lse −inf. Differentiable in
     both fields of both arguments, also where one side is empty. Computed in float32 or better; `out` keeps its dtype.
+    Raises TypeError for arguments that are no `Partial`.
     """
+    for name, given in (("a", a), ("b", b)):
+        if not isinstance(given, Partial):
+            raise TypeError(f"{name} must be a Partial(out, lse), got {type(given).__name__}")
     out_dtype = jnp.result_type(a.out, b.out)
     a, b = jax.tree.map(jnp.asarray, (a, b))
     dtype = jnp.promote_types(jnp.result_type(a.lse, b.lse), jnp.float32)

@@ -36,7 +36,7 @@ def part(cls: type[T]) -> type[T]:
 
     A field annotated with plain Python types (`int`, `float`, `bool`, `str`, `None`, tuples and unions of them) is
     static: it is hashed into the compiled program. Every other field (arrays, other parts) is a leaf or a subtree.
-    A `__post_init__` may check static fields only: JAX also builds parts whose leaves are placeholders.
+    A `__post_init__` runs when a user makes a part, and not when JAX rebuilds one from its leaves.
 
         @part
         class Scaled:
@@ -60,7 +60,11 @@ def part(cls: type[T]) -> type[T]:
         return tuple((jax.tree_util.GetAttrKey(name), x) for name, x in zip(leaves, data, strict=True)), meta
 
     def rebuild(meta, data):
-        return cls(**dict(zip(leaves, data, strict=True)), **dict(zip(static, meta, strict=True)))
+        # Without __init__: JAX also builds parts whose leaves are placeholders, which no check would let through.
+        new = object.__new__(cls)
+        for name, x in zip((*leaves, *static), (*data, *meta), strict=True):
+            object.__setattr__(new, name, x)
+        return new
 
     jax.tree_util.register_pytree_with_keys(cls, children_with_keys, rebuild, children)
     return cls
@@ -80,6 +84,12 @@ def check_fields(slot: str, value: Any) -> None:
         allowed = typing.get_args(hints[field.name]) or (hints[field.name],)
         kinds = [hint for hint in allowed if hasattr(hint, "dims")]
         got = f"{given.dtype}[{','.join(map(str, given.shape))}]" if is_array else repr(given)
+        inner = typing.get_args(hints[field.name])[0] if typing.get_origin(hints[field.name]) is tuple else None
+        for each, hint in [(x, inner) for x in given] if inner else [(given, hints[field.name])]:
+            if isinstance(hint, type) and getattr(hint, "__abstractmethods__", None) and not isinstance(each, hint):
+                raise TypeError(f"{name} must be a {hint.__name__}, got {each!r}")
+            if inner:
+                check_fields(slot, each)
         if dataclasses.is_dataclass(given):
             check_fields(slot, given)
         elif isinstance(given, np.ndarray | jax.Array) and _is_static(hints[field.name]):
@@ -109,9 +119,32 @@ def check_static_int(owner: str, name: str, value: Any, least: int) -> None:
 
 
 def check_positive(owner: str, name: str, value: Any) -> None:
-    """Raises ValueError for a Python number that is not positive; arrays are not looked at."""
+    """Raises ValueError for a Python number that is not positive, TypeError for what is neither number nor array.
+
+    Arrays and None are not looked at.
+    """
     if isinstance(value, int | float) and not value > 0:
         raise ValueError(f"{owner}: {name} must be positive, got {value}")
+    if value is not None and not isinstance(value, int | float) and not hasattr(value, "dtype"):
+        raise TypeError(f"{owner}: {name} must be a number or an array, got {value!r}")
+
+
+@jax.custom_jvp
+def ratio(x: Array, total: Array) -> Array:
+    """x / total, and 0 where total is 0.
+
+    Its derivative (dx − (x / total) d total) / total stays in range for the least of totals, where the usual one, with
+    total squared in it, is NaN.
+    """
+    return jnp.where(total != 0, x / jnp.where(total != 0, total, 1), 0)
+
+
+@ratio.defjvp
+def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple:
+    (x, total), (dx, d_total) = primals, tangents
+    result = ratio(x, total)
+    safe = jnp.where(total != 0, total, 1)
+    return result, jnp.where(total != 0, dx / safe - result * (d_total / safe), 0)
 
 
 def count_ids(owner: str, ids: Any, size: int | None) -> int:

@@ -386,3 +386,101 @@ def test_t5_buckets_are_the_published_ones():
 def test_what_means_nothing_is_refused(make, exception, message):
     with pytest.raises(exception, match=message):
         make()
+
+
+SMALL = {
+    "normalised sigmoid": {"bias": ja.Bias(np.float32(-60)), "normalize": ja.Sigmoid(normalized=True)},
+    "normalised elu": {"bias": ja.Bias(np.float32(-60)), "normalize": ja.Elu1(normalized=True)},
+    "a group without mass": {
+        "bias": ja.KeyBias(np.where(GROUPS > 0, -60, 0)[None].astype(np.float32)),
+        "weight_maps": (ja.Reallocate(GROUPS, np.float32([0.4, 0.3, 0.3])),),
+    },
+    "the remaining mass is nothing": {
+        "bias": ja.KeyBias(np.where(GROUPS > 0, -60, 0)[None].astype(np.float32)),
+        "weight_maps": (ja.DropTopK(4, 0.9, jax.random.key(0)),),
+    },
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("implementation", ["dense", "rows", "tiled"])
+def test_tiny_totals_have_finite_gradients(name, implementation):
+    """Totals of e^−60: their squares are below the least float32, the gradients are those of float64."""
+    if implementation == "tiled" and "weight_maps" in SMALL[name]:
+        pytest.skip("needs rows")
+
+    def loss(query, key, value):
+        out = attend(query, key, value, mask=MASK, implementation=implementation, **SMALL[name])
+        return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum()
+
+    found = jax.grad(loss, argnums=(0, 1, 2))(QUERY, KEY, VALUE)
+    with jax.enable_x64(True):
+        exact = jax.grad(loss, argnums=(0, 1, 2))(*(x.astype(np.float64) for x in (QUERY, KEY, VALUE)))
+    # A score of −60 is rounded to 60 epsilons, and so is its weight.
+    assert_same(found, jax.tree.map(np.asarray, exact), atol=60 * EPS)
+
+
+def test_maps_of_rows_are_not_served_a_tile_at_a_time():
+    for each in (
+        ja.TopKWeights(2),
+        ja.DropTopK(3, 0.5, jax.random.key(0)),
+        ja.Reallocate(GROUPS, np.ones(3, np.float32)),
+    ):
+        with pytest.raises(NotImplementedError, match=f"cannot serve score_maps={type(each).__name__}: it needs whole"):
+            call(score_maps=(each,), implementation="tiled")
+        assert_same(call(score_maps=(each,), implementation="rows"), call(score_maps=(each,), implementation="dense"))
+
+
+def test_masses_by_query_position_are_a_table():
+    masses = np.random.default_rng(2).dirichlet(np.ones(3), (N, T)).astype(np.float32)
+    dense, by_rows = (
+        call(weight_maps=(ja.Reallocate(GROUPS, masses),), implementation=name, block=4) for name in ("dense", "rows")
+    )
+    assert_same(by_rows, dense)
+    groups = {"mass": ja.Mass(GROUPS)}
+    _, extras = call(weight_maps=(ja.Reallocate(GROUPS, masses),), measures=groups)
+    assert_same(extras["mass"][:, 4:], np.broadcast_to(masses.swapaxes(0, 1), (B, T, N, 3))[:, 4:])
+
+
+def test_parts_are_rebuilt_with_any_leaves():
+    """As optax, vmap and tree maps do: a check of numbers is for the user who makes a part."""
+    for each in (ja.Softmax(temperature=jnp.ones(4)), ja.Temperature(2.0), ja.LogGaussian(jnp.ones((1, 3)), 1.0)):
+        assert all(x == 0 for x in jax.tree.leaves(jax.tree.map(lambda _: 0, each)))
+
+
+def test_location_is_float32_for_half_precision():
+    query, weight = (3000 * QUERY).astype(np.float16), (3000 * normal(S, H)).astype(np.float16)
+    out = attend(query, KEY.astype(np.float16), VALUE.astype(np.float16), score=ja.Location(weight))
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize(
+    ("slots", "named"),
+    [
+        ({"score": ja.Bilinear(np.ones((3, 4), np.float32))}, "score=Bilinear does not fit"),
+        (
+            {"score": ja.Additive(*(np.ones((3, 2), np.float32),) * 2, np.ones(2, np.float32))},
+            "score=Additive does not fit",
+        ),
+        ({"score": ja.PairSum(np.ones(3, np.float32), np.ones(4, np.float32))}, "score=PairSum does not fit"),
+        ({"score": ja.Location(np.ones((7, 3), np.float32))}, "score=Location does not fit"),
+        (
+            {"weight_maps": (ja.GaussianWindow(np.ones((3, 6), np.float32), 1.0),)},
+            "weight_maps=GaussianWindow does not fit",
+        ),
+        ({"mask": ja.Documents(np.zeros((3, 6), np.int32), np.zeros((2, 6), np.int32))}, "mask=Documents does not fit"),
+        ({"measures": {"m": ja.Mass(np.zeros((3, 6), np.int32))}}, "measures: m=Mass does not fit"),
+        ({"score": lambda q, k: q @ k.swapaxes(-1, -2)}, "score must be a part that holds arrays and numbers only"),
+        ({"mask": ja.PerHead((ja.Causal(), 1, 2, 3))}, "PerHead"),
+    ],
+)
+def test_a_part_that_does_not_fit_is_named(slots, named):
+    with pytest.raises((TypeError, ValueError), match=named):
+        call(**slots) if "mask" not in slots else attend(QUERY, KEY, VALUE, **slots)
+
+
+def test_masks_combine_with_masks_only():
+    with pytest.raises(TypeError, match=r"a mask combines with masks, got .*: need Explicit\(array\) for an array"):
+        ja.Causal() & jnp.ones((T, S), bool)
+    with pytest.raises(TypeError, match=r"a must be a Partial\(out, lse\), got"):
+        merge(jnp.ones(3), jnp.ones(3))
