@@ -222,7 +222,7 @@ def take_tokens(
     """The tokens in the given slots of every key head, [..., K, c], as (key, value, key positions) [..., c, K, ..].
 
     A slot outside 0..S−1, such as −1, gives an empty one: position −1. `key_positions` are 0..S−1 unless given.
-    Raises ValueError for shapes that do not fit, TypeError for slots that are not integers.
+    Raises ValueError for shapes that do not fit, TypeError for slots or positions that are not integers.
     """
     *batch, length, heads, _ = key.shape
     if not jnp.issubdtype(slots.dtype, jnp.integer):
@@ -232,6 +232,8 @@ def take_tokens(
     if slots.shape[:-1] != (*batch, heads):
         raise ValueError(f"slots has shape {slots.shape}: need [..., K, c] = {(*batch, heads)} and any c")
     places = jnp.arange(length, dtype=jnp.int32) if key_positions is None else jnp.asarray(key_positions)
+    if not jnp.issubdtype(places.dtype, jnp.integer):
+        raise TypeError(f"key_positions must be integers, got {places.dtype}")
     if not positions_fit(places.shape, tuple(batch), length):
         raise ValueError(f"key_positions has shape {places.shape}: need [..., {length}] with batch axes {tuple(batch)}")
     slots = slots.swapaxes(-1, -2)

@@ -26,11 +26,14 @@ class Graph(Mask):
     def from_edges(cls, senders: Any, receivers: Any, nodes: int) -> "Graph":
         """The graph in which receivers[e] sees senders[e] for every edge e; int arrays [E] that are known, not traced.
 
-        Raises ValueError for edges to or from a node that is not one of 0..nodes−1, or arrays that do not match.
+        Raises ValueError for edges to or from a node that is not one of 0..nodes−1, or arrays that do not match,
+        TypeError for ends that are not integers.
         """
         ends = np.asarray(senders), np.asarray(receivers)
         if ends[0].shape != ends[1].shape or ends[0].ndim != 1:
             raise ValueError(f"senders and receivers have shapes {ends[0].shape}, {ends[1].shape}: need [E] for both")
+        if any(end.size and not np.issubdtype(end.dtype, np.integer) for end in ends):
+            raise TypeError(f"senders and receivers must be integers, got {ends[0].dtype} and {ends[1].dtype}")
         receiver, sender = np.unique(np.stack([ends[1], ends[0]]).astype(np.int64), axis=1)
         if len(receiver) and not (0 <= min(receiver.min(), sender.min()) <= max(receiver.max(), sender.max()) < nodes):
             raise ValueError(f"edges must be between the nodes 0..{nodes - 1}")

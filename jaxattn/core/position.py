@@ -186,9 +186,7 @@ def _rotate(x: Any, positions: Any, base: Any, fraction: float, scaling: Any, na
         raise TypeError(f"x must be floating point [..., length, heads, head dim], got {x.dtype}{list(x.shape)}")
     *batch, length, heads, width = x.shape
     rotated = rotary_channels(width, fraction)
-    positions = jnp.asarray(positions)
-    if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got {positions.dtype}")
+    positions = _integers(positions, name)
     if not positions_fit(positions.shape, tuple(batch), length):
         raise ValueError(f"{name} has shape {positions.shape} but x has {x.shape}: need [..., T] = [..., {length}]")
     dtype = accumulator(x)
@@ -253,8 +251,7 @@ class LearnedPositions:
         return jnp.where(inside[..., None], table[jnp.where(inside, places, 0)], 0)
 
 
-def _integers(positions: Any) -> Array:
-    positions = jnp.asarray(positions)
-    if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise TypeError(f"positions must be integers, got {positions.dtype}")
-    return positions
+def _integers(positions: Any, name: str = "positions") -> Array:
+    if positions is None or not jnp.issubdtype(jnp.asarray(positions).dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {None if positions is None else jnp.asarray(positions).dtype}")
+    return jnp.asarray(positions)

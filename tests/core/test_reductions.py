@@ -479,6 +479,24 @@ def test_a_part_that_does_not_fit_is_named(slots, named):
         call(**slots) if "mask" not in slots else attend(QUERY, KEY, VALUE, **slots)
 
 
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: ja.Graph.from_edges([0.5, 1.0], [1, 0], 2), "senders and receivers must be integers, got float64"),
+        (lambda: ja.rotary(QUERY, None), "positions must be integers, got None"),
+        (
+            lambda: ja.take_tokens(jnp.zeros((B, 2, 3), jnp.int32), KEY, VALUE, jnp.zeros(S)),
+            "key_positions must be int",
+        ),
+        (lambda: ja.SoftCap("a"), "SoftCap: cap must be a number or an array, got 'a'"),
+        (lambda: ja.DropTopK(2, None, jax.random.key(0)), "DropTopK: rate must be a number, got None"),
+    ],
+)
+def test_what_is_no_integer_or_number_is_named(make, named):
+    with pytest.raises(TypeError, match=named):
+        make()
+
+
 def test_masks_combine_with_masks_only():
     with pytest.raises(TypeError, match=r"a mask combines with masks, got .*: need Explicit\(array\) for an array"):
         ja.Causal() & jnp.ones((T, S), bool)
