@@ -141,8 +141,19 @@ def _keys(plan: Plan, learned: Learned, given: Given, granule: Any, masked: bool
 
 
 def _shown(mask: Any, keys: Keys, positions: tuple[Array, Array]) -> Any:
-    """The mask on a tile, None where it shows all. Made once: XLA would evaluate it again for every head."""
-    return jax.lax.optimization_barrier(visible(mask, *positions)) if keys.masked else None
+    """The mask on a tile, None where it shows all.
+
+    A branch that is always taken makes XLA hold the result. Otherwise it would put the mask into every loop over scores
+    that reads it, and evaluate it anew for every head.
+    """
+    if not keys.masked:
+        return None
+
+    def hidden(*positions: Array) -> Array:
+        shown = visible(mask, *positions)
+        return vary_like(jnp.zeros(shown.shape, bool), shown)
+
+    return jax.lax.cond(keys.start >= 0, partial(visible, mask), hidden, *positions)
 
 
 def _over_keys(plan: Plan, learned: Learned, given: Given, row: Any, visit: Any, carry: Any) -> Any:
