@@ -61,7 +61,8 @@ class Graph(Mask):
         """The lists of queries [..., 1, T, 1], [..., n, T, D]."""
         neighbours = jnp.asarray(self.neighbours)
         *lead, nodes, degree = neighbours.shape
-        index = jnp.where(query >= 0, query * degree + np.arange(degree), -1)
+        inside = (query >= 0) & (query < nodes)
+        index = jnp.where(inside, jnp.where(inside, query, 0) * degree + np.arange(degree), -1)
         return take(neighbours.reshape(*lead, nodes * degree), index, grid=2, fill=-1)
 
     def __call__(self, query, key):

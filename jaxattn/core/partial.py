@@ -23,7 +23,8 @@ class Partial:
 
 
 EMPTY = Partial(0.0, -float("inf"))  # type: ignore[arg-type]
-"""The result over no keys: `merge(p, EMPTY) == p`. Scalars, which broadcast against any result."""
+"""The result over no keys: `merge(p, EMPTY) == p`. Scalars, which broadcast against any result; the carry of a loop
+needs its final shape, `Partial(jnp.zeros_like(out), jnp.full_like(lse, -jnp.inf))`."""
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -49,4 +50,6 @@ def merge(a: Partial, b: Partial) -> Partial:
     seen = total > 0
     safe_total = jnp.where(seen, total, 1)
     out = (weight_a[..., None] * a.out + weight_b[..., None] * b.out) / safe_total[..., None]
+    if a.out.ndim == b.out.ndim == lse_a.ndim == lse_b.ndim == 0:  # EMPTY with EMPTY
+        out = out.reshape(())
     return Partial(out.astype(out_dtype), jnp.where(seen, top + jnp.log(safe_total), -jnp.inf))

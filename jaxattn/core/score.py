@@ -162,12 +162,15 @@ PAIR_NUMBERS = 2**20
 
 
 def _pairwise(
-    of_pair: Callable[[Array, Array], Array], query: Float[Array, "*b n t d"], key: Float[Array, "*b n s d"]
+    of_pair: Callable[[Array, Array], Array],
+    query: Float[Array, "*b n t d"],
+    key: Float[Array, "*b n s d"],
+    hidden: int = 0,
 ) -> Float[Array, "*b n t s"]:
     """out[..., t, s] = of_pair(query[..., t, :] [..., 1, d], key [..., s, d]), a few rows at a time, recomputed for
-    gradients. `of_pair` must broadcast."""
+    gradients. `of_pair` must broadcast; it holds up to max(d, hidden) numbers per pair."""
     length, width = query.shape[-2:]
-    per_row = query.size // (length * width) * key.shape[-2] * width
+    per_row = query.size // (length * width) * key.shape[-2] * max(width, hidden)
     rows = max(1, min(length, PAIR_NUMBERS // per_row))
 
     @jax.checkpoint
@@ -231,7 +234,8 @@ class Neural:
             hidden = jax.nn.relu(q + k) @ self.w2
             return hidden if self.b2 is None or self.w3 is None else jax.nn.relu(hidden + self.b2) @ self.w3
 
-        return _pairwise(network, query, _spread(key, query.shape[-3]))
+        widest = max(jnp.shape(self.w1)[-1], jnp.shape(self.w2)[-1])
+        return _pairwise(network, query, _spread(key, query.shape[-3]), widest)
 
 
 @part
@@ -251,7 +255,12 @@ class NegativeDistance:
             )
         dtype = accumulator(query, key)
         scale = query.shape[-1] ** -0.5 / 2 if self.scale is None else self.scale
-        sizes = [jnp.square(x.astype(dtype)).sum(-1) for x in (query, _spread(key, query.shape[-3]))]
+        # Distances do not change when both sides move: seen from the middle of the keys, squares that are large beside
+        # them do not have to cancel.
+        key = key.astype(dtype)
+        middle = jax.lax.stop_gradient(key.mean(-2, keepdims=True))
+        query, key = query.astype(dtype) - _spread(middle, query.shape[-3]), key - middle
+        sizes = [jnp.square(x).sum(-1) for x in (query, _spread(key, query.shape[-3]))]
         products = grouped_matmul(query, key, -1)
         return -scale * (sizes[0][..., :, None] - 2 * products + sizes[1][..., None, :])
 

@@ -442,6 +442,34 @@ def test_masses_by_query_position_are_a_table():
     assert_same(extras["mass"][:, 4:], np.broadcast_to(masses.swapaxes(0, 1), (B, T, N, 3))[:, 4:])
 
 
+def test_negative_distance_does_not_change_when_everything_moves():
+    """Also far from the origin, where squares are 10⁶ times the distances."""
+    there = [np.float32(x + 1000) for x in (QUERY, KEY)]
+    back = [x - 1000 for x in there]
+    far, near = (attend(*x, VALUE, score=ja.NegativeDistance(0.5), mask=MASK) for x in (there, back))
+    assert_same(far, near)
+
+
+@pytest.mark.parametrize("hidden", [(4, 128), (64, 2)])
+def test_a_network_on_pairs_never_holds_its_hidden_layers_for_all_pairs(hidden):
+    """By XLA's account: a tenth of T x S x hidden, forward and backward."""
+    first, second = hidden
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 4), jnp.float32)
+    shapes = (8, first), (first,), (first, second), (second,), (second,)
+    score = ja.Neural(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+
+    def loss(x, score):
+        return attend(x, x, x, score=score).sum()
+
+    memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, score).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * 1024 * 1024 * max(hidden) * 4 / 10
+
+
+def test_positions_far_outside_a_graph_see_nothing():
+    graph = ja.Graph.from_adjacency(np.ones((4, 4), bool))
+    assert not graph(jnp.array([2**30])[None, :, None], jnp.arange(4)[None, None]).any()
+
+
 def test_parts_are_rebuilt_with_any_leaves():
     """As optax, vmap and tree maps do: a check of numbers is for the user who makes a part."""
     for each in (ja.Softmax(temperature=jnp.ones(4)), ja.Temperature(2.0), ja.LogGaussian(jnp.ones((1, 3)), 1.0)):
