@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--quick] [--case NAME ...] [--length T ...] [--output FOLDER]`: see README.md here."""
+"""`python -m benchmarks`: measures the cases and writes the report. Options and columns: README.md beside this file."""
 
 import argparse
 import dataclasses
@@ -64,13 +64,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Times attention against its peers.")
     parser.add_argument("--quick", action="store_true", help="short lengths, few rounds, no peak memory")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="only these cases")
-    parser.add_argument("--length", nargs="+", type=int, help="only these T = S, and no decoding")
+    parser.add_argument("--length", nargs="+", type=int, help="only these T = S, and decoding only where --cache says")
+    parser.add_argument("--cache", nargs="+", type=int, help="decoding at these S, and T = S only where --length says")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="only these dtypes")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"), help="folder of the report")
     arguments = parser.parse_args()
     lengths, cache_lengths = ([256], [512]) if arguments.quick else (LENGTHS, CACHE_LENGTHS)
-    if arguments.length:
-        lengths, cache_lengths = arguments.length, []
+    if arguments.length or arguments.cache:
+        lengths, cache_lengths = arguments.length or [], arguments.cache or []
     chosen = settings(lengths, cache_lengths, arguments.dtype)
     console = Console()
     with console.status("") as status:
