@@ -108,6 +108,7 @@ def _cudnn_refusal(given: Any, described: Plan, platform: str) -> str | None:
         # Which corner the kernel's causal mask starts from does not matter then.
         "a causal mask for other queries than keys": described.is_causal
         and given.query.shape[-3] != given.key.shape[-3],
+        "a bias of another dtype": given.bias is not None and given.bias.array.dtype != given.query.dtype,
         "a bias of odd lengths": given.bias is not None and (given.query.shape[-3] % 2 or given.key.shape[-3] % 2),
     }
     return next((reason for reason, holds in unserved.items() if holds), None)
@@ -143,5 +144,5 @@ def call(given: Any, plan: Plan, attention: Callable, **options: Any) -> Float[A
     if lengths is None:
         return attention(query, key, value, **options).reshape(given.query.shape)
     lengths = jnp.broadcast_to(jnp.asarray(lengths), tuple(batch)).reshape(count).astype(jnp.int32)
-    out = attention(query, key, value, key_value_seq_lengths=jnp.maximum(lengths, 1), **options)
+    out = attention(query, key, value, key_value_seq_lengths=jnp.clip(lengths, 1, key.shape[1]), **options)
     return jnp.where((lengths > 0)[:, None, None, None], out, 0).reshape(given.query.shape)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxattn.core import noise
 from jaxattn.core.noise import Seed
-from jaxattn.core.parts import check_positive, check_static_int, part, per_head, ratio
+from jaxattn.core.parts import check_positive, check_static_int, in_range, part, per_head, ratio
 
 Scores = Float[Array, "*b n t s"]
 Rows = Float[Array, "*b n t"]
@@ -66,8 +66,9 @@ class Streaming(Normalize):
 
 
 def safe_log(x: Array) -> Array:
-    """log x for x > 0 and −inf for x = 0, with gradient 0 there."""
-    return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)
+    """log x for x > 0; −inf with gradient 0 for x = 0, or for an x whose reciprocal is out of range."""
+    some = in_range(x)
+    return jnp.where(some, jnp.log(jnp.where(some, x, 1)), -jnp.inf)
 
 
 @part

@@ -137,6 +137,11 @@ class Dot:
         return grouped_matmul(query, key, -1) * scale
 
 
+def _full(x: Array, weight: Array) -> Array:
+    """x @ weight in the precision of float32 on every device."""
+    return jnp.matmul(x, weight, precision=_precision(x, weight))
+
+
 def _spread(heads: Float[Array, "*b k s h"], count: int) -> Float[Array, "*b n s h"]:
     """Every key head repeated for the query heads that read it."""
     return jnp.repeat(heads, count // heads.shape[-3], -3)
@@ -152,7 +157,9 @@ class Bilinear:
     weight: Float[Array, "h g"] | Float[Array, "heads h g"]
 
     def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"]) -> Float[Array, "*b n t s"]:
-        rotated = jnp.matmul(query, self.weight, precision=_precision(query), preferred_element_type=accumulator(query))
+        rotated = jnp.matmul(
+            query, self.weight, precision=_precision(query, self.weight), preferred_element_type=accumulator(query)
+        )
         return grouped_matmul(rotated, key.astype(rotated.dtype), -1)
 
 
@@ -198,8 +205,8 @@ class Additive:
 
     def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"]) -> Float[Array, "*b n t s"]:
         dtype = accumulator(query, key)
-        query, key = query.astype(dtype) @ self.query_weight, key.astype(dtype) @ self.key_weight
-        return _pairwise(lambda q, k: jnp.tanh(q + k) @ self.vector, query, _spread(key, query.shape[-3]))
+        query, key = _full(query.astype(dtype), self.query_weight), _full(key.astype(dtype), self.key_weight)
+        return _pairwise(lambda q, k: _full(jnp.tanh(q + k), self.vector), query, _spread(key, query.shape[-3]))
 
 
 @part
@@ -227,12 +234,12 @@ class Neural:
             )
         dtype = accumulator(query, key)
         # The first layer of a pair is a sum of one part per query and one per key.
-        query = query.astype(dtype) @ self.w1[:width] + self.b1
-        key = key.astype(dtype) @ self.w1[width:]
+        query = _full(query.astype(dtype), self.w1[:width]) + self.b1
+        key = _full(key.astype(dtype), self.w1[width:])
 
         def network(q: Array, k: Array) -> Array:
-            hidden = jax.nn.relu(q + k) @ self.w2
-            return hidden if self.b2 is None or self.w3 is None else jax.nn.relu(hidden + self.b2) @ self.w3
+            hidden = _full(jax.nn.relu(q + k), self.w2)
+            return hidden if self.b2 is None or self.w3 is None else _full(jax.nn.relu(hidden + self.b2), self.w3)
 
         widest = max(jnp.shape(self.w1)[-1], jnp.shape(self.w2)[-1])
         return _pairwise(network, query, _spread(key, query.shape[-3]), widest)
@@ -255,11 +262,12 @@ class NegativeDistance:
             )
         dtype = accumulator(query, key)
         scale = query.shape[-1] ** -0.5 / 2 if self.scale is None else self.scale
-        # Distances do not change when both sides move: seen from the middle of the keys, squares that are large beside
-        # them do not have to cancel.
-        key = key.astype(dtype)
-        middle = jax.lax.stop_gradient(key.mean(-2, keepdims=True))
-        query, key = query.astype(dtype) - _spread(middle, query.shape[-3]), key - middle
+        # Distances do not change when both sides move: seen from one of the keys, the largest so that it is no empty
+        # slot, squares that are large beside the distances do not have to cancel.
+        key = jnp.asarray(key, dtype)
+        largest = jnp.square(key).sum(-1, keepdims=True).argmax(-2, keepdims=True)
+        origin = jax.lax.stop_gradient(jnp.take_along_axis(key, largest, -2))
+        query, key = query.astype(dtype) - _spread(origin, query.shape[-3]), key - origin
         sizes = [jnp.square(x).sum(-1) for x in (query, _spread(key, query.shape[-3]))]
         products = grouped_matmul(query, key, -1)
         return -scale * (sizes[0][..., :, None] - 2 * products + sizes[1][..., None, :])

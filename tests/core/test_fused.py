@@ -32,8 +32,8 @@ SERVED = {
     "causal window": {"mask": ja.Causal() & ja.Window(3, 2)},
     "lengths": {"mask": ja.Lengths(np.array([5, 0]))},
     "causal lengths": {"mask": ja.Causal() & ja.Lengths(np.array([0, 3]))},
-    "bias": {"bias": ja.Bias(RNG.normal(size=(N, T, S)).astype(np.float32))},
-    "bias by batch": {"bias": ja.Bias(RNG.normal(size=(B, 1, T, S)).astype(np.float32))},
+    "bias": {"bias": ja.Bias(RNG.normal(size=(N, T, S)).astype(jnp.bfloat16))},
+    "bias by batch": {"bias": ja.Bias(RNG.normal(size=(B, 1, T, S)).astype(jnp.bfloat16))},
 }
 
 
@@ -90,6 +90,7 @@ REFUSED = {
     "cudnn: score_maps=SoftCap": ({"score_maps": (ja.SoftCap(20.0),)}, False),
     "bias=Alibi": ({"bias": ja.Alibi.geometric(N)}, False),
     "bias=Bias unless its array ends in": ({"bias": ja.Bias(np.zeros(S, np.float32))}, False),
+    "cudnn: a bias of another dtype": ({"bias": ja.Bias(np.zeros((T, S), np.float32))}, False),
     "mask=Sinks": ({"mask": ja.Causal() & ja.Sinks(2)}, False),
     "mask=Or": ({"mask": ja.Causal() | ja.Sinks(2)}, False),
     "two masks of a kind": ({"mask": ja.Window(2) & ja.Window(3)}, False),
