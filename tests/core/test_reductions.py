@@ -422,7 +422,7 @@ def test_tiny_totals_have_finite_gradients(name, implementation):
 
 @pytest.mark.parametrize("shift", [-60, -86, -87, -88, -90, -120])
 def test_tiny_totals_have_finite_gradients_down_to_nothing(shift):
-    """Where float32 rounds totals to denormals, then to 0; and second derivatives where squares of totals are in range."""
+    """Where float32 rounds totals to denormals, then to 0; second derivatives where squares of totals are in range."""
 
     def loss(query, normalize, shift):
         bias = ja.Bias(np.float32(shift))
