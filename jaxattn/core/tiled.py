@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn.core.call import Call
 from jaxattn.core.mask import visible
 from jaxattn.core.parts import cotangent, inexact_leaves
-from jaxattn.core.schedule import Block, Kinds, Schedule, choose_block, fit, schedule
+from jaxattn.core.schedule import Block, Kinds, Schedule, blocks_for, choose_block, fit, schedule
 from jaxattn.core.score import accumulator, grouped_matmul, mapped_scores, matmul, one_batch_axis, raw_scores
 
 
@@ -382,7 +382,8 @@ def tiled(
         return schedule(call.mask, *positions_in_tiles(block), block.keys // block.granule)
 
     if block is None:
-        chosen = choose_block(lambda block: index_of(block)[0], lengths)
+        blocks = blocks_for(lengths[0], call.key.size // lengths[1] * call.key.dtype.itemsize)
+        chosen = choose_block(lambda block: index_of(block)[0], lengths, blocks)
     else:
         chosen = fit(Block(*block, block[1]), lengths)
     active, kinds = index_of(chosen)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from jaxattn import Causal, Documents, Dot, Explicit, Lengths, Sinks, Softmax, Window, attend, part
-from jaxattn.core.schedule import BLOCKS, Block, Kinds, choose_block, fit, schedule
+from jaxattn.core.schedule import BLOCKS, Block, Kinds, blocks_for, choose_block, fit, schedule
 
 BATCH, HEADS, LENGTH, BLOCK = (2,), 4, 12, (4, 3)
 PLACES = arrays(np.int32, LENGTH, elements=st.integers(-1, 15))
@@ -152,11 +152,18 @@ def test_narrow_masks_get_small_tiles_and_unknown_ones_the_largest():
             places = in_tiles(*(np.arange(length, dtype=np.int32) for length in lengths), sizes)
             return schedule(mask, *(map(jnp.asarray, places) if dynamic else places), block.keys // block.granule)[0]
 
-        return choose_block(of, lengths)
+        return choose_block(of, lengths, BLOCKS["cpu"])
 
     assert choose(None) == BLOCKS["cpu"][0]
     assert choose(Window(16)).keys < choose(Window(256)).keys < BLOCKS["cpu"][0].keys
     assert choose(Window(16), dynamic=True) == BLOCKS["cpu"][0]
+
+
+def test_a_few_queries_get_tiles_of_keys_that_fit_a_cache():
+    assert blocks_for(1, 8 * 2**11) == (Block(1, 256, 256),)
+    assert blocks_for(4, 2**11) == (Block(4, 2048, 2048),)
+    assert blocks_for(1, 2**20) == (Block(1, 64, 64),)
+    assert blocks_for(17, 2**11) == BLOCKS["cpu"]
 
 
 def test_blocks_are_no_larger_than_the_lengths_need():
@@ -249,7 +256,7 @@ def test_a_window_of_256_at_length_8192_computes_less_than_a_tenth_of_causal():
             key = np.arange(8192, dtype=np.int32).reshape(1, 1, -1, block.granule)
             return schedule(mask, query, key, block.keys // block.granule)[0]
 
-        block = choose_block(index_of, (8192, 8192))
+        block = choose_block(index_of, (8192, 8192), BLOCKS["cpu"])
         return int(index_of(block).count.sum()) * block.queries * block.keys
 
     assert 10 * pairs(Causal() & Window(256)) < pairs(Causal())
