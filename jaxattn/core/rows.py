@@ -38,33 +38,27 @@ def rows(call: Call, size: int | None) -> tuple[Float[Array, "*b t n v"], Float[
     query, positions = padded(call.query, -3, 0), padded(call.query_positions, -2, -1)
 
     @jax.checkpoint
-    def block(start: Array, query: Array, rest: tuple) -> tuple:
-        names = ("key", "value", "score", "bias", "score_maps", "mask", "normalize", "weight_maps", "dropout")
+    def block(start: Array) -> tuple:
         sub = dataclasses.replace(
             call,
             query=jax.lax.dynamic_slice_in_dim(query, start, size + halo, query.ndim - 3),
             query_positions=jax.lax.dynamic_slice_in_dim(positions, start, size + halo, positions.ndim - 2),
-            **dict(zip(names, rest, strict=True)),
         )
         view = weigh(sub)
         by_row = ("weights", "scores", "visible", "query_positions")
         view = view._replace(**{name: getattr(view, name)[..., halo:, :] for name in by_row}, lse=view.lse[..., halo:])
         return read(sub, view)
 
-    rest = (
-        call.key, call.value, call.score, call.bias, call.score_maps, call.mask, call.normalize, call.weight_maps,
-        call.dropout,
-    )  # fmt: skip
     summed = [name for name, measure in call.measures.items() if measure.over == "sum"]
 
     def step(totals: Any, start: Array) -> tuple:
-        out, lse, measured = block(start, query, rest)
+        out, lse, measured = block(start)
         totals = jax.tree.map(jnp.add, totals, {name: measured.pop(name) for name in summed})
         return totals, (out, lse, measured)
 
-    shapes = jax.eval_shape(block, jnp.int32(0), query, rest)[2]
+    shapes = jax.eval_shape(block, jnp.int32(0))[2]
     totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), {name: shapes[name] for name in summed})
-    totals = vary_like(totals, (query, positions, rest))
+    totals = vary_like(totals, vars(call))
     stacked: Any
     totals, stacked = jax.lax.scan(step, totals, size * jnp.arange(count))
     out, lse, measured = stacked
