@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxattn.core import noise
 from jaxattn.core.bias import log_gaussian
 from jaxattn.core.noise import Seed
-from jaxattn.core.parts import check_positive, check_static_int, count_ids, part, per_head, ratio, take
+from jaxattn.core.parts import check_positive, check_static_int, count_ids, largest, part, per_head, ratio, take
 
 Need = Literal["tile", "rows", "matrix"]
 Block = Float[Array, "*b n t s"]
@@ -173,15 +173,6 @@ class Convolution(Map):
 # Maps of weights. Those that take some away give it to the rest of the row, whose total stays what it was.
 
 
-def _largest(x: Block, visible: Visible, k: int) -> tuple[Bool[Array, "*b n t s"], Int[Array, "*b n t k"]]:
-    """Which of the visible entries of each row are its k largest (ties: the first), and all their indices in order."""
-    shown = jnp.broadcast_to(True if visible is None else visible, x.shape)
-    ranked = jnp.where(shown, jax.lax.stop_gradient(x), -jnp.inf)
-    _, index = jax.lax.top_k(ranked, min(k, x.shape[-1]))
-    chosen = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, True, axis=-1, inplace=False)
-    return chosen & shown, index
-
-
 def _keep(weights: Block, kept: Bool[Array, "*b n t s"]) -> Block:
     """The kept weights, scaled so that each row's total stays what it was; nothing kept gives zeros."""
     left = jnp.where(kept, weights, 0)
@@ -198,7 +189,7 @@ class TopKWeights(Map):
         check_static_int("TopKWeights", "k", self.k, 1)
 
     def __call__(self, x, visible, query, key):
-        return _keep(x, _largest(x, visible, self.k)[0])
+        return _keep(x, largest(x, visible, self.k)[0])
 
 
 @part
@@ -219,14 +210,14 @@ class DropTopK(Map):
         check_rate("DropTopK", self.rate)
 
     def __call__(self, x, visible, query, key):
-        largest, index = _largest(x, visible, self.k)
+        top, index = largest(x, visible, self.k)
         coins = noise.uniform(noise.seeds(self.key, x.shape[:-2]), query, key)
         # Those that are not among the largest get a coin above all others: they are never dropped.
-        coins = jnp.take_along_axis(jnp.where(largest, coins, 2), index, axis=-1)
+        coins = jnp.take_along_axis(jnp.where(top, coins, 2), index, axis=-1)
         rank = jnp.argsort(jnp.argsort(coins, axis=-1), axis=-1)
         # ⌊rate · m⌋ of the decimal that was written: 0.6 · 5 is 3, though the product of floats is below it.
         counts = np.floor(self.rate * np.arange(index.shape[-1] + 1) + 1e-9).astype(np.int32)
-        count = jnp.asarray(counts)[largest.sum(-1, keepdims=True)]
+        count = jnp.asarray(counts)[top.sum(-1, keepdims=True)]
         dropped = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, rank < count, axis=-1, inplace=False)
         return _keep(x, ~dropped)
 

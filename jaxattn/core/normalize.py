@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxattn.core import noise
 from jaxattn.core.noise import Seed
-from jaxattn.core.parts import check_positive, check_static_int, in_range, part, per_head, ratio
+from jaxattn.core.parts import check_positive, check_static_int, in_range, largest, part, per_head, ratio
 
 Scores = Float[Array, "*b n t s"]
 Rows = Float[Array, "*b n t"]
@@ -278,10 +278,7 @@ class TopK(Normalize):
         check_static_int("TopK", "k", self.k, 1)
 
     def weights(self, scores, visible):
-        ranked = jnp.where(visible, jax.lax.stop_gradient(scores), -jnp.inf)
-        _, index = jax.lax.top_k(ranked, min(self.k, scores.shape[-1]))
-        chosen = jnp.put_along_axis(jnp.zeros(scores.shape, bool), index, True, axis=-1, inplace=False)
-        return Softmax().weights(scores, visible & chosen)
+        return Softmax().weights(scores, largest(scores, visible, self.k)[0])
 
 
 @part

@@ -152,6 +152,17 @@ def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple:
     return result, ratio(dx, total) - result * ratio(d_total, total)
 
 
+def largest(
+    x: Array, visible: Bool[Array, "*#b #n t s"] | None, k: int
+) -> tuple[Bool[Array, "*b n t s"], Int[Array, "*b n t k"]]:
+    """Which of the visible entries of each row are its k largest (ties: the first), and all their indices in order."""
+    shown = jnp.broadcast_to(True if visible is None else visible, x.shape)
+    ranked = jnp.where(shown, jax.lax.stop_gradient(x), -jnp.inf)
+    _, index = jax.lax.top_k(ranked, min(k, x.shape[-1]))
+    chosen = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, True, axis=-1, inplace=False)
+    return chosen & shown, index
+
+
 def count_ids(owner: str, ids: Any, size: int | None) -> int:
     """`size`, or if it is None one more than the largest of the ids, for the `__post_init__` of parts.
 

@@ -101,17 +101,12 @@ def grouped_matmul(
     return _product(one_batch_axis(rows), one_batch_axis(columns), axis).reshape(*batch, heads, length, size)
 
 
-def raw_scores(score: Any, query: Array, key: Array, query_positions: Array, key_positions: Array) -> Array:
-    """score(q, k) of a tile, in the accumulator's dtype whatever the part holds."""
-    places = (query_positions, key_positions) if getattr(score, "positional", False) else ()
-    return score(query, key, *places).astype(accumulator(query, key))
-
-
 def mapped_scores(
     score: Any, bias: Any, score_maps: tuple, query: Array, key: Array, visible: Any, *positions: Array
 ) -> Array:
-    """score(q, k) + bias(positions), through the score maps: a tile of [..., N, T, S]."""
-    scores = raw_scores(score, query, key, *positions)
+    """score(q, k) + bias(positions), through the score maps: a tile of [..., N, T, S], in the accumulator's dtype."""
+    places = positions if getattr(score, "positional", False) else ()
+    scores = score(query, key, *places).astype(accumulator(query, key))
     if bias is not None:
         scores = scores + bias(*positions).astype(scores.dtype)
     for score_map in score_maps:

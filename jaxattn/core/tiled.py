@@ -27,7 +27,7 @@ from jaxattn.core.call import Call
 from jaxattn.core.mask import visible
 from jaxattn.core.parts import cotangent, inexact_leaves
 from jaxattn.core.schedule import Block, Kinds, Schedule, blocks_for, choose_block, fit, schedule
-from jaxattn.core.score import accumulator, grouped_matmul, mapped_scores, matmul, one_batch_axis, raw_scores
+from jaxattn.core.score import accumulator, grouped_matmul, mapped_scores, matmul, one_batch_axis
 
 
 class Sums(NamedTuple):
@@ -276,10 +276,8 @@ def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Arr
             def weights_of(query, key, bias_tile, leaves):
                 """The weights of the tile, and what weight maps make of them."""
                 score, score_maps, normalize, weight_maps = rebuild(leaves)
-                scores = raw_scores(score, query, key, *positions)
-                scores = scores if bias is None else scores + bias_tile.astype(scores.dtype)
-                for score_map in score_maps:
-                    scores = score_map(scores, shown, *positions)
+                made = None if bias is None else lambda *_: bias_tile
+                scores = mapped_scores(score, made, score_maps, query, key, shown, *positions)
                 scores = jnp.where(shown, scores, -jnp.inf) if keys.masked else scores
                 weights = normalize.weight(scores, sums.reference)
                 if not weight_maps:
