@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import ACTIVE, IMPLEMENTATIONS, MASKS, assert_close
+from cases import ACTIVE, IMPLEMENTATIONS, MASKS, VISITS, Counted, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import any_and_all, in_tiles
@@ -26,7 +26,6 @@ from jaxattn import (
     Window,
     attend,
     block_means,
-    part,
     select_tokens,
     take_tokens,
 )
@@ -163,18 +162,6 @@ def test_bounds_are_exact_on_contiguous_positions(tile):
     possible, certain = mask.bounds(*in_tiles(query, key, tile))
     np.testing.assert_array_equal(possible, some)
     np.testing.assert_array_equal(certain, every)
-
-
-VISITS: list[int] = []
-
-
-@part
-class Counted:
-    """Dot, counting how often it is evaluated."""
-
-    def __call__(self, query, key):
-        jax.debug.callback(lambda: VISITS.append(1))
-        return Dot()(query, key)
 
 
 def test_only_active_blocks_are_computed():

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import BATCH_IDS, IDS, IMPLEMENTATIONS, LENGTHS, MASKS, evaluate
+from cases import BATCH_IDS, IDS, IMPLEMENTATIONS, LENGTHS, MASKS, VISITS, Counted, evaluate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jaxattn import Causal, Documents, Dot, Explicit, Lengths, Sinks, Softmax, Window, attend, part
+from jaxattn import Causal, Documents, Dot, Explicit, Lengths, Sinks, Softmax, Window, attend
 from jaxattn.core.schedule import BLOCKS, Block, Kinds, blocks_for, choose_block, fit, schedule
 
 BATCH, HEADS, LENGTH, BLOCK = (2,), 4, 12, (4, 3)
@@ -170,18 +170,6 @@ def test_blocks_are_no_larger_than_the_lengths_need():
     assert fit(Block(256, 512, 128), (100, 300)) == Block(100, 384, 128)
     assert fit(Block(256, 512, 128), (1000, 100)) == Block(256, 100, 100)
     assert fit(Block(256, 512, 128), (1000, 1000)) == Block(256, 512, 128)
-
-
-VISITS: list[int] = []
-
-
-@part
-class Counted:
-    """Dot, counting how often it is evaluated."""
-
-    def __call__(self, query, key):
-        jax.debug.callback(lambda: VISITS.append(1))
-        return Dot()(query, key)
 
 
 def normal(*shape, seed=0):
