@@ -1,0 +1,81 @@
+"""Run experiments and collect what they found: `python -m experiments --help`."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from experiments import experiment, report, runner
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """One command. Errors of the user's making are one line on stderr and exit status 2."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options, console = _parser().parse_args(given), Console()
+    try:
+        match options.command:
+            case "list":
+                _list(console)
+            case "run":
+                _run(options, shlex.join(["python", "-m", "experiments", *given]), console)
+            case "report":
+                console.print(Markdown(report.write_index(options.folder)))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("experiments: interrupted; run the same again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the experiments there are")
+    run = commands.add_parser("run", help="run an experiment, or go on with one")
+    run.add_argument("name", nargs="*", help="experiments, as `list` names them")
+    run.add_argument("--all", action="store_true", help="every experiment")
+    run.add_argument("--quick", action="store_true", help="at the size that takes less than a minute")
+    run.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: 1)")
+    run.add_argument(
+        "--set", action="append", default=[], dest="changes", metavar="FIELD=VALUE", help="another value; repeatable"
+    )
+    collect = commands.add_parser("report", help="write all reports anew, and one index of every claim")
+    for command in (run, collect):
+        command.add_argument("--folder", type=Path, default=Path("results"), help="where results go (default: results)")
+    return parser
+
+
+def _list(console: Console) -> None:
+    table = Table("experiment", "", box=None)
+    for name, about in experiment.names().items():
+        table.add_row(name, about)
+    console.print(table)
+
+
+def _run(options: argparse.Namespace, command: str, console: Console) -> None:
+    chosen = list(experiment.names()) if options.all else options.name
+    if not chosen:
+        raise ValueError("no experiment is named: need a NAME (see `list`), or --all")
+    if options.changes and len(chosen) > 1:
+        raise ValueError("--set is for one experiment: name one")
+    planned = []
+    for name in chosen:
+        one = experiment.load(name)
+        config = runner.changed(one.quick if options.quick else one.default, options.changes)
+        planned.append((one, config, runner.place(options.folder, one, config)))
+    for one, config, folder in planned:
+        runner.run(one, config, seeds=options.seeds, folder=folder, command=command, console=console)
+        results = [report.to_result(seed) for seed in report.read_seeds(folder).values()]
+        for claim, _, verdict in report.judged(one.claims, results):
+            console.print(f"{verdict}: {claim.says}", soft_wrap=True, highlight=False)
+        console.print(f"wrote {folder / 'report.md'}", soft_wrap=True)
+    report.write_index(options.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""What an experiment is: a module whose numbers are held against claims that were written down before.
+
+A module of this folder is an experiment if it defines
+
+- `Config`: a frozen dataclass of plain values; its defaults are the full size, a few minutes on two cores;
+- `QUICK`: a `Config` that takes less than a minute;
+- `CLAIMS`: a tuple of `Claim`;
+- `run(config, seed, folder, console) -> Result`: what one seed measures. It may keep checkpoints in `folder`, which is
+  its own, and shows its progress on the rich `console`.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from matplotlib.figure import Figure
+
+from jaxattn.viz.figure import COLOURS, WEIGHTS, panels
+
+FOLDER = Path(__file__).parent
+
+Verdict = Literal["confirmed", "refuted", "not seen at this scale"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+Number = float | None
+Row = dict[str, str | int | float | None]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`, both included, or all others if `outside`. NaN is in no range."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    outside: bool = False
+
+    def __contains__(self, x: float) -> bool:
+        return not math.isnan(x) and (self.low <= x <= self.high) != self.outside
+
+    def __str__(self) -> str:
+        if self.outside:
+            return f"not {Range(self.low, self.high)}"
+        if self.low == -math.inf:
+            return f"at most {self.high:g}"
+        return f"at least {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
+
+
+def at_least(low: float) -> Range:
+    return Range(low=low)
+
+
+def at_most(high: float) -> Range:
+    return Range(high=high)
+
+
+def within(low: float, high: float) -> Range:
+    return Range(low, high)
+
+
+def outside(confirmed: Range) -> Range:
+    """All other numbers: what refutes a claim that is exact, and so has nothing to do with scale."""
+    return Range(confirmed.low, confirmed.high, not confirmed.outside)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and which numbers would confirm or refute it.
+
+    Attributes:
+        says: The statement, in words.
+        paper: Where it is from: a name in `jaxattn.papers`.
+        number: The name of the measured number, in `Result.numbers`, that decides.
+        confirmed: Where the number must be for the claim to hold.
+        refuted: Where it must be for the claim to be wrong; None where missing it at this size proves nothing.
+    """
+
+    says: str
+    paper: str
+    number: str
+    confirmed: Range
+    refuted: Range | None = None
+
+
+def judge(claim: Claim, values: Sequence[Number]) -> Verdict:
+    """The verdict on a claim, from its number as measured with each seed; None where it could not be measured.
+
+    All seeds must be in the range of a verdict: what seeds disagree on was not seen.
+    """
+
+    def all_in(allowed: Range | None) -> bool:
+        return allowed is not None and bool(values) and all(x is not None and x in allowed for x in values)
+
+    if all_in(claim.confirmed):
+        return "confirmed"
+    return "refuted" if all_in(claim.refuted) else "not seen at this scale"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines over a common axis, as data: name -> points (x, y).
+
+    Attributes:
+        x: Label of the x axis.
+        y: Label of the y axis.
+        lines: The points of each line, by its name.
+        log: The axes that are logarithmic: "", "x", "y" or "xy".
+    """
+
+    x: str
+    y: str
+    lines: dict[str, list[tuple[float, float]]]
+    log: str = ""
+
+    @staticmethod
+    def draw(seeds: Sequence[Curves]) -> Figure:
+        """The mean of each line over the seeds, in a band from the smallest to the largest."""
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes, first = figure.subplots(), seeds[0]
+        for number, name in enumerate(dict.fromkeys(name for seed in seeds for name in seed.lines)):
+            at: dict[float, list[float]] = {}
+            for seed in seeds:
+                for x, y in seed.lines.get(name, ()):
+                    at.setdefault(x, []).append(y)
+            xs = sorted(at)
+            colour, style = COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
+            means = [sum(at[x]) / len(at[x]) for x in xs]
+            axes.plot(xs, means, color=colour, linestyle=style, marker="o", markersize=3, label=name)
+            axes.fill_between(xs, [min(at[x]) for x in xs], [max(at[x]) for x in xs], color=colour, alpha=0.15, lw=0)
+        axes.set(xlabel=first.x, ylabel=first.y)
+        axes.set_xscale("log" if "x" in first.log else "linear")
+        axes.set_yscale("log" if "y" in first.log else "linear")
+        axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.legend(frameon=False, fontsize="small")
+        return figure
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Matrices of (query, key) pairs, as data: title -> rows. The picture is that of the first seed."""
+
+    panels: dict[str, list[list[float]]]
+
+    @staticmethod
+    def draw(seeds: Sequence[Maps]) -> Figure:
+        drawn = seeds[0].panels
+        rows = next(iter(drawn.values()))
+        figure, places = panels(len(drawn), ratio=len(rows[0]) / len(rows))
+        for axes, (title, matrix) in zip(places, drawn.items(), strict=True):
+            axes.imshow(matrix, cmap=WEIGHTS, vmin=0)
+            axes.set_title(title, fontsize="small")
+        return figure
+
+
+FIGURES: dict[str, Any] = {kind.__name__: kind for kind in (Curves, Maps)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one seed measured.
+
+    Attributes:
+        numbers: What claims are judged by, and whatever else is worth a line; None where it could not be measured.
+        tables: Rows by the title of their table. A float is measured, and averaged over seeds; text and integers say
+            what a row is, and are the same for all seeds.
+        figures: Figures as data, by title.
+    """
+
+    numbers: dict[str, Number]
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+    figures: dict[str, Curves | Maps] = field(default_factory=dict)
+
+
+class Experiment(NamedTuple):
+    """A module of this folder, by its name."""
+
+    name: str
+    about: str
+    default: Any
+    quick: Any
+    claims: tuple[Claim, ...]
+    run: Callable[..., Result]
+
+
+def names() -> dict[str, str]:
+    """Every experiment there is, by name, and the first line of its docstring; nothing is imported."""
+    found = {}
+    for file in sorted(FOLDER.glob("*.py")):
+        tree = ast.parse(file.read_text())
+        assigned = {target.id for node in tree.body for target in _targets(node) if isinstance(target, ast.Name)}
+        if "CLAIMS" in assigned:
+            found[file.stem] = (ast.get_docstring(tree) or "").split("\n")[0]
+    return found
+
+
+def _targets(node: ast.stmt) -> list[ast.expr]:
+    if isinstance(node, ast.Assign):
+        return node.targets
+    return [node.target] if isinstance(node, ast.AnnAssign) else []
+
+
+def load(name: str) -> Experiment:
+    """The experiment of this name; raises ValueError, with the nearest name, if there is none."""
+    known = names()
+    if name not in known:
+        raise ValueError(f"there is no experiment {name!r}{nearest(name, known)}")
+    module = importlib.import_module(f"{__package__}.{name}")
+    return Experiment(name, known[name], module.Config(), module.QUICK, module.CLAIMS, module.run)
+
+
+def nearest(name: str, known: Iterable[str] | Mapping[str, Any]) -> str:
+    """What to say after an unknown name: the nearest one, or all."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else f": there are {', '.join(known) or 'none'}"

@@ -1,0 +1,181 @@
+"""What is written of a run: `report.md` with its claims first, the figures, and every number in `results.json`.
+
+All of it is made from the files of the seeds, so it can be made again at any time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.experiment import FIGURES, VERDICTS, Claim, Experiment, Number, Result, Row, Verdict, judge, load
+from jaxattn import papers, viz
+
+
+def write(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+def read_seeds(folder: Path) -> dict[int, dict[str, Any]]:
+    """The contents of the files of all finished seeds in a folder, by seed."""
+    files = sorted((folder / "seeds").glob("*.json"), key=lambda file: int(file.stem))
+    return {int(file.stem): json.loads(file.read_text()) for file in files}
+
+
+def from_result(result: Result) -> dict[str, Any]:
+    """A result as dicts and lists, each figure with its kind."""
+    figures = {title: {"kind": type(x).__name__} | dataclasses.asdict(x) for title, x in result.figures.items()}
+    return dataclasses.asdict(result) | {"figures": figures}
+
+
+def to_result(seed: Mapping[str, Any]) -> Result:
+    """The result that `from_result` took apart."""
+    figures = {}
+    for title, data in seed["figures"].items():
+        options = {name: value for name, value in data.items() if name != "kind"}
+        figures[title] = FIGURES[data["kind"]](**options)
+    return Result(seed["numbers"], seed["tables"], figures)
+
+
+def judged(claims: Iterable[Claim], results: Sequence[Result]) -> list[tuple[Claim, list[Number], Verdict]]:
+    """Each claim with its number by seed and its verdict. Raises KeyError for a number that no seed has."""
+    by_claim = [(claim, [result.numbers[claim.number] for result in results]) for claim in claims]
+    return [(claim, values, judge(claim, values)) for claim, values in by_claim]
+
+
+def write_report(folder: Path, experiment: Experiment) -> None:
+    """report.md, results.json and one PNG per figure, from all finished seeds in the folder."""
+    seeds = read_seeds(folder)
+    results = [to_result(seed) for seed in seeds.values()]
+    if not results:
+        return
+    config = json.loads((folder / "config.json").read_text())
+    outcome = judged(experiment.claims, results)
+    record = {
+        **config,
+        "claims": [
+            {
+                "says": claim.says,
+                "paper": claim.paper,
+                "number": claim.number,
+                "confirmed": str(claim.confirmed),
+                "refuted": None if claim.refuted is None else str(claim.refuted),
+                "measured": values,
+                "verdict": verdict,
+            }
+            for claim, values, verdict in outcome
+        ],
+        "seeds": [{"seed": number, **seed} for number, seed in seeds.items()],
+    }
+    write(folder / "results.json", json.dumps(record, indent=1) + "\n")
+    titles = list(dict.fromkeys(title for result in results for title in result.figures))
+    for title in titles:
+        figures: list[Any] = [result.figures[title] for result in results if title in result.figures]
+        viz.save(type(figures[0]).draw(figures), folder / _file(title))
+    write(folder / "report.md", _markdown(experiment, config["config"], seeds, results, outcome, titles))
+
+
+def write_index(root: Path) -> str:
+    """Write the reports of all runs under `root` anew, and README.md with every claim in one table; returns that."""
+    parts, lines, counts = ["# Results\n"], [], dict.fromkeys(VERDICTS, 0)
+    for file in sorted(root.glob("*/config.json")):
+        folder, record = file.parent, json.loads(file.read_text())
+        try:
+            experiment = load(record["experiment"])
+        except ValueError as error:
+            parts.append(f"- {folder.name}: {error}\n")
+            continue
+        write_report(folder, experiment)
+        results = [to_result(seed) for seed in read_seeds(folder).values()]
+        where = f"[{folder.name}]({folder.name}/report.md)"
+        for claim, values, verdict in judged(experiment.claims, results) if results else ():
+            counts[verdict] += 1
+            lines.append([where, f"**{verdict}**", claim.says, _source(claim), str(claim.confirmed), _mean(values)])
+    parts.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + ".\n")
+    parts.append(table(("run", "verdict", "claim", "paper", "criterion", "measured"), lines))
+    text = "\n".join(parts)
+    write(root / "README.md", text)
+    return text
+
+
+def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    cells = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in line] for line in lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
+
+
+def _markdown(
+    experiment: Experiment,
+    config: Mapping[str, Any],
+    seeds: Mapping[int, Mapping[str, Any]],
+    results: Sequence[Result],
+    outcome: Sequence[tuple[Claim, list[Number], Verdict]],
+    titles: Sequence[str],
+) -> str:
+    lines = [
+        [f"**{verdict}**", claim.says, _source(claim), str(claim.confirmed), _mean(values), _each(values)]
+        for claim, values, verdict in outcome
+    ]
+    parts = [f"# {experiment.name}\n"]
+    parts += [table(("verdict", "claim", "paper", "criterion", "measured", "by seed"), lines)]
+    parts += [f"{experiment.about} Seeds: {', '.join(map(str, seeds))}; ± is the standard deviation over seeds.\n"]
+    for title in dict.fromkeys(title for result in results for title in result.tables):
+        parts += [f"## {title}\n", _joined([result.tables[title] for result in results if title in result.tables])]
+    for title in titles:
+        parts += [f"## {title}\n", f"![{title}]({_file(title)})\n"]
+    numbers = {name: [result.numbers.get(name) for result in results] for name in results[0].numbers}
+    parts += ["## Numbers\n", table(("", "mean", "by seed"), [[x, _mean(v), _each(v)] for x, v in numbers.items()])]
+    parts += ["## Config\n", table(("field", "value"), [[name, f"`{value}`"] for name, value in config.items()])]
+    made = [seed["made"] for seed in seeds.values()]
+    runs = [[name, ", ".join(dict.fromkeys(_text(each[name]) for each in made))] for name in made[0]]
+    return "\n".join([*parts, "## How it was made\n", table(("", "by seed, where seeds differ"), runs)])
+
+
+def _source(claim: Claim) -> str:
+    paper = papers.find(claim.paper)
+    return paper.cite() if paper else claim.paper
+
+
+def _file(title: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in title.lower()) + ".png"
+
+
+def _text(x: Any) -> str:
+    return "–" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x)
+
+
+def _mean(values: Sequence[Number]) -> str:
+    """Mean and standard deviation of the seeds that have the number, and how many do where some do not."""
+    known = [x for x in values if x is not None]
+    if not known:
+        return "–"
+    text = f"{statistics.fmean(known):.4g}"
+    text += f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else ""
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)} seeds)"
+
+
+def _each(values: Sequence[Number]) -> str:
+    return ", ".join(map(_text, values))
+
+
+def _joined(tables: Sequence[Sequence[Row]]) -> str:
+    """One table of several seeds: floats as mean ± deviation, all else as the first seed has it."""
+    columns = list(dict.fromkeys(name for row in tables[0] for name in row))
+
+    def cell(rows: Sequence[Row], column: str) -> str:
+        values = [row.get(column) for row in rows]
+        measured = [x for x in values if isinstance(x, float)]
+        if not measured:
+            return _text(values[0])
+        return _mean([x if isinstance(x, float) else None for x in values])
+
+    return table(columns, [[cell(rows, column) for column in columns] for rows in zip(*tables, strict=True)])

@@ -1,0 +1,563 @@
+"""The catalogue: papers, what in this library carries them, and what checks it.
+
+A paper that has no line here is not covered. A line says what is there now: where only a part of a paper is, the note
+says which. `python -m jaxattn.papers` prints docs/papers.md, and with `--summary` the table of the README.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, NamedTuple
+
+
+class Paper(NamedTuple):
+    """One paper.
+
+    Attributes:
+        row: Its number in the list of papers that the library sets out to cover; None for what they build on.
+        name: Its short name, by which experiments cite it.
+        title: Its title, or what the field calls it and who described it.
+        year: When it appeared; None where that was not confirmed.
+        arxiv: Its arXiv id; None where it was not confirmed.
+        parts: Dotted names of what carries it.
+        checks: Experiments, by name, and test files that hold it to what it says.
+        note: What the parts are in the paper's terms, in one line.
+    """
+
+    row: int | None
+    name: str
+    title: str
+    year: int | None
+    arxiv: str | None
+    parts: tuple[str, ...]
+    checks: tuple[str, ...]
+    note: str
+
+    def cite(self) -> str:
+        """Title, year and arXiv id, as far as they are known."""
+        known = [str(self.year)] if self.year else []
+        known += [f"[{self.arxiv}](https://arxiv.org/abs/{self.arxiv})"] if self.arxiv else []
+        return f"{self.title} ({', '.join(known)})" if known else self.title
+
+
+REDUCTIONS = "tests/core/test_reductions.py"
+DOCS = "tests/test_docs.py"
+MODULE = "tests/nn/test_multi_head_attention.py"
+
+PAPERS: tuple[Paper, ...] = (
+    Paper(
+        3,
+        "attention_survey",
+        "An Attentive Survey of Attention Models",
+        2021,
+        "1904.02874",
+        ("jaxattn.Dot", "jaxattn.Bilinear", "jaxattn.Additive", "jaxattn.Neural", "jaxattn.Location"),
+        (REDUCTIONS,),
+        "its score functions; general with W = I is dot",
+    ),
+    Paper(
+        16,
+        "attention_sinks",
+        "When Attention Sink Emerges in Language Models: An Empirical View",
+        2025,
+        "2410.10781",
+        ("jaxattn.Sigmoid", "jaxattn.Elu1", "jaxattn.Linear", "jaxattn.analysis.head_statistics"),
+        ("tests/core/test_normalize.py", "tests/analysis/test_heads.py"),
+        "normalisers that form no sink, and the mass on the first key",
+    ),
+    Paper(
+        18,
+        "multi_token_attention",
+        "Multi-Token Attention",
+        2025,
+        None,
+        ("jaxattn.Convolution", "jaxattn.MixHeads"),
+        (REDUCTIONS, DOCS, "tests/nn/test_learned.py"),
+        "convolution over queries and keys, and over heads, before or after the softmax",
+    ),
+    Paper(
+        19,
+        "show_attend_tell",
+        "Show, Attend and Tell",
+        2015,
+        None,
+        ("jaxattn.Additive", "jaxattn.OneHotSample", "jaxattn.score_function", "jaxattn.Received"),
+        ("tests/core/test_noise.py", DOCS),
+        "soft and hard reading; `Received` is what its doubly stochastic penalty penalises",
+    ),
+    Paper(
+        31,
+        "bayes_attention",
+        "Attention: Marginal Probability is All You Need?",
+        2023,
+        "2304.04556",
+        ("jaxattn.KeyBias", "jaxattn.Bias", "jaxattn.NegativeDistance"),
+        (REDUCTIONS,),
+        "priors over keys are biases; a mixture of Gaussians is a distance score",
+    ),
+    Paper(
+        34,
+        "variational_attention",
+        "Latent Alignment and Variational Attention",
+        2018,
+        "1807.03756",
+        ("jaxattn.OneHotSample", "jaxattn.Gumbel", "jaxattn.score_function"),
+        ("tests/core/test_noise.py",),
+        "the estimators (score function, relaxed draws); not its inference network",
+    ),
+    Paper(
+        45,
+        "pattern_injection",
+        "Human Guided Exploitation of Interpretable Attention Patterns",
+        2022,
+        "2112.05364",
+        ("jaxattn.Explicit", "jaxattn.PerHead"),
+        ("tests/core/test_masks.py",),
+        "a predicate on token pairs as the mask of chosen heads",
+    ),
+    Paper(
+        54,
+        "neural_attention",
+        "Neural Attention: A Novel Mechanism for Enhanced Expressive Power",
+        2025,
+        "2502.17206",
+        ("jaxattn.Neural", "jaxattn.nn.NeuralScore"),
+        (REDUCTIONS, "tests/nn/test_learned.py"),
+        "the score is a network of query and key",
+    ),
+    Paper(
+        85,
+        "acmil",
+        "Attention-Challenging Multiple Instance Learning",
+        2024,
+        "2311.07125",
+        ("jaxattn.DropTopK",),
+        ("tests/core/test_noise.py", REDUCTIONS),
+        "its stochastic masking of the largest weights",
+    ),
+    Paper(
+        95,
+        "low_rank_bottleneck",
+        "Low-Rank Bottleneck in Multi-head Attention Models",
+        2020,
+        None,
+        ("jaxattn.nn.MultiHeadAttention",),
+        (MODULE,),
+        "`head_dim` is free of width / heads",
+    ),
+    Paper(
+        99,
+        "luong",
+        "Effective Approaches to Attention-based Neural Machine Translation",
+        2015,
+        None,
+        ("jaxattn.Bilinear", "jaxattn.Location", "jaxattn.GaussianWindow", "jaxattn.LogGaussian"),
+        (REDUCTIONS,),
+        "its scores, and local attention around a predicted centre",
+    ),
+    Paper(
+        125,
+        "rnope_swa",
+        "Rope to Nope and Back Again: A New Hybrid Attention Strategy",
+        None,
+        "2501.18795",
+        ("jaxattn.models.Layer", "jaxattn.Window", "jaxattn.Mass"),
+        ("tests/models/test_decoder.py", "tests/core/test_measures.py"),
+        "a list of layers, some rotary in a window and some without positions",
+    ),
+    Paper(
+        126,
+        "quest",
+        "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
+        2024,
+        None,
+        ("jaxattn.BlockIndex.from_scores", "jaxattn.Blocks"),
+        (DOCS,),
+        "its bound on the scores of a block, as an example in docs/blocks.md",
+    ),
+    Paper(
+        152,
+        "moba",
+        "MoBA: Mixture of Block Attention for Long-Context LLMs",
+        2025,
+        "2502.13189",
+        ("jaxattn.BlockIndex.from_scores", "jaxattn.Blocks", "jaxattn.block_means"),
+        ("tests/core/test_blocks.py", DOCS),
+        "each query reads its own block and the past blocks whose mean key it matches best",
+    ),
+    Paper(
+        161,
+        "bird_eye",
+        "Bird-Eye Transformers for Text Generation Models",
+        None,
+        "2210.03985",
+        ("jaxattn.KeyBias",),
+        (REDUCTIONS,),
+        "an importance per key, added to the log-weights",
+    ),
+    Paper(
+        165,
+        "lookback_lens",
+        "Lookback Lens: Detecting and Mitigating Contextual Hallucinations Using Only Attention Maps",
+        2024,
+        "2407.07071",
+        ("jaxattn.Lookback",),
+        ("tests/core/test_measures.py",),
+        "the lookback ratio; not its classifier",
+    ),
+    Paper(
+        166,
+        "attentive_reader",
+        "Teaching Machines to Read and Comprehend",
+        2015,
+        None,
+        ("jaxattn.Additive",),
+        (REDUCTIONS,),
+        "the attentive reader's score",
+    ),
+    Paper(
+        176,
+        "intra_attention_summariser",
+        "A Deep Reinforced Model for Abstractive Summarization",
+        2018,
+        None,
+        ("jaxattn.Temporal",),
+        (REDUCTIONS,),
+        "keys that earlier queries attended to are discounted",
+    ),
+    Paper(
+        185,
+        "gat",
+        "Leveraging Graph Structures to Detect Hallucinations in LLMs",
+        2024,
+        None,
+        ("jaxattn.PairSum", "jaxattn.Graph"),
+        (REDUCTIONS, DOCS),
+        "its graph attention layer; not its detection of hallucinations",
+    ),
+    Paper(
+        None,
+        "softmax",
+        "Scaled dot-product attention, sinusoidal positions (Vaswani et al.)",
+        2017,
+        None,
+        ("jaxattn.attend", "jaxattn.sinusoidal"),
+        ("tests/core/test_attend.py", "tests/core/test_agreement.py", "tests/core/test_position.py"),
+        "the defaults of `attend`",
+    ),
+    Paper(
+        None,
+        "bahdanau",
+        "Additive attention (Bahdanau et al.)",
+        2015,
+        None,
+        ("jaxattn.Additive",),
+        (REDUCTIONS,),
+        "vᵀ tanh(A q + B k)",
+    ),
+    Paper(
+        None,
+        "graph_attention",
+        "Graph attention (Veličković et al.)",
+        2018,
+        None,
+        ("jaxattn.PairSum", "jaxattn.Graph"),
+        (REDUCTIONS, DOCS),
+        "LeakyReLU(a·q + b·k) over the edges of a graph",
+    ),
+    Paper(
+        None,
+        "alibi",
+        "ALiBi (Press et al.)",
+        2022,
+        None,
+        ("jaxattn.Alibi",),
+        (REDUCTIONS, "tests/core/test_agreement.py"),
+        "a bias linear in distance",
+    ),
+    Paper(
+        None,
+        "t5",
+        "T5: relative position buckets, prefix masks (Raffel et al.)",
+        2020,
+        None,
+        ("jaxattn.RelativeBias", "jaxattn.Prefix"),
+        (REDUCTIONS, "tests/core/test_masks.py"),
+        "a learned bias per bucket of distances",
+    ),
+    Paper(
+        None,
+        "rotary",
+        "Rotary position embedding (Su et al.)",
+        2021,
+        None,
+        ("jaxattn.rotary",),
+        ("tests/core/test_position.py",),
+        "scores that depend on distance alone",
+    ),
+    Paper(
+        None,
+        "rotary_2d",
+        "Axial rotary embedding for images (Heo et al.)",
+        2024,
+        None,
+        ("jaxattn.rotary_2d",),
+        ("tests/core/test_position.py",),
+        "half of the channels by row, half by column",
+    ),
+    Paper(
+        None,
+        "position_interpolation",
+        "Position interpolation (Chen et al.)",
+        2023,
+        None,
+        ("jaxattn.Interpolate",),
+        ("tests/core/test_position.py",),
+        "position / factor",
+    ),
+    Paper(
+        None,
+        "yarn",
+        "YaRN, and NTK-aware scaling (Peng et al.)",
+        2023,
+        None,
+        ("jaxattn.Yarn", "jaxattn.NTK"),
+        ("tests/core/test_position.py",),
+        "fast rotary pairs stay, slow ones are interpolated",
+    ),
+    Paper(
+        None,
+        "learned_positions",
+        "Learned absolute positions (Gehring et al.)",
+        2017,
+        None,
+        ("jaxattn.LearnedPositions",),
+        ("tests/core/test_position.py",),
+        "a vector per position, added to the input",
+    ),
+    Paper(
+        None,
+        "streaming_llm",
+        "StreamingLLM (Xiao et al.)",
+        2024,
+        None,
+        ("jaxattn.Sinks", "jaxattn.Window"),
+        ("tests/core/test_masks.py", "tests/nn/test_decode.py"),
+        "a window and the first tokens, as a mask; not its evicting cache",
+    ),
+    Paper(
+        None,
+        "sparse_transformer",
+        "Strided sparse transformer (Child et al.)",
+        2019,
+        None,
+        ("jaxattn.Dilated",),
+        ("tests/core/test_masks.py",),
+        "every step-th key",
+    ),
+    Paper(
+        None,
+        "specinfer",
+        "SpecInfer (Miao et al.)",
+        2024,
+        None,
+        ("jaxattn.Ancestors",),
+        ("tests/core/test_masks.py", DOCS),
+        "a tree of drafts verified in one call",
+    ),
+    Paper(
+        None,
+        "sparsemax",
+        "Sparsemax (Martins and Astudillo)",
+        2016,
+        None,
+        ("jaxattn.Sparsemax",),
+        (REDUCTIONS,),
+        "the projection onto the simplex",
+    ),
+    Paper(
+        None,
+        "entmax",
+        "1.5-entmax (Peters et al.)",
+        2019,
+        None,
+        ("jaxattn.Entmax15",),
+        (REDUCTIONS,),
+        "between softmax and sparsemax",
+    ),
+    Paper(
+        None,
+        "gumbel_softmax",
+        "Gumbel-softmax (Jang et al.; Maddison et al.)",
+        2017,
+        None,
+        ("jaxattn.Gumbel",),
+        ("tests/core/test_noise.py",),
+        "relaxed draws",
+    ),
+    Paper(
+        None,
+        "reinforce",
+        "REINFORCE (Williams)",
+        1992,
+        None,
+        ("jaxattn.OneHotSample", "jaxattn.score_function"),
+        ("tests/core/test_noise.py", DOCS),
+        "the gradient of a hard choice",
+    ),
+    Paper(
+        None,
+        "talking_heads",
+        "Talking heads (Shazeer et al.)",
+        2020,
+        None,
+        ("jaxattn.MixHeads", "jaxattn.nn.HeadMixing"),
+        (REDUCTIONS, DOCS),
+        "heads read each other's scores and weights",
+    ),
+    Paper(
+        None,
+        "swiglu",
+        "SwiGLU (Shazeer)",
+        2020,
+        None,
+        ("jaxattn.nn.FeedForward",),
+        ("tests/nn/test_feed_forward.py",),
+        "the gated feed-forward block",
+    ),
+    Paper(
+        None,
+        "softcap",
+        "Soft cap of Gemma 2",
+        2024,
+        None,
+        ("jaxattn.SoftCap",),
+        (REDUCTIONS,),
+        "scores stay within ±cap",
+    ),
+    Paper(
+        None,
+        "sink_logit",
+        "A learned logit beside the keys, as in gpt-oss",
+        None,
+        None,
+        ("jaxattn.Softmax", "jaxattn.nn.NullSoftmax"),
+        ("tests/core/test_normalize.py", "tests/core/test_partial.py", "tests/nn/test_learned.py"),
+        "a place to attend to nothing",
+    ),
+    Paper(
+        None,
+        "qk_norm",
+        "Query and key normalisation",
+        None,
+        None,
+        ("jaxattn.nn.MultiHeadAttention",),
+        (MODULE,),
+        "RMS norm before rotation",
+    ),
+    Paper(
+        None,
+        "gqa",
+        "Grouped-query and multi-query attention",
+        None,
+        None,
+        ("jaxattn.attend", "jaxattn.nn.MultiHeadAttention"),
+        ("tests/core/test_attend.py", MODULE),
+        "key heads are shared by groups of query heads",
+    ),
+    Paper(
+        None,
+        "split_k",
+        "Split-K decoding and shared prefixes",
+        None,
+        None,
+        ("jaxattn.Partial", "jaxattn.merge"),
+        ("tests/core/test_partial.py", DOCS),
+        "attention over all keys is the merge of attention over parts of them",
+    ),
+    Paper(
+        None,
+        "nucleus",
+        "Nucleus sampling (Holtzman et al.)",
+        2020,
+        None,
+        ("jaxattn.models.sample",),
+        ("tests/models/test_sample.py",),
+        "the fewest tokens that reach a probability",
+    ),
+    Paper(
+        None,
+        "adamw",
+        "AdamW (Loshchilov and Hutter)",
+        2019,
+        None,
+        ("jaxattn.train.make_optimizer",),
+        ("tests/train/test_optimizer.py",),
+        "by optax, with decay where it belongs",
+    ),
+    Paper(
+        None,
+        "muon",
+        "Muon (Jordan et al.)",
+        2024,
+        None,
+        ("jaxattn.train.make_optimizer",),
+        ("tests/train/test_optimizer.py",),
+        "by optax, for matrices",
+    ),
+)
+
+
+def find(name: str) -> Paper | None:
+    """The paper of this short name."""
+    return next((paper for paper in PAPERS if paper.name == name), None)
+
+
+def resolve(name: str) -> Any:
+    """What a dotted name stands for; raises ImportError or AttributeError if it stands for nothing."""
+    package, *rest = name.split(".")
+    found: Any = importlib.import_module(package)
+    for step, attribute in enumerate(rest):
+        if not hasattr(found, attribute):
+            importlib.import_module(".".join([package, *rest[: step + 1]]))
+        found = getattr(found, attribute)
+    return found
+
+
+def table() -> str:
+    """Every paper in Markdown, one a line: number, what it is, what carries it, what checks it, and the note."""
+    lines = ["| no. | name | paper | by | checked by | what is there |", "|---|---|---|---|---|---|"]
+    for paper in PAPERS:
+        parts = ", ".join(f"`{part.removeprefix('jaxattn.')}`" for part in paper.parts)
+        checks = ", ".join(check.removeprefix("tests/").removesuffix(".py") for check in paper.checks)
+        cells = (str(paper.row or ""), paper.name, paper.cite(), parts, checks, paper.note)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def summary() -> str:
+    """The names of all papers in Markdown, by the module that holds the first of their parts."""
+    by_module: dict[str, list[str]] = {}
+    for paper in PAPERS:
+        by_module.setdefault(resolve(paper.parts[0]).__module__, []).append(paper.name)
+    lines = ["| in | papers | |", "|---|---|---|"]
+    for module, names in sorted(by_module.items()):
+        lines.append(f"| `{module.replace('.', '/')}.py` | {len(names)} | {', '.join(names)} |")
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """docs/papers.md."""
+    listed = sum(paper.row is not None for paper in PAPERS)
+    return f"""# Papers
+
+Printed by `python -m jaxattn.papers`. {len(PAPERS)} papers. The {listed} with a number are on the list of those that
+this library sets out to cover. A paper without a line is not covered; where only a part of one is, the last column says
+which. What a paper claims is measured by [experiments](experiments.md).
+
+{table()}"""
+
+
+if __name__ == "__main__":
+    print(summary() if "--summary" in sys.argv else page(), end="")

@@ -1,0 +1,310 @@
+"""The runner: claims are judged by their numbers alone, results are kept by seed, and mistakes get one clear line."""
+
+import dataclasses
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pages import run_page
+from rich.console import Console
+
+from experiments import report, runner
+from experiments.__main__ import main
+from experiments.experiment import (
+    Claim,
+    Curves,
+    Experiment,
+    Maps,
+    Range,
+    Result,
+    at_least,
+    at_most,
+    judge,
+    load,
+    names,
+    outside,
+    within,
+)
+from jaxattn import papers
+
+QUIET = Console(quiet=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int = 10
+    sizes: tuple[int, ...] = (1, 2)
+    inner: Inner = Inner()
+
+
+CLAIMS = (
+    Claim("The sum grows.", "performer", "sum", at_least(10)),
+    Claim("The sum | is small.", "performer", "sum", at_most(1), refuted=at_least(5)),
+    Claim("What cannot be measured holds.", "performer", "absent", at_least(0)),
+)
+
+
+def measure(config, seed, folder, console):
+    assert not folder.exists()
+    return Result(
+        {"sum": config.steps + seed + jnp.float32(0.5), "absent": None},
+        {"rows": [{"size": size, "kind": "a|b", "value": float(size + seed)} for size in config.sizes]},
+        {
+            "lines": Curves("x", "y", {"a": [(1, 1.0 + seed), (2, np.float32(2))], "b": [(1, 3.0)]}, log="xy"),
+            "weights": Maps({"one": np.eye(3).tolist(), "two": jnp.eye(3)}),
+        },
+    )
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """An experiment that counts its runs."""
+    calls = []
+
+    def run(config, seed, folder, console):
+        calls.append(seed)
+        return measure(config, seed, folder, console)
+
+    run.calls = calls
+    toy = Experiment("toy", "A toy.", Config(), Config(steps=3), CLAIMS, run)
+    monkeypatch.setattr(report, "load", lambda name: toy if name == "toy" else load(name))
+    return toy
+
+
+def go(toy, folder, config=None, seeds=2):
+    return runner.run(toy, config or toy.default, seeds=seeds, folder=folder, command="python -m x", console=QUIET)
+
+
+# Verdicts
+
+
+def test_a_range_holds_its_ends_and_never_nan():
+    for range, inside, out in (
+        (at_least(2), (2, math.inf), (1.99, -math.inf)),
+        (at_most(2), (2, -5), (2.01,)),
+        (within(-0.6, -0.4), (-0.6, -0.5), (-0.61, 0)),
+        (outside(within(1, 2)), (0.9, 2.1), (1, 1.5, 2)),
+    ):
+        assert all(x in range for x in inside)
+        assert not any(x in range for x in (*out, math.nan))
+    assert [str(x) for x in (at_least(1), at_most(2), within(1, 2), outside(at_most(2)))] == [
+        "at least 1",
+        "at most 2",
+        "1 to 2",
+        "not at most 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([2, 3], "confirmed"),
+        ([2, 0.5], "not seen at this scale"),
+        ([0, -1], "refuted"),
+        ([0, 0.5], "not seen at this scale"),
+        ([2, None], "not seen at this scale"),
+        ([math.nan], "not seen at this scale"),
+        ([], "not seen at this scale"),
+    ],
+)
+def test_a_verdict_needs_every_seed(values, verdict):
+    assert judge(Claim("", "", "", confirmed=at_least(1), refuted=at_most(0)), values) == verdict
+
+
+def test_without_a_range_that_refutes_nothing_is_refuted():
+    assert judge(Claim("", "", "", at_least(1)), [-100]) == "not seen at this scale"
+
+
+# What is written
+
+
+def test_the_report_begins_with_the_claims_and_shows_every_seed(toy, tmp_path):
+    folder = go(toy, tmp_path / "toy")
+    lines = (folder / "report.md").read_text().splitlines()
+    assert lines[0] == "# toy"
+    assert [line.split(" | ")[0] for line in lines[4:7]] == [
+        "| **confirmed**",
+        "| **refuted**",
+        "| **not seen at this scale**",
+    ]
+    assert "11 ± 0.71 | 10.5, 11.5 |" in lines[4]
+    assert "The sum \\| is small." in lines[5]
+    assert lines[6].endswith("| – | –, – |")
+    text = "\n".join(lines)
+    assert "| 2 | a\\|b | 2.5 ± 0.71 |" in text
+    assert "| sizes | `[1, 2]` |" in text
+    assert "python -m x" in text
+    for figure in ("lines", "weights"):
+        assert f"]({figure}.png)" in text
+        assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_file_holds_every_number(toy, tmp_path):
+    folder = go(toy, tmp_path / "toy")
+    record = json.loads((folder / "results.json").read_text())
+    assert record["config"] == {"steps": 10, "sizes": [1, 2], "inner": {"rate": 0.5}}
+    assert [claim["verdict"] for claim in record["claims"]] == ["confirmed", "refuted", "not seen at this scale"]
+    assert [seed["numbers"]["sum"] for seed in record["seeds"]] == [10.5, 11.5]
+    assert {"command", "seconds", "python", "jax", "cores", "device", "code"} <= record["seeds"][0]["made"].keys()
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_numbers_that_are_not_finite_are_null():
+    assert runner.plain({"a": (math.nan, jnp.inf, jnp.arange(2), np.float32(0.5), True, "b")}) == {
+        "a": [None, None, [0, 1], 0.5, True, "b"]
+    }
+
+
+def test_a_figure_is_the_mean_over_seeds_in_the_band_of_all():
+    figure = Curves.draw([Curves("x", "y", {"a": [(1, y), (2, 5.0)]}) for y in (1.0, 2.0, 6.0)])
+    axes = figure.axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, 3], [2, 5]])
+    band = axes.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (1, 6)
+
+
+# Running again
+
+
+def test_finished_seeds_are_kept_and_new_ones_added(toy, tmp_path):
+    go(toy, tmp_path / "toy", seeds=2)
+    before = (tmp_path / "toy" / "seeds" / "1.json").read_bytes()
+    go(toy, tmp_path / "toy", seeds=3)
+    assert toy.run.calls == [0, 1, 2]
+    assert (tmp_path / "toy" / "seeds" / "1.json").read_bytes() == before
+    assert len(json.loads((tmp_path / "toy" / "results.json").read_text())["seeds"]) == 3
+
+
+def test_a_run_that_dies_goes_on_after_its_last_finished_seed(toy, tmp_path):
+    def dies(config, seed, folder, console):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return toy.run(config, seed, folder, console)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(toy._replace(run=dies), tmp_path / "toy")
+    go(toy, tmp_path / "toy")
+    assert toy.run.calls == [0, 1]
+
+
+def test_another_config_is_refused_and_changes_nothing(toy, tmp_path):
+    go(toy, tmp_path / "toy")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=r"config\.inner\.rate was 0\.5, now 0\.25.*another output folder"):
+        go(toy, tmp_path / "toy", Config(inner=Inner(0.25)))
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+def test_each_config_has_a_place_of_its_own(toy, tmp_path):
+    places = [runner.place(tmp_path, toy, config).name for config in (Config(), Config(steps=3), Config(steps=4))]
+    assert places[:2] == ["toy", "toy-quick"]
+    assert places[2].startswith("toy-")
+    assert len(set(places)) == 3
+
+
+def test_the_index_holds_the_claims_of_all_runs(toy, tmp_path):
+    go(toy, tmp_path / "toy")
+    go(toy, tmp_path / "toy-quick", toy.quick)
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "config.json").write_text('{"experiment": "gone", "config": {}}')
+    text = report.write_index(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+    assert "gone: there is no experiment 'gone'" in text
+    assert "1 confirmed, 1 refuted, 4 not seen at this scale." in text
+    assert text.count("](toy/report.md)") == text.count("](toy-quick/report.md)") == 3
+
+
+# Configs from the command line
+
+
+def test_fields_are_set_by_name_in_nested_configs_too():
+    config = runner.changed(Config(), ["steps=4", "sizes=[3]", "inner.rate=1e-2"])
+    assert config == Config(4, (3,), Inner(0.01))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("stepz=4", "no field 'stepz': did you mean 'steps'?"),
+        ("inner.rat=4", "did you mean 'inner.rate'?"),
+        ("q=4", "there are steps, sizes, inner.rate"),
+        ("steps=many", "steps is a int"),
+        ("steps=1.5", "steps is a int"),
+        ("sizes=[a]", "sizes is a tuple"),
+        ("steps", "need field=value"),
+    ],
+)
+def test_a_wrong_field_or_value_is_named(change, words):
+    with pytest.raises(ValueError, match="--set") as error:
+        runner.changed(Config(), [change])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# The command line
+
+
+def fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("experiments.experiment.names", lambda: {"recall": "", "feature_maps": ""})
+    assert "no experiment 'recal': did you mean 'recall'?" in fails(capsys, "run", "recal", "--folder", tmp_path)
+    assert "there are recall, feature_maps" in fails(capsys, "run", "zzz", "--folder", tmp_path)
+    assert "need a NAME" in fails(capsys, "run", "--folder", tmp_path)
+    assert "--set is for one experiment" in fails(capsys, "run", "--all", "--set", "steps=1", "--folder", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_and_report_from_the_shell(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("experiments.experiment.load", lambda name: toy)
+    main(["run", "toy", "--quick", "--seeds", "2", "--folder", str(tmp_path)])
+    assert "refuted: " not in capsys.readouterr().out
+    assert (tmp_path / "toy-quick" / "report.md").exists()
+    main(["run", "toy", "--set", "steps=3", "--folder", str(tmp_path)])
+    assert toy.run.calls == [0, 1], "setting a field to its quick value is the quick run"
+    main(["report", "--folder", str(tmp_path)])
+    assert "not seen at this scale" in capsys.readouterr().out
+    assert "toy-quick/report.md" in (tmp_path / "README.md").read_text()
+    assert "seeds is 0" in fails(capsys, "run", "toy", "--seeds", 0, "--folder", tmp_path / "none")
+
+
+# The experiments there are
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_experiment_keeps_the_contract(name):
+    experiment = load(name)
+    assert experiment.about.endswith((".", ":", "?"))
+    assert experiment.default != experiment.quick
+    assert type(experiment.default) is type(experiment.quick)
+    json.dumps(dataclasses.asdict(experiment.default))
+    assert experiment.claims
+    for claim in experiment.claims:
+        assert isinstance(claim.confirmed, Range)
+        assert papers.find(claim.paper) is not None, f"{claim.paper} is not in jaxattn.papers"
+
+
+def test_programs_of_the_folder_that_claim_nothing_are_no_experiments():
+    assert not {"demo", "gallery", "figures", "runner", "report", "experiment"} & set(names())
+
+
+def test_the_experiment_of_the_page_runs(tmp_path):
+    page = run_page("docs/experiments.md", tmp_path)
+    one = Experiment("sparse_rows", "A page.", page["Config"](), page["QUICK"], page["CLAIMS"], page["run"])
+    result = one.run(one.quick, 0, tmp_path / "0", QUIET)
+    assert report.to_result(json.loads(json.dumps(runner.plain(report.from_result(result))))).numbers == result.numbers
+    assert report.judged(one.claims, [result])[0][2] == "confirmed"
