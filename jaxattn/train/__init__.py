@@ -9,6 +9,7 @@ from jaxattn.train.data import (
     EOS,
     VOCABULARY,
     Document,
+    Drawn,
     Windows,
     batches,
     decode,
@@ -31,6 +32,7 @@ from jaxattn.train.step import (
     on_mesh,
     on_one_device,
     on_pmap,
+    repeated,
 )
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "VOCABULARY",
     "Checkpoints",
     "Document",
+    "Drawn",
     "Loaded",
     "OptimizerConfig",
     "Restored",
@@ -67,6 +70,7 @@ __all__ = [
     "on_pmap",
     "ordered_batches",
     "read_documents",
+    "repeated",
     "split",
     "standard_library",
     "with_params",

@@ -2,17 +2,21 @@
 
 A token is a byte, or one of two specials that open and close a document. The stream of a corpus is
 `BOS bytes EOS BOS bytes EOS ...`; a window is a stretch of it, with what a model needs to keep its documents apart.
+A task that is a distribution rather than a text is `Drawn`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 BOS = 256
@@ -188,6 +192,23 @@ class Windows:
         return f"Windows({len(self)} of length {self.length}, from {self.starts.size} documents)"
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Batches that are drawn and never repeat: `draw(key, rows)` makes one, a pytree of arrays `[rows, ...]`.
+
+    In training it runs inside the compiled step, so the data never leave the device; it must be a pure function.
+
+    Attributes:
+        draw: (key, rows) -> batch.
+        length: Tokens per row, by which speed is measured.
+        digest: Says what is drawn, in any words: a run is resumed only with a source that says the same.
+    """
+
+    draw: Callable[[jax.Array, int], Any]
+    length: int
+    digest: str
+
+
 def batches(source: Windows, batch_size: int, seed: int = 0) -> grain.DatasetIterator[Batch]:
     """An endless iterator over batches: dicts of arrays `[B, L]`, each pass over the windows in a new shuffled order.
 
@@ -200,16 +221,21 @@ def batches(source: Windows, batch_size: int, seed: int = 0) -> grain.DatasetIte
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def ordered_batches(source: Windows, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+def ordered_batches(source: Windows | Drawn, batch_size: int, limit: int | None = None) -> Iterator[Any]:
     """One ordered pass over the windows for validation, in batches `[B, L]` that all have the same shape.
 
     With a `limit`, at most that many batches, of windows spread evenly over the corpus. The last batch is filled up
     with repeats of its last window whose `weights` are 0: they count for nothing in a weighted sum.
-    Raises `ValueError` for a batch size or a limit below 1.
+    Of a `Drawn` source the first `limit` batches of a fixed sequence, the same in every run.
+    Raises `ValueError` for a batch size or a limit below 1, and for a drawn source without a limit.
     """
     _check_batch_size(batch_size)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: need at least 1 batch, or None for all")
+    if isinstance(source, Drawn):
+        if limit is None:
+            raise ValueError("limit is None but batches are drawn without end: need a number of batches")
+        return (drawn_batch(source.draw, batch_size, 0, VALIDATION, i) for i in range(limit))
     count = len(source) if limit is None else min(len(source), limit * batch_size)
     return _ordered_batches(source, batch_size, [i * len(source) // count for i in range(count)])
 
@@ -220,6 +246,16 @@ def _ordered_batches(source: Windows, batch_size: int, indices: list[int]) -> It
         empty = {**rows[-1], "weights": np.zeros(source.length, np.float32)}
         rows += [empty] * (batch_size - len(rows))
         yield {name: np.stack([row[name] for row in rows]) for name in empty}
+
+
+# Of a seed's random numbers, those for drawing data: streams that no step, which counts from 0, can reach.
+TRAINING, VALIDATION = 2**32 - 1, 2**32 - 2
+
+
+@partial(jax.jit, static_argnames=("draw", "rows", "seed", "stream"))
+def drawn_batch(draw: Callable[[jax.Array, int], Any], rows: int, seed: int, stream: int, number: Any) -> Any:
+    """Batch `number` of a stream of a seed."""
+    return draw(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), number), rows)
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -26,7 +26,7 @@ import optax
 from rich.console import Console
 
 from jaxattn.train.checkpoint import Checkpoints, check_config, is_full_disk
-from jaxattn.train.data import Batch, Windows, batches, ordered_batches
+from jaxattn.train.data import TRAINING, Drawn, Windows, batches, drawn_batch, ordered_batches
 from jaxattn.train.log import Display, Log
 from jaxattn.train.loss import bits_per_byte
 from jaxattn.train.step import (
@@ -41,6 +41,7 @@ from jaxattn.train.step import (
     on_mesh,
     on_one_device,
     on_pmap,
+    repeated,
 )
 
 # Fields that a resumed run may change, by their dotted names in the run's config: they do not alter what is learned
@@ -111,8 +112,8 @@ def fit(
     loss_fn: LossFunction,
     params: Params,
     optimizer: optax.GradientTransformation,
-    train_data: Windows,
-    validation_data: Windows,
+    train_data: Windows | Drawn,
+    validation_data: Windows | Drawn,
     config: TrainConfig,
     run_config: Mapping[str, Any],
     folder: str | Path,
@@ -126,10 +127,12 @@ def fit(
     `run_config`, which JSON can hold, is what a resumed run must share with its checkpoints, beside `config` (but for
     `FREE_FIELDS`) and the data: put in it whatever makes the model and the optimiser what they are.
 
-    `loss_fn(params, batch, key)` is as `make_step` takes it; batches are those of `Windows`, `[B, L]`. A line of the
-    log has the metrics of that one step: `loss`, `grad_norm`, the mean per token of each sum of `loss_fn`,
-    `bits_per_byte` where the sums have `nll` and `bytes`, and `tokens_per_second` since the last stop of the clock
-    (null where only the step that compiles was run). Evaluations add the same with `validation_` before the name.
+    `loss_fn(params, batch, key)` is as `make_step` takes it; batches are those of `Windows`, `[B, L]`, or what a
+    `Drawn` source draws. Steps on drawn batches run as one compiled loop from each stop (for the log, an evaluation, a
+    checkpoint) to the next, on one device. A line of the log has the metrics of that one step: `loss`, `grad_norm`, the
+    mean per token of each sum of `loss_fn`, `bits_per_byte` where the sums have `nll` and `bytes`, and
+    `tokens_per_second` since the last stop (null where only what compiles was run). Evaluations add the same with
+    `validation_` before the name.
 
     Raises, before anything is changed, `ValueError` for a config that makes no sense, and for a folder that holds
     another run or other files. `FloatingPointError` when loss, gradient or parameters are not finite: nothing that is
@@ -138,20 +141,18 @@ def fit(
     console = console or Console()
     folder = Path(folder).absolute()
     record = _record(run_config, config, train_data, validation_data)
-    _check(config)
+    _check(config, train_data, validation_data)
     _claim(folder, record)
-    train_step = _on_devices(
-        config.devices, lambda axis: make_step(loss_fn, optimizer, accumulate=config.accumulate, axis_name=axis)
-    )
     evaluation = _on_devices(config.devices, lambda axis: make_evaluation(loss_fn, axis_name=axis))
-    iterator = batches(train_data, config.batch_size, config.seed)
+    iterator = None if isinstance(train_data, Drawn) else batches(train_data, config.batch_size, config.seed)
     state = init_state(params, optimizer, jax.random.key(config.seed))
 
     with Checkpoints(folder / "checkpoints", config.keep) as checkpoints, _interruptions() as interrupted:
         restored = checkpoints.restore_latest(state, record, FREE_FIELDS)
         if restored is not None:
             state = restored.state
-            iterator.set_state(restored.iterator)
+            if iterator is not None:
+                iterator.set_state(restored.iterator)
         first = int(state.step)
         log = Log(folder / "metrics.jsonl", first)
         if first >= config.steps:
@@ -160,24 +161,26 @@ def fit(
         if restored is not None:
             console.print(f"resuming the run in {folder} after step {first} of {config.steps}", soft_wrap=True)
 
+        stride = _stride(config, first) if isinstance(train_data, Drawn) else 1
+        train_step = _train_step(loss_fn, optimizer, config, train_data, stride)
         with Display(console, first, config.steps) as display:
             pending: dict[int, Any] = {}
             started = time.perf_counter()
-            for step in range(first + 1, config.steps + 1):
-                state, pending[step] = train_step(state, next(iterator))
+            for step in range(first + stride, config.steps + 1, stride):
+                state, pending[step] = train_step(state, None if iterator is None else next(iterator))
 
                 last = step == config.steps
                 stop = interrupted.is_set()
                 logs = last or step % config.log_every == 0
                 evaluates = last or step % config.eval_every == 0
                 saves = last or stop or step % config.save_every == 0
-                compiled = step == first + 1
+                compiled = step == first + stride
                 if not (logs or evaluates or saves or compiled):
                     continue
 
                 metrics = _finite(jax.device_get(pending), checkpoints)
                 seconds = time.perf_counter() - started
-                speed = None if compiled else len(pending) * config.batch_size * train_data.length / seconds
+                speed = None if compiled else len(pending) * stride * config.batch_size * train_data.length / seconds
                 display.update(step, metrics["loss"], speed)
                 line: dict[str, Any] = {"step": step}
                 if logs:
@@ -191,7 +194,7 @@ def fit(
                     display.line(line)
                 if saves:
                     _check_finite(state, step, checkpoints)
-                    checkpoints.save(state, iterator.get_state(), record)
+                    checkpoints.save(state, None if iterator is None else iterator.get_state(), record)
                 if stop and not last:
                     console.print(
                         f"stopped after step {step} of {config.steps} and saved: run the same again with the output "
@@ -210,7 +213,33 @@ def _result(folder: Path, state: State, config: TrainConfig, log: Log) -> Result
     return Result(folder, state.params, step, step >= config.steps, latest, log.lines)
 
 
-def _record(run_config: Mapping[str, Any], config: TrainConfig, train: Windows, validation: Windows) -> dict[str, Any]:
+def _stride(config: TrainConfig, first: int) -> int:
+    """How many steps can run together without passing a stop: all stops, and the last step, are multiples of it."""
+    return math.gcd(config.steps, config.log_every, config.eval_every, config.save_every, first)
+
+
+def _train_step(
+    loss_fn: LossFunction,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    data: Windows | Drawn,
+    stride: int,
+) -> Step:
+    def make(axis_name: str | None) -> Step:
+        step = make_step(loss_fn, optimizer, accumulate=config.accumulate, axis_name=axis_name)
+        if not isinstance(data, Drawn):
+            return step
+        draw = data.draw
+        return repeated(
+            step, stride, lambda number: drawn_batch(draw, config.batch_size, config.seed, TRAINING, number)
+        )
+
+    return _on_devices(config.devices, make)
+
+
+def _record(
+    run_config: Mapping[str, Any], config: TrainConfig, train: Windows | Drawn, validation: Windows | Drawn
+) -> dict[str, Any]:
     own = {
         "train": dataclasses.asdict(config),
         "corpus": {"length": train.length, "train": train.digest, "validation": validation.digest},
@@ -225,13 +254,17 @@ def _record(run_config: Mapping[str, Any], config: TrainConfig, train: Windows, 
     return {**given, **own}
 
 
-def _check(config: TrainConfig) -> None:
+def _check(config: TrainConfig, train: Windows | Drawn, validation: Windows | Drawn) -> None:
     for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every", "keep", "log_every"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: need at least 1")
     if config.devices not in ("one", "mesh", "pmap"):
         raise ValueError(f"devices is {config.devices!r}: need 'one', 'mesh' or 'pmap'")
+    if isinstance(train, Drawn) and config.devices != "one":
+        raise ValueError(f"devices is {config.devices!r} but batches are drawn inside the step: need 'one'")
+    if isinstance(validation, Drawn) and config.eval_batches is None:
+        raise ValueError("eval_batches is None but validation batches are drawn without end: need a number")
     devices = 1 if config.devices == "one" else len(jax.devices())
     if config.batch_size % (devices * config.accumulate):
         raise ValueError(
@@ -269,7 +302,7 @@ def _on_devices(devices: str, make: Callable[[str | None], Step]) -> Step:
     return on_one_device(make(None))
 
 
-def _evaluate(evaluation: Step, state: State, validation: Iterator[Batch]) -> tuple[State, dict[str, float]]:
+def _evaluate(evaluation: Step, state: State, validation: Iterator[Any]) -> tuple[State, dict[str, float]]:
     sums: dict[str, float] = {}
     for batch in validation:
         state, of_batch = evaluation(state, batch)
@@ -285,12 +318,17 @@ def _readable(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _finite(pending: Mapping[int, Mapping[str, Any]], checkpoints: Checkpoints) -> Mapping[str, Any]:
-    """The metrics of the last of the pending steps, when loss and gradient of all of them are finite."""
-    for step, metrics in pending.items():
+    """The metrics of the last of the pending steps, when loss and gradient of all of them are finite.
+
+    Metrics are those of the step they are filed under, or of several steps up to it.
+    """
+    for last, metrics in pending.items():
         for name, words in (("loss", "the loss"), ("grad_norm", "the norm of the gradient")):
-            if not np.isfinite(metrics[name]):
-                raise FloatingPointError(f"{words} is {metrics[name]} at step {step}: {checkpoints.describe_latest()}")
-    return metrics
+            values = np.atleast_1d(metrics[name])
+            for step, value in enumerate(values, last + 1 - len(values)):
+                if not np.isfinite(value):
+                    raise FloatingPointError(f"{words} is {value} at step {step}: {checkpoints.describe_latest()}")
+    return {name: np.atleast_1d(values)[-1] for name, values in metrics.items()}
 
 
 @jax.jit

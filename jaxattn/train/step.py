@@ -103,6 +103,18 @@ def make_step(
     return step
 
 
+def repeated(step: Step, count: int, draw: Callable[[jax.Array], Any]) -> Step:
+    """`count` steps as one, each on the batch draw(number) of its number; it is given None for a batch.
+
+    The metrics are those of all steps, with a leading axis [count].
+    """
+
+    def steps(state: State, _: None) -> tuple[State, Metrics]:
+        return jax.lax.scan(lambda state, _: step(state, draw(state.step)), state, length=count)
+
+    return steps
+
+
 def _micro_batches(batch: Any, accumulate: int) -> Any:
     size = jax.tree.leaves(batch)[0].shape[0]
     if size % accumulate:

@@ -44,7 +44,7 @@ def run(folder, config=CONFIG, loss_fn=loss_fn, train_data=None, run_config=None
         params=initial_params() if params is None else params,
         optimizer=optax.adam(0.05),
         train_data=train if train_data is None else train_data,
-        validation_data=validation,
+        validation_data=options.pop("validation_data", validation),
         config=config,
         run_config={"model": "bigram"} if run_config is None else run_config,
         folder=folder,
