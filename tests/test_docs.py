@@ -328,11 +328,77 @@ def test_decoding_reads_the_chosen_tokens_of_each_key_head(page):
     assert_close(p.decoded, attend(p.query, p.key, p.value, mask=Explicit(seen))[-1:])
 
 
+# features.md
+
+
+def test_a_state_reads_what_the_pairs_read(page):
+    p = page("features")
+    assert_close(p.from_a_state, p.from_pairs)
+    assert_close(p.flat["relu"].sum(-1), np.ones((4, p.N, p.T)))
+    assert_close(p.signed, np.einsum("btnh,bsnh->bnts", *(np.asarray(x, np.float64) for x in (p.query, p.key))) / 4)
+    assert_close(p.cosines, np.clip(p.cosines, -1, 1))
+
+
+def test_divergences_from_softmax_are_those_that_the_comments_say(page):
+    p = page("features")
+    said = {
+        "elu": 2.3,
+        "relu": 1.9,
+        "taylor": 0.8,
+        "fast": 0.8,
+        "favor": 1.1,
+        "hedgehog at the start": 1.7,
+        "hedgehog": 1.1,
+    }
+    assert {name: round(float(x), 1) for name, x in p.far.items()} == said
+    assert round(float(p.entropy), 1) == 0.5
+    assert p.sizes == {1: 17, 2: 153, 3: 969}
+    assert p.favor.size(p.H) == 128
+    assert p.hedgehog.size(p.H) == 32
+
+
+def test_a_taylor_kernel_is_least_at_minus_one(page):
+    p = page("features")
+    assert_close(list(p.by_score.values()), [5, 0.5, 1, 2.5])
+    phi, psi = p.safe(p.query, p.key)
+    assert jnp.einsum("...tnf,...snf->...nts", phi, psi).min() > 0.5 - 100 * EPS
+
+
+def test_fast_does_not_see_a_scale_or_a_shift(page):
+    """But for ε = 1e-6 beside a variance of some 0.3 at least."""
+    p = page("features")
+    assert np.abs(p.same).max() < (100 * EPS + 1e-5) * np.abs(p.fast(p.query, p.key)[0]).max()
+
+
+def test_errors_of_random_features_are_in_the_order_that_the_page_gives(page):
+    """With 1000 draws the mean of squares is within some tenths of the truth."""
+    p = page("features")
+    positive = np.exp(-1.8) * np.expm1(0.2) / 16
+    assert p.independent["positive"] == pytest.approx(positive, rel=0.3)
+    for errors in (p.independent, p.orthogonal):
+        assert 2 * errors["hyperbolic"] < errors["positive"] < errors["trigonometric"]
+    assert p.orthogonal["hyperbolic"] < p.independent["hyperbolic"] / 2
+
+
+def test_moments_match(page):
+    p = page("features")
+    assert p.spread["matched"] == pytest.approx(p.spread["softmax"], rel=0.3)
+    assert p.spread["exp(q)·exp(k)"] < p.spread["softmax"] / 7
+
+
+def test_the_new_map_multiplies_neighbours(page):
+    p = page("features")
+    x = np.asarray(p.query, np.float64)
+    r = np.maximum(np.concatenate([x, -x], -1), 0)
+    assert_close(p.phi_of_new, np.concatenate([r * r[..., np.arange(-i, 32 - i)] for i in (1, 2)], -1))
+    assert p.psi_of_new.shape[-1] == p.standardised_too.size(p.H) == 64
+
+
 # All pages
 
 
 def test_the_pages_name_every_part_and_call():
-    text = " ".join(PAGES[f"{name}.md"] for name in ("attend", "measures", "positions", "blocks"))
+    text = " ".join(PAGES[f"{name}.md"] for name in ("attend", "measures", "positions", "blocks", "features"))
     text = " ".join(re.findall(r"`[^`\n]+`", text))
     missing = [name for name in jaxattn.__all__ if not re.search(rf"\b{name}\b", text)]
     assert missing == []
