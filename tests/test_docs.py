@@ -386,6 +386,18 @@ def test_moments_match(page):
     assert p.spread["exp(q)·exp(k)"] < p.spread["softmax"] / 7
 
 
+def test_log_normal_attention_with_a_diagonal_is_the_mean_of_both(page):
+    p = page("features")
+    sigma = np.sqrt((1.5**4 + 0.35487039) / 0.29710356) / 1.5
+    query, key, value = (np.asarray(x, np.float64) for x in (p.query, p.key, p.value))
+    near = np.arange(p.T)[:, None] // p.H == np.arange(p.T) // p.H
+    kernel = np.einsum("btnh,bsnh->bnts", *np.exp([sigma * query, sigma * key]))
+    local = np.where(near, np.exp(np.einsum("btnh,bsnh->bnts", query, key) / 4), 0)
+    weights = (np.where(np.tri(p.T, dtype=bool), x, 0) for x in (kernel, local))
+    mean = sum(x / x.sum(-1, keepdims=True) for x in weights) / 2
+    assert_close(p.both, np.einsum("bnts,bsnv->btnv", mean, value))
+
+
 def test_the_new_map_multiplies_neighbours(page):
     p = page("features")
     x = np.asarray(p.query, np.float64)

@@ -190,7 +190,7 @@ def moment_match(
 
     For Gaussian q, k with standard deviations σ_q, σ_k, Var log P = σ_q² σ_k² for the weights of softmax(q·k / √H) and
     about a (α² σ_q² + β² σ_k²) + b for those of exp(α q)·exp(β k). `a` and `b` are the authors' fit. At H = 64 and
-    T = 512 the two variances are within 30 % for σ_q σ_k from 0.4 to 2.5; smaller heads vary more (1.5 times as much at
+    T = 512 the two variances are within 30 % for σ_q σ_k from 0.4 to 1.7; smaller heads vary more (1.5 times as much at
     H = 16): fit your own.
 
     Arrays are taken elementwise, such as one σ per head. No gradient flows through. σ_q² σ_k² <= b, which takes a
@@ -471,8 +471,8 @@ class StandardizedFeatures(Features):
 
     FAST (Gerami et al., 2024) is `StandardizedFeatures(TaylorFeatures(2, scale=1.0))`. Nothing changes if all queries
     or all keys are scaled by a positive number or shifted by one, but for ε = `epsilon`, which keeps a token with equal
-    channels at 0 with finite gradients. |x̂|² is H, so q̂·k̂ is within ±H. Raises ValueError for an epsilon that is not
-    positive.
+    channels at 0 with finite gradients. |x̂|² is H, so q̂·k̂ is within ±H: a polynomial of odd degree needs a scale
+    of 1 / H. Raises ValueError for an epsilon that is not positive.
     """
 
     then: Features
