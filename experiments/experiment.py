@@ -29,7 +29,7 @@ FOLDER = Path(__file__).parent
 Verdict = Literal["confirmed", "refuted", "not seen at this scale"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 Number = float | None
-Row = dict[str, str | int | float | None]
+Row = Mapping[str, str | int | float | None]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Curves:
 
     x: str
     y: str
-    lines: dict[str, list[tuple[float, float]]]
+    lines: Mapping[str, Sequence[tuple[float, float]]]
     log: str = ""
 
     @staticmethod
@@ -146,7 +146,7 @@ class Curves:
 class Maps:
     """Matrices of (query, key) pairs, as data: title -> rows. The picture is that of the first seed."""
 
-    panels: dict[str, list[list[float]]]
+    panels: Mapping[str, Sequence[Sequence[float]]]
 
     @staticmethod
     def draw(seeds: Sequence[Maps]) -> Figure:
@@ -173,9 +173,9 @@ class Result:
         figures: Figures as data, by title.
     """
 
-    numbers: dict[str, Number]
-    tables: dict[str, list[Row]] = field(default_factory=dict)
-    figures: dict[str, Curves | Maps] = field(default_factory=dict)
+    numbers: Mapping[str, Number]
+    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    figures: Mapping[str, Curves | Maps] = field(default_factory=dict)
 
 
 class Experiment(NamedTuple):
