@@ -27,11 +27,13 @@ def test_names_that_stand_for_nothing_are_found_out():
             papers.resolve(name)
 
 
-def test_lines_are_unique():
+def test_lines_are_unique_and_in_order():
     rows = [paper.row for paper in PAPERS if paper.row is not None]
     identifiers = [paper.arxiv for paper in PAPERS if paper.arxiv is not None]
     for values in (rows, identifiers, NAMES, [paper.title for paper in PAPERS]):
         assert len(set(values)) == len(values)
+    assert rows == sorted(rows)
+    assert [paper.row for paper in PAPERS[: len(rows)]] == rows
 
 
 def test_numbers_years_and_identifiers_are_what_they_can_be():

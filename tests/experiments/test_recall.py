@@ -1,0 +1,105 @@
+"""Associative recall: the task is what it says, a small model learns it, and a state's size is counted."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import recall, report, runner
+from experiments.recall import CLAIMS, MIXERS, QUICK, Config
+
+SIZES = {"pairs": 5, "length": 32, "keys": 9, "values": 6, "power": 0.01}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    drawn = recall.task(dataclasses.replace(Config(), **SIZES)).draw(jax.random.key(0), 200)
+    return {name: np.asarray(array) for name, array in drawn.items()}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return recall.run(QUICK, 0, tmp_path_factory.mktemp("recall"), Console(quiet=True))
+
+
+def test_every_key_is_asked_for_once_and_the_target_is_what_followed_it(batch):
+    for tokens, targets, weights in zip(batch["tokens"], batch["targets"], batch["weights"], strict=True):
+        pairs = dict(tokens[:10].reshape(5, 2).tolist())
+        assert len(pairs) == len(set(pairs.values())) == 5
+        places = np.flatnonzero(weights)
+        assert sorted(tokens[places]) == sorted(pairs)
+        assert (places >= 10).all()
+        assert (places % 2 == 0).all()
+        assert [pairs[token] for token in tokens[places]] == targets[places].tolist()
+
+
+def test_tokens_are_keys_values_and_a_filler(batch):
+    tokens, asked = batch["tokens"], batch["weights"] > 0
+    assert (tokens[:, 0:10:2] >= 1).all()
+    assert (tokens[:, 0:10:2] <= 9).all()
+    assert (tokens[:, 1:10:2] >= 10).all()
+    assert (tokens[:, 1:10:2] <= 15).all()
+    assert (tokens[:, 10:][~asked[:, 10:]] == 0).all()
+
+
+def test_queries_crowd_behind_the_pairs_unless_the_power_is_one(batch):
+    """Slot g of 11 is drawn first with probability ∝ 1/g (power 0), or 1/11 (power 1)."""
+
+    def share_of_first(power):
+        options = SIZES | {"power": power, "pairs": 1, "length": 24}
+        weights = recall.recall_batch(jax.random.key(1), 4000, **options)["weights"]
+        return float(weights[:, 2].mean())
+
+    harmonic = sum(1 / g for g in range(1, 12))
+    for power, expected in ((0.0, 1 / harmonic), (1.0, 1 / 11)):
+        deviation = (expected * (1 - expected) / 4000) ** 0.5
+        assert abs(share_of_first(power) - expected) < 4 * deviation
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    for changes, words in (
+        ({"length": 19}, "even number, 4 per pair"),
+        ({"length": 18}, "even number, 4 per pair"),
+        ({"keys": 4}, "keys is 4 for 5 pairs"),
+        ({"values": 4}, "values is 4 for 5 pairs"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            recall.task(dataclasses.replace(Config(), **(SIZES | changes)))
+
+
+def test_the_convolution_sees_the_token_before_and_no_later_one():
+    model = recall.build(QUICK, MIXERS["softmax"], 0)
+    tokens = jax.random.randint(jax.random.key(0), (1, QUICK.length), 0, 17)
+    before, *_ = model(tokens)
+    after, *_ = model(tokens.at[0, 9].set((tokens[0, 9] + 1) % 17))
+    changed = np.abs(np.asarray(after - before)).max(-1)[0] > 0
+    assert not changed[:9].any()
+    assert changed[9:].all()
+
+
+def test_the_state_of_attention_is_its_keys_and_values():
+    config = Config()
+    assert recall.state_size(config, MIXERS["softmax"]) == 2 * 2 * config.length * config.width
+    assert recall.state_size(config, MIXERS["window 8"]) == 2 * 2 * 8 * config.width
+
+
+def test_softmax_attention_learns_to_recall(quick):
+    assert quick.numbers["softmax: accuracy"] >= 0.95
+    assert quick.numbers["softmax: steps to 95 percent"] <= QUICK.steps
+    assert quick.numbers["window 8: accuracy"] is None
+    assert [step for step, _ in quick.figures["Accuracy against step"].lines["softmax"]] == [25, 50, 75, 100]
+
+
+def test_its_claims_are_judged_and_its_result_is_kept(quick):
+    kept = report.to_result(json.loads(json.dumps(runner.plain(report.from_result(quick)))))
+    verdicts = {claim.number: verdict for claim, _, verdict in report.judged(CLAIMS, [kept])}
+    assert verdicts["softmax: accuracy"] == "confirmed"
+    assert verdicts["window 8: accuracy"] == "not seen at this scale"
+
+
+def test_an_unknown_mixer_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"mixers holds \['magic'\]: need some of \['softmax'"):
+        recall.run(dataclasses.replace(QUICK, mixers=("magic",)), 0, tmp_path, Console(quiet=True))
