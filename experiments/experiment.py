@@ -103,7 +103,7 @@ def judge(claim: Claim, values: Sequence[Number]) -> Verdict:
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines over a common axis, as data: name -> points (x, y).
+    """Lines over a common axis, as data: name -> points (x, y), with y None where it could not be measured.
 
     Attributes:
         x: Label of the x axis.
@@ -114,7 +114,7 @@ class Curves:
 
     x: str
     y: str
-    lines: Mapping[str, Sequence[tuple[float, float]]]
+    lines: Mapping[str, Sequence[tuple[float, Number]]]
     log: str = ""
 
     @staticmethod
@@ -126,7 +126,8 @@ class Curves:
             at: dict[float, list[float]] = {}
             for seed in seeds:
                 for x, y in seed.lines.get(name, ()):
-                    at.setdefault(x, []).append(y)
+                    if y is not None:
+                        at.setdefault(x, []).append(y)
             xs = sorted(at)
             colour, style = COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
             means = [sum(at[x]) / len(at[x]) for x in xs]

@@ -101,9 +101,8 @@ def changed(config: Any, changes: Sequence[str]) -> Any:
         parser.add_argument("--config", type=type(config), default=config)
         try:
             config = parser.instantiate(parser.parse_args([f"--config.{name}={text}"])).config
-        except ArgumentError as error:
-            words = " ".join(str(error).split())
-            raise ValueError(f"--set {change}: {name} is a {known[name]}: {words}") from None
+        except ArgumentError:
+            raise ValueError(f"--set {change}: {name} must be {known[name]}, got {text!r}") from None
     return config
 
 
@@ -114,5 +113,4 @@ def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         if dataclasses.is_dataclass(value):
             yield from _fields(value, f"{prefix}{each.name}.")
         else:
-            kind = each.type
-            yield prefix + each.name, kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+            yield prefix + each.name, each.type.__name__ if isinstance(each.type, type) else str(each.type)

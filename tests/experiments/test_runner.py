@@ -170,6 +170,11 @@ def test_a_figure_is_the_mean_over_seeds_in_the_band_of_all():
     assert (band[:, 1].min(), band[:, 1].max()) == (1, 6)
 
 
+def test_points_that_could_not_be_measured_are_left_out():
+    figure = Curves.draw([Curves("x", "y", {"a": [(1, 1.0), (2, y)]}) for y in (None, 4.0)])
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), [[1, 1], [2, 4]])
+
+
 # Running again
 
 
@@ -235,9 +240,10 @@ def test_fields_are_set_by_name_in_nested_configs_too():
         ("stepz=4", "no field 'stepz': did you mean 'steps'?"),
         ("inner.rat=4", "did you mean 'inner.rate'?"),
         ("q=4", "there are steps, sizes, inner.rate"),
-        ("steps=many", "steps is a int"),
-        ("steps=1.5", "steps is a int"),
-        ("sizes=[a]", "sizes is a tuple"),
+        ("steps=many", "steps must be int, got 'many'"),
+        ("steps=1.5", "steps must be int, got '1.5'"),
+        ("sizes=[a]", "sizes must be tuple[int, ...], got '[a]'"),
+        ("inner.rate=x", "inner.rate must be float, got 'x'"),
         ("steps", "need field=value"),
     ],
 )
