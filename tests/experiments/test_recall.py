@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -98,6 +100,22 @@ def test_its_claims_are_judged_and_its_result_is_kept(quick):
     verdicts = {claim.number: verdict for claim, _, verdict in report.judged(CLAIMS, [kept])}
     assert verdicts["softmax: accuracy"] == "confirmed"
     assert verdicts["window 8: accuracy"] == "not seen at this scale"
+
+
+def test_a_run_that_is_stopped_keeps_no_result_and_goes_on_from_its_checkpoint(tmp_path):
+    class Interrupting(Console):
+        """A quiet console that sends Ctrl-C when the line of step 50 is printed."""
+
+        def print(self, *objects, **_):
+            if objects and str(objects[0]).startswith("step 50/"):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        recall.run(QUICK, 0, tmp_path, Interrupting(quiet=True))
+    kept = [int(folder.name) for folder in (tmp_path / "softmax" / "checkpoints").iterdir() if folder.is_dir()]
+    assert kept == [75]
+    resumed = recall.run(QUICK, 0, tmp_path, Console(quiet=True))
+    assert [step for step, _ in resumed.figures["Accuracy against step"].lines["softmax"]] == [25, 50, 75, 100]
 
 
 def test_an_unknown_mixer_is_named(tmp_path):
