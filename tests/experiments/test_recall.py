@@ -8,6 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 
 from experiments import recall, report, runner
@@ -80,6 +81,23 @@ def test_the_convolution_sees_the_token_before_and_no_later_one():
     changed = np.abs(np.asarray(after - before)).max(-1)[0] > 0
     assert not changed[:9].any()
     assert changed[9:].all()
+
+
+def test_linear_mixers_are_causal_and_read_normalised_rows():
+    module = MIXERS["Taylor"].spec.build(32, None, nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 6, 32))
+    y, _, _ = module(x)
+    changed = np.abs(np.asarray(module(x.at[0, 3].add(1.0))[0] - y)).max(-1)[0] > 0
+    assert changed.tolist() == [False] * 3 + [True] * 3
+    # The first row reads its own value alone: out = W_o v_0.
+    np.testing.assert_allclose(y[0, 0], module.out(module.value(x))[0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_state_of_a_linear_mixer_is_features_by_values_and_their_total():
+    """Two layers of two heads: 1 + 16 + 136 features, or 16, by 32 values and 1."""
+    assert recall.state_size(Config(), MIXERS["Taylor"]) == 2 * 2 * 153 * 33
+    assert recall.state_size(Config(), MIXERS["Taylor 4"]) == 2 * 2 * 15 * 33
+    assert recall.state_size(Config(), MIXERS["elu+1"]) == 2 * 2 * 16 * 33
 
 
 def test_the_state_of_attention_is_its_keys_and_values():
