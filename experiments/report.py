@@ -47,7 +47,15 @@ def to_result(seed: Mapping[str, Any]) -> Result:
 
 
 def judged(claims: Iterable[Claim], results: Sequence[Result]) -> list[tuple[Claim, list[Number], Verdict]]:
-    """Each claim with its number by seed and its verdict. Raises KeyError for a number that no seed has."""
+    """Each claim with its number by seed and its verdict.
+
+    Raises ValueError for a number that a result does not have: it was made before the claim was.
+    """
+    claims = list(claims)
+    if missing := [x.number for x in claims if any(x.number not in result.numbers for result in results)]:
+        raise ValueError(
+            f"{missing[0]!r} was not measured by an earlier version of the experiment: run it in a new folder"
+        )
     by_claim = [(claim, [result.numbers[claim.number] for result in results]) for claim in claims]
     return [(claim, values, judge(claim, values)) for claim, values in by_claim]
 
@@ -91,10 +99,10 @@ def write_index(root: Path) -> str:
         folder, record = file.parent, json.loads(file.read_text())
         try:
             experiment = load(record["experiment"])
+            write_report(folder, experiment)
         except ValueError as error:
             parts.append(f"- {folder.name}: {error}\n")
             continue
-        write_report(folder, experiment)
         results = [to_result(seed) for seed in read_seeds(folder).values()]
         where = f"[{folder.name}]({folder.name}/report.md)"
         for claim, values, verdict in judged(experiment.claims, results) if results else ():

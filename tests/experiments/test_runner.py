@@ -226,6 +226,13 @@ def test_the_index_holds_the_claims_of_all_runs(toy, tmp_path):
     assert text.count("](toy/report.md)") == text.count("](toy-quick/report.md)") == 3
 
 
+def test_results_from_before_a_claim_are_named_and_spoil_no_other(toy, tmp_path, monkeypatch):
+    go(toy, tmp_path / "toy")
+    later = toy._replace(claims=(*CLAIMS, Claim("It is new.", "performer", "new", at_least(0))))
+    monkeypatch.setattr(report, "load", lambda name: later)
+    assert "- toy: 'new' was not measured by an earlier version of the experiment" in report.write_index(tmp_path)
+
+
 # Configs from the command line
 
 
