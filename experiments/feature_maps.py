@@ -98,7 +98,7 @@ CLAIMS = (
         refuted=at_least(1),
     ),
     Claim(
-        "They are worse where weights are large.",
+        "Positive features are worse than trigonometric ones where weights are large.",
         paper="performer",
         number="squared error of positive over trigonometric, cosine 0.9",
         confirmed=at_least(10),
@@ -126,14 +126,14 @@ CLAIMS = (
         refuted=at_least(1),
     ),
     Claim(
-        "Their rows are spiky like those of softmax: the excess entropy is below 0.75 of that of elu+1.",
+        "Rows of Hedgehog are spiky like those of softmax: their excess entropy is below 0.75 of that of elu+1.",
         paper="hedgehog",
         number="excess entropy, Hedgehog over elu+1",
         confirmed=at_most(0.75),
         refuted=at_least(1),
     ),
     Claim(
-        "Their weights rise with q·k more monotonically than those of elu+1.",
+        "Weights of Hedgehog rise with q·k more monotonically than those of elu+1.",
         paper="hedgehog",
         number="rank correlation with q·k, Hedgehog less elu+1",
         confirmed=at_least(0),
@@ -147,7 +147,7 @@ CLAIMS = (
         refuted=outside(at_most(0.3)),
     ),
     Claim(
-        "Unmatched (α = β = 1) they concentrate far less than softmax: its log-variance is 5 times theirs or more.",
+        "Unmatched log-normal features (α = β = 1) concentrate far less: softmax has 5 times their log-variance.",
         paper="lln",
         number="log-variance, least ratio of softmax to unmatched features",
         confirmed=at_least(5),
