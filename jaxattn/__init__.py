@@ -19,6 +19,15 @@ from jaxattn.core.feature import (
     orthogonal_gaussian,
 )
 from jaxattn.core.graph import Ancestors, Graph
+from jaxattn.core.linear import (
+    LinearState,
+    append_one,
+    divide,
+    linear_attention,
+    linear_step,
+    mixing_matrix,
+    state_map,
+)
 from jaxattn.core.maps import (
     Convolution,
     Dropout,
@@ -78,6 +87,7 @@ from jaxattn.core.normalize import (
 from jaxattn.core.partial import EMPTY, Partial, merge
 from jaxattn.core.parts import part
 from jaxattn.core.position import NTK, Interpolate, LearnedPositions, Yarn, rotary, rotary_2d, sinusoidal
+from jaxattn.core.recurrence import Delta, Erase, StateMap, combine
 from jaxattn.core.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum
 
 __all__ = [
@@ -94,6 +104,7 @@ __all__ = [
     "Causal",
     "Chunked",
     "Convolution",
+    "Delta",
     "Dilated",
     "Distance",
     "Documents",
@@ -105,6 +116,7 @@ __all__ = [
     "Elu1Features",
     "Entmax15",
     "Entropy",
+    "Erase",
     "Explicit",
     "Features",
     "GaussianWindow",
@@ -118,6 +130,7 @@ __all__ = [
     "LearnedPositions",
     "Lengths",
     "Linear",
+    "LinearState",
     "Location",
     "LogGaussian",
     "LogNormalFeatures",
@@ -150,6 +163,7 @@ __all__ = [
     "Softmax",
     "Sparsemax",
     "StandardizedFeatures",
+    "StateMap",
     "Streaming",
     "TaylorFeatures",
     "Temperature",
@@ -160,11 +174,17 @@ __all__ = [
     "UnitFeatures",
     "Window",
     "Yarn",
+    "append_one",
     "attend",
     "block_means",
+    "combine",
     "distillation_loss",
+    "divide",
     "explain",
+    "linear_attention",
+    "linear_step",
     "merge",
+    "mixing_matrix",
     "moment_match",
     "orthogonal_gaussian",
     "part",
@@ -173,5 +193,6 @@ __all__ = [
     "score_function",
     "select_tokens",
     "sinusoidal",
+    "state_map",
     "take_tokens",
 ]

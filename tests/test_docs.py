@@ -406,11 +406,69 @@ def test_the_new_map_multiplies_neighbours(page):
     assert p.psi_of_new.shape[-1] == p.standardised_too.size(p.H) == 64
 
 
+# linear.md
+
+
+def linear_memory(query, key, value, decay, beta=None):
+    """S_t = diag(decay) S + β k (v − Sᵀ k)ᵀ or + k vᵀ, out_t = Sᵀ q, in float64."""
+    query, key, value, decay = (np.asarray(x, np.float64) for x in (query, key, value, decay))
+    memory, out = np.zeros((*key.shape[1:], value.shape[-1])), []
+    for t in range(len(key)):
+        memory = np.broadcast_to(decay, key.shape)[t][..., None] * memory
+        kept = 0 if beta is None else np.einsum("nkv,nk->nv", memory, key[t])
+        new = np.einsum("nk,nv->nkv", key[t], value[t] - kept)
+        memory = memory + (new if beta is None else np.asarray(beta, np.float64)[t][:, None, None] * new)
+        out.append(np.einsum("nkv,nk->nv", memory, query[t]))
+    return np.stack(out), memory
+
+
+def test_memories_decay_and_are_corrected(page):
+    p = page("linear")
+    retention = 1 - 2.0 ** (-5 - np.arange(2)[:, None])
+    assert_close(p.out, linear_memory(p.query, p.key, p.value, 1.0)[0])
+    assert_close(p.retained, linear_memory(p.query, p.key, p.value, retention)[0])
+    assert_close(p.gated, linear_memory(p.query, p.key, p.value, np.asarray(jax.nn.sigmoid(p.gate)) ** (1 / 16))[0])
+    assert_close(p.last, p.value)
+    delta, memory = linear_memory(p.query, p.unit, p.value, np.exp(p.log_decay), p.beta)
+    assert_close(p.delta, delta)
+    assert_close(p.same, delta)
+    assert_close(p.end, memory)
+    assert_close(p.by_hand, delta)
+
+
+def test_features_read_with_their_denominator_are_attention_with_their_kernel(page):
+    p = page("linear")
+    weights = np.einsum("tnf,snf->nts", np.asarray(p.phi, np.float64), p.psi)
+    causal = weights * np.tri(p.T)
+    assert_close(p.taylor, read(causal / causal.sum(-1, keepdims=True), p.value))
+    assert_close(p.everything[..., :-1], read(weights, p.value))
+
+
+def test_reading_before_the_write_leaves_the_token_its_bonus(page):
+    p = page("linear")
+    out, decay = np.zeros((p.T, p.N, p.V)), np.exp(np.asarray(p.log_decay, np.float64))
+    memory = np.zeros((p.N, p.K, p.V))
+    for t in range(p.T):
+        new = np.einsum("nk,nv->nkv", np.asarray(p.key[t], np.float64), p.value[t])
+        out[t] = np.einsum("nkv,nk->nv", memory + 0.5 * new, p.query[t])
+        memory = decay[t][..., None] * memory + new
+    assert_close(p.before, out)
+
+
+def test_states_continue_and_documents_are_apart(page):
+    p = page("linear")
+    assert_close(p.continued, p.retained)
+    for start in range(0, 100, 25):
+        where = slice(start, start + 25)
+        retention = 1 - 2.0 ** (-5 - np.arange(2)[:, None])
+        assert_close(p.packed[where], linear_memory(p.query[where], p.key[where], p.value[where], retention)[0])
+
+
 # All pages
 
 
 def test_the_pages_name_every_part_and_call():
-    text = " ".join(PAGES[f"{name}.md"] for name in ("attend", "measures", "positions", "blocks", "features"))
+    text = " ".join(PAGES[f"{name}.md"] for name in ("attend", "measures", "positions", "blocks", "features", "linear"))
     text = " ".join(re.findall(r"`[^`\n]+`", text))
     missing = [name for name in jaxattn.__all__ if not re.search(rf"\b{name}\b", text)]
     assert missing == []

@@ -16,8 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxattn.core.parts import check_positive, check_static_int, part, ratio
-from jaxattn.core.score import _full as product
-from jaxattn.core.score import accumulator
+from jaxattn.core.score import accumulator, product
 
 Query = Float[Array, "*b t n h"]
 Key = Float[Array, "*b s k h"]

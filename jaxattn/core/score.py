@@ -21,7 +21,7 @@ def accumulator(*arrays: Array) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-def _precision(*arrays: Array) -> jax.lax.Precision | None:
+def precision(*arrays: Array) -> jax.lax.Precision | None:
     """float32 means float32 on every device, unless the user asked otherwise (`jax.default_matmul_precision`)."""
     asked = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]
     reduced = jnp.result_type(*arrays).itemsize < 4
@@ -35,9 +35,14 @@ def matmul(a: Float[Array, "..."], b: Float[Array, "..."], axes: tuple[int, int]
         a,
         b,
         (((a.ndim + axes[0],), (b.ndim + axes[1],)), (batch, batch)),
-        precision=_precision(a, b),
+        precision=precision(a, b),
         preferred_element_type=accumulator(a, b),
     )
+
+
+def product(a: Float[Array, "*#b t x"], b: Float[Array, "*#b x s"]) -> Float[Array, "*b t s"]:
+    """a b for matrices in batches that broadcast; float32 or better."""
+    return jnp.matmul(a, b, precision=precision(a, b), preferred_element_type=accumulator(a, b))
 
 
 def one_batch_axis(x: Float[Array, "... t x"]) -> Float[Array, "... t x"]:
@@ -134,7 +139,7 @@ class Dot:
 
 def _full(x: Array, weight: Array) -> Array:
     """x @ weight in the precision of float32 on every device."""
-    return jnp.matmul(x, weight, precision=_precision(x, weight))
+    return jnp.matmul(x, weight, precision=precision(x, weight))
 
 
 def _spread(heads: Float[Array, "*b k s h"], count: int) -> Float[Array, "*b n s h"]:
@@ -153,7 +158,7 @@ class Bilinear:
 
     def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"]) -> Float[Array, "*b n t s"]:
         rotated = jnp.matmul(
-            query, self.weight, precision=_precision(query, self.weight), preferred_element_type=accumulator(query)
+            query, self.weight, precision=precision(query, self.weight), preferred_element_type=accumulator(query)
         )
         return grouped_matmul(rotated, key.astype(rotated.dtype), -1)
 
@@ -304,7 +309,7 @@ class Location:
         by_position = jnp.matmul(
             query,
             weight.swapaxes(-1, -2),
-            precision=_precision(query, weight),
+            precision=precision(query, weight),
             preferred_element_type=accumulator(query, weight),
         )
         inside = (key_positions >= 0) & (key_positions < weight.shape[-2])
