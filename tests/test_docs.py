@@ -436,6 +436,20 @@ def test_memories_decay_and_are_corrected(page):
     assert_close(p.by_hand, delta)
 
 
+def test_a_running_softmax_pools_the_values(page):
+    p = page("linear")
+    weights = np.exp(np.asarray(p.scores, np.float64))[None] * np.tri(p.T)[..., None, None]
+    weights = (weights / weights.sum(1, keepdims=True)).mean(-1)
+    assert_close(p.pooled, np.einsum("tsn,snv->tnv", weights, np.asarray(p.value, np.float64)))
+    assert all((x <= 0).all() for x in (p.fixed, p.by_time, *p.floored))
+
+
+def test_a_mechanism_of_two_methods_decodes_what_it_reads(page):
+    p = page("linear")
+    assert_close(jnp.concatenate(p.decoded, 1), p.y)
+    assert not np.triu(p.records["weights"], 1).any()
+
+
 def test_features_read_with_their_denominator_are_attention_with_their_kernel(page):
     p = page("linear")
     weights = np.einsum("tnf,snf->nts", np.asarray(p.phi, np.float64), p.psi)

@@ -4,6 +4,7 @@ A layer is a mixer and a feed-forward block. Each spec has `build(features, dtyp
 a new spec; the decoder knows none of them. Parts (masks, normalisers) stand in specs as they are.
 """
 
+import abc
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,8 +18,16 @@ from jaxattn.core.normalize import Normalize, Softmax
 from jaxattn.core.position import RotaryScaling
 
 
+class Mixer(abc.ABC):
+    """The spec of what moves information between tokens."""
+
+    @abc.abstractmethod
+    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> Any:
+        """The module, with the mixer protocol of `jaxattn.nn`; raises ValueError for sizes that do not divide."""
+
+
 @dataclass(frozen=True)
-class Attention:
+class Attention(Mixer):
     """Multi-head attention as a layer's mixer; see `nn.MultiHeadAttention`.
 
     Attributes:
@@ -107,7 +116,7 @@ class Layer:
         feed_forward: What transforms each token.
     """
 
-    mixer: Attention = Attention()
+    mixer: Mixer = Attention()
     feed_forward: FeedForward = FeedForward()
 
 

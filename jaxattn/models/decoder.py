@@ -96,7 +96,8 @@ class Decoder(nnx.Module):
         """What decoding sequences of at most `capacity` tokens starts from: a pytree, one entry per run of layers."""
 
         def stacked(run: Block, length: int) -> Any:
-            one = run.mixer.init_state(batch, capacity)
+            graph, arrays = nnx.split(run)
+            one = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixer.init_state(batch, capacity)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (length, *x.shape)), one)
 
         return tuple(stacked(run, length) for run, length in zip(self.runs, self.lengths, strict=True))

@@ -7,20 +7,20 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxattn.models.config import DecoderConfig
+from jaxattn.models.config import DecoderConfig, Mixer
 from jaxattn.models.decoder import Decoder
 
 
 def to_plain(config: Any) -> Any:
-    """A config as what JSON and YAML hold; a part inside it becomes {class_path: ..., init_args: ...}.
+    """A config as what JSON and YAML hold; a mixer or a part inside it becomes {class_path: ..., init_args: ...}.
 
     The form is jsonargparse's, so it can stand in a `--config` file.
     """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {field.name: to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
         kind = type(config)
-        is_part = not jax.tree_util.all_leaves([config])
-        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": fields} if is_part else fields
+        named = isinstance(config, Mixer) or not jax.tree_util.all_leaves([config])
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": fields} if named else fields
     if isinstance(config, tuple | list):
         return [to_plain(item) for item in config]
     return config

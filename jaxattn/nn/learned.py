@@ -4,11 +4,14 @@ They stand in the slots of `MultiHeadAttention` wherever a part may. Each says w
 attention. One of your own is as short as these. All raise ValueError for sizes below 1.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxattn.core.bias import RelativeBias
+from jaxattn.core.feature import HedgehogFeatures, RandomFeatures, RandomKind, orthogonal_gaussian
 from jaxattn.core.maps import Convolution, MixHeads, Temperature
 from jaxattn.core.normalize import Softmax
 from jaxattn.core.score import Additive, Bilinear, Neural
@@ -133,6 +136,50 @@ class KeyQueryConvolution(nnx.Module):
 
     def __call__(self) -> Convolution:
         return Convolution(self.kernel[...])
+
+
+class HedgehogMap(nnx.Module):
+    """Owns the weights of `HedgehogFeatures`, a matrix and a bias per head for queries and for keys.
+
+    It starts at W = I and b = 0. Made by (heads, head_dim, rngs), as `LinearAttention` makes its feature map.
+    """
+
+    def __init__(self, heads: int, head_dim: int, rngs: nnx.Rngs | None = None):
+        _check_sizes(self, heads=heads, head_dim=head_dim)
+        start = HedgehogFeatures.identity(heads, head_dim)
+        self.query_weight, self.key_weight = nnx.Param(start.query_weight), nnx.Param(start.key_weight)
+        self.query_bias, self.key_bias = nnx.Param(start.query_bias), nnx.Param(start.key_bias)
+
+    def __call__(self) -> HedgehogFeatures:
+        weights = self.query_weight[...], self.key_weight[...]
+        return HedgehogFeatures(*weights, self.query_bias[...], self.key_bias[...])
+
+
+class RandomFeatureMap(nnx.Module):
+    """Owns the projection of `RandomFeatures`, which is drawn and not trained: m directions (H log H if not given), in
+    orthogonal blocks. `redraw(key)` draws them anew (Choromanski et al., 2021)."""
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        rngs: nnx.Rngs,
+        *,
+        directions: int | None = None,
+        kind: RandomKind = "positive",
+    ):
+        directions = max(int(head_dim * math.log(head_dim)), 1) if directions is None else directions
+        _check_sizes(self, heads=heads, head_dim=head_dim, directions=directions)
+        self.kind: RandomKind = kind
+        self.projection = nnx.Variable(orthogonal_gaussian(rngs.params(), directions, head_dim))
+
+    def redraw(self, key: jax.Array) -> None:
+        """Another projection of the same size, in place."""
+        directions, head_dim = self.projection.shape
+        self.projection[...] = orthogonal_gaussian(key, directions, head_dim)
+
+    def __call__(self) -> RandomFeatures:
+        return RandomFeatures(self.projection[...], self.kind, normalized=True)
 
 
 class NullSoftmax(nnx.Module):

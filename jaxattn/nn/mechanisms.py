@@ -1,0 +1,443 @@
+"""The recurrent mechanisms of the literature, as what their memory gets and how their read becomes the output.
+
+D is the width of the model, N heads of K key and V value channels. Wrap one in `Recurrent` for a mixer.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxattn.core.feature import Elu1Features, Features
+from jaxattn.core.gate import (
+    bounded_decay,
+    inverse_softplus,
+    lower_bounded_decay,
+    retention,
+    running_softmax,
+    softplus_decay,
+)
+from jaxattn.core.linear import append_one, divide
+from jaxattn.core.position import rotary
+from jaxattn.core.recurrence import Delta, Erase
+from jaxattn.nn.recurrent import Inputs, Past
+
+Gate = Literal["silu", "sigmoid"]
+
+
+class ShortConvolution(nnx.Module):
+    """y_t = silu(Σ_{i < width} w_i ⊙ x_{t−i}), one filter per channel: what lets a memory see neighbouring tokens.
+
+    Weights start uniform in ±width^(−1/2).
+    """
+
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+        if width < 1:
+            raise ValueError(f"convolution must be at least 1 token wide, got {width}")
+        bound = width**-0.5
+        self.weight = nnx.Param(jax.random.uniform(rngs.params(), (width, channels), minval=-bound, maxval=bound))
+
+    def __call__(self, name: str, x: Float[Array, "b t c"], past: Past) -> Float[Array, "b t c"]:
+        weight = self.weight[...].astype(x.dtype)
+        lags = past.lags(name, x, len(weight))
+        return nnx.silu(sum((w * lag for w, lag in zip(weight, lags, strict=True)), jnp.zeros((), x.dtype)))
+
+
+class Projections(nnx.Module):
+    """q, k, v = heads of W x, each after a short convolution if `convolution` is its width (0: none)."""
+
+    def __init__(self, features: int, sizes: dict[str, tuple[int, int]], convolution: int, dtype: Any, rngs: nnx.Rngs):
+        self.sizes = tuple(sizes.items())
+        self.linear = nnx.Dict({name: _linear(features, n * h, dtype, rngs) for name, (n, h) in sizes.items()})
+        self.convolution = nnx.Dict(
+            {name: ShortConvolution(n * h, convolution, rngs=rngs) for name, (n, h) in sizes.items()}
+            if convolution
+            else {}
+        )
+
+    def __call__(self, x: Float[Array, "b t d"], past: Past) -> list[Float[Array, "b t n h"]]:
+        projected = []
+        for name, (heads, channels) in self.sizes:
+            y = self.linear[name](x)
+            y = self.convolution[name](name, y, past) if self.convolution else y
+            projected.append(y.reshape(*y.shape[:-1], heads, channels))
+        return projected
+
+
+class HeadOutput(nnx.Module):
+    """y = W_o (norm(z) ⊙ gate(W_g x)): RMS norm of each head, a gate or none, and the output projection."""
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        value_dim: int,
+        *,
+        norm: bool = True,
+        gate: Gate | None = None,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        if gate not in (None, "silu", "sigmoid"):
+            raise ValueError(f"gate is {gate!r}: need 'silu', 'sigmoid' or None")
+        self.kind = gate
+        self.norm = nnx.RMSNorm(value_dim, dtype=dtype, rngs=rngs) if norm else None
+        self.gate = _linear(features, heads * value_dim, dtype, rngs) if gate else None
+        self.out = _linear(heads * value_dim, features, dtype, rngs)
+
+    def __call__(self, z: Float[Array, "b t n v"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        z = z if self.norm is None else self.norm(z)
+        z = z.reshape(*z.shape[:-2], -1)
+        if self.gate is not None:
+            z = z * (nnx.silu if self.kind == "silu" else nnx.sigmoid)(self.gate(x))
+        return self.out(z)
+
+
+class LinearAttention(nnx.Module):
+    """φ(q), ψ(k), v of a feature map: out = Σ φ(q_t)·ψ(k_j) v_j over j <= t, divided by Σ φ(q_t)·ψ(k_j) if `normalize`.
+
+    Katharopoulos et al. (2020) with elu + 1; Performer, Hedgehog, BASED, FAST and log-normal attention with their maps.
+    feature_map: a part, a module that returns one, or a function (heads, head_dim, rngs) -> either. key_dim: K, the
+    channels before the map (BASED takes 16). Without `normalize` each head is RMS-normed instead. rotary_base: rotary
+    embedding of q and k before the map, None for none.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        feature_map: Features | Callable[[int, int, nnx.Rngs], Any] | Any = Elu1Features(),
+        key_dim: int | None = None,
+        normalize: bool = True,
+        rotary_base: float | None = None,
+        convolution: int = 0,
+        gate: Gate | None = None,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        value_dim = _head_dim(features, heads)
+        key_dim = value_dim if key_dim is None else key_dim
+        self.in_features, self.normalize, self.rotary_base = features, normalize, rotary_base
+        if not isinstance(feature_map, Features | nnx.Module):
+            feature_map = feature_map(heads, key_dim, rngs)
+        self.feature_map = feature_map if isinstance(feature_map, nnx.Module) else nnx.data(feature_map)
+        sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
+        self.project = Projections(features, sizes, convolution, dtype, rngs)
+        self.out = HeadOutput(features, heads, value_dim, norm=not normalize, gate=gate, dtype=dtype, rngs=rngs)
+
+    def inputs(self, x, positions, past):
+        query, key, value = self.project(x, past)
+        if self.rotary_base is not None:
+            query, key = (rotary(y, positions, self.rotary_base) for y in (query, key))
+        feature_map = self.feature_map() if isinstance(self.feature_map, nnx.Module) else self.feature_map
+        phi, psi = feature_map(query, key)
+        return Inputs(phi, psi, append_one(value) if self.normalize else value), x
+
+    def output(self, read, rest):
+        return self.out(divide(read) if self.normalize else read, rest)
+
+
+class RetNet(nnx.Module):
+    """Retention (Sun et al., 2023): decay 1 − 2^(−5−n) of head n, rotary q and k, q / √K, RMS norm per head, SiLU gate.
+
+    value_dim: V, 2 K if not given.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        value_dim: int | None = None,
+        rotary_base: float = 10000.0,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        key_dim = _head_dim(features, heads)
+        value_dim = 2 * key_dim if value_dim is None else value_dim
+        self.in_features, self.heads, self.rotary_base = features, heads, rotary_base
+        sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
+        self.project = Projections(features, sizes, 0, dtype, rngs)
+        self.out = HeadOutput(features, heads, value_dim, gate="silu", dtype=dtype, rngs=rngs)
+
+    def inputs(self, x, positions, past):
+        query, key, value = self.project(x, past)
+        query, key = (rotary(y, positions, self.rotary_base) for y in (query, key))
+        return Inputs(query * query.shape[-1] ** -0.5, key, value, retention(self.heads)), x
+
+    def output(self, read, rest):
+        return self.out(read, rest)
+
+
+class GLA(nnx.Module):
+    """Gated linear attention (Yang et al., 2023): log decay log σ(W₂ W₁ x + b) / 16 per channel; q / √K; RMS norm, SiLU
+    gate. K is half of V = D / N; rank: that of the gate."""
+
+    def __init__(self, features: int, heads: int, *, rank: int = 16, dtype: Any = None, rngs: nnx.Rngs):
+        value_dim = _head_dim(features, heads)
+        key_dim = max(value_dim // 2, 1)
+        self.in_features = features
+        sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
+        self.project = Projections(features, sizes, 0, dtype, rngs)
+        self.decay = LowRank(features, rank, heads * key_dim, rngs=rngs)
+        self.out = HeadOutput(features, heads, value_dim, gate="silu", dtype=dtype, rngs=rngs)
+
+    def inputs(self, x, positions, past):
+        query, key, value = self.project(x, past)
+        log_decay = jax.nn.log_sigmoid(self.decay(x)).reshape(key.shape) / 16
+        return Inputs(query * query.shape[-1] ** -0.5, key, value, log_decay), x
+
+    def output(self, read, rest):
+        return self.out(read, rest)
+
+
+class HGRN2(nnx.Module):
+    """HGRN-2 (Qin et al., 2024): forget gate f = γ + (1 − γ) σ(W x) per channel, key 1 − f, query silu(W x), RMS norm.
+
+    lower_bound: γ in [0, 1), larger in higher layers in the paper.
+    """
+
+    def __init__(self, features: int, heads: int, *, lower_bound: float = 0.0, dtype: Any = None, rngs: nnx.Rngs):
+        if not 0 <= lower_bound < 1:
+            raise ValueError(f"lower_bound must be at least 0 and below 1, got {lower_bound}")
+        channels = _head_dim(features, heads)
+        self.in_features, self.lower_bound = features, lower_bound
+        sizes = dict.fromkeys(("query", "forget", "value"), (heads, channels))
+        self.project = Projections(features, sizes, 0, dtype, rngs)
+        self.out = HeadOutput(features, heads, channels, dtype=dtype, rngs=rngs)
+
+    def inputs(self, x, positions, past):
+        query, forget, value = self.project(x, past)
+        log_decay = lower_bounded_decay(forget.astype(jnp.float32), self.lower_bound)
+        return Inputs(nnx.silu(query), -jnp.expm1(log_decay).astype(value.dtype), value, log_decay), x
+
+    def output(self, read, rest):
+        return self.out(read, rest)
+
+
+class DeltaNet(nnx.Module):
+    """The delta rule: q and k of length 1 after convolution and SiLU, q / √K, β = σ(W x); RMS norm per head, and by
+    `decay`
+
+        none      DeltaNet (Yang et al., 2024)
+        head      Gated DeltaNet (Yang et al., 2024): log decay −e^a softplus(W x + b) per head; SiLU gate
+        channel   Kimi delta attention (Kimi Linear, 2025): that per channel, of low rank; sigmoid gate
+
+    key_dim, value_dim: K and V, D / N if not given. negative: β up to 2, which allows the memory to turn a key around.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        decay: Literal["none", "head", "channel"] = "none",
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        convolution: int = 4,
+        negative: bool = False,
+        rank: int = 16,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        if decay not in ("none", "head", "channel"):
+            raise ValueError(f"decay is {decay!r}: need 'none', 'head' or 'channel'")
+        key_dim = _head_dim(features, heads) if key_dim is None else key_dim
+        value_dim = _head_dim(features, heads) if value_dim is None else value_dim
+        self.in_features, self.kind, self.negative = features, decay, negative
+        sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
+        self.project = Projections(features, sizes, convolution, dtype, rngs)
+        self.beta = nnx.Linear(features, heads, use_bias=False, rngs=rngs)
+        step: nnx.Linear | LowRank | None = None
+        if decay == "head":
+            step = nnx.Linear(features, heads, use_bias=False, rngs=rngs)
+        elif decay == "channel":
+            step = LowRank(features, rank, heads * key_dim, bias=False, rngs=rngs)
+        self.step = step
+        if decay != "none":
+            self.step_bias = nnx.Param(_step_bias(rngs, heads if decay == "head" else heads * key_dim))
+            self.a_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
+        gate: dict[str, Gate | None] = {"none": None, "head": "silu", "channel": "sigmoid"}
+        self.out = HeadOutput(features, heads, value_dim, gate=gate[decay], dtype=dtype, rngs=rngs)
+
+    def inputs(self, x, positions, past):
+        query, key, value = self.project(x, past)
+        beta = nnx.sigmoid(self.beta(x)) * (2 if self.negative else 1)
+        log_decay = None
+        if self.step is not None:
+            step = (self.step(x) + self.step_bias[...]).reshape(*beta.shape, -1)
+            log_decay = softplus_decay(self.a_log[...][:, None], step)
+            log_decay = log_decay[..., 0] if self.kind == "head" else log_decay
+        return Inputs(_unit(query) * query.shape[-1] ** -0.5, _unit(key), value, log_decay, Delta(beta)), x
+
+    def output(self, read, rest):
+        return self.out(read, rest)
+
+
+class Mamba2(nnx.Module):
+    """State-space duality (Dao & Gu, 2024): key B, query C shared by all heads, value Δ x, log decay −e^a Δ per head.
+
+    Δ = softplus(W x + b); x, B and C after one short convolution; skip D x; RMS norm of (y ⊙ silu(z)) over all heads.
+    state: K. expand: heads × V over D. mimetic: start as causal linear attention (`mimetic_initialization`).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        state: int = 64,
+        expand: int = 2,
+        convolution: int = 4,
+        mimetic: bool = False,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        inner = expand * features
+        value_dim = _head_dim(inner, heads)
+        self.in_features = features
+        sizes = {"value": (heads, value_dim), "key": (1, state), "query": (1, state)}
+        self.project = Projections(features, sizes, convolution, dtype, rngs)
+        self.step = nnx.Linear(features, heads, use_bias=False, rngs=rngs)
+        self.step_bias = nnx.Param(_step_bias(rngs, heads))
+        self.a_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
+        self.skip = nnx.Param(jnp.ones(heads))
+        self.gate, self.out = _linear(features, inner, dtype, rngs), _linear(inner, features, dtype, rngs)
+        self.norm = nnx.RMSNorm(inner, dtype=dtype, rngs=rngs)
+        if mimetic:
+            mimetic_initialization(self)
+
+    def inputs(self, x, positions, past):
+        value, key, query = self.project(x, past)
+        step = self.step(x) + self.step_bias[...]
+        log_decay = softplus_decay(self.a_log[...], step)
+        skip = self.skip[...][:, None] * value
+        return Inputs(query, key, value * jax.nn.softplus(step)[..., None], log_decay), (skip, self.gate(x))
+
+    def output(self, read, rest):
+        skip, gate = rest
+        return self.out(self.norm((read + skip).reshape(gate.shape) * nnx.silu(gate)))
+
+
+def mimetic_initialization(mechanism: Mamba2, decay: float = 1e-3, step: float = 1.0) -> None:
+    """Makes a state-space mechanism start near causal linear attention of its input with itself, in place.
+
+    e^a = `decay` (almost nothing is forgotten), Δ = `step` for every input, and W_C = W_B with the same convolution, so
+    that equal inputs attend to each other. Copying and recall are then learned in fewer steps (Mimetic initialization
+    helps state space models learn to recall, 2024); use it in some of the layers.
+    """
+    mechanism.a_log[...] = jnp.full_like(mechanism.a_log[...], jnp.log(decay))
+    mechanism.step.kernel[...] = jnp.zeros_like(mechanism.step.kernel[...])
+    mechanism.step_bias[...] = jnp.full_like(mechanism.step_bias[...], inverse_softplus(step))
+    project = mechanism.project
+    project.linear["query"].kernel[...] = project.linear["key"].kernel[...]
+    if project.convolution:
+        project.convolution["query"].weight[...] = project.convolution["key"].weight[...]
+
+
+class RWKV7(nnx.Module):
+    """RWKV-7 time mixing (Peng et al., 2025), each of its inputs a learned mix of the token and the one before:
+
+        S_t = diag(w) S_{t−1} − (κ ⊙ a)(κᵀ S_{t−1}) + k̃ vᵀ,   y = W_o ((norm(S_tᵀ r) + (r · (ρ ⊙ k̃)) v) ⊙ gate)
+
+    with log w = −e^{−1/2} σ(·) per channel, κ = k ⊙ ξ at length 1, a = σ(·), k̃ = k ⊙ (1 + (a − 1) ⊙ α), layer norm per
+    head. rank: that of the networks that make w, a and the gate. The value is not mixed with that of the first layer.
+    """
+
+    def __init__(self, features: int, heads: int, *, rank: int = 16, dtype: Any = None, rngs: nnx.Rngs):
+        channels = _head_dim(features, heads)
+        self.in_features, self.heads = features, heads
+        names = ("receptance", "key", "value", "decay", "rate", "gate")
+        self.mix = nnx.Dict({name: nnx.Param(jnp.full(features, 0.5)) for name in names})
+        self.linear = nnx.Dict({name: _linear(features, features, dtype, rngs) for name in names[:3]})
+        self.low_rank = nnx.Dict({name: LowRank(features, rank, features, rngs=rngs) for name in names[3:]})
+        self.removed = nnx.Param(jnp.full(features, 0.85))
+        self.replaced = nnx.Param(jnp.ones(features))
+        self.bonus = nnx.Param(jnp.zeros((heads, channels)))
+        self.norm = nnx.LayerNorm(channels, use_scale=False, use_bias=False, dtype=dtype, rngs=rngs)
+        self.scale, self.shift = nnx.Param(jnp.ones((heads, channels))), nnx.Param(jnp.zeros((heads, channels)))
+        self.out = _linear(features, features, dtype, rngs)
+
+    def inputs(self, x, positions, past):
+        now, before = past.lags("x", x, 2)
+        mixed = {name: now + (before - now) * mix[...].astype(x.dtype) for name, mix in self.mix.items()}
+        receptance, key, value = (linear(mixed[name]) for name, linear in self.linear.items())
+        rate = nnx.sigmoid(self.low_rank["rate"](mixed["rate"]))
+        log_decay = bounded_decay(self.low_rank["decay"](mixed["decay"]), -(2.718281828459045**-0.5))
+        removed = key * self.removed[...]
+        key = key * (1 + (rate - 1) * self.replaced[...])
+        receptance, key, value, rate, log_decay, removed = (
+            y.reshape(*y.shape[:-1], self.heads, -1) for y in (receptance, key, value, rate, log_decay, removed)
+        )
+        removed = _unit(removed)
+        bonus = (receptance * self.bonus[...] * key).sum(-1, keepdims=True) * value
+        gate = nnx.sigmoid(self.low_rank["gate"](mixed["gate"]))
+        erase = Erase(-removed, removed * rate)
+        return Inputs(receptance, key, value, log_decay, erase), (bonus, gate)
+
+    def output(self, read, rest):
+        bonus, gate = rest
+        y = self.norm(read) * self.scale[...] + self.shift[...] + bonus
+        return self.out(y.reshape(gate.shape) * gate)
+
+
+class Latte(nnx.Module):
+    """Latent attention (Dolga et al., 2024): p(s | t) = Σ_l p(l | t) p(s | l, s <= t), both of them softmaxes: over the
+    latents of a token, and over the tokens so far of a latent. latents: L per head."""
+
+    def __init__(self, features: int, heads: int, *, latents: int = 16, dtype: Any = None, rngs: nnx.Rngs):
+        value_dim = _head_dim(features, heads)
+        self.in_features = features
+        sizes = {"query": (heads, latents), "key": (heads, latents), "value": (heads, value_dim)}
+        self.project = Projections(features, sizes, 0, dtype, rngs)
+        self.out = HeadOutput(features, heads, value_dim, norm=False, dtype=dtype, rngs=rngs)
+
+    def inputs(self, x, positions, past):
+        query, scores, value = self.project(x, past)
+        scores = jnp.where(past.seen[..., None, None], scores.astype(jnp.float32), -jnp.inf)
+        key, log_decay, after = running_softmax(scores, past.held.get("total"), past.starts)
+        past.kept["total"] = after
+        return Inputs(nnx.softmax(query.astype(jnp.float32)), key, value, log_decay), x
+
+    def output(self, read, rest):
+        return self.out(read, rest)
+
+
+class LowRank(nnx.Module):
+    """W₂ W₁ x + b in float32, with W₁ to `rank` channels."""
+
+    def __init__(self, features: int, rank: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs):
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        self.down = nnx.Linear(features, rank, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(rank, outputs, use_bias=bias, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t o"]:
+        return self.up(self.down(x))
+
+
+def _linear(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
+
+
+def _head_dim(features: int, heads: int) -> int:
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
+    if features % heads:
+        raise ValueError(f"features {features} is no multiple of heads {heads}: choose another")
+    return features // heads
+
+
+def _unit(x: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
+    """x / |x|, with a derivative at 0."""
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
+
+
+def _step_bias(rngs: nnx.Rngs, size: int) -> Float[Array, " n"]:
+    """The bias for which softplus starts log-uniform between 0.001 and 0.1, as in Mamba (Gu & Dao, 2023)."""
+    low, high = jnp.log(1e-3), jnp.log(1e-1)
+    return inverse_softplus(jnp.exp(jax.random.uniform(rngs.params(), (size,), minval=low, maxval=high)))

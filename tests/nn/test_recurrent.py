@@ -1,0 +1,283 @@
+"""Recurrent mixers: one protocol, a state of fixed size, and every mechanism what its paper says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxattn import Causal, Documents, TaylorFeatures, Window, models, nn
+from jaxattn.core.gate import (
+    bounded_decay,
+    inverse_softplus,
+    lower_bounded_decay,
+    retention,
+    running_softmax,
+    softplus_decay,
+)
+from jaxattn.nn import Recurrent
+
+B, T, D, N = 2, 11, 16, 2
+SPECS = {
+    "elu + 1": models.LinearAttention(heads=N),
+    "taylor": models.LinearAttention(heads=N, feature_map=TaylorFeatures(2), key_dim=4, convolution=3),
+    "hedgehog": models.LinearAttention(heads=N, feature_map=nn.HedgehogMap, rotary_base=100.0),
+    "performer": models.LinearAttention(heads=N, feature_map=nn.RandomFeatureMap),
+    "plain": models.LinearAttention(heads=N, normalize=False, gate="sigmoid"),
+    "retnet": models.RetNet(heads=N),
+    "gla": models.GLA(heads=N, rank=2),
+    "hgrn2": models.HGRN2(heads=N, lower_bound=0.3),
+    "deltanet": models.DeltaNet(heads=N),
+    "gated deltanet": models.DeltaNet(heads=N, decay="head", negative=True, convolution=2),
+    "kimi delta": models.DeltaNet(heads=N, decay="channel", rank=2),
+    "mamba2": models.Mamba2(heads=N, state=4),
+    "mimetic": models.Mamba2(heads=N, state=4, mimetic=True),
+    "rwkv7": models.RWKV7(heads=N, rank=2),
+    "latte": models.Latte(heads=N, latents=3),
+}
+X = jax.random.normal(jax.random.key(1), (B, T, D))
+
+
+def build(spec, seed=0):
+    """The mixer with its gates away from where they start, so that nothing is at zero."""
+    mixer = spec.build(D, jnp.float32, nnx.Rngs(seed))
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(params))))
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+    return nnx.merge(graph, params, rest)
+
+
+@nnx.jit(static_argnames="record")
+def run(mixer, x, positions=None, mask=None, state=None, record=()):
+    return mixer(x, positions=positions, mask=mask, state=state, record=record)
+
+
+def assert_close(actual, expected, factor=1000):
+    """Within `factor` float32 roundings of the largest number: some tens of products, norms and solves in a row."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    atol = factor * np.finfo(np.float32).eps * abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_decoding_is_the_whole_pass_at_a_state_of_fixed_size(name):
+    """A prompt with padding at the right, then one token at a time; a finished row gets padding and does not move."""
+    mixer = build(SPECS[name])
+    whole, _, _ = run(mixer, X)
+    lengths = jnp.array([4, 6])
+    places = jnp.arange(6)
+    state = mixer.init_state(B, 100)
+    y, after, _ = run(mixer, X[:, :6], positions=jnp.where(places < lengths[:, None], places, -1), state=state)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert_close(y[0, :4], whole[0, :4])
+    assert_close(y[1], whole[1, :6])
+    state = after
+    for step in range(4):
+        places = lengths + step
+        token = jnp.take_along_axis(X, places[:, None, None], 1)
+        y, state, _ = run(mixer, token, positions=places[:, None], state=state)
+        assert_close(y[:, 0], whole[jnp.arange(B), places])
+    _, idle, _ = run(mixer, token, positions=jnp.full((B, 1), -1), state=state)
+    jax.tree.map(np.testing.assert_array_equal, idle, state)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_packed_documents_are_separate_runs_and_the_future_is_not_seen(name):
+    mixer = build(SPECS[name])
+    ids = jnp.array([[3] * 4 + [5] * 7, [0] * 11])
+    positions = jnp.array([[*range(4), *range(7)], [*range(11)]])
+    y, _, _ = run(mixer, X, positions=positions, mask=Documents(ids))
+    first, second = run(mixer, X[:1, :4])[0], run(mixer, X[:1, 4:])[0]
+    assert_close(y[0], jnp.concatenate([first, second], 1)[0])
+    whole = run(mixer, X)[0]
+    assert_close(y[1], whole[1])
+    changed = run(mixer, X.at[:, 6:].multiply(-2))[0]
+    np.testing.assert_array_equal(changed[:, :6], whole[:, :6])
+    assert (changed[:, 6:] != whole[:, 6:]).any()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_parameter_has_a_gradient(name):
+    mixer = build(SPECS[name])
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+    slopes = jax.jit(jax.grad(lambda p: jnp.sin(nnx.merge(graph, p, rest)(X)[0]).sum()))(params)
+    for path, leaf in jax.tree.leaves_with_path(slopes):
+        assert np.isfinite(leaf).all(), path
+        assert (np.abs(leaf) > 0).any(), path
+
+
+def test_weights_read_the_values():
+    mixer = build(SPECS["gated deltanet"])
+    _, _, records = run(mixer, X, record=("weights", "v", "z", "q", "attn_out"))
+    assert_close(
+        np.einsum("bnts,bsnv->btnv", *(np.asarray(records[x], np.float64) for x in ("weights", "v"))), records["z"]
+    )
+
+
+def test_normalised_features_are_attention_with_their_kernel():
+    mixer = build(SPECS["taylor"])
+    _, _, records = run(mixer, X, record=("q", "k", "v", "attn_out"))
+    q, k, v = (np.asarray(records[name], np.float64) for name in "qkv")
+    weights = np.einsum("btnf,bsnf->bnts", q, k) * np.tri(T)
+    z = np.einsum("bnts,bsnv->btnv", weights / weights.sum(-1, keepdims=True), v[..., :-1])
+    assert_close(z.reshape(B, T, D) @ np.asarray(mixer.mechanism.out.out.kernel[...], np.float64), records["attn_out"])
+
+
+def test_latte_is_a_softmax_over_time_of_each_latent():
+    mixer = build(SPECS["latte"])
+    project = {name: np.asarray(m.kernel[...], np.float64) for name, m in mixer.mechanism.project.linear.items()}
+    x = np.asarray(X, np.float64)
+    q, a, v = ((x @ project[name]).reshape(B, T, N, -1) for name in ("query", "key", "value"))
+    of_token = np.exp(q) / np.exp(q).sum(-1, keepdims=True)
+    over_time = np.exp(a)[:, None] * np.tri(T)[None, :, :, None, None]
+    over_time /= over_time.sum(2, keepdims=True)
+    weights = np.einsum("btnl,btsnl->bnts", of_token, over_time)
+    np.testing.assert_allclose(weights.sum(-1), 1)
+    _, _, records = run(mixer, X, record=("weights", "z"))
+    assert_close(records["weights"], weights)
+    assert_close(records["z"], np.einsum("bnts,bsnv->btnv", weights, v))
+
+
+def test_mamba2_is_its_recurrence():
+    mixer = build(SPECS["mamba2"])
+    m = mixer.mechanism
+    _, _, records = run(mixer, X, record=("q", "k", "v", "attn_out"))
+    b, c = (np.asarray(records[name], np.float64)[:, :, 0] for name in "kq")
+    softplus = np.logaddexp(0, np.asarray(m.step(X) + m.step_bias[...], np.float64))
+    value, decay = np.asarray(records["v"], np.float64), np.exp(-np.exp(np.asarray(m.a_log[...])) * softplus)
+    memory, y = np.zeros((B, N, 4, D)), np.zeros((B, T, N, D))
+    for t in range(T):
+        memory = decay[:, t, :, None, None] * memory + b[:, t, None, :, None] * value[:, t, :, None]
+        y[:, t] = np.einsum("bk,bnkv->bnv", c[:, t], memory)
+    y += np.asarray(m.skip[...])[:, None] * value / softplus[..., None]
+    gate = np.asarray(m.gate(X), np.float64)
+    y = y.reshape(gate.shape) * gate / (1 + np.exp(-gate))
+    normed = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(m.norm.scale[...])
+    assert_close(records["attn_out"], normed @ np.asarray(m.out.kernel[...], np.float64))
+
+
+def test_mimetic_initialization_is_linear_attention_of_the_tokens_with_themselves():
+    """A_ij = b_i · b_j but for decays of 1e−3 per token; at the start, not after noise."""
+    mixer = SPECS["mimetic"].build(D, jnp.float32, nnx.Rngs(0))
+    _, _, records = run(mixer, X, record=("weights", "k", "q"))
+    np.testing.assert_array_equal(records["q"], records["k"])
+    key = np.asarray(records["k"], np.float64)[:, :, 0]
+    expected = np.einsum("btk,bsk->bts", key, key) * np.tri(T)
+    np.testing.assert_allclose(records["weights"][:, 0], expected, rtol=0, atol=1.01e-3 * T * abs(expected).max())
+
+
+def test_rwkv7_is_its_recurrence():
+    mixer = build(SPECS["rwkv7"])
+    past = nn.Past({}, jnp.ones((B, T), bool), None)
+    inputs, _ = mixer.mechanism.inputs(X, jnp.zeros((B, T), int), past)
+    r, k, v, g = (np.asarray(x, np.float64) for x in inputs[:4])
+    removed, rate = -np.asarray(inputs.erase.read, np.float64), np.asarray(inputs.erase.write, np.float64)
+    assert ((g < 0) & (g > -(np.e**-0.5))).all()
+    np.testing.assert_allclose(np.linalg.norm(removed, axis=-1), 1, atol=1e-3)
+    memory, z = np.zeros((B, N, D // N, D // N)), np.zeros((B, T, N, D // N))
+    for t in range(T):
+        held = np.einsum("bnk,bnkv->bnv", removed[:, t], memory)
+        memory = np.exp(g[:, t])[..., None] * memory - np.einsum("bnk,bnv->bnkv", rate[:, t], held)
+        memory = memory + np.einsum("bnk,bnv->bnkv", k[:, t], v[:, t])
+        z[:, t] = np.einsum("bnk,bnkv->bnv", r[:, t], memory)
+    assert_close(run(mixer, X, record=("z",))[2]["z"], z)
+
+
+def test_gates_are_the_formulas_and_stay_in_their_range():
+    x = jnp.linspace(-200, 200, 41)
+    sigmoid = 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+    np.testing.assert_allclose(retention(3), np.log([1 - 2.0**-5, 1 - 2.0**-6, 1 - 2.0**-7]), rtol=1e-6)
+    np.testing.assert_allclose(
+        softplus_decay(0.0, x), -np.logaddexp(0, np.asarray(x, np.float64)), rtol=1e-5, atol=1e-30
+    )
+    np.testing.assert_allclose(bounded_decay(x, -5.0), -5 * sigmoid, rtol=1e-4, atol=1e-30)
+    np.testing.assert_allclose(lower_bounded_decay(x, 0.3), np.log(0.3 + 0.7 * sigmoid), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lower_bounded_decay(x, 0.0), jax.nn.log_sigmoid(x), rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(jax.nn.softplus(inverse_softplus(jnp.array([0.01, 1, 5.0]))), [0.01, 1, 5], rtol=1e-5)
+    for gate in (softplus_decay, lambda _, x: lower_bounded_decay(x, 0.3), lambda _, x: bounded_decay(x, -5.0)):
+        value, slope = jax.vmap(jax.value_and_grad(lambda x, gate=gate: gate(0.0, x)))(x)
+        assert (value <= 0).all()
+        assert np.isfinite(slope).all()
+    with pytest.raises(ValueError, match=r"floor must be below 0, got 1\.0"):
+        bounded_decay(x, 1.0)
+
+
+def test_a_running_softmax_does_not_depend_on_a_constant_and_takes_missing_tokens():
+    scores = jax.random.normal(jax.random.key(3), (T, N, 3)).at[0].set(-jnp.inf).at[4].set(-jnp.inf)
+    key, log_decay, after = jax.jit(running_softmax)(scores)
+    shifted = jax.jit(running_softmax)(scores + 500.0)
+    assert_close(shifted[0], key, 1e4)  # the scores themselves are rounded at 500
+    assert (key[0] == 0).all()
+    assert (key[4] == 0).all()
+    assert ((log_decay[1:] <= 0) & (log_decay[1:] > -np.inf) | (log_decay[1:] == -np.inf)).all()
+    np.testing.assert_allclose(after, jax.nn.logsumexp(scores, axis=0), rtol=1e-5)
+    slope = jax.jit(jax.grad(lambda s: sum(jnp.where(jnp.isfinite(x), x, 0).sum() for x in running_softmax(s))))(scores)
+    assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("name", ["taylor", "gated deltanet", "mamba2", "latte"])
+def test_a_decoder_of_them_generates_what_its_whole_pass_says(name):
+    """Beside softmax layers; greedy tokens from the constant-memory state are the argmax of one pass."""
+    layers = (models.Layer(SPECS[name]),) * 2 + (models.Layer(models.Attention(heads=N)),)
+    config = models.DecoderConfig(vocabulary=17, context=24, width=D, layers=layers)
+    model = models.Decoder(config, rngs=nnx.Rngs(0))
+    prompts, lengths = jax.random.randint(jax.random.key(4), (2, 6), 0, 17), jnp.array([6, 3])
+    out = models.generate(model, prompts, lengths, max_new_tokens=5, temperature=0.0)
+    for row, length in enumerate(lengths.tolist()):
+        tokens = jnp.concatenate([prompts[row, :length], out.tokens[row]])[None]
+        logits, _, _ = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
+        np.testing.assert_array_equal(logits[0, length - 1 : -1].argmax(-1), out.tokens[row])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_specs_are_plain_data(name):
+    spec = SPECS[name]
+    config = models.DecoderConfig(layers=(models.Layer(spec), models.Layer()))
+    if name not in ("hedgehog", "performer"):
+        assert models.from_plain(models.to_plain(config)) == config
+    assert hash(dataclasses.replace(spec, heads=4)) != hash(spec)
+    assert isinstance(spec.build(D, jnp.float32, nnx.Rngs(0)), Recurrent)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(X[..., :3]), r"x has shape \(2, 11, 3\): need \[batch, length, 16\]"),
+        (lambda m: m(X, context=X), "context is given: a recurrent mixer sees only its own tokens"),
+        (lambda m: m(X, mask=Window(3)), r"mask is Window: a recurrent mixer takes None, Causal\(\) or Documents"),
+        (lambda m: m(X, mask=Documents(jnp.zeros(5, int))), "mask is Documents: .* with one id per token"),
+        (
+            lambda m: m(X, mask=Causal() & Documents(jnp.zeros(T, int)), state=m.init_state(B, 9)),
+            "need one or the other",
+        ),
+        (lambda m: m(X, record=("scores",)), "record has 'scores', which a recurrent mixer does not have"),
+    ],
+)
+def test_calls_that_a_memory_cannot_serve_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(build(SPECS["retnet"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.GLA(D, 3, rngs=nnx.Rngs(0)), "features 16 is no multiple of heads 3"),
+        (lambda: nn.GLA(D, 2, rank=0, rngs=nnx.Rngs(0)), "rank must be at least 1, got 0"),
+        (
+            lambda: nn.DeltaNet(D, 2, decay="token", rngs=nnx.Rngs(0)),
+            "decay is 'token': need 'none', 'head' or 'channel'",
+        ),
+        (lambda: nn.HGRN2(D, 2, lower_bound=1.0, rngs=nnx.Rngs(0)), "lower_bound must be at least 0 and below 1"),
+        (lambda: nn.LinearAttention(D, 2, gate="relu", rngs=nnx.Rngs(0)), "gate is 'relu': need 'silu', 'sigmoid'"),
+        (lambda: nn.ShortConvolution(4, 0, rngs=nnx.Rngs(0)), "convolution must be at least 1 token wide, got 0"),
+        (
+            lambda: models.LinearAttention(feature_map=nn.HedgehogMap(2, 4)()),
+            "feature_map of a spec holds no arrays",
+        ),
+    ],
+)
+def test_mechanisms_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
