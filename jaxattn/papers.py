@@ -44,6 +44,8 @@ class Paper(NamedTuple):
 REDUCTIONS = "tests/core/test_reductions.py"
 DOCS = "tests/test_docs.py"
 MODULE = "tests/nn/test_multi_head_attention.py"
+RECURRENT = "tests/nn/test_recurrent.py"
+MEMORIES = "tests/core/test_linear.py"
 
 PAPERS: tuple[Paper, ...] = (
     Paper(
@@ -247,6 +249,16 @@ PAPERS: tuple[Paper, ...] = (
         "random features, positive, hyperbolic and trigonometric, with orthogonal directions",
     ),
     Paper(
+        122,
+        "mimetic_ssm",
+        "Mimetic Initialization Helps State Space Models Learn to Recall",
+        2024,
+        "2410.11135",
+        ("jaxattn.nn.mimetic_initialization",),
+        (RECURRENT,),
+        "of Mamba-2: hardly any decay, steps of 1, equal queries and keys",
+    ),
+    Paper(
         125,
         "rnope_swa",
         "Rope to Nope and Back Again: A New Hybrid Attention Strategy",
@@ -265,6 +277,23 @@ PAPERS: tuple[Paper, ...] = (
         ("jaxattn.BlockIndex.from_scores", "jaxattn.Blocks"),
         (DOCS,),
         "its bound on the scores of a block, as an example in docs/blocks.md",
+    ),
+    Paper(
+        139,
+        "latte",
+        "Latent Attention for Linear Time Transformers (Latte)",
+        2024,
+        "2402.17512",
+        (
+            "jaxattn.running_softmax",
+            "jaxattn.nn.Latte",
+            "jaxattn.models.Latte",
+        ),
+        (
+            RECURRENT,
+            DOCS,
+        ),
+        "the causal form, as a memory with per-channel decay; not its hybrid with a window",
     ),
     Paper(
         152,
@@ -392,9 +421,151 @@ PAPERS: tuple[Paper, ...] = (
         "Transformers are RNNs (Katharopoulos et al.)",
         2020,
         "2006.16236",
-        ("jaxattn.Elu1Features",),
+        ("jaxattn.Elu1Features", "jaxattn.linear_attention", "jaxattn.nn.LinearAttention"),
         ("tests/core/test_feature.py",),
         "the elu + 1 map",
+    ),
+    Paper(
+        None,
+        "retnet",
+        "Retentive network (Sun et al.)",
+        2023,
+        None,
+        (
+            "jaxattn.retention",
+            "jaxattn.nn.RetNet",
+        ),
+        (
+            RECURRENT,
+            MEMORIES,
+        ),
+        "constant decay per head, without the rescaling of its scores",
+    ),
+    Paper(
+        None,
+        "gla",
+        "Gated linear attention (Yang et al.)",
+        2023,
+        "2312.06635",
+        ("jaxattn.nn.GLA",),
+        (
+            RECURRENT,
+            MEMORIES,
+        ),
+        "decay per channel, in chunks that never overflow",
+    ),
+    Paper(
+        None,
+        "hgrn2",
+        "HGRN-2 (Qin et al.)",
+        2024,
+        "2404.07904",
+        (
+            "jaxattn.lower_bounded_decay",
+            "jaxattn.nn.HGRN2",
+        ),
+        (RECURRENT,),
+        "forget gates whose complement is the key; the lower bound is given, not learned",
+    ),
+    Paper(
+        None,
+        "mamba",
+        "Mamba (Gu and Dao)",
+        None,
+        "2312.00752",
+        ("jaxattn.softplus_decay",),
+        (RECURRENT,),
+        "its gate and the start of its step sizes",
+    ),
+    Paper(
+        None,
+        "mamba2",
+        "Mamba-2, state-space duality (Dao and Gu)",
+        2024,
+        "2405.21060",
+        (
+            "jaxattn.nn.Mamba2",
+            "jaxattn.mixing_matrix",
+        ),
+        (
+            RECURRENT,
+            MEMORIES,
+        ),
+        "scalar decay, shared keys and queries",
+    ),
+    Paper(
+        None,
+        "rwkv6",
+        "RWKV-6 (Finch)",
+        2024,
+        "2404.05892",
+        ("jaxattn.linear_attention",),
+        (MEMORIES,),
+        "the recurrence: reads before the write, with a bonus for the token itself; no module",
+    ),
+    Paper(
+        None,
+        "deltanet",
+        "DeltaNet over sequence length (Yang et al.)",
+        2024,
+        "2406.06484",
+        (
+            "jaxattn.Delta",
+            "jaxattn.nn.DeltaNet",
+        ),
+        (
+            RECURRENT,
+            MEMORIES,
+        ),
+        "the delta rule, solved within chunks",
+    ),
+    Paper(
+        None,
+        "gated_deltanet",
+        "Gated DeltaNet (Yang et al.)",
+        2024,
+        "2412.06464",
+        (
+            "jaxattn.Delta",
+            "jaxattn.nn.DeltaNet",
+        ),
+        (
+            RECURRENT,
+            MEMORIES,
+        ),
+        "the delta rule after a decay per head",
+    ),
+    Paper(
+        None,
+        "kimi_linear",
+        "Kimi Linear: Kimi delta attention",
+        2025,
+        "2510.26692",
+        (
+            "jaxattn.bounded_decay",
+            "jaxattn.nn.DeltaNet",
+        ),
+        (
+            RECURRENT,
+            MEMORIES,
+        ),
+        "the delta rule after a decay per channel",
+    ),
+    Paper(
+        None,
+        "rwkv7",
+        "RWKV-7 (Peng et al.)",
+        2025,
+        "2503.14456",
+        (
+            "jaxattn.Erase",
+            "jaxattn.nn.RWKV7",
+        ),
+        (
+            RECURRENT,
+            MEMORIES,
+        ),
+        "the general correction of rank one; values are not mixed with those of the first layer",
     ),
     Paper(
         None,
