@@ -3,6 +3,7 @@ they name every part there is."""
 
 import functools
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -478,11 +479,122 @@ def test_states_continue_and_documents_are_apart(page):
         assert_close(p.packed[where], linear_memory(p.query[where], p.key[where], p.value[where], retention)[0])
 
 
+# memory.md
+
+
+def descent(fast, network, loss, p, rate, link=lambda a: a, log_decay=None, log_momentum=None, row=None, value=None):
+    """Outputs of gradient descent token by token, with gradients at the weights before every 16 tokens."""
+    zeros = jnp.zeros((p.T, p.N))
+    gates = [zeros + rate, zeros if log_decay is None else log_decay]
+    gates += [zeros - jnp.inf if log_momentum is None else log_momentum, zeros + (1 if row is None else row)]
+
+    def token(carry, now):
+        start, dual, momentum = carry
+        place, query, key, value, rate, log_decay, log_momentum, row = now
+        slope = jax.grad(lambda w: loss(network(w, key) - value))(jax.tree.map(link, start))
+        momentum = jax.tree.map(lambda s, u: jnp.exp(log_momentum) * s - rate * u, momentum, slope)
+        dual = jax.tree.map(lambda a, s: jnp.exp(log_decay) * a + s, dual, momentum)
+        read = jax.tree.map(lambda a, b: a + row * (b - a), start, dual)
+        out = network(jax.tree.map(link, read), query)
+        dual, start = (jax.tree.map(partial(jnp.where, place == 15), read, x) for x in (dual, start))
+        return (start, dual, momentum), out
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, *[1] * 7), out_axes=1)
+    def heads(fast, *arrays):
+        place = jnp.arange(p.T) % 16
+        return jax.lax.scan(token, (fast, fast, jax.tree.map(jnp.zeros_like, fast)), (place, *arrays))[1]
+
+    return heads(fast, p.query, p.key, p.value, *gates)
+
+
+def perceptron(activation, fast, x):
+    return activation(x @ fast[0]) @ fast[1]
+
+
+def with_layer_norm(network, fast, x):
+    y = network(fast, x)
+    return x + (y - y.mean()) / jnp.sqrt(y.var() + 1e-6)
+
+
+def one_layer(fast, x):
+    return x @ fast[0]
+
+
+def squares(e):
+    return (e**2).sum()
+
+
+def test_memories_are_trained_token_by_token(page):
+    p = page("memory")
+    gates = {"rate": 0.03 * p.rate, "log_decay": p.log_decay}
+    blank, normed = (jnp.zeros((p.N, p.K, p.K)),), partial(with_layer_norm, partial(perceptron, jax.nn.gelu))
+    assert_close(p.out, descent(blank, one_layer, squares, p, p.rate))
+    titans = partial(perceptron, jax.nn.silu)
+    expected = descent(
+        p.network.weights, titans, squares, p, 0.1 * p.rate, log_decay=p.log_decay, log_momentum=p.log_momentum
+    )
+    assert_close(p.titans, expected, 1000)
+    huber = descent(
+        p.normed.weights, normed, lambda e: jnp.where(squares(e) < 1, squares(e) / 2, squares(e) ** 0.5), p, **gates
+    )
+    assert_close(p.yaad, huber, 1000)
+    cubes = descent(
+        p.larger.weights,
+        normed,
+        lambda e: (jnp.abs(e) ** 3).sum(),
+        p,
+        **gates,
+        link=lambda a: a**3 / (a**4).sum() ** 0.5,
+    )
+    assert_close(p.moneta, cubes, 1000)
+    memora = descent(blank, one_layer, squares, p, **gates, link=lambda a: 2 * jax.nn.softmax(a, 0))
+    assert_close(p.memora, memora, 1000)
+    assert_close(p.sums, np.full((p.N, p.K), 2))
+    ttt = descent(
+        p.one_layer.weights,
+        partial(with_layer_norm, lambda fast, x: jnp.append(x, 1) @ fast[0]),
+        lambda e: squares(e) / 2,
+        p,
+        p.rate,
+        row=p.by_place,
+    )
+    assert_close(p.ttt, ttt, 1000)
+    own = descent(
+        p.own.fast_weights,
+        lambda fast, x: (x @ fast[0] * jax.nn.silu(x @ fast[1])) @ fast[2],
+        lambda e: jnp.log(jnp.cosh(e)).sum(),
+        p,
+        0.1,
+    )
+    assert_close(p.learned, own, 1000)
+
+
+def test_inner_batches_of_one_are_the_delta_rule_and_sequences_go_on(page):
+    p = page("memory")
+    assert_close(p.sequential, p.delta)
+    assert np.abs(p.sequential - p.out).max() > 0.01
+    assert_close(p.continued, p.out)
+    for where in (slice(0, 32), slice(32, 80), slice(80, 100)):
+        alone, _ = jaxattn.memory_scan(p.memory, p.query[where], p.key[where], p.value[where], rate=p.rate[where])
+        assert_close(p.packed[where], alone)
+
+
+def test_memories_learn_what_the_page_says_they_do(page):
+    p = page("memory")
+    assert 0.9 < p.robust["squared"] < 1.1
+    assert p.robust["huber"] < 0.01
+    assert p.unexplained["matrix"] > 0.9
+    assert p.unexplained["network"] < 0.4
+
+
 # All pages
 
 
 def test_the_pages_name_every_part_and_call():
-    text = " ".join(PAGES[f"{name}.md"] for name in ("attend", "measures", "positions", "blocks", "features", "linear"))
+    text = " ".join(
+        PAGES[f"{name}.md"] for name in ("attend", "measures", "positions", "blocks", "features", "linear", "memory")
+    )
     text = " ".join(re.findall(r"`[^`\n]+`", text))
     missing = [name for name in jaxattn.__all__ if not re.search(rf"\b{name}\b", text)]
     assert missing == []
