@@ -482,7 +482,7 @@ def test_states_continue_and_documents_are_apart(page):
 # memory.md
 
 
-def descent(fast, network, loss, p, rate, link=lambda a: a, log_decay=None, log_momentum=None, row=None, value=None):
+def descent(fast, network, loss, p, rate, link=lambda a: a, log_decay=None, log_momentum=None, row=None):
     """Outputs of gradient descent token by token, with gradients at the weights before every 16 tokens."""
     zeros = jnp.zeros((p.T, p.N))
     gates = [zeros + rate, zeros if log_decay is None else log_decay]
