@@ -9,14 +9,12 @@ from jaxattn.core.feature import (
     HedgehogFeatures,
     IdentityFeatures,
     LogNormalFeatures,
-    RandomFeatures,
     ReluFeatures,
     StandardizedFeatures,
     TaylorFeatures,
     UnitFeatures,
     distillation_loss,
     moment_match,
-    orthogonal_gaussian,
 )
 from jaxattn.core.gate import (
     bounded_decay,
@@ -113,6 +111,7 @@ from jaxattn.core.normalize import (
 from jaxattn.core.partial import EMPTY, Partial, merge
 from jaxattn.core.parts import part
 from jaxattn.core.position import NTK, Interpolate, LearnedPositions, Yarn, rotary, rotary_2d, sinusoidal
+from jaxattn.core.random_feature import RandomFeatures, orthogonal_gaussian
 from jaxattn.core.recurrence import Delta, Erase, StateMap, combine
 from jaxattn.core.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum
 

@@ -48,7 +48,7 @@ class Features(abc.ABC):
         """F, the number of features for heads of so many channels."""
 
 
-def _checked(owner: str, query: Any, key: Any) -> tuple[Query, Key]:
+def checked(owner: str, query: Any, key: Any) -> tuple[Query, Key]:
     """Both as arrays of the accumulator's dtype."""
     query, key = jnp.asarray(query), jnp.asarray(key)
     for name, x in (("query", query), ("key", key)):
@@ -64,12 +64,12 @@ def _checked(owner: str, query: Any, key: Any) -> tuple[Query, Key]:
     return query.astype(dtype), key.astype(dtype)
 
 
-def _check_kind(owner: str, kind: Any, kinds: Any) -> None:
+def check_kind(owner: str, kind: Any, kinds: Any) -> None:
     if kind not in get_args(kinds):
         raise ValueError(f"{owner}: kind must be one of {', '.join(map(repr, get_args(kinds)))}, got {kind!r}")
 
 
-def _root_of_scale(scale: Any, x: Array) -> Array:
+def root_of_scale(scale: Any, x: Array) -> Array:
     """√scale, by which both sides are multiplied; scale is H**-0.5 unless given."""
     return jnp.sqrt(jnp.asarray(x.shape[-1] ** -0.5 if scale is None else scale, x.dtype))
 
@@ -88,7 +88,7 @@ class IdentityFeatures(Features):
     scale: Number | None = None
 
     def __call__(self, query, key):
-        query, key = _checked("IdentityFeatures", query, key)
+        query, key = checked("IdentityFeatures", query, key)
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         return query * jnp.asarray(scale, query.dtype), key
 
@@ -104,7 +104,7 @@ class Elu1Features(Features):
     """
 
     def __call__(self, query, key):
-        query, key = _checked("Elu1Features", query, key)
+        query, key = checked("Elu1Features", query, key)
         return _elu1(query), _elu1(key)
 
     def size(self, head_dim):
@@ -132,7 +132,7 @@ class ReluFeatures(Features):
             raise ValueError(f"ReluFeatures: offset must be at least 0, got {self.offset}")
 
     def __call__(self, query, key):
-        query, key = _checked("ReluFeatures", query, key)
+        query, key = checked("ReluFeatures", query, key)
         return jax.nn.relu(query) + self.offset, jax.nn.relu(key) + self.offset
 
     def size(self, head_dim):
@@ -156,7 +156,7 @@ class LogNormalFeatures(Features):
     normalized: bool = False
 
     def __call__(self, query, key):
-        query, key = _checked("LogNormalFeatures", query, key)
+        query, key = checked("LogNormalFeatures", query, key)
         powers = []
         for name, x in (("alpha", query), ("beta", key)):
             factor = getattr(self, name)
@@ -233,8 +233,8 @@ class TaylorFeatures(Features):
         check_positive("TaylorFeatures", "scale", self.scale)
 
     def __call__(self, query, key):
-        query, key = _checked("TaylorFeatures", query, key)
-        root = _root_of_scale(self.scale, query)
+        query, key = checked("TaylorFeatures", query, key)
+        root = root_of_scale(self.scale, query)
         return self._monomials(query * root), self._monomials(key * root)
 
     def _monomials(self, x: Float[Array, "... h"]) -> Float[Array, "... f"]:
@@ -256,110 +256,6 @@ class TaylorFeatures(Features):
     def size(self, head_dim):
         return math.comb(head_dim + self.degree, self.degree)
 
-
-RandomKind = Literal["positive", "hyperbolic", "trigonometric", "relu"]
-
-
-@part
-class RandomFeatures(Features):
-    """FAVOR+ (Choromanski et al., 2021): random features whose φ · ψ is exp(scale · q·k) on average over W.
-
-    With the m rows w of `projection` W [m, H] drawn from N(0, I), x = √scale · q and y = √scale · k, φ is, by `kind`,
-
-        positive        e^{−|x|²/2} [e^{w·x}] / √m                        F = m
-        hyperbolic      e^{−|x|²/2} [e^{w·x}, e^{−w·x}] / √(2m)           F = 2m
-        trigonometric   e^{+|x|²/2} [cos w·x, sin w·x] / √m               F = 2m
-        relu            [max(w·x, 0) + 0.001] / √m                        F = m
-
-    and ψ the same of y. Their mean squared errors for independent rows, with SM = exp(x·y):
-
-        positive        SM² e^{|x+y|²} (1 − e^{−|x+y|²}) / m
-        hyperbolic      half of that, times 1 − e^{−|x+y|²}
-        trigonometric   SM⁻² e^{|x+y|²} (1 − e^{−|x−y|²})² / 2m
-
-    so positive ones are good where weights are small and trigonometric ones, which may be negative, where they are
-    large. All grow exponentially with the norms: keep |x + y|² to a few units. `relu` is another kernel, the arc-cosine
-    one (Cho and Saul, 2009) for the small offset 0, |x| |y| (sin θ + (π − θ) cos θ) / 2π with the angle θ. It has no
-    exponential, and `normalized` does nothing.
-
-    `scale` is H**-0.5 unless given. Draw W by `orthogonal_gaussian`, with m from H ln H; all heads, queries and keys
-    share it. It is an array leaf, so hold it constant in training or redraw it now and then.
-
-    Range: the kinds with e^{−|x|²/2} are at most e^{|w|²/2}; a key with |y|² / 2 − max w·y above 87 has ψ = 0 in
-    float32. Raises ValueError for another kind, a projection that is not [m, H], m >= 1, or a scale that is not
-    positive.
-    """
-
-    projection: Float[Array, "m h"]
-    kind: RandomKind = "positive"
-    scale: Number | None = None
-    normalized: bool = False
-
-    def __post_init__(self):
-        _check_kind("RandomFeatures", self.kind, RandomKind)
-        check_positive("RandomFeatures", "scale", self.scale)
-
-    def __call__(self, query, key):
-        query, key = _checked("RandomFeatures", query, key)
-        shape, width = jnp.shape(self.projection), query.shape[-1]
-        if len(shape) != 2 or shape[0] < 1 or shape[1] != width:
-            raise ValueError(
-                f"RandomFeatures: projection has shape {shape} but query has head dim {width}: need [m, {width}] with "
-                "m >= 1"
-            )
-        root = _root_of_scale(self.scale, query)
-        return self._features(query * root, self.normalized), self._features(key * root, False)
-
-    def _features(self, x: Float[Array, "... h"], normalized: bool) -> Float[Array, "... f"]:
-        projected = product(x, jnp.asarray(self.projection, x.dtype).T)
-        half_square = jnp.square(x).sum(-1, keepdims=True) / 2
-        rows = projected.shape[-1]
-        if self.kind == "relu":
-            # The offset of the authors' code: it keeps the total of a row positive.
-            return (jax.nn.relu(projected) + 1e-3) / math.sqrt(rows)
-        if self.kind == "trigonometric":
-            waves = jnp.concatenate([jnp.cos(projected), jnp.sin(projected)], -1) / math.sqrt(rows)
-            return waves if normalized else waves * jnp.exp(half_square)
-        if self.kind == "hyperbolic":
-            projected = jnp.concatenate([projected, -projected], -1)
-        if normalized:
-            return jax.nn.softmax(projected)
-        return jnp.exp(projected - half_square) / math.sqrt(projected.shape[-1])
-
-    def size(self, head_dim):
-        return jnp.shape(self.projection)[0] * (2 if self.kind in ("hyperbolic", "trigonometric") else 1)
-
-
-Scaling = Literal["chi", "sqrt", "none"]
-
-
-def orthogonal_gaussian(key: Any, count: int, head_dim: int, scaling: Scaling = "chi") -> Float[Array, "m h"]:
-    """m = `count` random directions [m, H] for `RandomFeatures`, orthogonal in blocks of H (Choromanski et al., 2021).
-
-    Each block of H rows is a uniformly random orthogonal matrix, whose rows get, by `scaling`, the lengths
-
-        chi    those of Gaussian vectors, so that every row by itself is N(0, I) and features stay unbiased
-        sqrt   √H each: less variance, slightly biased
-        none   no blocks: independent rows of N(0, I)
-
-    Orthogonal rows have a smaller error than independent ones. Raises ValueError for a count or head_dim below 1 or
-    another scaling.
-    """
-    check_static_int("orthogonal_gaussian", "count", count, 1)
-    check_static_int("orthogonal_gaussian", "head_dim", head_dim, 1)
-    if scaling not in get_args(Scaling):
-        raise ValueError(f"orthogonal_gaussian: scaling must be 'chi', 'sqrt' or 'none', got {scaling!r}")
-    for_directions, for_lengths = jax.random.split(key)
-    gaussian = jax.random.normal(for_lengths, (count, head_dim))
-    if scaling == "none":
-        return gaussian
-    blocks = jax.random.orthogonal(for_directions, head_dim, (-(-count // head_dim),))
-    directions = blocks.reshape(-1, head_dim)[:count]
-    lengths = jnp.linalg.norm(gaussian, axis=-1, keepdims=True) if scaling == "chi" else math.sqrt(head_dim)
-    return directions * lengths
-
-
-# Learned features.
 
 HedgehogKind = Literal["softmax", "exp"]
 
@@ -388,7 +284,7 @@ class HedgehogFeatures(Features):
     normalized: bool = False
 
     def __post_init__(self):
-        _check_kind("HedgehogFeatures", self.kind, HedgehogKind)
+        check_kind("HedgehogFeatures", self.kind, HedgehogKind)
 
     @staticmethod
     def identity(
@@ -407,7 +303,7 @@ class HedgehogFeatures(Features):
         return HedgehogFeatures(weights[0], weights[1], biases[0], biases[1], kind, normalized)
 
     def __call__(self, query, key):
-        query, key = _checked("HedgehogFeatures", query, key)
+        query, key = checked("HedgehogFeatures", query, key)
         queries = self._linear("query", query, "D")
         keys = self._linear("key", key, queries.shape[-1])
         if self.kind == "softmax":
@@ -481,7 +377,7 @@ class StandardizedFeatures(Features):
         _check_map("StandardizedFeatures", self.then, self.epsilon)
 
     def __call__(self, query, key):
-        both = _checked("StandardizedFeatures", query, key)
+        both = checked("StandardizedFeatures", query, key)
         centred = (x - x.mean(-1, keepdims=True) for x in both)
         return self.then(*(x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) for x in centred))
 
@@ -505,7 +401,7 @@ class UnitFeatures(Features):
         _check_map("UnitFeatures", self.then, self.epsilon)
 
     def __call__(self, query, key):
-        both = _checked("UnitFeatures", query, key)
+        both = checked("UnitFeatures", query, key)
         return self.then(*(x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + self.epsilon) for x in both))
 
     def size(self, head_dim):

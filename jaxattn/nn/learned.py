@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxattn.core.bias import RelativeBias
-from jaxattn.core.feature import HedgehogFeatures, RandomFeatures, RandomKind, orthogonal_gaussian
+from jaxattn.core.feature import HedgehogFeatures
 from jaxattn.core.maps import Convolution, MixHeads, Temperature
 from jaxattn.core.normalize import Softmax
+from jaxattn.core.random_feature import RandomFeatures, RandomKind, orthogonal_gaussian
 from jaxattn.core.score import Additive, Bilinear, Neural
 
 lecun, he = jax.nn.initializers.lecun_normal(), jax.nn.initializers.he_normal()
