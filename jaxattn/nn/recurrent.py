@@ -49,12 +49,11 @@ class Past:
         """x as it was 0, 1, ..., width − 1 tokens ago; zeros before the sequence or document began."""
         x = jnp.where(self.seen[..., None], x, 0)
         batch, length, channels = x.shape
-        held = self.held.get(name)
-        held = jnp.zeros((batch, width - 1, channels), x.dtype) if held is None else held.astype(x.dtype)
-        whole = jnp.concatenate([held, x], 1)
+        held = self.held.get(name, jnp.zeros((batch, width - 1, channels), x.dtype))
+        whole = jnp.concatenate([held.astype(x.dtype), x], 1)
         end = jnp.where(self.seen, jnp.arange(1, length + 1), 0).max(-1)  # tokens up to the last that is there
         last = end[:, None] + jnp.arange(width - 1)
-        self.kept[name] = jnp.take_along_axis(whole, last[..., None], 1)
+        self.kept[name] = jnp.take_along_axis(whole, last[..., None], 1).astype(held.dtype)
         lagged = [whole[:, width - 1 - lag : width - 1 - lag + length] for lag in range(width)]
         if self.segments is None:
             return lagged

@@ -108,6 +108,18 @@ def test_every_parameter_has_a_gradient(name):
         assert (np.abs(leaf) > 0).any(), path
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_states_keep_their_types_in_bfloat16(name):
+    """So that they can be carried by a loop; the memory stays float32."""
+    mixer = SPECS[name].build(D, jnp.bfloat16, nnx.Rngs(0))
+    state = mixer.init_state(B, 9)
+    x = X.astype(jnp.bfloat16)
+    y, after = jax.eval_shape(lambda x, state: mixer(x, state=state)[:2], x, state)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    assert y.dtype in (jnp.bfloat16, jnp.float32)
+    assert after["memory"].memory.dtype == jnp.float32
+
+
 def test_weights_read_the_values():
     mixer = build(SPECS["gated deltanet"])
     _, _, records = run(mixer, X, record=("weights", "v", "z", "q", "attn_out"))
