@@ -188,8 +188,7 @@ def x64():
         yield
 
 
-def reads(options):
-    return ("dual", "materialize") if "link" not in options else ("materialize",)
+READS = {"matrix": ("dual",), "yaad": ("dual",), "moneta": ("materialize",), "memora": ("materialize",)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -209,7 +208,7 @@ def test_an_inner_batch_is_gradient_descent_from_where_it_started(name, x64):
         return out, carry if "log_momentum" in given else carry[:2]
 
     expected = scored(definition)
-    for read in reads(options):
+    for read in READS.get(name, ("dual", "materialize")):
 
         def run(memory, given, read=read):
             out, state = memory_scan(memory, **given, **options, inner_batch=B, read=read)
@@ -222,13 +221,13 @@ def tokens(given, where):
     return jax.tree.map(lambda x: x[where], given)
 
 
-@pytest.mark.parametrize("name", ["titans", "ttt", "moneta"])
+@pytest.mark.parametrize("name", ["titans", "moneta"])
 def test_a_sequence_may_be_split_anywhere_and_read_token_by_token(name, x64):
     """Cuts inside inner batches, at their ends, and one token at a time over two ends."""
     memory, given, options = arrays(name)
     run = jax.jit(partial(memory_scan, memory, **options, inner_batch=B))
     whole, end = run(**given)
-    cuts = [0, 5, 6, 13, *(range(14, 20)), T] if name == "titans" else [0, 4, 12, 13, T]
+    cuts = [0, 5, 10, *range(11, 18), T] if name == "titans" else [0, 4, 13, T]
     state, out = None, []
     for a, b in itertools.pairwise(cuts):
         piece, state = run(**tokens(given, slice(a, b)), state=state)
@@ -240,8 +239,9 @@ def test_a_sequence_may_be_split_anywhere_and_read_token_by_token(name, x64):
 def test_rows_of_a_batch_may_have_seen_different_numbers_of_tokens(x64):
     memory, given, options = arrays("titans")
     run = jax.jit(partial(memory_scan, memory, **options, inner_batch=B))
-    states = [run(**tokens(given, slice(0, seen)))[1] for seen in (3, 10)]
-    rest = [tokens(given, slice(seen, seen + 9)) for seen in (3, 10)]
+    _, first = run(**tokens(given, slice(0, 5)))
+    states = [first, run(**tokens(given, slice(5, 10)), state=first)[1]]
+    rest = [tokens(given, slice(seen, seen + 5)) for seen in (5, 10)]
     stack = partial(jax.tree.map, lambda *x: jnp.stack(x))
     together = run(**stack(*rest), state=stack(*states))
     each = stack(*(run(**one, state=state) for one, state in zip(rest, states, strict=True)))
@@ -310,7 +310,7 @@ def test_no_momentum_is_a_closed_momentum_gate(x64):
 def test_reading_the_start_sees_no_token_of_its_own_inner_batch(x64):
     memory, given, _ = arrays("momentum")
     out, _ = memory_scan(memory, **given, inner_batch=B, read="start")
-    for start in range(0, T, B):
+    for start in (0, 12):
         _, state = memory_scan(memory, **tokens(given, slice(0, start)), inner_batch=B) if start else (None, None)
         weight = memory.weight if state is None else state.start[0]
         where = slice(start, start + B)
@@ -419,7 +419,7 @@ LINKS = (SoftmaxLink(), SoftmaxLink(-1, 3.0), LqMirror(4.0), LqMirror(2.5), LqSc
 @pytest.mark.parametrize("link", [*LINKS, SigmoidLink(), Identity()], ids=repr)
 def test_gradients_of_links_are_differences(link, x64):
     dual = jnp.asarray(normal(N, K, V))
-    check_grads(link, (dual,), 1, ["fwd", "rev"])
+    check_grads(jax.jit(link), (dual,), 1, ["fwd", "rev"])
     assert np.isfinite(jax.grad(lambda a: jnp.sin(link(a)).sum())(jnp.zeros((N, K, V)))).all()
     assert_close(jax.vmap(link, 1, 1)(jnp.stack([dual, 2 * dual], 1)), jnp.stack([link(dual), link(2 * dual)], 1))
 
