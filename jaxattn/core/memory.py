@@ -47,8 +47,8 @@ def memory_scan(
     log_decay: PerToken | None = None,
     log_momentum: PerToken | None = None,
     row_rate: PerToken | None = None,
-    loss: InnerLoss = SquaredError(),  # noqa: B008
-    link: Link = Identity(),  # noqa: B008
+    loss: InnerLoss = SquaredError(),
+    link: Link = Identity(),
     inner_batch: int = 16,
     read: FastRead = "auto",
     state: MemoryState | None = None,
