@@ -53,6 +53,7 @@ def memory_scan(
     read: FastRead = "auto",
     state: MemoryState | None = None,
     segment_ids: Int[Array, "*b t"] | None = None,
+    lengths: Int[Array, "*b"] | None = None,
 ) -> tuple[Float[Array, "*b t n v"], MemoryState]:
     """A network per head that learns k_t ↦ v_t at every token and is then asked for q_t; (out, last state).
 
@@ -86,6 +87,8 @@ def memory_scan(
         state: What earlier tokens left. A sequence may be split anywhere, also inside an inner batch.
         segment_ids: [..., T], not decreasing: a token that starts a new segment finds A_0. Segments must start where an
             inner batch does; a row (an entry of the batch axes) where one does not is NaN throughout, its state too.
+        lengths: [...], tokens of each row that are there, from 0 to T; the memory sees none after them, takes no place
+            in an inner batch for them, and what they read means nothing. None: all. Not together with segment_ids.
 
     Computed in float32, or float64 if any argument is; `out` has value's dtype. Memory of the backward pass is the
     inputs and one state per inner batch.
@@ -93,7 +96,9 @@ def memory_scan(
     Raises ValueError for shapes that do not fit, gates out of range and segments out of place (where they are known:
     not under `jit`), a state of another shape, and read="dual" with a link; TypeError for other types.
     """
-    given = _Given(memory, loss, link, query, key, value, rate, log_decay, log_momentum, row_rate, state, segment_ids)
+    given = _Given(
+        memory, loss, link, query, key, value, rate, log_decay, log_momentum, row_rate, state, segment_ids, lengths
+    )
     _check(given, inner_batch, read)
     if read == "auto":
         read = "dual" if link.is_identity else "materialize"
@@ -115,6 +120,7 @@ class _Given(NamedTuple):
     row_rate: PerToken | None
     state: MemoryState | None
     segment_ids: Array | None
+    lengths: Array | None
 
 
 # Compiled as one program, also for callers that do not: op by op, a call is some hundred small programs.
@@ -134,6 +140,8 @@ def _memory(given: _Given, inner_batch: int, read: FastRead) -> tuple[Array, Mem
         jnp.zeros(batch, jnp.int32),
     )
     seen, segment, starts, misplaced = state.seen, state.segment, None, None
+    there = length if given.lengths is None else jnp.broadcast_to(given.lengths, batch)
+    present = jnp.arange(length) < jnp.asarray(there)[..., None]
     if given.segment_ids is not None:
         starts, seen, misplaced = _starts(given, batch, length, inner_batch)
         segment = jnp.broadcast_to(given.segment_ids, (*batch, length))[..., -1].astype(jnp.int32)
@@ -150,14 +158,15 @@ def _memory(given: _Given, inner_batch: int, read: FastRead) -> tuple[Array, Mem
         return jnp.moveaxis(x.swapaxes(-3, -2), -4, 0)
 
     def per_token(x: PerToken) -> Array:
-        return cut(jnp.broadcast_to(x, (*batch, length, heads)).astype(dtype)[..., None])
+        of_all = jnp.broadcast_to(x, (*batch, length, heads)).astype(dtype)
+        return cut(jnp.where(present[..., None], of_all, 0)[..., None])
 
     tokens = cut(query), cut(key), cut(value)
     rate, log_decay = per_token(given.rate), per_token(0.0 if given.log_decay is None else given.log_decay)
-    token = cut(jnp.ones((*batch, length, 1, 1), dtype))
+    token = cut(jnp.broadcast_to(present, (*batch, length)).astype(dtype)[..., None, None])
     resets = None if starts is None else cut(starts[..., None, None].astype(dtype))[..., :1, :] > 0
     ends_at = (jnp.arange(token.shape[0]) + 1).reshape(-1, *(1,) * len(batch)) * inner_batch
-    completes = (ends_at <= seen + length)[..., None, None, None]
+    completes = (ends_at <= seen + there)[..., None, None, None]
     log_momentum, row_rate = (None if x is None else per_token(x) for x in (given.log_momentum, given.row_rate))
     batches = Batch(*tokens, rate, log_decay, log_momentum, row_rate, token, resets, completes)
 
@@ -169,7 +178,7 @@ def _memory(given: _Given, inner_batch: int, read: FastRead) -> tuple[Array, Mem
     if misplaced is not None:
         wrong = misplaced[..., None, None, None]
         out, carry = jax.tree.map(lambda x: jnp.where(wrong, jnp.nan, x), (out, carry))
-    seen = ((seen + length) % inner_batch).astype(jnp.int32)
+    seen = ((seen + there) % inner_batch).astype(jnp.int32)
     return out.astype(value.dtype), MemoryState(carry[0], carry[1], carry[2], seen, segment)
 
 
@@ -219,7 +228,7 @@ class _Places(NamedTuple):
 
 def _check(given: _Given, inner_batch: int, read: FastRead) -> None:
     """Raises for every call that could not mean anything, before any of it is traced."""
-    memory, loss, link, query, key, value, *_, state, segment_ids = given
+    memory, loss, link, query, key, value, *_, state, segment_ids, lengths = given
     for name, of, kind in (("memory", memory, Memory), ("loss", loss, InnerLoss), ("link", link, Link)):
         if not isinstance(of, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {of!r}")
@@ -263,6 +272,15 @@ def _check(given: _Given, inner_batch: int, read: FastRead) -> None:
                 f"segment_ids has a segment that starts inside an inner batch of {inner_batch} tokens: need starts at "
                 f"multiples of {inner_batch}, so pad what is shorter"
             )
+
+    if lengths is not None:
+        if segment_ids is not None:
+            raise ValueError("lengths and segment_ids are both given: need one or the other")
+        if not jnp.issubdtype(jnp.result_type(lengths), jnp.integer) or tuple(np.shape(lengths)) != tuple(batch):
+            came = f"{jnp.result_type(lengths)}{np.shape(lengths)}"
+            raise ValueError(f"lengths must be integers of shape {tuple(batch)}, got {came}")
+        if not isinstance(lengths, jax.core.Tracer) and not all(0 <= x <= length for x in np.ravel(lengths)):
+            raise ValueError(f"lengths must be from 0 to {length}, got {np.asarray(lengths).tolist()}")
 
 
 def _check_memory(memory: Memory, key: Array, value: Array) -> None:

@@ -236,6 +236,22 @@ def test_a_sequence_may_be_split_anywhere_and_read_token_by_token(name, x64):
     assert_close((jnp.concatenate(out), state), (whole, end))
 
 
+@pytest.mark.parametrize("name", ["titans", "ttt", "memora"])
+def test_tokens_after_the_length_of_a_row_are_not_there(name, x64):
+    """Two calls with padding in both, at different places in two rows, against the rows alone."""
+    memory, given, options = arrays(name)
+    run = jax.jit(partial(memory_scan, memory, **options, inner_batch=B))
+    batch = jax.tree.map(lambda x: jnp.stack([x, x]) if x.shape[:1] == (T,) else x, given)
+    first = jax.tree.map(lambda x: x[:, :9] if x.shape[1:2] == (T,) else x, batch)
+    second = jax.tree.map(lambda x: jnp.stack([x[0, 4:13], x[1, 9:18]]) if x.shape[1:2] == (T,) else x, batch)
+    out, state = run(**first, lengths=jnp.array([4, 9]))
+    again, state = run(**second, lengths=jnp.array([9, 0]), state=state)
+    for row, length in enumerate((13, 9)):
+        whole, end = run(**tokens(given, slice(0, length)))
+        found = jnp.concatenate([out[0, :4], again[0]]) if row == 0 else out[1]
+        assert_close((found, jax.tree.map(lambda x, row=row: x[row], state)), (whole, end))
+
+
 def test_rows_of_a_batch_may_have_seen_different_numbers_of_tokens(x64):
     memory, given, options = arrays("titans")
     run = jax.jit(partial(memory_scan, memory, **options, inner_batch=B))
@@ -565,6 +581,13 @@ class Twice(Memory):
         ({"segment_ids": jnp.array([0, 0, 0, 1, 1])}, ValueError, "starts inside an inner batch of 2 tokens"),
         ({"segment_ids": jnp.zeros(4, int)}, ValueError, r"segment_ids has shape \(4,\): need \[..., 5\]"),
         ({"segment_ids": jnp.zeros(5)}, TypeError, "segment_ids must be integers, got float32"),
+        ({"lengths": jnp.array([6, 0])}, ValueError, r"lengths must be from 0 to 5, got \[6, 0\]"),
+        ({"lengths": jnp.zeros(5, int)}, ValueError, r"lengths must be integers of shape \(2,\), got int32\(5,\)"),
+        (
+            {"lengths": jnp.array(3), "segment_ids": jnp.zeros(5, int)},
+            ValueError,
+            "lengths and segment_ids are both given",
+        ),
         ({"state": WEIGHT}, TypeError, "state must be a MemoryState"),
         ({"state": STATE, "log_momentum": -1.0}, ValueError, "state holds no momentum"),
         ({"state": STATE._replace(dual=(WEIGHT[0],))}, ValueError, r"dual of shapes \[\(2, 3, 3\)\]: need"),
