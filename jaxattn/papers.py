@@ -109,6 +109,22 @@ PAPERS: tuple[Paper, ...] = (
         "soft and hard reading; `Received` is what its doubly stochastic penalty penalises",
     ),
     Paper(
+        26,
+        "titans",
+        "Titans: Learning to Memorize at Test Time",
+        None,
+        "2501.00663",
+        (
+            "jaxattn.memory_scan",
+            "jaxattn.nn.NeuralMemory",
+        ),
+        (
+            "tests/core/test_memory_scan.py",
+            RECURRENT,
+        ),
+        "the memory, with momentum and forgetting; not its wirings with attention",
+    ),
+    Paper(
         27,
         "bert_attention_stats",
         "What Does BERT Look At?",
@@ -257,6 +273,26 @@ PAPERS: tuple[Paper, ...] = (
         ("jaxattn.nn.mimetic_initialization",),
         (RECURRENT,),
         "of Mamba-2: hardly any decay, steps of 1, equal queries and keys",
+    ),
+    Paper(
+        123,
+        "miras",
+        "It's All Connected: test-time memorization, attentional bias, retention, online optimization",
+        None,
+        "2504.13173",
+        (
+            "jaxattn.memory_scan",
+            "jaxattn.Huber",
+            "jaxattn.LpError",
+            "jaxattn.LqMirror",
+            "jaxattn.SoftmaxLink",
+            "jaxattn.nn.NeuralMemory",
+        ),
+        (
+            "tests/core/test_memory_scan.py",
+            RECURRENT,
+        ),
+        "Moneta, Yaad and Memora as losses and links; gates per head and token",
     ),
     Paper(
         125,
@@ -566,6 +602,22 @@ PAPERS: tuple[Paper, ...] = (
             MEMORIES,
         ),
         "the general correction of rank one; values are not mixed with those of the first layer",
+    ),
+    Paper(
+        None,
+        "ttt",
+        "Learning to (learn at test time) (Sun et al.)",
+        2024,
+        "2407.04620",
+        (
+            "jaxattn.MLPMemory",
+            "jaxattn.nn.TTT",
+        ),
+        (
+            "tests/core/test_memory_scan.py",
+            RECURRENT,
+        ),
+        "TTT-Linear and TTT-MLP; queries and keys have projections of their own",
     ),
     Paper(
         None,

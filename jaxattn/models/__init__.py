@@ -4,12 +4,24 @@ from jaxattn.models.config import Attention, DecoderConfig, FeedForward, Layer, 
 from jaxattn.models.decoder import Decoder
 from jaxattn.models.generate import Generation, generate, sample
 from jaxattn.models.load import from_plain, load_decoder, to_plain
-from jaxattn.models.recurrent import GLA, HGRN2, RWKV7, DeltaNet, Latte, LinearAttention, Mamba2, RetNet
+from jaxattn.models.recurrent import (
+    GLA,
+    HGRN2,
+    RWKV7,
+    TTT,
+    DeltaNet,
+    Latte,
+    LinearAttention,
+    Mamba2,
+    NeuralMemory,
+    RetNet,
+)
 
 __all__ = [
     "GLA",
     "HGRN2",
     "RWKV7",
+    "TTT",
     "Attention",
     "Decoder",
     "DecoderConfig",
@@ -21,6 +33,7 @@ __all__ = [
     "LinearAttention",
     "Mamba2",
     "Mixer",
+    "NeuralMemory",
     "RetNet",
     "from_plain",
     "generate",

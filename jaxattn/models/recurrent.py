@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxattn import nn
 from jaxattn.core.feature import Elu1Features, Features
+from jaxattn.core.inner import Identity, InnerLoss, Link, SquaredError
 from jaxattn.models.config import Mixer
 
 
@@ -130,3 +131,46 @@ class Latte(Mixer):
     def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
         """The module."""
         return _build(nn.Latte, self, features, dtype, rngs)
+
+
+@dataclass(frozen=True)
+class NeuralMemory(Mixer):
+    """A memory that is trained while it reads, of Titans and of Miras; see `nn.NeuralMemory`."""
+
+    heads: int = 4
+    hidden: tuple[int, ...] = (64,)
+    loss: InnerLoss = SquaredError()
+    link: Link = Identity()
+    momentum: bool = True
+    normalize: bool = False
+    residual: bool = False
+    max_rate: float = 0.1
+    inner_batch: int = 16
+    documents: int = 8
+    convolution: int = 4
+    gate: Literal["silu", "sigmoid"] | None = "silu"
+
+    def __post_init__(self):
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # hashable, also when it came as a list
+        if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves((self.loss, self.link))):
+            raise ValueError("loss and link of a spec hold no arrays: need plain numbers")
+
+    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
+        """The module."""
+        return _build(nn.NeuralMemory, self, features, dtype, rngs)
+
+
+@dataclass(frozen=True)
+class TTT(Mixer):
+    """Test-time training, linear or deep; see `nn.TTT`."""
+
+    heads: int = 4
+    deep: bool = False
+    base_rate: float | None = None
+    inner_batch: int = 16
+    documents: int = 8
+    convolution: int = 4
+
+    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
+        """The module."""
+        return _build(nn.TTT, self, features, dtype, rngs)

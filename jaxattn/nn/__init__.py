@@ -22,6 +22,7 @@ from jaxattn.nn.learned import (
     RandomFeatureMap,
     RelativePositionBias,
 )
+from jaxattn.nn.learning import TTT, NeuralMemory
 from jaxattn.nn.mechanisms import (
     GLA,
     HGRN2,
@@ -37,7 +38,7 @@ from jaxattn.nn.mechanisms import (
     ShortConvolution,
     mimetic_initialization,
 )
-from jaxattn.nn.recurrent import Inputs, Mechanism, Past, Recurrent
+from jaxattn.nn.recurrent import Inputs, LearningInputs, LinearInputs, Mechanism, Past, Recurrent
 from jaxattn.nn.sites import SITES, Recorder
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "HGRN2",
     "RWKV7",
     "SITES",
+    "TTT",
     "AdditiveScore",
     "BilinearScore",
     "DeltaNet",
@@ -56,11 +58,14 @@ __all__ = [
     "KeyQueryConvolution",
     "Latte",
     "LearnedTemperature",
+    "LearningInputs",
     "LinearAttention",
+    "LinearInputs",
     "LowRank",
     "Mamba2",
     "Mechanism",
     "MultiHeadAttention",
+    "NeuralMemory",
     "NeuralScore",
     "NullSoftmax",
     "Past",

@@ -23,7 +23,7 @@ from jaxattn.core.gate import (
 from jaxattn.core.linear import append_one, divide
 from jaxattn.core.position import rotary
 from jaxattn.core.recurrence import Delta, Erase
-from jaxattn.nn.recurrent import Inputs, Past
+from jaxattn.nn.recurrent import LinearInputs, Past
 
 Gate = Literal["silu", "sigmoid"]
 
@@ -119,7 +119,7 @@ class LinearAttention(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        value_dim = _head_dim(features, heads)
+        value_dim = head_dim_of(features, heads)
         key_dim = value_dim if key_dim is None else key_dim
         self.in_features, self.normalize, self.rotary_base = features, normalize, rotary_base
         if not isinstance(feature_map, Features | nnx.Module):
@@ -135,7 +135,7 @@ class LinearAttention(nnx.Module):
             query, key = (rotary(y, positions, self.rotary_base) for y in (query, key))
         feature_map = self.feature_map() if isinstance(self.feature_map, nnx.Module) else self.feature_map
         phi, psi = feature_map(query, key)
-        return Inputs(phi, psi, append_one(value) if self.normalize else value), x
+        return LinearInputs(phi, psi, append_one(value) if self.normalize else value), x
 
     def output(self, read, rest):
         return self.out(divide(read) if self.normalize else read, rest)
@@ -157,7 +157,7 @@ class RetNet(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        key_dim = _head_dim(features, heads)
+        key_dim = head_dim_of(features, heads)
         value_dim = 2 * key_dim if value_dim is None else value_dim
         self.in_features, self.heads, self.rotary_base = features, heads, rotary_base
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
@@ -167,7 +167,7 @@ class RetNet(nnx.Module):
     def inputs(self, x, positions, past):
         query, key, value = self.project(x, past)
         query, key = (rotary(y, positions, self.rotary_base) for y in (query, key))
-        return Inputs(query * query.shape[-1] ** -0.5, key, value, retention(self.heads)), x
+        return LinearInputs(query * query.shape[-1] ** -0.5, key, value, retention(self.heads)), x
 
     def output(self, read, rest):
         return self.out(read, rest)
@@ -178,7 +178,7 @@ class GLA(nnx.Module):
     gate. K is half of V = D / N; rank: that of the gate."""
 
     def __init__(self, features: int, heads: int, *, rank: int = 16, dtype: Any = None, rngs: nnx.Rngs):
-        value_dim = _head_dim(features, heads)
+        value_dim = head_dim_of(features, heads)
         key_dim = max(value_dim // 2, 1)
         self.in_features = features
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
@@ -189,7 +189,7 @@ class GLA(nnx.Module):
     def inputs(self, x, positions, past):
         query, key, value = self.project(x, past)
         log_decay = jax.nn.log_sigmoid(self.decay(x)).reshape(key.shape) / 16
-        return Inputs(query * query.shape[-1] ** -0.5, key, value, log_decay), x
+        return LinearInputs(query * query.shape[-1] ** -0.5, key, value, log_decay), x
 
     def output(self, read, rest):
         return self.out(read, rest)
@@ -204,7 +204,7 @@ class HGRN2(nnx.Module):
     def __init__(self, features: int, heads: int, *, lower_bound: float = 0.0, dtype: Any = None, rngs: nnx.Rngs):
         if not 0 <= lower_bound < 1:
             raise ValueError(f"lower_bound must be at least 0 and below 1, got {lower_bound}")
-        channels = _head_dim(features, heads)
+        channels = head_dim_of(features, heads)
         self.in_features, self.lower_bound = features, lower_bound
         sizes = dict.fromkeys(("query", "forget", "value"), (heads, channels))
         self.project = Projections(features, sizes, 0, dtype, rngs)
@@ -213,7 +213,7 @@ class HGRN2(nnx.Module):
     def inputs(self, x, positions, past):
         query, forget, value = self.project(x, past)
         log_decay = lower_bounded_decay(forget.astype(jnp.float32), self.lower_bound)
-        return Inputs(nnx.silu(query), -jnp.expm1(log_decay).astype(value.dtype), value, log_decay), x
+        return LinearInputs(nnx.silu(query), -jnp.expm1(log_decay).astype(value.dtype), value, log_decay), x
 
     def output(self, read, rest):
         return self.out(read, rest)
@@ -246,8 +246,8 @@ class DeltaNet(nnx.Module):
     ):
         if decay not in ("none", "head", "channel"):
             raise ValueError(f"decay is {decay!r}: need 'none', 'head' or 'channel'")
-        key_dim = _head_dim(features, heads) if key_dim is None else key_dim
-        value_dim = _head_dim(features, heads) if value_dim is None else value_dim
+        key_dim = head_dim_of(features, heads) if key_dim is None else key_dim
+        value_dim = head_dim_of(features, heads) if value_dim is None else value_dim
         self.in_features, self.kind, self.negative = features, decay, negative
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
         self.project = Projections(features, sizes, convolution, dtype, rngs)
@@ -272,7 +272,7 @@ class DeltaNet(nnx.Module):
             step = (self.step(x) + self.step_bias[...]).reshape(*beta.shape, -1)
             log_decay = softplus_decay(self.a_log[...][:, None], step)
             log_decay = log_decay[..., 0] if self.kind == "head" else log_decay
-        return Inputs(_unit(query) * query.shape[-1] ** -0.5, _unit(key), value, log_decay, Delta(beta)), x
+        return LinearInputs(unit(query) * query.shape[-1] ** -0.5, unit(key), value, log_decay, Delta(beta)), x
 
     def output(self, read, rest):
         return self.out(read, rest)
@@ -298,7 +298,7 @@ class Mamba2(nnx.Module):
         rngs: nnx.Rngs,
     ):
         inner = expand * features
-        value_dim = _head_dim(inner, heads)
+        value_dim = head_dim_of(inner, heads)
         self.in_features = features
         sizes = {"value": (heads, value_dim), "key": (1, state), "query": (1, state)}
         self.project = Projections(features, sizes, convolution, dtype, rngs)
@@ -316,7 +316,7 @@ class Mamba2(nnx.Module):
         step = self.step(x) + self.step_bias[...]
         log_decay = softplus_decay(self.a_log[...], step)
         skip = self.skip[...][:, None] * value
-        return Inputs(query, key, value * jax.nn.softplus(step)[..., None], log_decay), (skip, self.gate(x))
+        return LinearInputs(query, key, value * jax.nn.softplus(step)[..., None], log_decay), (skip, self.gate(x))
 
     def output(self, read, rest):
         skip, gate = rest
@@ -349,7 +349,7 @@ class RWKV7(nnx.Module):
     """
 
     def __init__(self, features: int, heads: int, *, rank: int = 16, dtype: Any = None, rngs: nnx.Rngs):
-        channels = _head_dim(features, heads)
+        channels = head_dim_of(features, heads)
         self.in_features, self.heads = features, heads
         names = ("receptance", "key", "value", "decay", "rate", "gate")
         self.mix = nnx.Dict({name: nnx.Param(jnp.full(features, 0.5)) for name in names})
@@ -373,11 +373,11 @@ class RWKV7(nnx.Module):
         receptance, key, value, rate, log_decay, removed = (
             y.reshape(*y.shape[:-1], self.heads, -1) for y in (receptance, key, value, rate, log_decay, removed)
         )
-        removed = _unit(removed)
+        removed = unit(removed)
         bonus = (receptance * self.bonus[...] * key).sum(-1, keepdims=True) * value
         gate = nnx.sigmoid(self.low_rank["gate"](mixed["gate"]))
         erase = Erase(-removed, removed * rate)
-        return Inputs(receptance, key, value, log_decay, erase), (bonus, gate)
+        return LinearInputs(receptance, key, value, log_decay, erase), (bonus, gate)
 
     def output(self, read, rest):
         bonus, gate = rest
@@ -390,7 +390,7 @@ class Latte(nnx.Module):
     latents of a token, and over the tokens so far of a latent. latents: L per head."""
 
     def __init__(self, features: int, heads: int, *, latents: int = 16, dtype: Any = None, rngs: nnx.Rngs):
-        value_dim = _head_dim(features, heads)
+        value_dim = head_dim_of(features, heads)
         self.in_features = features
         sizes = {"query": (heads, latents), "key": (heads, latents), "value": (heads, value_dim)}
         self.project = Projections(features, sizes, 0, dtype, rngs)
@@ -401,7 +401,7 @@ class Latte(nnx.Module):
         scores = jnp.where(past.seen[..., None, None], scores.astype(jnp.float32), -jnp.inf)
         key, log_decay, after = running_softmax(scores, past.held.get("total"), past.starts)
         past.kept["total"] = after
-        return Inputs(nnx.softmax(query.astype(jnp.float32)), key, value, log_decay), x
+        return LinearInputs(nnx.softmax(query.astype(jnp.float32)), key, value, log_decay), x
 
     def output(self, read, rest):
         return self.out(read, rest)
@@ -424,7 +424,7 @@ def _linear(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear
     return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
 
 
-def _head_dim(features: int, heads: int) -> int:
+def head_dim_of(features: int, heads: int) -> int:
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
     if features % heads:
@@ -432,7 +432,7 @@ def _head_dim(features: int, heads: int) -> int:
     return features // heads
 
 
-def _unit(x: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
+def unit(x: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
     """x / |x|, with a derivative at 0."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
 

@@ -1,8 +1,8 @@
 """Recurrent mixers: `Recurrent(mechanism)` has the protocol of every mixer, and a state of fixed size.
 
-A mechanism says what the memory of `linear_attention` gets from the input (`inputs`) and how what is read becomes the
-output (`output`); it holds the parameters. What it needs of earlier tokens besides the memory, such as the last inputs
-of a convolution, it asks of `Past`.
+A mechanism says what a memory gets from the input (`inputs`) and how what is read becomes the output (`output`); it
+holds the parameters. What it needs of earlier tokens besides the memory, such as the last inputs of a convolution, it
+asks of `Past`.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -12,13 +12,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxattn.core.inner import Identity, InnerLoss, Link, Memory, SquaredError
 from jaxattn.core.linear import linear_attention, mixing_matrix
 from jaxattn.core.mask import And, Causal, Documents, Mask
+from jaxattn.core.memory import memory_scan
 from jaxattn.core.recurrence import Delta, Erase, Read
 from jaxattn.nn.sites import Recorder
 
 
-class Inputs(NamedTuple):
+class Inputs(Protocol):
+    """What a memory gets, and how it runs: `LinearInputs` in `linear_attention`, `LearningInputs` in `memory_scan`."""
+
+    query: Array
+    key: Array
+    value: Array
+
+    def run(
+        self, state: Any, seen: Bool[Array, "b t"], segments: Int[Array, "b t"] | None, chunk: int | None
+    ) -> tuple[Float[Array, "b t n v"], Any]:
+        """(what each head reads, state): tokens that are not seen are as if they were not there."""
+
+    def weights(self, seen: Bool[Array, "b t"], segments: Int[Array, "b t"] | None) -> Float[Array, "b n t t"]:
+        """The weight of each value in what each token reads."""
+
+
+class LinearInputs(NamedTuple):
     """The arguments of `linear_attention`."""
 
     query: Float[Array, "b t n k"]
@@ -28,6 +46,105 @@ class Inputs(NamedTuple):
     erase: Delta | Erase | None = None
     bonus: Array | None = None
     read: Read = "post"
+
+    def run(self, state, seen, segments, chunk):
+        gates = self._hidden(seen)
+        return linear_attention(self.query, state=state, segment_ids=segments, chunk=chunk, **gates)
+
+    def weights(self, seen, segments):
+        gates = self._hidden(seen)
+        gates.pop("value")
+        return mixing_matrix(self.query, segment_ids=segments, **gates)
+
+    def _hidden(self, seen: Bool[Array, "b t"]) -> dict[str, Any]:
+        """Tokens that are not seen neither write nor erase, and nothing decays at them."""
+
+        def only(x: Array) -> Array:
+            return jnp.where(seen.reshape(*seen.shape, *(1,) * (x.ndim - 2)), x, 0)
+
+        log_decay = self.log_decay
+        if log_decay is not None and log_decay.ndim == 1:  # one per head, for every token
+            log_decay = jnp.broadcast_to(log_decay, (*seen.shape, *log_decay.shape))
+        gates = {"key": self.key, "value": self.value, "log_decay": log_decay, "erase": self.erase}
+        return jax.tree.map(only, gates) | {"bonus": self.bonus, "read": self.read}
+
+
+class LearningInputs(NamedTuple):
+    """The arguments of `memory_scan`; gates are numbers or [b, t, n].
+
+    Packed documents each begin an inner batch, in a row that is made longer for it: at most `documents` of them, or so
+    many short ones that they still fit; a row that holds more is NaN.
+    """
+
+    memory: Memory
+    query: Float[Array, "b t n k"]
+    key: Float[Array, "b t n k"]
+    value: Float[Array, "b t n v"]
+    rate: Array
+    log_decay: Array | None = None
+    log_momentum: Array | None = None
+    row_rate: Array | None = None
+    loss: InnerLoss = SquaredError()
+    link: Link = Identity()
+    inner_batch: int = 16
+    documents: int = 8
+
+    def run(self, state, seen, segments, chunk):
+        batch, length = seen.shape
+        if segments is None:
+            order = jnp.argsort(~seen, axis=-1, stable=True)  # what is there comes first
+            place, slots = jnp.argsort(order, axis=-1), length
+            options: dict[str, Any] = {"lengths": seen.sum(-1)}
+        else:
+            # Each document in whole inner batches: a token's slot is its place in the document, after those before it.
+            before = _earlier(jax.lax.cummax(jnp.where(seen, segments, -1), axis=1), 1, -1)
+            start = seen & (segments != before)
+            index = jnp.cumsum(seen, -1) - 1
+            within = index - jax.lax.cummax(jnp.where(start, index, 0), axis=1)
+            opens = seen & (within % self.inner_batch == 0)
+            place = (jnp.cumsum(opens, -1) - 1) * self.inner_batch + within % self.inner_batch
+            batches = -(-length // self.inner_batch) + self.documents
+            slots = batches * self.inner_batch
+            place = jnp.where(seen & (place < slots), place, slots)  # out of range: dropped
+            ids = self._placed(jnp.cumsum(start, -1), place, slots)
+            options = {"segment_ids": jax.lax.cummax(ids, axis=1)}
+
+        def placed(x: Any) -> Any:
+            if x is None or jnp.ndim(x) < 3:
+                return x
+            return self._placed(jnp.broadcast_to(x, (batch, length, *x.shape[2:])), place, slots)
+
+        query, key, value, rate, log_decay, log_momentum, row_rate = map(placed, self[1:8])
+        out, state = memory_scan(
+            self.memory,
+            query,
+            key,
+            value,
+            rate=rate,
+            log_decay=log_decay,
+            log_momentum=log_momentum,
+            row_rate=row_rate,
+            loss=self.loss,
+            link=self.link,
+            inner_batch=self.inner_batch,
+            state=state,
+            **options,
+        )
+        out = jnp.take_along_axis(out, jnp.minimum(place, slots - 1)[..., None, None], 1)
+        if segments is not None:
+            lost = (seen & (place == slots)).any(-1)
+            out = jnp.where(lost[:, None, None, None], jnp.nan, out)
+        return out, state
+
+    def weights(self, seen, segments):
+        raise ValueError(
+            "record has 'weights', which a memory that learns does not have: its reads are no sums of values"
+        )
+
+    @staticmethod
+    def _placed(x: Array, place: Int[Array, "b t"], slots: int) -> Array:
+        rows = jnp.arange(x.shape[0])[:, None]
+        return jnp.zeros((x.shape[0], slots, *x.shape[2:]), x.dtype).at[rows, place].set(x, mode="drop")
 
 
 class Past:
@@ -44,6 +161,13 @@ class Past:
     @property
     def starts(self) -> Bool[Array, "b t"] | None:
         return None if self.segments is None else self.segments != _earlier(self.segments, 1, -1)
+
+    def places(self, positions: Int[Array, "b t"]) -> Int[Array, "b t"]:
+        """The place of each token in its document, from 0."""
+        if self.segments is None or (starts := self.starts) is None:
+            return jnp.maximum(positions, 0)
+        index = jnp.arange(self.seen.shape[1])
+        return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
     def lags(self, name: str, x: Float[Array, "b t c"], width: int) -> list[Float[Array, "b t c"]]:
         """x as it was 0, 1, ..., width − 1 tokens ago; zeros before the sequence or document began."""
@@ -78,7 +202,7 @@ class Mechanism(Protocol):
 
 
 class Recurrent(nnx.Module):
-    """y = output(linear_attention(inputs(x))): a mixer whose state does not grow.
+    """y = output(memory(inputs(x))): a mixer whose state does not grow.
 
     mechanism: one of this package's, or your own. chunk: tokens worked on at once in training; speed only.
     Its records: `q`, `k`, `v` as the memory gets them, `weights` (the mixing matrix), `z`, `attn_out`.
@@ -122,21 +246,11 @@ class Recurrent(nnx.Module):
 
         past = Past({} if state is None else state["past"], seen, segments)
         inputs, rest = self.mechanism.inputs(x, positions, past)
-        inputs = _hide(inputs, seen)
-        query, key, value, *_ = inputs
-        tap("q", query), tap("k", key), tap("v", value)
-        gates: dict[str, Any] = {
-            "log_decay": inputs.log_decay,
-            "erase": inputs.erase,
-            "bonus": inputs.bonus,
-            "read": inputs.read,
-        }
+        tap("q", inputs.query), tap("k", inputs.key), tap("v", inputs.value)
+        segments = _sorted(segments)
         if tap.wants("weights"):
-            tap("weights", mixing_matrix(query, key, **gates, segment_ids=_sorted(segments)))
-        memory = None if state is None else state["memory"]
-        z, memory = linear_attention(
-            query, key, value, **gates, state=memory, segment_ids=_sorted(segments), chunk=self.chunk
-        )
+            tap("weights", inputs.weights(seen, segments))
+        z, memory = inputs.run(None if state is None else state["memory"], seen, segments, self.chunk)
         y = tap("attn_out", self.mechanism.output(tap("z", z), rest))
         if state is not None:
             last = jnp.maximum(positions.max(-1) + 1, state["position"])
@@ -148,8 +262,7 @@ class Recurrent(nnx.Module):
         nothing = jnp.zeros((batch, 1, self.mechanism.in_features))
         past = Past({}, jnp.zeros((batch, 1), bool), None)
         inputs, _ = self.mechanism.inputs(nothing, jnp.full((batch, 1), -1), past)
-        inputs = _hide(inputs, past.seen)
-        _, memory = linear_attention(*inputs[:3], log_decay=inputs.log_decay, erase=inputs.erase)
+        _, memory = inputs.run(None, past.seen, None, None)
         return {"memory": memory, "past": past.kept, "position": jnp.zeros(batch, jnp.int32)}
 
 
@@ -173,17 +286,3 @@ def _sorted(segments: Int[Array, "b t"] | None) -> Int[Array, "b t"] | None:
     if segments is None:
         return None
     return jnp.cumsum((segments != _earlier(segments, 1, -1)) & (segments >= 0), -1)
-
-
-def _hide(inputs: Inputs, seen: Bool[Array, "b t"]) -> Inputs:
-    """Tokens that are not seen neither write nor erase, and nothing decays at them."""
-
-    def only(x: Array) -> Array:
-        return jnp.where(seen.reshape(*seen.shape, *(1,) * (x.ndim - 2)), x, 0)
-
-    log_decay = inputs.log_decay if inputs.log_decay is None or inputs.log_decay.ndim > 1 else None
-    if inputs.log_decay is not None and log_decay is None:  # one per head, for every token
-        log_decay = jnp.broadcast_to(inputs.log_decay, (*seen.shape, *inputs.log_decay.shape))
-    hidden = jax.tree.map(only, (inputs.key, inputs.value, log_decay, inputs.erase))
-    key, value, log_decay, erase = hidden
-    return inputs._replace(key=key, value=value, log_decay=log_decay, erase=erase)

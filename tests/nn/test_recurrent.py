@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxattn import Causal, Documents, TaylorFeatures, Window, models, nn
+from jaxattn import Causal, Documents, Huber, SoftmaxLink, TaylorFeatures, Window, models, nn
 from jaxattn.core.gate import (
     bounded_decay,
     inverse_softplus,
@@ -36,6 +36,11 @@ SPECS = {
     "mimetic": models.Mamba2(heads=N, state=4, mimetic=True),
     "rwkv7": models.RWKV7(heads=N, rank=2),
     "latte": models.Latte(heads=N, latents=3),
+    "titans": models.NeuralMemory(heads=N, hidden=(6,), inner_batch=4),
+    "yaad": models.NeuralMemory(heads=N, hidden=(6,), loss=Huber(0.5), momentum=False, residual=True, inner_batch=4),
+    "memora": models.NeuralMemory(heads=N, hidden=(), link=SoftmaxLink(), momentum=False, inner_batch=3),
+    "ttt": models.TTT(heads=N, inner_batch=4),
+    "deep ttt": models.TTT(heads=N, deep=True, inner_batch=4),
 }
 X = jax.random.normal(jax.random.key(1), (B, T, D))
 
@@ -117,7 +122,7 @@ def test_states_keep_their_types_in_bfloat16(name):
     y, after = jax.eval_shape(lambda x, state: mixer(x, state=state)[:2], x, state)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
     assert y.dtype in (jnp.bfloat16, jnp.float32)
-    assert after["memory"].memory.dtype == jnp.float32
+    assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(after["memory"]))
 
 
 def test_weights_read_the_values():
@@ -272,6 +277,16 @@ def test_calls_that_a_memory_cannot_serve_are_refused(call, message):
         call(build(SPECS["retnet"]))
 
 
+def test_a_memory_that_learns_has_no_weights_and_takes_so_many_documents():
+    mixer = dataclasses.replace(SPECS["yaad"], documents=1).build(D, jnp.float32, nnx.Rngs(0))
+    with pytest.raises(ValueError, match="record has 'weights'"):
+        mixer(X, record=("weights",))
+    ids = jnp.array([[0] * 5 + [1] * 6, [0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7]])
+    y, _, _ = run(mixer, X, mask=Documents(ids))
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -284,6 +299,11 @@ def test_calls_that_a_memory_cannot_serve_are_refused(call, message):
         (lambda: nn.HGRN2(D, 2, lower_bound=1.0, rngs=nnx.Rngs(0)), "lower_bound must be at least 0 and below 1"),
         (lambda: nn.LinearAttention(D, 2, gate="relu", rngs=nnx.Rngs(0)), "gate is 'relu': need 'silu', 'sigmoid'"),
         (lambda: nn.ShortConvolution(4, 0, rngs=nnx.Rngs(0)), "convolution must be at least 1 token wide, got 0"),
+        (
+            lambda: nn.NeuralMemory(D, 2, max_rate=0.0, rngs=nnx.Rngs(0)),
+            r"max_rate must be positive, got 0\.0",
+        ),
+        (lambda: nn.TTT(D, 2, base_rate=-1.0, rngs=nnx.Rngs(0)), r"base_rate must be positive, got -1\.0"),
         (
             lambda: models.LinearAttention(feature_map=nn.HedgehogMap(2, 4)()),
             "feature_map of a spec holds no arrays",

@@ -1,0 +1,129 @@
+"""Recurrent mechanisms whose memory is trained while it reads: Titans, the Miras family and TTT."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxattn.core.inner import Identity, InnerLoss, Link, MLPMemory, SquaredError
+from jaxattn.nn.mechanisms import Gate, HeadOutput, Projections, head_dim_of, unit
+from jaxattn.nn.recurrent import LearningInputs
+
+lecun = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
+
+
+class NeuralMemory(nnx.Module):
+    """A network per head that learns k_t ↦ v_t as it reads, and is asked for q_t (Titans, Behrouz et al., 2025).
+
+    θ = max_rate σ(W x + b), α = σ(W x + b) from about 0.02 and, with `momentum`, η = σ(W x + b), per head and token; q
+    and k of length 1 after convolution and SiLU; RMS norm and gate of what is read.
+
+    hidden: the widths between K and V, () for a matrix. loss, link: Yaad is `Huber(1.0)`, Moneta `LpError(3.0)` with
+    `LqMirror(4.0)`, Memora `SoftmaxLink()`, all without momentum and with `normalize` and `residual` (Miras, 2025).
+    inner_batch: **part of the model**, as in `memory_scan`. documents: at most so many are packed in a row.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        hidden: tuple[int, ...] = (64,),
+        loss: InnerLoss = SquaredError(),
+        link: Link = Identity(),
+        momentum: bool = True,
+        normalize: bool = False,
+        residual: bool = False,
+        max_rate: float = 0.1,
+        inner_batch: int = 16,
+        documents: int = 8,
+        convolution: int = 4,
+        gate: Gate | None = "silu",
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        channels = head_dim_of(features, heads)
+        if not max_rate > 0:
+            raise ValueError(f"max_rate must be positive, got {max_rate}")
+        self.in_features, self.max_rate, self.momentum = features, max_rate, momentum
+        self.normalize, self.residual = normalize, residual
+        self.inner_batch, self.documents = inner_batch, documents
+        self.loss, self.link = nnx.static(loss), nnx.static(link)
+        sizes = dict.fromkeys(("query", "key", "value"), (heads, channels))
+        self.project = Projections(features, sizes, convolution, dtype, rngs)
+        self.rate, self.forget = (nnx.Linear(features, heads, rngs=rngs) for _ in range(2))
+        self.carry = nnx.Linear(features, heads, rngs=rngs) if momentum else None
+        self.weights = nnx.List([nnx.Param(x) for x in _layers(rngs, heads, (channels, *hidden, channels))])
+        self.out = HeadOutput(features, heads, channels, gate=gate, dtype=dtype, rngs=rngs)
+
+    def inputs(self, x, positions, past):
+        query, key, value = self.project(x, past)
+        weights = tuple(w[...] for w in self.weights)
+        memory = MLPMemory(weights, activation="silu", normalize=self.normalize, residual=self.residual)
+        rate = self.max_rate * nnx.sigmoid(self.rate(x))
+        log_decay = -nnx.softplus(self.forget(x) - 4)  # log(1 − σ(·)), hardly anything at the start
+        log_momentum = None if self.carry is None else jax.nn.log_sigmoid(self.carry(x))
+        given = LearningInputs(memory, unit(query), unit(key), value, rate, log_decay, log_momentum)
+        given = given._replace(loss=self.loss, link=self.link)
+        return given._replace(inner_batch=self.inner_batch, documents=self.documents), x
+
+    def output(self, read, rest):
+        return self.out(read, rest)
+
+
+class TTT(nnx.Module):
+    """Test-time training (Sun et al., 2024): M(x) = x + LN(x W + b), or two layers with GELU if `deep`; ½ ‖M(k) − v‖².
+
+    Step sizes are max(1 / (i + 1) + learned_i, 0) for the token i of an inner batch that reads, times base_rate / K
+    σ(W x + b) of the token that writes. No forgetting, no momentum. base_rate: 1 if not given, and 0.1 if deep.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        deep: bool = False,
+        base_rate: float | None = None,
+        inner_batch: int = 16,
+        documents: int = 8,
+        convolution: int = 4,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        channels = head_dim_of(features, heads)
+        self.in_features, self.heads = features, heads
+        self.base_rate = (0.1 if deep else 1.0) if base_rate is None else base_rate
+        if not self.base_rate > 0:
+            raise ValueError(f"base_rate must be positive, got {base_rate}")
+        self.inner_batch, self.documents = inner_batch, documents
+        sizes = dict.fromkeys(("query", "key", "value"), (heads, channels))
+        self.project = Projections(features, sizes, convolution, dtype, rngs)
+        self.rate = nnx.Linear(features, heads, rngs=rngs)
+        self.rows = nnx.Param(jnp.zeros(inner_batch))
+        layers = _layers(rngs, heads, (channels, 4 * channels, channels) if deep else (channels, channels))
+        self.weights = nnx.List([nnx.Param(jnp.pad(x, ((0, 0), (0, 1), (0, 0)))) for x in layers])
+        self.gain, self.shift = nnx.Param(jnp.ones((heads, channels))), nnx.Param(jnp.zeros((heads, channels)))
+        self.out = HeadOutput(features, heads, channels, gate="silu", dtype=dtype, rngs=rngs)
+
+    def inputs(self, x, positions, past):
+        query, key, value = self.project(x, past)
+        weights = tuple(w[...] for w in self.weights)
+        memory = MLPMemory(weights, self.gain[...], self.shift[...], normalize=True, residual=True, bias=True)
+        rate = self.base_rate / key.shape[-1] * nnx.sigmoid(self.rate(x))
+        row = past.places(positions) % self.inner_batch
+        rows = jnp.maximum(1 / (1 + jnp.arange(self.inner_batch)) + self.rows[...], 0)[row]
+        row_rate = jnp.broadcast_to(rows[..., None], rate.shape)
+        given = LearningInputs(memory, query, key, value, rate, row_rate=row_rate, loss=SquaredError(0.5))
+        return given._replace(inner_batch=self.inner_batch, documents=self.documents), x
+
+    def output(self, read, rest):
+        return self.out(read, rest)
+
+
+def _layers(rngs: nnx.Rngs, heads: int, widths: tuple[int, ...]) -> list[Float[Array, "n i o"]]:
+    """Where a network starts: Gaussian weights of variance 1 / inputs."""
+    return [lecun(rngs.params(), (heads, a, b)) for a, b in itertools.pairwise(widths)]
