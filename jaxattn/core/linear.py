@@ -5,16 +5,14 @@ more column of ones in the values. The forms in which it is computed are in `rec
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.parts import positions_fit, ratio
+from jaxattn.core.parts import check_range, check_segments, ratio
 from jaxattn.core.recurrence import CHUNK, Delta, Erase, Read, StateMap, Tokens, chunks, combine, cut, maps, steps
 from jaxattn.core.score import accumulator, product
 
@@ -297,9 +295,9 @@ def _check(given: _Given, read: Read, form: Form, chunk: int | None) -> None:
             a not in (1, b) for a, b in zip(bonus.shape[::-1], shape[::-1], strict=False)
         ):
             raise ValueError(f"bonus has shape {bonus.shape}: need one that broadcasts to {shape}")
-    _check_range("log_decay", log_decay, lambda x: x <= 0, "at most 0: the log of a decay factor")
+    check_range("log_decay", log_decay, lambda x: x <= 0, "at most 0: the log of a decay factor")
     if isinstance(erase, Delta):
-        _check_range("erase: Delta.beta", erase.beta, lambda x: x >= 0, "at least 0")
+        check_range("erase: Delta.beta", erase.beta, lambda x: x >= 0, "at least 0")
     for name, choice, choices in (("read", read, get_args(Read)), ("form", form, get_args(Form))):
         if choice not in choices:
             raise ValueError(f"{name} is {choice!r}: need one of {', '.join(choices)}")
@@ -310,12 +308,7 @@ def _check(given: _Given, read: Read, form: Form, chunk: int | None) -> None:
     ):
         raise ValueError(f"chunk is {chunk!r}: need a power of two, such as {CHUNK}")
     if segment_ids is not None:
-        if not jnp.issubdtype(jnp.result_type(segment_ids), jnp.integer):
-            raise TypeError(f"segment_ids must be integers, got {jnp.result_type(segment_ids)}")
-        if not positions_fit(tuple(segment_ids.shape), tuple(lead[:-1]), lead[-1]):
-            raise ValueError(f"segment_ids has shape {segment_ids.shape}: need [..., {lead[-1]}] that fits {lead}")
-        if not isinstance(segment_ids, jax.core.Tracer) and (np.diff(np.asarray(segment_ids)) < 0).any():
-            raise ValueError("segment_ids decreases along the tokens: need segments one after the other")
+        check_segments(segment_ids, lead)
     if state is not None:
         shape = (*lead[:-1], states, channels, value.shape[-1])
         if not isinstance(state, LinearState):
@@ -325,15 +318,6 @@ def _check(given: _Given, read: Read, form: Form, chunk: int | None) -> None:
             raise ValueError(f"state has {came}: need {shape} and {lead[:-1]}")
         if state.memory.dtype not in (jnp.float32, jnp.float64):
             raise TypeError(f"state has dtype {state.memory.dtype}: a memory is kept in float32 or float64")
-
-
-def _check_range(name: str, x: Any, allowed: Callable[[np.ndarray], np.ndarray], wanted: str) -> None:
-    """Raises ValueError where the numbers are known and not all allowed."""
-    if x is None or isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
-        return
-    numbers = np.asarray(x)
-    if not (fine := allowed(numbers)).all():
-        raise ValueError(f"{name} holds {numbers[~fine].ravel()[0]}: need numbers {wanted}")
 
 
 def _repeat(x: Array, heads: int) -> Array:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.core.inner import Identity, InnerLoss, Link, Memory, SquaredError
 from jaxattn.core.inner_batch import Batch, FastRead, Weights, learn
-from jaxattn.core.parts import check_fields, check_static_int, positions_fit
+from jaxattn.core.parts import check_fields, check_range, check_segments, check_static_int
 from jaxattn.core.score import accumulator
 
 PerToken = Float[Array, "..."] | float
@@ -260,12 +260,7 @@ def _check(given: _Given, inner_batch: int, read: FastRead) -> None:
     if state is not None:
         _check_state(state, memory, tuple(batch), given.log_momentum is not None)
     if segment_ids is not None:
-        if not jnp.issubdtype(jnp.result_type(segment_ids), jnp.integer):
-            raise TypeError(f"segment_ids must be integers, got {jnp.result_type(segment_ids)}")
-        if not positions_fit(tuple(segment_ids.shape), tuple(batch), length):
-            raise ValueError(f"segment_ids has shape {segment_ids.shape}: need [..., {length}] that fits {query.shape}")
-        if not isinstance(segment_ids, jax.core.Tracer) and (np.diff(np.asarray(segment_ids)) < 0).any():
-            raise ValueError("segment_ids decreases along the tokens: need segments one after the other")
+        check_segments(segment_ids, (*batch, length))
         _, _, misplaced = _starts(given, tuple(batch), length, inner_batch)
         if not isinstance(misplaced, jax.core.Tracer) and misplaced.any():
             raise ValueError(
@@ -312,10 +307,7 @@ def _check_gate(name: str, x: Any, shape: tuple, allowed: Callable[[Any], Any], 
     given = np.shape(x)
     if len(given) > len(shape) or any(a not in (1, b) for a, b in zip(given[::-1], shape[::-1], strict=False)):
         raise ValueError(f"{name} has shape {given}: need one that broadcasts to {shape}")
-    if not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
-        numbers = np.asarray(x)
-        if not (fine := allowed(numbers)).all():
-            raise ValueError(f"{name} holds {numbers[~fine].ravel()[0]}: need numbers {wanted}")
+    check_range(name, x, allowed, wanted)
 
 
 def _check_state(state: Any, memory: Memory, batch: tuple, has_momentum: bool) -> None:

@@ -194,6 +194,25 @@ def positions_fit(positions: tuple[int, ...], batch: tuple[int, ...], length: in
     return len(positions) <= len(batch) + 1 and positions[-1:] == (length,) and all(a in (1, b) for a, b in pairs)
 
 
+def check_segments(segment_ids: Any, shape: tuple[int, ...]) -> None:
+    """Raises unless these are integers that broadcast to `shape`, [..., T], and do not decrease along T where known."""
+    if not jnp.issubdtype(jnp.result_type(segment_ids), jnp.integer):
+        raise TypeError(f"segment_ids must be integers, got {jnp.result_type(segment_ids)}")
+    if not positions_fit(tuple(segment_ids.shape), tuple(shape[:-1]), shape[-1]):
+        raise ValueError(f"segment_ids has shape {segment_ids.shape}: need [..., {shape[-1]}] that fits {shape}")
+    if not isinstance(segment_ids, jax.core.Tracer) and (np.diff(np.asarray(segment_ids)) < 0).any():
+        raise ValueError("segment_ids decreases along the tokens: need segments one after the other")
+
+
+def check_range(name: str, x: Any, allowed: Callable[[np.ndarray], np.ndarray], wanted: str) -> None:
+    """Raises ValueError where the numbers are known and not all allowed."""
+    if x is None or isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return
+    numbers = np.asarray(x)
+    if not (fine := allowed(numbers)).all():
+        raise ValueError(f"{name} holds {numbers[~fine].ravel()[0]}: need numbers {wanted}")
+
+
 def take_pairs(table: Array, query: Int[Array, "..."], key: Int[Array, "..."], grid: int, fill: Any) -> Array:
     """out[..., n, g] = table[..., n, query, key], or `fill` outside the table [..., 1 or N, P, R]."""
     rows, columns = table.shape[-2:]

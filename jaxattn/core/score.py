@@ -137,11 +137,6 @@ class Dot:
         return grouped_matmul(query, key, -1) * scale
 
 
-def _full(x: Array, weight: Array) -> Array:
-    """x @ weight in the precision of float32 on every device."""
-    return jnp.matmul(x, weight, precision=precision(x, weight))
-
-
 def _spread(heads: Float[Array, "*b k s h"], count: int) -> Float[Array, "*b n s h"]:
     """Every key head repeated for the query heads that read it."""
     return jnp.repeat(heads, count // heads.shape[-3], -3)
@@ -205,8 +200,8 @@ class Additive:
 
     def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"]) -> Float[Array, "*b n t s"]:
         dtype = accumulator(query, key)
-        query, key = _full(query.astype(dtype), self.query_weight), _full(key.astype(dtype), self.key_weight)
-        return _pairwise(lambda q, k: _full(jnp.tanh(q + k), self.vector), query, _spread(key, query.shape[-3]))
+        query, key = product(query.astype(dtype), self.query_weight), product(key.astype(dtype), self.key_weight)
+        return _pairwise(lambda q, k: product(jnp.tanh(q + k), self.vector), query, _spread(key, query.shape[-3]))
 
 
 @part
@@ -234,12 +229,12 @@ class Neural:
             )
         dtype = accumulator(query, key)
         # The first layer of a pair is a sum of one part per query and one per key.
-        query = _full(query.astype(dtype), self.w1[:width]) + self.b1
-        key = _full(key.astype(dtype), self.w1[width:])
+        query = product(query.astype(dtype), self.w1[:width]) + self.b1
+        key = product(key.astype(dtype), self.w1[width:])
 
         def network(q: Array, k: Array) -> Array:
-            hidden = _full(jax.nn.relu(q + k), self.w2)
-            return hidden if self.b2 is None or self.w3 is None else _full(jax.nn.relu(hidden + self.b2), self.w3)
+            hidden = product(jax.nn.relu(q + k), self.w2)
+            return hidden if self.b2 is None or self.w3 is None else product(jax.nn.relu(hidden + self.b2), self.w3)
 
         widest = max(jnp.shape(self.w1)[-1], jnp.shape(self.w2)[-1])
         return _pairwise(network, query, _spread(key, query.shape[-3]), widest)

@@ -164,7 +164,8 @@ class Past:
 
     def places(self, positions: Int[Array, "b t"]) -> Int[Array, "b t"]:
         """The place of each token in its document, from 0."""
-        if self.segments is None or (starts := self.starts) is None:
+        starts = self.starts
+        if starts is None:
             return jnp.maximum(positions, 0)
         index = jnp.arange(self.seen.shape[1])
         return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
