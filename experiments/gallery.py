@@ -26,6 +26,7 @@ LENGTH, WIDTH, COLOURS, GAP = 20, 1440, 64, 20
 rng = np.random.default_rng(0)
 EXAMPLES: dict[str, Any] = {
     "documents": jnp.array([0] * 7 + [1] * 4 + [2] * 9),
+    "places": jnp.array([*range(7), *range(4), *range(9)]),
     "array": jnp.asarray(rng.random((1, LENGTH, LENGTH)) < 0.3),
     "senders": np.arange(LENGTH - 1).repeat(2),
     "receivers": np.stack([np.arange(1, LENGTH), np.arange(1, LENGTH) // 2], 1).ravel(),
@@ -69,6 +70,7 @@ FAMILIES = (
             "Chunked(5)",
             "Documents(documents)",
             "Causal() & Documents(documents)",
+            "Within(Causal() & (Window(1) | Sinks(1)), places) & Documents(documents)",
             "Lengths(jnp.array([13]))",
             "Prefix(6)",
             "Explicit(array)",

@@ -76,6 +76,7 @@ from jaxattn.core.mask import (
     Prefix,
     Sinks,
     Window,
+    Within,
 )
 from jaxattn.core.measure import (
     ArgMax,
@@ -90,7 +91,7 @@ from jaxattn.core.measure import (
     RowsOf,
     TopWeights,
 )
-from jaxattn.core.memory import MemoryState, memory_scan
+from jaxattn.core.memory import MemoryState, memory_read, memory_scan
 from jaxattn.core.normalize import (
     Elementwise,
     Elu1,
@@ -214,6 +215,7 @@ __all__ = [
     "TopWeights",
     "UnitFeatures",
     "Window",
+    "Within",
     "Yarn",
     "append_one",
     "attend",
@@ -227,6 +229,7 @@ __all__ = [
     "linear_attention",
     "linear_step",
     "lower_bounded_decay",
+    "memory_read",
     "memory_scan",
     "merge",
     "mixing_matrix",

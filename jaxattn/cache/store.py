@@ -31,17 +31,31 @@ def empty(batch: int, capacity: int, key_shape: tuple[int, int], value_shape: tu
 
 
 def append(
-    cache: Cache, key: Float[Array, "b t k h"], value: Float[Array, "b t kv v"], positions: Int[Array, "b t"]
+    cache: Cache,
+    key: Float[Array, "b t k h"],
+    value: Float[Array, "b t kv v"],
+    positions: Int[Array, "b t"],
+    pinned: int | None = None,
 ) -> Cache:
     """Writes each token to the slot of its position. Tokens at position −1, or beyond the capacity, are not written.
 
+    pinned: the first slots keep the positions below it, and the others are a ring, in which a token takes the place of
+    the one as many positions before it; None for no ring.
+
     Positions are data, so one beyond the capacity cannot raise here: callers check lengths before they compile. More
-    tokens than the capacity are a ValueError.
+    tokens than the capacity are a ValueError, without a ring.
     """
-    if positions.shape[1] > cache.positions.shape[1]:
-        raise ValueError(f"key has {positions.shape[1]} tokens but the cache has capacity {cache.positions.shape[1]}")
+    capacity = cache.positions.shape[1]
+    if pinned is None and positions.shape[1] > capacity:
+        raise ValueError(f"key has {positions.shape[1]} tokens but the cache has capacity {capacity}")
     rows = jnp.arange(positions.shape[0])[:, None]
-    slots = jnp.where(positions < 0, cache.positions.shape[1], positions)  # out of range: dropped
+    slots = positions
+    if pinned is not None:
+        ring = capacity - pinned
+        slots = jnp.where(positions < pinned, positions, pinned + (positions - pinned) % ring)
+        passed = (positions >= pinned) & (positions <= positions.max(-1, keepdims=True) - ring)
+        slots = jnp.where(passed, -1, slots)
+    slots = jnp.where(slots < 0, capacity, slots)  # out of range: dropped
     return Cache(
         cache.key.at[rows, slots].set(key.astype(cache.key.dtype), mode="drop"),
         cache.value.at[rows, slots].set(value.astype(cache.value.dtype), mode="drop"),

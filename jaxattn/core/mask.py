@@ -14,8 +14,10 @@ Every mask can be looked at: `to_array`, `density`, `describe` (and `viz.show_ma
 
 import abc
 import dataclasses
+import functools
 import itertools
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,13 @@ from jaxtyping import Array, Bool, Int
 from jaxattn.core.parts import check_static_int, part, take, take_pairs
 
 Bounds = tuple[Any, Any]
+
+
+class Reach(NamedTuple):
+    """What a mask may show at most: keys at positions below `first`, and the last `recent` up to the query's own."""
+
+    first: int
+    recent: int
 
 
 def tile_range(positions: Any, valid: Any = None) -> tuple[Any, Any]:
@@ -56,6 +65,16 @@ class Mask(abc.ABC):
     def bounds(self, query: Int[Array, "*b 1 qb 1 bq"], key: Int[Array, "*b 1 1 kb bk"]) -> Bounds:
         """(possible, certain) per tile, [..., 1 or N, QB, KB]; by default nothing is known and nothing is skipped."""
         return np.True_, np.False_
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether it reads nothing but the distance between query and key; by default it may read more."""
+        return False
+
+    @property
+    def reach(self) -> Reach | None:
+        """How few keys it shows a query, so that a cache need not keep others; None, the default, for no limit."""
+        return None
 
     def to_array(self, queries: Any, keys: Any = None) -> Bool[Array, "*b n t s"]:
         """What each query sees, [..., N or 1, T, S]; `Explicit` of it is the same mask at the positions 0..length−1.
@@ -122,6 +141,15 @@ class And(Mask):
         (possible, certain), (possible2, certain2) = self.first.bounds(query, key), self.second.bounds(query, key)
         return possible & possible2, certain & certain2
 
+    @property
+    def is_relative(self):
+        return self.first.is_relative and self.second.is_relative
+
+    @property
+    def reach(self):
+        both = [reach for reach in (self.first.reach, self.second.reach) if reach is not None]
+        return min(both, key=sum, default=None)  # what both show, either of them shows
+
     def describe(self):
         return f"{_grouped(self.first, Or)} and {_grouped(self.second, Or)}"
 
@@ -140,6 +168,15 @@ class Or(Mask):
         (possible, certain), (possible2, certain2) = self.first.bounds(query, key), self.second.bounds(query, key)
         return possible | possible2, certain | certain2
 
+    @property
+    def is_relative(self):
+        return self.first.is_relative and self.second.is_relative
+
+    @property
+    def reach(self):
+        first, second = self.first.reach, self.second.reach
+        return None if first is None or second is None else Reach(*map(max, first, second))
+
     def describe(self):
         return f"{_grouped(self.first, And)} or {_grouped(self.second, And)}"
 
@@ -157,6 +194,10 @@ class Not(Mask):
         possible, certain = self.mask.bounds(query, key)
         return ~certain, ~possible
 
+    @property
+    def is_relative(self):
+        return self.mask.is_relative
+
     def describe(self):
         return f"not {_grouped(self.mask, (And, Or, PerHead))}"
 
@@ -171,6 +212,10 @@ class Causal(Mask):
     def bounds(self, query, key):
         (first, last), (first_key, last_key) = tile_range(query), tile_range(key)
         return self(last, first_key), self(first, last_key)
+
+    @property
+    def is_relative(self):
+        return True
 
     def describe(self):
         return "causal"
@@ -199,6 +244,14 @@ class Window(Mask):
         possible = (last_key >= first - self.left) & (first_key <= last + self.right)
         return possible, (first_key >= last - self.left) & (last_key <= first + self.right)
 
+    @property
+    def is_relative(self):
+        return True
+
+    @property
+    def reach(self):
+        return None if self.right else Reach(0, self.left + 1)
+
     def describe(self):
         if self.right:
             return f"{self.left} back to {self.right} ahead"
@@ -223,6 +276,10 @@ class Sinks(Mask):
     def bounds(self, query, key):
         first_key, last_key = tile_range(key)
         return first_key < self.count, last_key < self.count
+
+    @property
+    def reach(self):
+        return Reach(self.count, 0)
 
     def describe(self):
         return "the first key" if self.count == 1 else f"the first {self.count} keys"
@@ -251,6 +308,10 @@ class Dilated(Mask):
         least, most = first - last_key, last - first_key
         possible = most // self.step * self.step >= least
         return possible, possible & ((least == most) | (self.step == 1))
+
+    @property
+    def is_relative(self):
+        return True
 
     def describe(self):
         return f"distances divisible by {self.step}"
@@ -308,6 +369,51 @@ class Documents(Mask):
 
     def describe(self):
         return "the same document"
+
+
+@part
+class Within(Mask):
+    """mask(places[query position], places[key position]): another mask, read at other places than the positions.
+
+    With the place of each token in its document, `Causal() & (Window(w) | Sinks(n))` shows the first n tokens of each
+    document of a packed row, not those of the row. `places` [..., P] is a table over positions like that of
+    `Documents`, with which it is combined; −1, and all beyond the table, are empty slots.
+    """
+
+    mask: Mask
+    places: Int[Array, "*batch positions"]
+
+    def _of(self, query, key, grid):
+        places = jnp.asarray(self.places)[..., None, :]
+        return take(places, query, grid, fill=-1), take(places, key, grid, fill=-1)
+
+    def __call__(self, query, key):
+        return visible(self.mask, *self._of(query, key, grid=2))
+
+    def bounds(self, query, key):
+        places = self._of(query, key, grid=3)
+        possible, certain = self.mask.bounds(*places)
+        shown = (every_slot(at, place >= 0) for at, place in zip((query, key), places, strict=True))
+        return possible, certain & functools.reduce(operator.and_, shown)
+
+    def describe(self):
+        return f"{_grouped(self.mask, (And, Or))}, counted from the start of the document"
+
+
+def documents_of(mask: Mask | None) -> Int[Array, "*batch positions"] | None:
+    """The ids of the `Documents` that the mask asks for, alone or together with others; None if it does not."""
+    if isinstance(mask, And):
+        first = documents_of(mask.first)
+        return documents_of(mask.second) if first is None else first
+    return mask.ids if isinstance(mask, Documents) and mask.key_ids is None else None
+
+
+def places_in_documents(ids: Int[Array, "*batch positions"]) -> Int[Array, "*batch positions"]:
+    """The place of each token in its document, from 0: where the run of equal ids began."""
+    ids = jnp.asarray(ids)
+    index = jnp.arange(ids.shape[-1])
+    starts = jnp.concatenate([jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], -1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=ids.ndim - 1)
 
 
 @part
@@ -396,6 +502,10 @@ class PerHead(Mask):
     def bounds(self, query, key):
         possible, certain = zip(*(mask.bounds(query, key) for mask in self.masks), strict=True)
         return _stack_heads(possible), _stack_heads(certain)
+
+    @property
+    def is_relative(self):
+        return all(mask.is_relative for mask in self.masks)
 
     def describe(self):
         groups, first = [], 0

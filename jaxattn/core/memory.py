@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn.core.inner import Identity, InnerLoss, Link, Memory, SquaredError
 from jaxattn.core.inner_batch import Batch, FastRead, Weights, learn
 from jaxattn.core.parts import check_fields, check_range, check_segments, check_static_int
-from jaxattn.core.score import accumulator
+from jaxattn.core.score import accumulator, product
 
 PerToken = Float[Array, "..."] | float
 
@@ -103,6 +103,31 @@ def memory_scan(
     if read == "auto":
         read = "dual" if link.is_identity else "materialize"
     return _memory(given, int(inner_batch), read)
+
+
+def memory_read(
+    memory: Memory,
+    query: Float[Array, "*b t n k"],
+    *,
+    link: Link = Identity(),
+    state: MemoryState | None = None,
+) -> Float[Array, "*b t n v"]:
+    """M(q_t) at W = link(A) for the A that the last token left, and nothing learned: out [..., T, N, V].
+
+    state: what that token left; None reads where the memory starts. Raises as `memory_scan`.
+    """
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory must be a Memory, got {memory!r}")
+    if not hasattr(query, "shape") or len(query.shape) < 3 or 0 in query.shape:
+        raise ValueError(f"query has shape {np.shape(query)}: need [..., length, heads, channels], none of them empty")
+    batch = query.shape[:-3]
+    if state is not None:
+        _check_state(state, memory, batch, state.momentum is not None)
+    dual = memory.fast_weights if state is None else state.dual
+    dtype = accumulator(query, *dual)
+    weights = [link(jnp.broadcast_to(w, (*batch, *w.shape[-3:])).astype(dtype)) for w in dual]
+    out = memory(lambda i, x: product(x, weights[i]), query.astype(dtype).swapaxes(-2, -3))
+    return out.swapaxes(-2, -3).astype(query.dtype)
 
 
 class _Given(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,12 +11,25 @@ from jaxtyping import Array, Float, Int
 from jaxattn.cache import Cache, append, empty
 from jaxattn.core.attend import Implementation, attend, attention_weights
 from jaxattn.core.maps import Dropout
-from jaxattn.core.mask import Mask
+from jaxattn.core.mask import Mask, Within, documents_of, places_in_documents
 from jaxattn.core.measure import Measure
 from jaxattn.core.normalize import Softmax
 from jaxattn.core.position import RotaryScaling, rotary, rotary_channels
 from jaxattn.core.score import Dot
 from jaxattn.nn.sites import SITES, Recorder
+
+
+class KeyValue(NamedTuple):
+    """Keys and values as attention meets them, for layers that share those of an earlier one.
+
+    They are rotated, and with a state they are all that it holds. positions: of the keys, and of the queries that came
+    with them; None: 0, 1, ...
+    """
+
+    key: Float[Array, "b s k h"]
+    value: Float[Array, "b s k h"]
+    key_positions: Int[Array, "b s"] | None
+    query_positions: Int[Array, "#b t"] | None
 
 
 class MultiHeadAttention(nnx.Module):
@@ -28,7 +41,10 @@ class MultiHeadAttention(nnx.Module):
     rotary_scaling: how positions beyond those of training are read, e.g. `Yarn(4.0, 2048)`; q and k are multiplied by
     its `attention_scale`.
     qk_norm: RMS norm of q and k over H with learned gains, before rotation. gate: z ⊙ σ(W_g x) before W_o.
+    own_keys: False for a layer without W_k and W_v, which reads those of another: `context` is then the record `kv` of
+    that layer, a `KeyValue` (cross-layer sharing). project: False for no W_o, so that y has N·H channels.
     dropout: rate on the attention weights, active unless `deterministic` (see `nnx.Module.train` and `eval`).
+    mask: in packed rows (`Documents`) it is meant within each document, so that `Sinks(4)` are the first of each.
     score, bias, mask, normalize: parts, or modules that own `nnx.Param`s and return a part when called without
     arguments (`jaxattn.nn.learned`). score_maps, weight_maps: tuples of such. Arrays of a part that is given directly
     are constants: they are not trained.
@@ -52,6 +68,8 @@ class MultiHeadAttention(nnx.Module):
         rotary_scaling: RotaryScaling | None = None,
         qk_norm: bool = False,
         gate: bool = False,
+        own_keys: bool = True,
+        project: bool = True,
         dropout: float = 0.0,
         use_bias: bool = False,
         score: Any = Dot(),
@@ -103,12 +121,12 @@ class MultiHeadAttention(nnx.Module):
 
         context_features = features if context_features is None else context_features
         self.query = linear(features, heads * self.head_dim)
-        self.key = linear(context_features, key_heads * self.head_dim)
-        self.value = linear(context_features, key_heads * self.head_dim)
-        self.out = linear(heads * self.head_dim, features)
+        self.key = linear(context_features, key_heads * self.head_dim) if own_keys else None
+        self.value = linear(context_features, key_heads * self.head_dim) if own_keys else None
+        self.out = linear(heads * self.head_dim, features) if project else None
         self.gate = linear(features, heads * self.head_dim) if gate else None
         self.query_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
-        self.key_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
+        self.key_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm and own_keys else None
         if dropout and "dropout" not in rngs and "default" not in rngs:
             raise ValueError(
                 f"dropout is {dropout} but rngs has no such stream: need nnx.Rngs(0) or nnx.Rngs(dropout=0)"
@@ -119,54 +137,64 @@ class MultiHeadAttention(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         *,
-        context: Float[Array, "b s c"] | None = None,
+        context: Float[Array, "b s c"] | KeyValue | None = None,
         positions: Int[Array, "#b t"] | None = None,
         mask: Mask | None = None,
         state: Cache | None = None,
         record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "b t d"], Cache | None, dict[str, Array]]:
-        """Self-attention over x, or cross-attention from x to `context`.
+        """Self-attention over x, or cross-attention from x to `context`, or to the keys of another layer.
 
         positions [B, T] or [T]; −1 marks padding, which is not seen. `mask` is and-ed with the module's own. With a
         `state` from `init_state` the new tokens are appended to it and see what it holds. Positions default to
         0..T−1, and with a state to those after the last one it holds.
 
-        `record` names sites of `nn.SITES`, and measures by the names they were given; a measure's record is what it
-        says in its docstring, with a batch axis.
+        `record` names sites of `nn.SITES`, measures by the names they were given (a measure's record is what it says in
+        its docstring, with a batch axis), and `kv`, the `KeyValue` for a layer without keys of its own. Such a layer
+        has no state of its own either, and its positions are those of the layer it reads.
 
         Raises ValueError for unknown sites and inputs of another width, and for a state under a map that reads other
         queries (`Temporal`, a `Convolution` of more than one query), which a cache of keys does not keep.
         """
-        tap = Recorder(record, (*SITES, *self.measures))
-        if context is not None and (state is not None or self.rotary_base is not None):
+        tap = Recorder(record, (*SITES, *self.measures, "kv"))
+        shared = context if isinstance(context, KeyValue) else None
+        if (self.key is None) != (shared is not None):
+            raise ValueError("context must be the KeyValue of another layer where own_keys=False, and only there")
+        if shared is None and context is not None and (state is not None or self.rotary_base is not None):
             raise ValueError("cross-attention takes no state and no rotary positions: need rotary_base=None")
-        source = x if context is None else context
+        source = x if context is None or isinstance(context, KeyValue) else context
         for name, given, project in (("x", x, self.query), ("context", source, self.key)):
-            if given.ndim != 3 or given.shape[-1] != project.in_features:
+            if project is not None and (given.ndim != 3 or given.shape[-1] != project.in_features):
                 raise ValueError(f"{name} has shape {given.shape}: need [batch, length, {project.in_features}]")
         score_maps, weight_maps = (tuple(map(_part, maps)) for maps in (self.score_maps, self.weight_maps))
         if state is not None:
             _check_rows_alone(score_maps, weight_maps)
-        query = self._split(self.query(x), self.heads)
-        key, value = (self._split(project(source), self.key_heads) for project in (self.key, self.value))
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query, key, value = tap("q", query), tap("k", key), tap("v", value)
-        if state is not None:
-            after = state.positions.max(-1, keepdims=True) + 1 + jnp.arange(x.shape[-2])
-            positions = after if positions is None else jnp.broadcast_to(positions, x.shape[:-1])
-        if self.rotary_base is not None:
-            places = jnp.arange(x.shape[-2]) if positions is None else positions
-            turn, scaling = (self.rotary_base, self.rotary_fraction, self.rotary_scaling), self.rotary_scaling
-            query, key = (rotary(y, places, *turn) for y in (query, key))
-            if scaling is not None:
-                query, key = query * scaling.attention_scale, key * scaling.attention_scale
-
-        key_positions = positions if context is None else None
-        if state is not None and positions is not None:
-            state = append(state, key, value, positions)
-            key, value, key_positions = state.key, state.value, state.positions
         own = _part(self.mask)
+        query = self._split(self.query(x), self.heads)
+        query = tap("q", query if self.query_norm is None else self.query_norm(query))
+        if shared is not None:
+            key, value, key_positions, positions = shared
+            query = self._turned(query, positions)
+        else:
+            projections = (each for each in (self.key, self.value) if each is not None)
+            key, value = (self._split(project(source), self.key_heads) for project in projections)
+            key, value = tap("k", key if self.key_norm is None else self.key_norm(key)), tap("v", value)
+            if state is not None:
+                after = state.positions.max(-1, keepdims=True) + 1 + jnp.arange(x.shape[-2])
+                positions = after if positions is None else jnp.broadcast_to(positions, x.shape[:-1])
+            query, key = self._turned(query, positions), self._turned(key, positions)
+            key_positions = positions if context is None else None
+            if state is not None and positions is not None:
+                held, reach = state, own.reach if own is not None else None
+                state = append(state, key, value, positions, None if reach is None else reach.first)
+                if reach is None or x.shape[-2] == 1:
+                    key, value, key_positions = state.key, state.value, state.positions
+                else:  # a token may need what the last of them has already put out of the ring
+                    pairs = (held.key, key), (held.value, value), (held.positions, positions)
+                    key, value, key_positions = (jnp.concatenate(pair, 1) for pair in pairs)
+            tap("kv", KeyValue(key, value, key_positions, positions))
+        if own is not None and not own.is_relative and (ids := documents_of(mask)) is not None:
+            own = Within(own, places_in_documents(ids))
         slots = {
             "score": _part(self.score),
             "bias": _part(self.bias),
@@ -194,12 +222,26 @@ class MultiHeadAttention(nnx.Module):
         merged = z.reshape(*z.shape[:-2], -1)
         if self.gate is not None:
             merged = merged * nnx.sigmoid(self.gate(x))
-        return tap("attn_out", self.out(merged)), state, tap.records
+        return tap("attn_out", merged if self.out is None else self.out(merged)), state, tap.records
 
-    def init_state(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for sequences of at most `capacity` tokens."""
+    def init_state(self, batch: int, capacity: int) -> Cache | tuple[()]:
+        """An empty cache for sequences of at most `capacity` tokens, and for no more than the mask lets a query see;
+        nothing for a layer that reads another's."""
+        if self.key is None:
+            return ()
+        own = _part(self.mask)
+        if own is not None and own.reach is not None:
+            capacity = min(capacity, max(sum(own.reach), own.reach.first + 1))
         shape = (self.key_heads, self.head_dim)
         return empty(batch, capacity, shape, shape, self.dtype or jnp.float32)
+
+    def _turned(self, x: Float[Array, "b t n h"], positions: Int[Array, "#b t"] | None) -> Float[Array, "b t n h"]:
+        """x rotated to its positions, if this attention is rotary."""
+        if self.rotary_base is None:
+            return x
+        places = jnp.arange(x.shape[-3]) if positions is None else positions
+        x = rotary(x, places, self.rotary_base, self.rotary_fraction, self.rotary_scaling)
+        return x if self.rotary_scaling is None else x * self.rotary_scaling.attention_scale
 
     def _split(self, x: Array, heads: int) -> Array:
         return x.reshape(*x.shape[:-1], heads, self.head_dim)

@@ -76,6 +76,24 @@ def test_a_cache_is_a_pytree_that_loops_carry():
     jax.tree.map(np.testing.assert_array_equal, looped, jitted(filled(), key, value, np.array(POSITIONS["in order"])))
 
 
+@pytest.mark.parametrize("lengths", [(1,) * 9, (4, 1, 4), (9,), (2, 7)], ids=str)
+def test_a_ring_holds_the_pinned_and_the_last_tokens(lengths):
+    """Two pinned and a ring of four, whatever the calls in which nine tokens come; the second row is two shorter."""
+    cache = empty(2, CAPACITY, (2, 4), (1, 5), jnp.float32)
+    key, value = (x[:2] for x in tokens(1, 9))
+    first = 0
+    for length in lengths:
+        at = np.arange(first, first + length)
+        positions = np.stack([at, np.where(at < 7, at, -1)])
+        cache = append(cache, key[:, at], value[:, at], positions, pinned=2)
+        first += length
+    for row, held in enumerate(([0, 1, 5, 6, 7, 8], [0, 1, 3, 4, 5, 6])):
+        assert sorted(np.asarray(cache.positions[row])) == held
+        for slot, position in enumerate(np.asarray(cache.positions[row])):
+            np.testing.assert_array_equal(cache.key[row, slot], key[row, position])
+            np.testing.assert_array_equal(cache.value[row, slot], value[row, position])
+
+
 @pytest.mark.parametrize(("batch", "capacity"), [(0, 4), (2, 0)])
 def test_an_empty_cache_needs_a_size(batch, capacity):
     with pytest.raises(ValueError, match=f"batch and capacity must be at least 1, got {batch} and {capacity}"):

@@ -32,9 +32,11 @@ from jaxattn import (
     Sinks,
     Softmax,
     Window,
+    Within,
     attend,
     part,
 )
+from jaxattn.core.mask import places_in_documents
 
 IMPLEMENTATIONS = ("dense", "rows", "tiled")
 FACTOR = 20  # epsilons of the accumulator, times the oracle's magnitude
@@ -106,6 +108,10 @@ MASKS: dict[str, tuple[Mask | None, Callable]] = {
     "streaming": (
         Causal() & (Window(2) | Sinks(2)) & Documents(jnp.asarray(IDS)),
         lambda b, n, p, r: r <= p and (r >= p - 2 or r < 2) and IDS[p] == IDS[r] >= 0,
+    ),
+    "streaming by document": (
+        Within(Causal() & (Window(1) | Sinks(1)), places_in_documents(jnp.asarray(IDS))) & Documents(jnp.asarray(IDS)),
+        lambda b, n, p, r: r <= p and (r >= p - 1 or IDS[r - 1] != IDS[r]) and IDS[p] == IDS[r] >= 0,
     ),
     "outside the window": (
         ~Window(2, 1) & Lengths(jnp.asarray(LENGTHS)),
@@ -183,6 +189,7 @@ CASES = (
     Case("outside the window", (6, 11), 64, positions="scattered", normalize="sigmoid", learned=("scale",)),
     Case("causal or explicit", (11, 14), (4, 8), (4, 4, 4), positions="scattered", learned=("alibi",)),
     Case("prefix", (12, 14), (4, 3), learned=("scale", "null", "table by batch")),
+    Case("streaming by document", (14, 16), (4, 3), (4, 4, 2), batch=(), learned=("scale", "alibi")),
     Case("prefix of 5", (11, 9), 4, (4, 4, 1), batch=(), normalize="sigmoid", learned=("alibi",)),
     Case("dilated", (8, 13), (3, 4), (4, 1, 1), positions="scattered", learned=("table",)),
     Case("strided", (16, 16), (4, 2), (2, 2, 1), learned=("scale", "alibi")),
