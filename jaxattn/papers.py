@@ -46,6 +46,7 @@ DOCS = "tests/test_docs.py"
 MODULE = "tests/nn/test_multi_head_attention.py"
 RECURRENT = "tests/nn/test_recurrent.py"
 MEMORIES = "tests/core/test_linear.py"
+HYBRID = "tests/nn/test_hybrid.py"
 
 PAPERS: tuple[Paper, ...] = (
     Paper(
@@ -116,13 +117,19 @@ PAPERS: tuple[Paper, ...] = (
         "2501.00663",
         (
             "jaxattn.memory_scan",
+            "jaxattn.memory_read",
             "jaxattn.nn.NeuralMemory",
+            "jaxattn.nn.MemoryAsContext",
+            "jaxattn.nn.memory_as_gate",
+            "jaxattn.nn.memory_as_layer",
+            "jaxattn.models.Titans",
         ),
         (
             "tests/core/test_memory_scan.py",
             RECURRENT,
+            HYBRID,
         ),
-        "the memory, with momentum and forgetting; not its wirings with attention",
+        "the memory, with momentum and forgetting, as context, gate or layer behind persistent tokens",
     ),
     Paper(
         27,
@@ -175,6 +182,21 @@ PAPERS: tuple[Paper, ...] = (
         "a predicate on token pairs as the mask of chosen heads",
     ),
     Paper(
+        47,
+        "hymba",
+        "Hymba: A Hybrid-head Architecture for Small Language Models",
+        None,
+        "2411.13676",
+        (
+            "jaxattn.nn.Parallel",
+            "jaxattn.models.Hymba",
+            "jaxattn.models.hymba",
+            "jaxattn.models.DecoderConfig",
+        ),
+        (HYBRID, "tests/models/test_hybrid_models.py"),
+        "attention and state-space heads side by side, meta tokens, keys shared across layers, windows",
+    ),
+    Paper(
         52,
         "lln",
         "Linear Log-Normal Attention with Unbiased Concentration",
@@ -220,9 +242,9 @@ PAPERS: tuple[Paper, ...] = (
         "Simple linear attention language models balance the recall-throughput tradeoff",
         None,
         "2402.18668",
-        ("jaxattn.TaylorFeatures", "jaxattn.Window"),
-        ("tests/core/test_feature.py", "recall"),
-        "Taylor features of degree 2, small windows, and the recall that its state dials",
+        ("jaxattn.TaylorFeatures", "jaxattn.Window", "jaxattn.nn.GatedConvolution", "jaxattn.models.based"),
+        ("tests/core/test_feature.py", "tests/models/test_hybrid_models.py", "recall"),
+        "Taylor features of degree 2, small windows, gated convolutions, and the recall that its state dials",
     ),
     Paper(
         99,
@@ -329,7 +351,7 @@ PAPERS: tuple[Paper, ...] = (
             RECURRENT,
             DOCS,
         ),
-        "the causal form, as a memory with per-channel decay; not its hybrid with a window",
+        "causal, as a memory with per-channel decay, over all tokens, and with a window as one more latent",
     ),
     Paper(
         152,
@@ -509,9 +531,9 @@ PAPERS: tuple[Paper, ...] = (
         "Mamba (Gu and Dao)",
         None,
         "2312.00752",
-        ("jaxattn.softplus_decay",),
+        ("jaxattn.softplus_decay", "jaxattn.nn.S6", "jaxattn.models.S6"),
         (RECURRENT,),
-        "its gate and the start of its step sizes",
+        "the selective scan, a memory of V = 1 per channel",
     ),
     Paper(
         None,

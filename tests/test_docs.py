@@ -580,6 +580,16 @@ def test_inner_batches_of_one_are_the_delta_rule_and_sequences_go_on(page):
         assert_close(p.packed[where], alone)
 
 
+def test_asking_a_memory_is_a_product_with_its_weights(page):
+    p = page("memory")
+    assert_close(p.recalled, np.einsum("tnk,nkv->tnv", np.asarray(p.query, np.float64), p.held.dual[0]))
+
+
+def test_memory_as_context_decodes_what_it_computes(page):
+    p = page("hybrids")
+    assert_close(jnp.concatenate(p.decoded, 1), p.y, factor=1000)
+
+
 def test_memories_learn_what_the_page_says_they_do(page):
     p = page("memory")
     assert 0.9 < p.robust["squared"] < 1.1

@@ -3,13 +3,17 @@
 from jaxattn.models.config import Attention, DecoderConfig, FeedForward, Layer, Mixer
 from jaxattn.models.decoder import Decoder
 from jaxattn.models.generate import Generation, generate, sample
+from jaxattn.models.hybrid import Hymba, Titans
 from jaxattn.models.load import from_plain, load_decoder, to_plain
+from jaxattn.models.patterns import based, hymba, pattern
 from jaxattn.models.recurrent import (
     GLA,
     HGRN2,
     RWKV7,
+    S6,
     TTT,
     DeltaNet,
+    GatedConvolution,
     Latte,
     LinearAttention,
     Mamba2,
@@ -21,13 +25,16 @@ __all__ = [
     "GLA",
     "HGRN2",
     "RWKV7",
+    "S6",
     "TTT",
     "Attention",
     "Decoder",
     "DecoderConfig",
     "DeltaNet",
     "FeedForward",
+    "GatedConvolution",
     "Generation",
+    "Hymba",
     "Latte",
     "Layer",
     "LinearAttention",
@@ -35,9 +42,13 @@ __all__ = [
     "Mixer",
     "NeuralMemory",
     "RetNet",
+    "Titans",
+    "based",
     "from_plain",
     "generate",
+    "hymba",
     "load_decoder",
+    "pattern",
     "sample",
     "to_plain",
 ]

@@ -5,6 +5,7 @@ a new spec; the decoder knows none of them. Parts (masks, normalisers) stand in 
 """
 
 import abc
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,12 @@ from jaxattn.core.position import RotaryScaling
 
 class Mixer(abc.ABC):
     """The spec of what moves information between tokens."""
+
+    @property
+    def keys(self) -> Literal["own", "shared", "none"]:
+        """Whether it has keys and values, and whether they are its own or those of the layer before it, which has its
+        own or shares them too."""
+        return "none"
 
     @abc.abstractmethod
     def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> Any:
@@ -43,6 +50,7 @@ class Attention(Mixer):
         alibi: Add the ALiBi distance bias with its geometric slopes.
         qk_norm: RMS norm of queries and keys, before rotation.
         gate: Multiply what heads read by a sigmoid gate of the input.
+        own_keys: Project keys and values; if not, those of the layer before it are read.
         dropout: Dropout rate of the attention weights.
     """
 
@@ -58,11 +66,16 @@ class Attention(Mixer):
     alibi: bool = False
     qk_norm: bool = False
     gate: bool = False
+    own_keys: bool = True
     dropout: float = 0.0
 
     def __post_init__(self):
         if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves((self.mask, self.normalize))):
             raise ValueError("mask and normalize of a spec hold no arrays: give such a mask when calling the model")
+
+    @property
+    def keys(self):
+        return "own" if self.own_keys else "shared"
 
     def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.MultiHeadAttention:
         """The module; raises ValueError for sizes that do not divide."""
@@ -78,6 +91,7 @@ class Attention(Mixer):
             rotary_scaling=self.rotary_scaling,
             qk_norm=self.qk_norm,
             gate=self.gate,
+            own_keys=self.own_keys,
             dropout=self.dropout,
             bias=Alibi.geometric(self.heads) if self.alibi else None,
             mask=self.mask,
@@ -129,6 +143,8 @@ class DecoderConfig:
         context: Number of positions it is trained for and may generate to.
         width: Width D of the residual stream.
         layers: One spec per layer; equal neighbours are compiled once and scanned.
+        meta_tokens: Learned tokens before every sequence (Hymba), through all layers; positions of tokens count from
+            their number, and `Sinks(meta_tokens)` keeps them in sight of a window.
         tied: Use the token embedding as the output projection.
         dtype: Of the computation; parameters, norms and the residual stream are float32.
     """
@@ -137,6 +153,7 @@ class DecoderConfig:
     context: int = 256
     width: int = 128
     layers: list[Layer] = field(default_factory=lambda: [Layer()] * 4)
+    meta_tokens: int = 0
     tied: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -145,7 +162,13 @@ class DecoderConfig:
         for name in ("vocabulary", "context", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.meta_tokens < 0:
+            raise ValueError(f"meta_tokens must be at least 0, got {self.meta_tokens}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}: need 'float32' or 'bfloat16'")
         if not self.layers:
             raise ValueError("layers is empty: need at least one Layer")
+        kinds = ["none", *(layer.mixer.keys for layer in self.layers)]
+        for number, (before, kind) in enumerate(itertools.pairwise(kinds)):
+            if kind == "shared" and before == "none":
+                raise ValueError(f"layers[{number}] shares the keys of the layer before it, which has none")

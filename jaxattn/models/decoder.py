@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxattn import nn
 from jaxattn.core.mask import Mask
 from jaxattn.models.config import DecoderConfig, Layer
-from jaxattn.nn import Recorder
+from jaxattn.nn import SITES, Recorder
+
+DOCUMENTS = 8  # how many of them may be packed in a row behind meta tokens: each has its own
 
 
 class Block(nnx.Module):
@@ -23,10 +26,10 @@ class Block(nnx.Module):
         self.feed_forward_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
         self.feed_forward = spec.feed_forward.build(features, dtype, rngs)
 
-    def __call__(self, x, positions, mask, state, record):
-        tap = Recorder(record)
+    def __call__(self, x, positions, mask, state, record, shared):
+        tap = Recorder(record, (*SITES, "kv"))
         y, state, records = self.mixer(
-            self.mixer_norm(x), positions=positions, mask=mask, state=state, record=tuple(tap.record)
+            self.mixer_norm(x), context=shared, positions=positions, mask=mask, state=state, record=tuple(tap.record)
         )
         x = x + y
         x = x + tap("mlp_out", self.feed_forward(self.feed_forward_norm(x)))
@@ -46,7 +49,10 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(config.vocabulary, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
         runs = [(spec, len(list(run))) for spec, run in itertools.groupby(config.layers)]
         self.lengths = tuple(length for _, length in runs)
+        self.reads = tuple(spec.mixer.keys == "shared" for spec, _ in runs)  # keys of a run before
         self.runs = nnx.List([_stack(spec, length, config.width, dtype, rngs) for spec, length in runs])
+        meta = (config.meta_tokens, config.width)
+        self.meta = nnx.Param(jax.random.normal(rngs.params(), meta) * 0.02) if config.meta_tokens else None
         self.final_norm = nnx.RMSNorm(config.width, rngs=rngs)
         self.head = None if config.tied else nnx.Linear(config.width, config.vocabulary, use_bias=False, rngs=rngs)
 
@@ -64,7 +70,8 @@ class Decoder(nnx.Module):
         positions [B, T] or [T] (default 0..T−1, or after the last one in `state`; −1 is padding); mask is and-ed with
         each layer's own (for packed documents: `Documents(ids)`); state from `init_state` when decoding; record names
         sites of `nn.SITES`, each returned with a leading layer axis (but `embed`). Tokens outside the vocabulary give
-        NaN logits.
+        NaN logits. With meta tokens, records of the layers cover the row that begins with them, and a packed row may
+        hold 8 documents: one of more is NaN.
 
         Raises ValueError for unknown sites, and if a site's shape differs between layers.
         """
@@ -72,25 +79,52 @@ class Decoder(nnx.Module):
             raise TypeError(f"tokens must be integers [batch, length], got {tokens.dtype}{list(tokens.shape)}")
         tap = Recorder(record)
         x = tap("embed", self.embed(tokens))
+        if self.meta is None:
+            x, state, records = self.layers(x, positions=positions, mask=mask, state=state, record=record)
+        elif state is None:
+            longer = nn.with_prefix(self.meta[...], x, positions, mask, DOCUMENTS)
+            x, _, records = self.layers(longer.x, positions=longer.positions, mask=longer.mask, record=record)
+            x = longer.strip(x)
+        else:
+            positions = None if positions is None else nn.after_prefix(positions, self.config.meta_tokens)
+            x, state, records = self.layers(x, positions=positions, mask=mask, state=state, record=record)
+        logits = self.final_norm(x)
+        logits = self.embed.attend(logits) if self.head is None else self.head(logits)
+        return logits, state, tap.records | records
+
+    def layers(
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        positions: Int[Array, "#b t"] | None = None,
+        mask: Mask | None = None,
+        state: Any = None,
+        record: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "b t d"], Any, dict[str, Array]]:
+        """(x after all layers, state, records): the model between embedding and final norm, without its meta tokens."""
         states, recorded = [], []
+        shared: nn.KeyValue | None = None
         for number, run in enumerate(self.runs):
+            gives = not self.reads[number] and self.reads[number + 1 : number + 2] == (True,)
+            asked, given = (*record, "kv") if gives else record, shared if self.reads[number] else None
+
             # Scanned as plain arrays: unlike `nnx.scan` this also works where the model is a constant of a JAX loop.
             graph, arrays = nnx.split(run)
 
-            def layer(x, slices, graph=graph):
+            def layer(x, slices, graph=graph, asked=asked, given=given):
                 arrays, state = slices
                 block = nnx.merge(graph, arrays)
-                x, state, records = block(x, positions, mask, state, record)
+                x, state, records = block(x, positions, mask, state, asked, given)
                 return x, (state, records, nnx.state(block, nnx.RngCount))
 
             x, (new_state, records, counts) = jax.lax.scan(layer, x, (arrays, None if state is None else state[number]))
             if not run.deterministic:
                 nnx.update(run, counts)
+            if gives:
+                shared = jax.tree.map(lambda x: x[-1], records.pop("kv"))
             states.append(new_state)
             recorded.append(records)
-        logits = self.final_norm(x)
-        logits = self.embed.attend(logits) if self.head is None else self.head(logits)
-        return logits, None if state is None else tuple(states), tap.records | _join(recorded)
+        return x, None if state is None else tuple(states), _join(recorded)
 
     def init_state(self, batch: int, capacity: int) -> Any:
         """What decoding sequences of at most `capacity` tokens starts from: a pytree, one entry per run of layers."""
@@ -100,7 +134,12 @@ class Decoder(nnx.Module):
             one = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixer.init_state(batch, capacity)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (length, *x.shape)), one)
 
-        return tuple(stacked(run, length) for run, length in zip(self.runs, self.lengths, strict=True))
+        capacity += self.config.meta_tokens
+        state = tuple(stacked(run, length) for run, length in zip(self.runs, self.lengths, strict=True))
+        if self.meta is None:
+            return state
+        meta = jnp.broadcast_to(self.meta[...], (batch, *self.meta.shape))
+        return self.layers(meta, state=state)[1]
 
 
 def _stack(spec: Layer, length: int, width: int, dtype: Any, rngs: nnx.Rngs) -> Block:
@@ -118,6 +157,8 @@ def _join(recorded: list[dict[str, Array]]) -> dict[str, Array]:
     """Records of runs [layers, ...] as records of the model [L, ...]."""
     joined = {}
     for site in recorded[0]:
+        if not all(site in records for records in recorded):
+            raise ValueError(f"record {site!r} is not there in every layer: need sites that all of them have")
         values = [records[site] for records in recorded]
         shapes = {value.shape[1:] for value in values}
         if len(shapes) > 1:

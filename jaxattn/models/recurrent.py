@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 from flax import nnx
@@ -13,15 +13,27 @@ from jaxattn.core.inner import Identity, InnerLoss, Link, SquaredError
 from jaxattn.models.config import Mixer
 
 
-def _build(mechanism: Any, spec: Any, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
-    options = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-    return nn.Recurrent(mechanism(features, dtype=dtype, rngs=rngs, **options))
+class _Spec(Mixer):
+    """Fields are the arguments of the `mechanism`."""
+
+    mechanism: ClassVar[Any]
+
+    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
+        """The module."""
+        return nn.Recurrent(self.build_mechanism(features, dtype, rngs))
+
+    def build_mechanism(self, features: int, dtype: Any, rngs: nnx.Rngs) -> Any:
+        """What the module is made of."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return type(self).mechanism(features, dtype=dtype, rngs=rngs, **options)
 
 
 @dataclass(frozen=True)
-class LinearAttention(Mixer):
+class LinearAttention(_Spec):
     """Attention by features; see `nn.LinearAttention`. feature_map: a part without arrays, or what makes a module from
     (heads, head_dim, rngs), such as `nn.HedgehogMap`."""
+
+    mechanism = nn.LinearAttention
 
     heads: int = 4
     feature_map: Features | Any = Elu1Features()
@@ -35,51 +47,43 @@ class LinearAttention(Mixer):
         if isinstance(self.feature_map, Features) and jax.tree.leaves(self.feature_map):
             raise ValueError("feature_map of a spec holds no arrays: give what makes a module, such as nn.HedgehogMap")
 
-    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
-        """The module."""
-        return _build(nn.LinearAttention, self, features, dtype, rngs)
-
 
 @dataclass(frozen=True)
-class RetNet(Mixer):
+class RetNet(_Spec):
     """Retention; see `nn.RetNet`."""
+
+    mechanism = nn.RetNet
 
     heads: int = 4
     value_dim: int | None = None
     rotary_base: float = 10000.0
 
-    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
-        """The module."""
-        return _build(nn.RetNet, self, features, dtype, rngs)
-
 
 @dataclass(frozen=True)
-class GLA(Mixer):
+class GLA(_Spec):
     """Gated linear attention; see `nn.GLA`."""
+
+    mechanism = nn.GLA
 
     heads: int = 4
     rank: int = 16
 
-    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
-        """The module."""
-        return _build(nn.GLA, self, features, dtype, rngs)
-
 
 @dataclass(frozen=True)
-class HGRN2(Mixer):
+class HGRN2(_Spec):
     """HGRN-2; see `nn.HGRN2`."""
+
+    mechanism = nn.HGRN2
 
     heads: int = 4
     lower_bound: float = 0.0
 
-    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
-        """The module."""
-        return _build(nn.HGRN2, self, features, dtype, rngs)
-
 
 @dataclass(frozen=True)
-class DeltaNet(Mixer):
+class DeltaNet(_Spec):
     """DeltaNet, and with decay="head" Gated DeltaNet, with "channel" Kimi delta attention; see `nn.DeltaNet`."""
+
+    mechanism = nn.DeltaNet
 
     heads: int = 4
     decay: Literal["none", "head", "channel"] = "none"
@@ -89,14 +93,12 @@ class DeltaNet(Mixer):
     negative: bool = False
     rank: int = 16
 
-    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
-        """The module."""
-        return _build(nn.DeltaNet, self, features, dtype, rngs)
-
 
 @dataclass(frozen=True)
-class Mamba2(Mixer):
+class Mamba2(_Spec):
     """State-space duality; see `nn.Mamba2`."""
+
+    mechanism = nn.Mamba2
 
     heads: int = 4
     state: int = 64
@@ -104,38 +106,35 @@ class Mamba2(Mixer):
     convolution: int = 4
     mimetic: bool = False
 
-    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
-        """The module."""
-        return _build(nn.Mamba2, self, features, dtype, rngs)
-
 
 @dataclass(frozen=True)
-class RWKV7(Mixer):
+class RWKV7(_Spec):
     """RWKV-7 time mixing; see `nn.RWKV7`."""
+
+    mechanism = nn.RWKV7
 
     heads: int = 4
     rank: int = 16
 
-    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
-        """The module."""
-        return _build(nn.RWKV7, self, features, dtype, rngs)
-
 
 @dataclass(frozen=True)
-class Latte(Mixer):
+class Latte(_Spec):
     """Latent attention; see `nn.Latte`."""
+
+    mechanism = nn.Latte
 
     heads: int = 4
     latents: int = 16
-
-    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
-        """The module."""
-        return _build(nn.Latte, self, features, dtype, rngs)
+    causal: bool = True
+    window: int | None = None
+    rotary_base: float = 10000.0
 
 
 @dataclass(frozen=True)
-class NeuralMemory(Mixer):
+class NeuralMemory(_Spec):
     """A memory that is trained while it reads, of Titans and of Miras; see `nn.NeuralMemory`."""
+
+    mechanism = nn.NeuralMemory
 
     heads: int = 4
     hidden: tuple[int, ...] = (64,)
@@ -155,14 +154,12 @@ class NeuralMemory(Mixer):
         if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves((self.loss, self.link))):
             raise ValueError("loss and link of a spec hold no arrays: need plain numbers")
 
-    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
-        """The module."""
-        return _build(nn.NeuralMemory, self, features, dtype, rngs)
-
 
 @dataclass(frozen=True)
-class TTT(Mixer):
+class TTT(_Spec):
     """Test-time training, linear or deep; see `nn.TTT`."""
+
+    mechanism = nn.TTT
 
     heads: int = 4
     deep: bool = False
@@ -171,6 +168,25 @@ class TTT(Mixer):
     documents: int = 8
     convolution: int = 4
 
-    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.Recurrent:
-        """The module."""
-        return _build(nn.TTT, self, features, dtype, rngs)
+
+@dataclass(frozen=True)
+class S6(_Spec):
+    """Mamba's selective scan; see `nn.S6`."""
+
+    mechanism = nn.S6
+
+    inner: int | None = None
+    state: int = 16
+    rank: int | None = None
+    convolution: int = 4
+    norm: bool = False
+
+
+@dataclass(frozen=True)
+class GatedConvolution(_Spec):
+    """A convolution over a few tokens; see `nn.GatedConvolution`."""
+
+    mechanism = nn.GatedConvolution
+
+    width: int = 3
+    expand: int = 4

@@ -8,8 +8,9 @@ Every token mixer has one protocol:
 `state` is what decoding carries (None outside it), `records` a dict of the sites named in `record`.
 """
 
-from jaxattn.nn.attention import MultiHeadAttention
+from jaxattn.nn.attention import KeyValue, MultiHeadAttention
 from jaxattn.nn.feed_forward import FeedForward
+from jaxattn.nn.hybrid import Chain, Parallel
 from jaxattn.nn.learned import (
     AdditiveScore,
     BilinearScore,
@@ -28,34 +29,40 @@ from jaxattn.nn.mechanisms import (
     HGRN2,
     RWKV7,
     DeltaNet,
+    GatedConvolution,
     HeadOutput,
     Latte,
     LinearAttention,
     LowRank,
-    Mamba2,
     Projections,
     RetNet,
     ShortConvolution,
-    mimetic_initialization,
 )
-from jaxattn.nn.recurrent import Inputs, LearningInputs, LinearInputs, Mechanism, Past, Recurrent
+from jaxattn.nn.prefix import Prefixed, after_prefix, with_prefix
+from jaxattn.nn.recurrent import Inputs, LearningInputs, LinearInputs, Mechanism, Passed, Past, Recurrent
 from jaxattn.nn.sites import SITES, Recorder
+from jaxattn.nn.state_space import S6, Mamba2, mimetic_initialization
+from jaxattn.nn.titans import MemoryAsContext, memory_as_gate, memory_as_layer
 
 __all__ = [
     "GLA",
     "HGRN2",
     "RWKV7",
+    "S6",
     "SITES",
     "TTT",
     "AdditiveScore",
     "BilinearScore",
+    "Chain",
     "DeltaNet",
     "FeedForward",
+    "GatedConvolution",
     "HeadMixing",
     "HeadOutput",
     "HedgehogMap",
     "Inputs",
     "KeyQueryConvolution",
+    "KeyValue",
     "Latte",
     "LearnedTemperature",
     "LearningInputs",
@@ -64,11 +71,15 @@ __all__ = [
     "LowRank",
     "Mamba2",
     "Mechanism",
+    "MemoryAsContext",
     "MultiHeadAttention",
     "NeuralMemory",
     "NeuralScore",
     "NullSoftmax",
+    "Parallel",
+    "Passed",
     "Past",
+    "Prefixed",
     "Projections",
     "RandomFeatureMap",
     "Recorder",
@@ -76,5 +87,9 @@ __all__ = [
     "RelativePositionBias",
     "RetNet",
     "ShortConvolution",
+    "after_prefix",
+    "memory_as_gate",
+    "memory_as_layer",
     "mimetic_initialization",
+    "with_prefix",
 ]

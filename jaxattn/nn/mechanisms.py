@@ -21,9 +21,10 @@ from jaxattn.core.gate import (
     softplus_decay,
 )
 from jaxattn.core.linear import append_one, divide
+from jaxattn.core.parts import ratio
 from jaxattn.core.position import rotary
 from jaxattn.core.recurrence import Delta, Erase
-from jaxattn.nn.recurrent import LinearInputs, Past
+from jaxattn.nn.recurrent import LinearInputs, Passed, Past
 
 Gate = Literal["silu", "sigmoid"]
 
@@ -51,7 +52,7 @@ class Projections(nnx.Module):
 
     def __init__(self, features: int, sizes: dict[str, tuple[int, int]], convolution: int, dtype: Any, rngs: nnx.Rngs):
         self.sizes = tuple(sizes.items())
-        self.linear = nnx.Dict({name: _linear(features, n * h, dtype, rngs) for name, (n, h) in sizes.items()})
+        self.linear = nnx.Dict({name: linear_map(features, n * h, dtype, rngs) for name, (n, h) in sizes.items()})
         self.convolution = nnx.Dict(
             {name: ShortConvolution(n * h, convolution, rngs=rngs) for name, (n, h) in sizes.items()}
             if convolution
@@ -85,8 +86,8 @@ class HeadOutput(nnx.Module):
             raise ValueError(f"gate is {gate!r}: need 'silu', 'sigmoid' or None")
         self.kind = gate
         self.norm = nnx.RMSNorm(value_dim, dtype=dtype, rngs=rngs) if norm else None
-        self.gate = _linear(features, heads * value_dim, dtype, rngs) if gate else None
-        self.out = _linear(heads * value_dim, features, dtype, rngs)
+        self.gate = linear_map(features, heads * value_dim, dtype, rngs) if gate else None
+        self.out = linear_map(heads * value_dim, features, dtype, rngs)
 
     def __call__(self, z: Float[Array, "b t n v"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         z = z if self.norm is None else self.norm(z)
@@ -259,7 +260,7 @@ class DeltaNet(nnx.Module):
             step = LowRank(features, rank, heads * key_dim, bias=False, rngs=rngs)
         self.step = step
         if decay != "none":
-            self.step_bias = nnx.Param(_step_bias(rngs, heads if decay == "head" else heads * key_dim))
+            self.step_bias = nnx.Param(step_bias(rngs, heads if decay == "head" else heads * key_dim))
             self.a_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
         gate: dict[str, Gate | None] = {"none": None, "head": "silu", "channel": "sigmoid"}
         self.out = HeadOutput(features, heads, value_dim, gate=gate[decay], dtype=dtype, rngs=rngs)
@@ -278,67 +279,6 @@ class DeltaNet(nnx.Module):
         return self.out(read, rest)
 
 
-class Mamba2(nnx.Module):
-    """State-space duality (Dao & Gu, 2024): key B, query C shared by all heads, value Δ x, log decay −e^a Δ per head.
-
-    Δ = softplus(W x + b); x, B and C after one short convolution; skip D x; RMS norm of (y ⊙ silu(z)) over all heads.
-    state: K. expand: heads × V over D. mimetic: start as causal linear attention (`mimetic_initialization`).
-    """
-
-    def __init__(
-        self,
-        features: int,
-        heads: int,
-        *,
-        state: int = 64,
-        expand: int = 2,
-        convolution: int = 4,
-        mimetic: bool = False,
-        dtype: Any = None,
-        rngs: nnx.Rngs,
-    ):
-        inner = expand * features
-        value_dim = head_dim_of(inner, heads)
-        self.in_features = features
-        sizes = {"value": (heads, value_dim), "key": (1, state), "query": (1, state)}
-        self.project = Projections(features, sizes, convolution, dtype, rngs)
-        self.step = nnx.Linear(features, heads, use_bias=False, rngs=rngs)
-        self.step_bias = nnx.Param(_step_bias(rngs, heads))
-        self.a_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
-        self.skip = nnx.Param(jnp.ones(heads))
-        self.gate, self.out = _linear(features, inner, dtype, rngs), _linear(inner, features, dtype, rngs)
-        self.norm = nnx.RMSNorm(inner, dtype=dtype, rngs=rngs)
-        if mimetic:
-            mimetic_initialization(self)
-
-    def inputs(self, x, positions, past):
-        value, key, query = self.project(x, past)
-        step = self.step(x) + self.step_bias[...]
-        log_decay = softplus_decay(self.a_log[...], step)
-        skip = self.skip[...][:, None] * value
-        return LinearInputs(query, key, value * jax.nn.softplus(step)[..., None], log_decay), (skip, self.gate(x))
-
-    def output(self, read, rest):
-        skip, gate = rest
-        return self.out(self.norm((read + skip).reshape(gate.shape) * nnx.silu(gate)))
-
-
-def mimetic_initialization(mechanism: Mamba2, decay: float = 1e-3, step: float = 1.0) -> None:
-    """Makes a state-space mechanism start near causal linear attention of its input with itself, in place.
-
-    e^a = `decay` (almost nothing is forgotten), Δ = `step` for every input, and W_C = W_B with the same convolution, so
-    that equal inputs attend to each other. Copying and recall are then learned in fewer steps (Mimetic initialization
-    helps state space models learn to recall, 2024); use it in some of the layers.
-    """
-    mechanism.a_log[...] = jnp.full_like(mechanism.a_log[...], jnp.log(decay))
-    mechanism.step.kernel[...] = jnp.zeros_like(mechanism.step.kernel[...])
-    mechanism.step_bias[...] = jnp.full_like(mechanism.step_bias[...], inverse_softplus(step))
-    project = mechanism.project
-    project.linear["query"].kernel[...] = project.linear["key"].kernel[...]
-    if project.convolution:
-        project.convolution["query"].weight[...] = project.convolution["key"].weight[...]
-
-
 class RWKV7(nnx.Module):
     """RWKV-7 time mixing (Peng et al., 2025), each of its inputs a learned mix of the token and the one before:
 
@@ -353,19 +293,19 @@ class RWKV7(nnx.Module):
         self.in_features, self.heads = features, heads
         names = ("receptance", "key", "value", "decay", "rate", "gate")
         self.mix = nnx.Dict({name: nnx.Param(jnp.full(features, 0.5)) for name in names})
-        self.linear = nnx.Dict({name: _linear(features, features, dtype, rngs) for name in names[:3]})
+        self.linear = nnx.Dict({name: linear_map(features, features, dtype, rngs) for name in names[:3]})
         self.low_rank = nnx.Dict({name: LowRank(features, rank, features, rngs=rngs) for name in names[3:]})
         self.removed = nnx.Param(jnp.full(features, 0.85))
         self.replaced = nnx.Param(jnp.ones(features))
         self.bonus = nnx.Param(jnp.zeros((heads, channels)))
         self.norm = nnx.LayerNorm(channels, use_scale=False, use_bias=False, dtype=dtype, rngs=rngs)
         self.scale, self.shift = nnx.Param(jnp.ones((heads, channels))), nnx.Param(jnp.zeros((heads, channels)))
-        self.out = _linear(features, features, dtype, rngs)
+        self.out = linear_map(features, features, dtype, rngs)
 
     def inputs(self, x, positions, past):
         now, before = past.lags("x", x, 2)
         mixed = {name: now + (before - now) * mix[...].astype(x.dtype) for name, mix in self.mix.items()}
-        receptance, key, value = (linear(mixed[name]) for name, linear in self.linear.items())
+        receptance, key, value = (self.linear[name](mixed[name]) for name in ("receptance", "key", "value"))
         rate = nnx.sigmoid(self.low_rank["rate"](mixed["rate"]))
         log_decay = bounded_decay(self.low_rank["decay"](mixed["decay"]), -(2.718281828459045**-0.5))
         removed = key * self.removed[...]
@@ -386,25 +326,76 @@ class RWKV7(nnx.Module):
 
 
 class Latte(nnx.Module):
-    """Latent attention (Dolga et al., 2024): p(s | t) = Σ_l p(l | t) p(s | l, s <= t), both of them softmaxes: over the
-    latents of a token, and over the tokens so far of a latent. latents: L per head."""
+    """Latent attention (Dolga et al., 2024): p(s | t) = Σ_l p(l | t) p(s | l), both of them softmaxes: over the latents
+    of a token, and over the tokens of a latent, those so far if `causal` and otherwise all of them.
 
-    def __init__(self, features: int, heads: int, *, latents: int = 16, dtype: Any = None, rngs: nnx.Rngs):
+    latents: L per head. window: one more latent, whose p(s | t) is softmax attention over the last `window` tokens with
+    rotary positions (Latte Macchiato); None for none. Without `causal` it has no state, takes no packed rows and reads
+    the whole sequence (an encoder).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        latents: int = 16,
+        causal: bool = True,
+        window: int | None = None,
+        rotary_base: float = 10000.0,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
         value_dim = head_dim_of(features, heads)
-        self.in_features = features
-        sizes = {"query": (heads, latents), "key": (heads, latents), "value": (heads, value_dim)}
+        if window is not None and (window < 1 or not causal):
+            raise ValueError(f"window is {window} and causal {causal}: need a window of at least 1, and a causal mixer")
+        self.in_features, self.causal, self.window, self.rotary_base = features, causal, window, rotary_base
+        query = latents if window is None else latents + 1
+        sizes = {"query": (heads, query), "key": (heads, latents), "value": (heads, value_dim)}
         self.project = Projections(features, sizes, 0, dtype, rngs)
+        sizes = dict.fromkeys(("query", "key"), (heads, value_dim))
+        self.local = None if window is None else Projections(features, sizes, 0, dtype, rngs)
         self.out = HeadOutput(features, heads, value_dim, norm=False, dtype=dtype, rngs=rngs)
 
     def inputs(self, x, positions, past):
         query, scores, value = self.project(x, past)
+        mixture = nnx.softmax(query.astype(jnp.float32))
         scores = jnp.where(past.seen[..., None, None], scores.astype(jnp.float32), -jnp.inf)
+        if not self.causal:
+            weights = jnp.exp(scores - _finite(jax.lax.stop_gradient(scores.max(1, keepdims=True))))
+            key = ratio(weights, weights.sum(1, keepdims=True))
+            return LinearInputs(mixture, key, value, read="all"), (x, None)
         key, log_decay, after = running_softmax(scores, past.held.get("total"), past.starts)
         past.kept["total"] = after
-        return LinearInputs(nnx.softmax(query.astype(jnp.float32)), key, value, log_decay), x
+        if self.local is None or self.window is None:
+            return LinearInputs(mixture, key, value, log_decay), (x, None)
+        near, at = self.local(x, past)
+        near, at = (rotary(y, positions, self.rotary_base) for y in (near, at))
+        local = mixture[..., -1:].astype(value.dtype) * past.attend_near("local", near, at, value, self.window)
+        return LinearInputs(mixture[..., :-1], key, value, log_decay), (x, local)
 
     def output(self, read, rest):
-        return self.out(read, rest)
+        x, local = rest
+        return self.out(read if local is None else read + local, x)
+
+
+class GatedConvolution(nnx.Module):
+    """y = W_o (conv(W_u x) ⊙ silu(W_g x)): a mixer of the last `width` tokens alone, the cheap layer of BASED (Arora et
+    al., 2024). expand: channels in between over D."""
+
+    def __init__(self, features: int, *, width: int = 3, expand: int = 4, dtype: Any = None, rngs: nnx.Rngs):
+        if expand < 1:
+            raise ValueError(f"expand must be at least 1, got {expand}")
+        self.in_features = features
+        self.up, self.gate = (linear_map(features, expand * features, dtype, rngs) for _ in range(2))
+        self.convolution = ShortConvolution(expand * features, width, rngs=rngs)
+        self.out = linear_map(expand * features, features, dtype, rngs)
+
+    def inputs(self, x, positions, past):
+        return Passed(self.convolution("up", self.up(x), past)[..., None, :]), nnx.silu(self.gate(x))
+
+    def output(self, read, rest):
+        return self.out(read[..., 0, :] * rest)
 
 
 class LowRank(nnx.Module):
@@ -420,7 +411,8 @@ class LowRank(nnx.Module):
         return self.up(self.down(x))
 
 
-def _linear(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+def linear_map(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    """W x, without a bias."""
     return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
 
 
@@ -437,7 +429,11 @@ def unit(x: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
 
 
-def _step_bias(rngs: nnx.Rngs, size: int) -> Float[Array, " n"]:
+def step_bias(rngs: nnx.Rngs, size: int) -> Float[Array, " n"]:
     """The bias for which softplus starts log-uniform between 0.001 and 0.1, as in Mamba (Gu & Dao, 2023)."""
     low, high = jnp.log(1e-3), jnp.log(1e-1)
     return inverse_softplus(jnp.exp(jax.random.uniform(rngs.params(), (size,), minval=low, maxval=high)))
+
+
+def _finite(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    return jnp.where(jnp.isfinite(x), x, 0)

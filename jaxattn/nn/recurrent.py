@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxattn.core.attend import attend
 from jaxattn.core.inner import Identity, InnerLoss, Link, Memory, SquaredError
-from jaxattn.core.linear import linear_attention, mixing_matrix
-from jaxattn.core.mask import And, Causal, Documents, Mask
+from jaxattn.core.linear import Form, linear_attention, mixing_matrix
+from jaxattn.core.mask import And, Causal, Documents, Mask, Window
 from jaxattn.core.memory import memory_scan
 from jaxattn.core.recurrence import Delta, Erase, Read
+from jaxattn.nn.packing import earlier, in_order, layout
 from jaxattn.nn.sites import Recorder
 
 
@@ -46,10 +48,11 @@ class LinearInputs(NamedTuple):
     erase: Delta | Erase | None = None
     bonus: Array | None = None
     read: Read = "post"
+    form: Form = "auto"
 
     def run(self, state, seen, segments, chunk):
         gates = self._hidden(seen)
-        return linear_attention(self.query, state=state, segment_ids=segments, chunk=chunk, **gates)
+        return linear_attention(self.query, state=state, segment_ids=segments, form=self.form, chunk=chunk, **gates)
 
     def weights(self, seen, segments):
         gates = self._hidden(seen)
@@ -67,6 +70,26 @@ class LinearInputs(NamedTuple):
             log_decay = jnp.broadcast_to(log_decay, (*seen.shape, *log_decay.shape))
         gates = {"key": self.key, "value": self.value, "log_decay": log_decay, "erase": self.erase}
         return jax.tree.map(only, gates) | {"bonus": self.bonus, "read": self.read}
+
+
+class Passed(NamedTuple):
+    """No memory at all: what is read is the value."""
+
+    value: Float[Array, "b t n v"]
+
+    @property
+    def query(self) -> Array:
+        return self.value
+
+    @property
+    def key(self) -> Array:
+        return self.value
+
+    def run(self, state, seen, segments, chunk):
+        return self.value, ()
+
+    def weights(self, seen, segments):
+        raise ValueError("record has 'weights', which a mixer without a memory does not have")
 
 
 class LearningInputs(NamedTuple):
@@ -91,28 +114,17 @@ class LearningInputs(NamedTuple):
 
     def run(self, state, seen, segments, chunk):
         batch, length = seen.shape
-        if segments is None:
-            order = jnp.argsort(~seen, axis=-1, stable=True)  # what is there comes first
-            place, slots = jnp.argsort(order, axis=-1), length
+        if segments is None:  # what is there comes first
+            rows = layout(seen, jnp.zeros((batch, length), int), documents=0)
             options: dict[str, Any] = {"lengths": seen.sum(-1)}
         else:
-            # Each document in whole inner batches: a token's slot is its place in the document, after those before it.
-            before = _earlier(jax.lax.cummax(jnp.where(seen, segments, -1), axis=1), 1, -1)
-            start = seen & (segments != before)
-            index = jnp.cumsum(seen, -1) - 1
-            within = index - jax.lax.cummax(jnp.where(start, index, 0), axis=1)
-            opens = seen & (within % self.inner_batch == 0)
-            place = (jnp.cumsum(opens, -1) - 1) * self.inner_batch + within % self.inner_batch
-            batches = -(-length // self.inner_batch) + self.documents
-            slots = batches * self.inner_batch
-            place = jnp.where(seen & (place < slots), place, slots)  # out of range: dropped
-            ids = self._placed(jnp.cumsum(start, -1), place, slots)
-            options = {"segment_ids": jax.lax.cummax(ids, axis=1)}
+            rows = layout(seen, segments, documents=self.documents, align=self.inner_batch)
+            options = {"segment_ids": rows.ids}
 
         def placed(x: Any) -> Any:
             if x is None or jnp.ndim(x) < 3:
                 return x
-            return self._placed(jnp.broadcast_to(x, (batch, length, *x.shape[2:])), place, slots)
+            return rows.put(jnp.broadcast_to(x, (batch, length, *x.shape[2:])))
 
         query, key, value, rate, log_decay, log_momentum, row_rate = map(placed, self[1:8])
         out, state = memory_scan(
@@ -130,21 +142,12 @@ class LearningInputs(NamedTuple):
             state=state,
             **options,
         )
-        out = jnp.take_along_axis(out, jnp.minimum(place, slots - 1)[..., None, None], 1)
-        if segments is not None:
-            lost = (seen & (place == slots)).any(-1)
-            out = jnp.where(lost[:, None, None, None], jnp.nan, out)
-        return out, state
+        return rows.take(out), state
 
     def weights(self, seen, segments):
         raise ValueError(
             "record has 'weights', which a memory that learns does not have: its reads are no sums of values"
         )
-
-    @staticmethod
-    def _placed(x: Array, place: Int[Array, "b t"], slots: int) -> Array:
-        rows = jnp.arange(x.shape[0])[:, None]
-        return jnp.zeros((x.shape[0], slots, *x.shape[2:]), x.dtype).at[rows, place].set(x, mode="drop")
 
 
 class Past:
@@ -160,7 +163,7 @@ class Past:
 
     @property
     def starts(self) -> Bool[Array, "b t"] | None:
-        return None if self.segments is None else self.segments != _earlier(self.segments, 1, -1)
+        return None if self.segments is None else self.segments != earlier(self.segments, 1, -1)
 
     def places(self, positions: Int[Array, "b t"]) -> Int[Array, "b t"]:
         """The place of each token in its document, from 0."""
@@ -172,22 +175,41 @@ class Past:
 
     def lags(self, name: str, x: Float[Array, "b t c"], width: int) -> list[Float[Array, "b t c"]]:
         """x as it was 0, 1, ..., width − 1 tokens ago; zeros before the sequence or document began."""
-        x = jnp.where(self.seen[..., None], x, 0)
-        batch, length, channels = x.shape
-        held = self.held.get(name, jnp.zeros((batch, width - 1, channels), x.dtype))
-        whole = jnp.concatenate([held.astype(x.dtype), x], 1)
-        end = jnp.where(self.seen, jnp.arange(1, length + 1), 0).max(-1)  # tokens up to the last that is there
-        last = end[:, None] + jnp.arange(width - 1)
-        self.kept[name] = jnp.take_along_axis(whole, last[..., None], 1).astype(held.dtype)
+        length = x.shape[1]
+        whole = self._continued(name, jnp.where(self.seen[..., None], x, 0), width - 1)
         lagged = [whole[:, width - 1 - lag : width - 1 - lag + length] for lag in range(width)]
         if self.segments is None:
             return lagged
-        same = [self.segments == _earlier(self.segments, lag, -1) for lag in range(width)]
+        same = [self.segments == earlier(self.segments, lag, -1) for lag in range(width)]
         return [jnp.where(each[..., None], y, 0) for each, y in zip(same, lagged, strict=True)]
 
+    def attend_near(
+        self,
+        name: str,
+        query: Float[Array, "b t n h"],
+        key: Float[Array, "b t n h"],
+        value: Float[Array, "b t n v"],
+        window: int,
+    ) -> Float[Array, "b t n v"]:
+        """Softmax attention of each token to the last `window` of its document, itself included."""
+        before, length = window - 1, query.shape[1]
+        there = self._continued(f"{name}.there", self.seen[..., None].astype(jnp.int32), before)[..., 0] > 0
+        at = jnp.where(there, jnp.arange(before + length), -1)
+        key, value = self._continued(f"{name}.key", key, before), self._continued(f"{name}.value", value, before)
+        mask: Mask = Window(before)
+        if self.segments is not None:
+            mask = mask & Documents(jnp.pad(self.segments, ((0, 0), (before, 0)), constant_values=-1))
+        return attend(query, key, value, mask=mask, query_positions=at[:, before:], key_positions=at)
 
-def _earlier(x: Int[Array, "b t"], lag: int, fill: int) -> Int[Array, "b t"]:
-    return jnp.pad(x, ((0, 0), (lag, 0)), constant_values=fill)[:, : x.shape[1]]
+    def _continued(self, name: str, x: Float[Array, "b t ..."], count: int) -> Float[Array, "b count+t ..."]:
+        """x behind the last `count` entries before it, zeros where there were none; those of this call are kept."""
+        batch, length = x.shape[:2]
+        held = self.held.get(name, jnp.zeros((batch, count, *x.shape[2:]), x.dtype))
+        whole = jnp.concatenate([held.astype(x.dtype), x], 1)
+        end = jnp.where(self.seen, jnp.arange(1, length + 1), 0).max(-1)  # tokens up to the last that is there
+        last = (end[:, None] + jnp.arange(count)).reshape(batch, count, *(1,) * (x.ndim - 2))
+        self.kept[name] = jnp.take_along_axis(whole, last, 1).astype(held.dtype)
+        return whole
 
 
 class Mechanism(Protocol):
@@ -237,7 +259,7 @@ class Recurrent(nnx.Module):
         if x.ndim != 3 or x.shape[-1] != self.mechanism.in_features:
             raise ValueError(f"x has shape {x.shape}: need [batch, length, {self.mechanism.in_features}]")
         batch, length, _ = x.shape
-        segments = _segments(mask, batch, length)
+        segments = segments_of(mask, batch, length)
         if segments is not None and state is not None:
             raise ValueError("mask has documents and a state is given: need one or the other")
         after = 0 if state is None else state["position"][:, None]
@@ -247,8 +269,11 @@ class Recurrent(nnx.Module):
 
         past = Past({} if state is None else state["past"], seen, segments)
         inputs, rest = self.mechanism.inputs(x, positions, past)
+        if getattr(inputs, "read", "post") == "all" and (mask is not None or state is not None):
+            given = "mask" if state is None else "state"
+            raise ValueError(f"{given} is given, but this mixer reads all of a row at once: need None")
         tap("q", inputs.query), tap("k", inputs.key), tap("v", inputs.value)
-        segments = _sorted(segments)
+        segments = None if segments is None else in_order(segments)
         if tap.wants("weights"):
             tap("weights", inputs.weights(seen, segments))
         z, memory = inputs.run(None if state is None else state["memory"], seen, segments, self.chunk)
@@ -267,23 +292,16 @@ class Recurrent(nnx.Module):
         return {"memory": memory, "past": past.kept, "position": jnp.zeros(batch, jnp.int32)}
 
 
-def _segments(mask: Mask | None, batch: int, length: int) -> Int[Array, "b t"] | None:
+def segments_of(mask: Mask | None, batch: int, length: int) -> Int[Array, "b t"] | None:
     """The document of each token, from a mask that a recurrence can keep."""
     if mask is None or isinstance(mask, Causal):
         return None
     if isinstance(mask, And):
         both = [each for each in (mask.first, mask.second) if not isinstance(each, Causal)]
         if len(both) < 2:
-            return _segments(both[0] if both else None, batch, length)
+            return segments_of(both[0] if both else None, batch, length)
     if isinstance(mask, Documents) and mask.key_ids is None and jnp.shape(mask.ids)[-1] == length:
         return jnp.broadcast_to(jnp.asarray(mask.ids), (batch, length))
     raise ValueError(
         f"mask is {type(mask).__name__}: a recurrent mixer takes None, Causal() or Documents(ids) with one id per token"
     )
-
-
-def _sorted(segments: Int[Array, "b t"] | None) -> Int[Array, "b t"] | None:
-    """Segments numbered in their order, whatever their ids were; padding (−1) goes with the segment before it."""
-    if segments is None:
-        return None
-    return jnp.cumsum((segments != _earlier(segments, 1, -1)) & (segments >= 0), -1)

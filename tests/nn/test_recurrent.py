@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from mixers import B, D, N, T, X, assert_close, build, run
 
 from jaxattn import Causal, Documents, Huber, SoftmaxLink, TaylorFeatures, Window, models, nn
 from jaxattn.core.gate import (
@@ -17,9 +18,9 @@ from jaxattn.core.gate import (
     running_softmax,
     softplus_decay,
 )
+from jaxattn.core.position import rotary
 from jaxattn.nn import Recurrent
 
-B, T, D, N = 2, 11, 16, 2
 SPECS = {
     "elu + 1": models.LinearAttention(heads=N),
     "taylor": models.LinearAttention(heads=N, feature_map=TaylorFeatures(2), key_dim=4, convolution=3),
@@ -36,34 +37,15 @@ SPECS = {
     "mimetic": models.Mamba2(heads=N, state=4, mimetic=True),
     "rwkv7": models.RWKV7(heads=N, rank=2),
     "latte": models.Latte(heads=N, latents=3),
+    "latte macchiato": models.Latte(heads=N, latents=3, window=3, rotary_base=100.0),
+    "s6": models.S6(inner=12, state=3, norm=True),
+    "convolution": models.GatedConvolution(expand=2),
     "titans": models.NeuralMemory(heads=N, hidden=(6,), inner_batch=4),
     "yaad": models.NeuralMemory(heads=N, hidden=(6,), loss=Huber(0.5), momentum=False, residual=True, inner_batch=4),
     "memora": models.NeuralMemory(heads=N, hidden=(), link=SoftmaxLink(), momentum=False, inner_batch=3),
     "ttt": models.TTT(heads=N, inner_batch=4),
     "deep ttt": models.TTT(heads=N, deep=True, inner_batch=4),
 }
-X = jax.random.normal(jax.random.key(1), (B, T, D))
-
-
-def build(spec, seed=0):
-    """The mixer with its gates away from where they start, so that nothing is at zero."""
-    mixer = spec.build(D, jnp.float32, nnx.Rngs(seed))
-    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(params))))
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
-    return nnx.merge(graph, params, rest)
-
-
-@nnx.jit(static_argnames="record")
-def run(mixer, x, positions=None, mask=None, state=None, record=()):
-    return mixer(x, positions=positions, mask=mask, state=state, record=record)
-
-
-def assert_close(actual, expected, factor=1000):
-    """Within `factor` float32 roundings of the largest number: some tens of products, norms and solves in a row."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    atol = factor * np.finfo(np.float32).eps * abs(expected).max()
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -125,6 +107,13 @@ def test_states_keep_their_types_in_bfloat16(name):
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(after["memory"]))
 
 
+@pytest.mark.parametrize("name", ["rwkv7", "s6", "kimi delta"])
+def test_splitting_and_merging_a_mixer_changes_nothing(name):
+    """Merging puts the entries of a `nnx.Dict` into another order: none may be told by its place."""
+    mixer = SPECS[name].build(D, jnp.float32, nnx.Rngs(0))
+    assert_close(nnx.merge(*nnx.split(mixer))(X)[0], mixer(X)[0])
+
+
 def test_weights_read_the_values():
     mixer = build(SPECS["gated deltanet"])
     _, _, records = run(mixer, X, record=("weights", "v", "z", "q", "attn_out"))
@@ -155,6 +144,62 @@ def test_latte_is_a_softmax_over_time_of_each_latent():
     _, _, records = run(mixer, X, record=("weights", "z"))
     assert_close(records["weights"], weights)
     assert_close(records["z"], np.einsum("bnts,bsnv->btnv", weights, v))
+
+
+def test_latte_with_a_window_has_one_latent_that_is_local_attention():
+    mixer = build(SPECS["latte macchiato"])
+    m = mixer.mechanism
+    _, _, records = run(mixer, X, record=("z", "q", "attn_out"))
+    logits = np.asarray(m.project.linear["query"](X), np.float64).reshape(B, T, N, 4)
+    mixture = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    assert_close(records["q"], mixture[..., :-1])
+    q, k, v = (
+        each(X).reshape(B, T, N, -1)
+        for each in (m.local.linear["query"], m.local.linear["key"], m.project.linear["value"])
+    )
+    q, k, v = (np.asarray(x, np.float64) for x in (*(rotary(x, jnp.arange(T), 100.0) for x in (q, k)), v))
+    near = np.tri(T, dtype=bool) & ~np.tri(T, k=-3, dtype=bool)
+    weights = np.where(near, np.exp(np.einsum("btnh,bsnh->bnts", q, k) / (D // N) ** 0.5), 0)
+    local = np.einsum("bnts,bsnv->btnv", weights / weights.sum(-1, keepdims=True), v)
+    z = np.asarray(records["z"], np.float64) + mixture[..., -1:] * local
+    assert_close(records["attn_out"], z.reshape(B, T, D) @ np.asarray(m.out.out.kernel[...], np.float64))
+
+
+def test_latte_over_all_tokens_ends_as_the_causal_one_does():
+    """The last token sees the same in both; padding is seen by neither, and others see what comes after them."""
+    causal = build(SPECS["latte"])
+    both = Recurrent(causal.mechanism)
+    past, _, _ = run(causal, X)
+    causal.mechanism.causal = False
+    whole, _, records = run(both, X, record=("weights",))
+    assert_close(whole[:, -1], past[:, -1])
+    np.testing.assert_allclose(records["weights"].sum(-1), 1, rtol=100 * np.finfo(np.float32).eps)
+    positions = jnp.where(jnp.arange(T) < 7, jnp.arange(T), -1)
+    assert_close(run(both, X, positions=positions)[0][:, :7], run(both, X[:, :7])[0])
+    for given in ({"mask": Causal()}, {"state": both.init_state(B, T)}):
+        with pytest.raises(ValueError, match="is given, but this mixer reads all of a row at once: need None"):
+            both(X, **given)
+
+
+def test_s6_is_its_recurrence():
+    mixer = build(SPECS["s6"])
+    m = mixer.mechanism
+    signal = np.asarray(m.convolution("signal", m.signal(X), nn.Past({}, jnp.ones((B, T), bool), None)), np.float64)
+
+    def selected(name):
+        x = signal @ np.asarray(m.selection[name].kernel[...], np.float64)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(m.norms[name].scale[...])
+
+    step = np.logaddexp(0, selected("step") @ np.asarray(m.step.kernel[...]) + np.asarray(m.step_bias[...]))
+    rate = np.exp(np.asarray(m.a_log[...], np.float64))
+    h, y = np.zeros((B, 12, 3)), np.zeros((B, T, 12))
+    for t in range(T):
+        kept = np.exp(-step[:, t, :, None] * rate)
+        h = kept * h + (step * signal)[:, t, :, None] * selected("key")[:, t, None]
+        y[:, t] = (h * selected("query")[:, t, None]).sum(-1)
+    gate = np.asarray(m.gate(X), np.float64)
+    y = (y + np.asarray(m.skip[...]) * signal) * gate / (1 + np.exp(-gate))
+    assert_close(run(mixer, X)[0], y @ np.asarray(m.out.kernel[...], np.float64))
 
 
 def test_mamba2_is_its_recurrence():
@@ -254,7 +299,8 @@ def test_specs_are_plain_data(name):
     config = models.DecoderConfig(layers=(models.Layer(spec), models.Layer()))
     if name not in ("hedgehog", "performer"):
         assert models.from_plain(models.to_plain(config)) == config
-    assert hash(dataclasses.replace(spec, heads=4)) != hash(spec)
+    size = dataclasses.fields(spec)[0].name
+    assert hash(dataclasses.replace(spec, **{size: 4})) != hash(spec)
     assert isinstance(spec.build(D, jnp.float32, nnx.Rngs(0)), Recurrent)
 
 

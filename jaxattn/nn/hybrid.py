@@ -1,0 +1,96 @@
+"""Mixers made of mixers: side by side on the same input, or one after the other."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxattn.nn.sites import SITES, Recorder
+
+Fuse = Literal["mean", "gate"]
+
+
+class Parallel(nnx.Module):
+    """y = W_o fuse(norm_1(mixer_1(x)), norm_2(mixer_2(x)), …), each RMS-normed with learned gains, because branches
+    differ in size.
+
+    fuse: "mean" (Hymba, Dong et al., 2024), or "gate": the first times the sigmoid of each other (Titans, Behrouz et
+    al., 2025). channels: those of the mixers' outputs, D if not given; W_o stands only where they are not D.
+    State: one per mixer. Records: those of the first mixer, but `attn_out`, which is y; keys of another layer
+    (`context`) go to the first mixer too.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        mixers: Sequence[Any],
+        *,
+        fuse: Fuse = "mean",
+        channels: int | None = None,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        if len(mixers) < 2:
+            raise ValueError(f"mixers holds {len(mixers)}: need at least 2")
+        if fuse not in get_args(Fuse):
+            raise ValueError(f"fuse is {fuse!r}: need one of {', '.join(get_args(Fuse))}")
+        channels = features if channels is None else channels
+        self.mixers, self.fuse = nnx.List(mixers), fuse
+        self.norms = nnx.List([nnx.RMSNorm(channels, dtype=dtype, rngs=rngs) for _ in mixers])
+        out = nnx.Linear(channels, features, use_bias=False, dtype=dtype, rngs=rngs) if channels != features else None
+        self.out = out
+
+    def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
+        """As any mixer; mask and positions go to every branch."""
+        tap = Recorder(record, (*SITES, "kv"))
+        branches: list[Any] = []
+        states: list[Any] = []
+        records: dict[str, Any] = {}
+        for i, (mixer, norm) in enumerate(zip(self.mixers, self.norms, strict=True)):
+            asked = tuple(tap.record - {"attn_out"}) if i == 0 else ()
+            held, given = None if state is None else state[i], context if i == 0 else None
+            y, held, recorded = mixer(x, context=given, positions=positions, mask=mask, state=held, record=asked)
+            branches.append(norm(y))
+            states.append(held)
+            records |= recorded
+        first, *others = branches
+        if self.fuse == "mean":
+            y = sum(others, first) / len(branches)
+        else:
+            y = first * jnp.prod(jnp.stack([nnx.sigmoid(each) for each in others]), 0)
+        y = tap("attn_out", y if self.out is None else self.out(y))
+        return y, None if state is None else tuple(states), records | tap.records
+
+    def init_state(self, batch: int, capacity: int) -> tuple[Any, ...]:
+        """The states of the mixers."""
+        return tuple(mixer.init_state(batch, capacity) for mixer in self.mixers)
+
+
+class Chain(nnx.Module):
+    """y = mixer_n(… mixer_1(x)): several mixers as one layer, one after the other.
+
+    State: one per mixer. Records: those of the last mixer.
+    """
+
+    def __init__(self, mixers: Sequence[Any]):
+        if not mixers:
+            raise ValueError("mixers is empty: need at least 1")
+        self.mixers = nnx.List(mixers)
+
+    def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
+        """As any mixer; mask and positions go to each of them, context to none."""
+        if context is not None:
+            raise ValueError("context is given: mixers one after the other see only their own tokens")
+        states: list[Any] = []
+        records: dict[str, Any] = {}
+        for i, mixer in enumerate(self.mixers):
+            asked = record if i == len(self.mixers) - 1 else ()
+            held = None if state is None else state[i]
+            x, held, records = mixer(x, positions=positions, mask=mask, state=held, record=asked)
+            states.append(held)
+        return x, None if state is None else tuple(states), records
+
+    def init_state(self, batch: int, capacity: int) -> tuple[Any, ...]:
+        """The states of the mixers."""
+        return tuple(mixer.init_state(batch, capacity) for mixer in self.mixers)

@@ -1,0 +1,97 @@
+"""Learned tokens before every sequence: persistent memory of one mixer, or the meta tokens of a whole model.
+
+They run through attention and recurrences alike, so what decoding starts from is the state after them. In a packed row
+every document has them before it, in a row that is made longer for it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxattn.core.mask import Causal, Documents, Mask
+from jaxattn.nn.packing import in_order, layout
+from jaxattn.nn.recurrent import segments_of
+
+
+class Lengthened(NamedTuple):
+    """Tokens behind their prefix, where they stand, and `strip`, which takes what was made of them to their row."""
+
+    x: Float[Array, "b s d"]
+    positions: Int[Array, "b s"]
+    mask: Mask | None
+    strip: Callable[[Array], Array]
+
+
+def with_prefix(
+    prefix: Float[Array, "n d"],
+    x: Float[Array, "b t d"],
+    positions: Int[Array, "#b t"] | None,
+    mask: Mask | None,
+    documents: int,
+) -> Lengthened:
+    """x behind the prefix, which has the positions 0 to n − 1; those of tokens are counted from n.
+
+    documents: as many may be packed in a row; a row of more is NaN. Raises ValueError for masks other than `Causal()`
+    and `Documents(ids)`, and for positions that are given to packed rows.
+    """
+    batch, length, _ = x.shape
+    prefix = prefix.astype(x.dtype)
+    count = len(prefix)
+    segments = segments_of(mask, batch, length)
+    if segments is None:
+        before = jnp.broadcast_to(jnp.arange(count), (batch, count))
+        positions = jnp.arange(length) if positions is None else positions
+        after = jnp.broadcast_to(after_prefix(positions, count), (batch, length))
+        x = jnp.concatenate([jnp.broadcast_to(prefix, (batch, *prefix.shape)), x], 1)
+        return Lengthened(x, jnp.concatenate([before, after], 1), mask, lambda y: y[:, count:])
+    if positions is not None:
+        raise ValueError("positions are given for packed rows behind a prefix: need None, they are counted by the row")
+    rows = layout(segments >= 0, in_order(segments), documents=documents, prefix=count)
+    is_prefix = rows.filled & (rows.within < count)
+    x = jnp.where(is_prefix[..., None], prefix[jnp.minimum(rows.within, count - 1)], rows.put(x))
+    ids = jnp.where(rows.filled, rows.ids, -1)
+    positions = jnp.where(rows.filled, jnp.arange(ids.shape[1]), -1)
+    return Lengthened(x, positions, Causal() & Documents(ids), rows.take)
+
+
+def after_prefix(positions: Int[Array, "*b t"], count: int) -> Int[Array, "*b t"]:
+    """Positions counted from the first token, counted from the first of the prefix; padding (−1) stays."""
+    return jnp.where(positions >= 0, positions + count, -1)
+
+
+class Prefixed(nnx.Module):
+    """y = mixer([P; x]) without the rows of P: a mixer with learned tokens before every sequence (persistent memory).
+
+    mixer: any with the protocol of mixers; for attention with a window take `Window(w) | Causal() & Sinks(tokens)`, or
+    the prefix goes out of sight. tokens: n >= 1, from N(0, 1) as they are not normed. documents: at most so many in a
+    packed row. Records cover the longer row, P first.
+    """
+
+    def __init__(self, mixer: Any, features: int, tokens: int, *, documents: int = 8, rngs: nnx.Rngs):
+        if tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}")
+        self.mixer, self.documents = mixer, documents
+        self.prefix = nnx.Param(jax.random.normal(rngs.params(), (tokens, features)))
+
+    def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
+        """As the mixer; see `with_prefix` for positions and masks."""
+        if context is not None:
+            raise ValueError("context is given: a mixer with persistent tokens sees only its own")
+        prefix = self.prefix[...]
+        if state is not None:
+            positions = None if positions is None else after_prefix(positions, len(prefix))
+            return self.mixer(x, positions=positions, mask=mask, state=state, record=record)
+        x, positions, mask, strip = with_prefix(prefix, x, positions, mask, self.documents)
+        y, _, records = self.mixer(x, positions=positions, mask=mask, record=record)
+        return strip(y), None, records
+
+    def init_state(self, batch: int, capacity: int) -> Any:
+        """The state after the prefix."""
+        prefix = self.prefix[...]
+        x = jnp.broadcast_to(prefix, (batch, *prefix.shape))
+        _, state, _ = self.mixer(x, state=self.mixer.init_state(batch, capacity + len(prefix)))
+        return state

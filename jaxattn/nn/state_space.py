@@ -1,0 +1,132 @@
+"""State-space mechanisms: Mamba's selective scan and Mamba-2's state-space duality."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxattn.core.gate import inverse_softplus, softplus_decay
+from jaxattn.nn.mechanisms import Projections, ShortConvolution, head_dim_of, linear_map, step_bias
+from jaxattn.nn.recurrent import LinearInputs
+
+
+class S6(nnx.Module):
+    """The selective scan of Mamba (Gu & Dao, 2023): E channels, each a memory of K numbers that decays by itself,
+
+        h_c ← e^{−Δ_c a_c} ⊙ h_c + Δ_c s_c B,   y_c = C · h_c + D_c s_c,   out = W_o (y ⊙ silu(W_z x))
+
+    with s = silu(conv(W_s x)), and Δ = softplus(W_Δ Δ_r + b), B and C from s. a starts as 1, ..., K in every channel.
+
+    inner: E, 2 D if not given. state: K. rank: that of Δ, D / 16 if not given. norm: RMS norm of Δ_r, B and C (Hymba).
+    project: False for no W_o, so that the output has E channels.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        inner: int | None = None,
+        state: int = 16,
+        rank: int | None = None,
+        convolution: int = 4,
+        norm: bool = False,
+        project: bool = True,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        inner = 2 * features if inner is None else inner
+        rank = -(-features // 16) if rank is None else rank
+        for name, size in (("inner", inner), ("state", state), ("rank", rank)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.in_features = features
+        self.signal = linear_map(features, inner, dtype, rngs)
+        self.convolution = ShortConvolution(inner, convolution, rngs=rngs)
+        sizes = {"step": rank, "key": state, "query": state}
+        self.selection = nnx.Dict({name: linear_map(inner, size, dtype, rngs) for name, size in sizes.items()})
+        norms = {name: nnx.RMSNorm(size, dtype=dtype, rngs=rngs) for name, size in sizes.items()} if norm else {}
+        self.norms = nnx.Dict(norms)
+        self.step = nnx.Linear(rank, inner, use_bias=False, rngs=rngs)
+        self.step_bias = nnx.Param(step_bias(rngs, inner))
+        self.a_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1.0, state + 1)), (inner, 1)))
+        self.skip = nnx.Param(jnp.ones(inner))
+        self.gate = linear_map(features, inner, dtype, rngs)
+        self.out = linear_map(inner, features, dtype, rngs) if project else None
+
+    def inputs(self, x, positions, past):
+        signal = self.convolution("signal", self.signal(x), past)
+        selected = {name: each(signal) for name, each in self.selection.items()}
+        selected |= {name: norm(selected[name]) for name, norm in self.norms.items()}
+        step = self.step(selected["step"]) + self.step_bias[...]
+        log_decay = softplus_decay(self.a_log[...], step[..., None])
+        value = (jax.nn.softplus(step).astype(signal.dtype) * signal)[..., None]
+        query, key = (selected[name][..., None, :] for name in ("query", "key"))
+        rest = self.skip[...].astype(signal.dtype) * signal, self.gate(x)
+        return LinearInputs(query, key, value, log_decay, form="step"), rest
+
+    def output(self, read, rest):
+        skip, gate = rest
+        y = (read[..., 0] + skip) * nnx.silu(gate)
+        return y if self.out is None else self.out(y)
+
+
+class Mamba2(nnx.Module):
+    """State-space duality (Dao & Gu, 2024): key B, query C shared by all heads, value Δ x, log decay −e^a Δ per head.
+
+    Δ = softplus(W x + b); x, B and C after one short convolution; skip D x; RMS norm of (y ⊙ silu(z)) over all heads.
+    state: K. expand: heads × V over D. mimetic: start as causal linear attention (`mimetic_initialization`).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        state: int = 64,
+        expand: int = 2,
+        convolution: int = 4,
+        mimetic: bool = False,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        inner = expand * features
+        value_dim = head_dim_of(inner, heads)
+        self.in_features = features
+        sizes = {"value": (heads, value_dim), "key": (1, state), "query": (1, state)}
+        self.project = Projections(features, sizes, convolution, dtype, rngs)
+        self.step = nnx.Linear(features, heads, use_bias=False, rngs=rngs)
+        self.step_bias = nnx.Param(step_bias(rngs, heads))
+        self.a_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
+        self.skip = nnx.Param(jnp.ones(heads))
+        self.gate, self.out = linear_map(features, inner, dtype, rngs), linear_map(inner, features, dtype, rngs)
+        self.norm = nnx.RMSNorm(inner, dtype=dtype, rngs=rngs)
+        if mimetic:
+            mimetic_initialization(self)
+
+    def inputs(self, x, positions, past):
+        value, key, query = self.project(x, past)
+        step = self.step(x) + self.step_bias[...]
+        log_decay = softplus_decay(self.a_log[...], step)
+        skip = self.skip[...][:, None] * value
+        return LinearInputs(query, key, value * jax.nn.softplus(step)[..., None], log_decay), (skip, self.gate(x))
+
+    def output(self, read, rest):
+        skip, gate = rest
+        return self.out(self.norm((read + skip).reshape(gate.shape) * nnx.silu(gate)))
+
+
+def mimetic_initialization(mechanism: Mamba2, decay: float = 1e-3, step: float = 1.0) -> None:
+    """Makes a state-space mechanism start near causal linear attention of its input with itself, in place.
+
+    e^a = `decay` (almost nothing is forgotten), Δ = `step` for every input, and W_C = W_B with the same convolution, so
+    that equal inputs attend to each other. Copying and recall are then learned in fewer steps (Mimetic initialization
+    helps state space models learn to recall, 2024); use it in some of the layers.
+    """
+    mechanism.a_log[...] = jnp.full_like(mechanism.a_log[...], jnp.log(decay))
+    mechanism.step.kernel[...] = jnp.zeros_like(mechanism.step.kernel[...])
+    mechanism.step_bias[...] = jnp.full_like(mechanism.step_bias[...], inverse_softplus(step))
+    project = mechanism.project
+    project.linear["query"].kernel[...] = project.linear["key"].kernel[...]
+    if project.convolution:
+        project.convolution["query"].weight[...] = project.convolution["key"].weight[...]

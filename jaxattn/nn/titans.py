@@ -1,0 +1,217 @@
+"""Titans (Behrouz et al., 2025): attention over little, a memory that learns for the rest, and how they are wired."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from jaxattn.core.mask import Causal, Mask, Sinks, Window
+from jaxattn.core.memory import MemoryState, memory_read, memory_scan
+from jaxattn.nn.attention import MultiHeadAttention
+from jaxattn.nn.hybrid import Chain, Parallel
+from jaxattn.nn.learning import NeuralMemory
+from jaxattn.nn.packing import in_order, layout
+from jaxattn.nn.prefix import Prefixed
+from jaxattn.nn.recurrent import Past, Recurrent, segments_of
+from jaxattn.nn.sites import Recorder
+
+
+def memory_as_gate(
+    features: int, heads: int, memory: NeuralMemory, *, window: int, persistent: int, dtype: Any = None, rngs: nnx.Rngs
+) -> nnx.Module:
+    """MAG: y = norm(attention(X̃)) ⊙ σ(norm(M(X̃))),  X̃ = [P; X], attention over P and the last `window` tokens."""
+    attention = _near_attention(features, heads, window, persistent, dtype, rngs)
+    mixer = Parallel(features, [attention, Recurrent(memory)], fuse="gate", dtype=dtype, rngs=rngs)
+    return _behind(mixer, features, memory, persistent, rngs)
+
+
+def memory_as_layer(
+    features: int, heads: int, memory: NeuralMemory, *, window: int, persistent: int, dtype: Any = None, rngs: nnx.Rngs
+) -> nnx.Module:
+    """MAL: y = attention(M([P; X])), attention over P and the last `window` tokens."""
+    attention = _near_attention(features, heads, window, persistent, dtype, rngs)
+    return _behind(Chain([Recurrent(memory), attention]), features, memory, persistent, rngs)
+
+
+def _near_attention(
+    features: int, heads: int, window: int, persistent: int, dtype: Any, rngs: nnx.Rngs
+) -> MultiHeadAttention:
+    if window < 1 or persistent < 0:
+        raise ValueError(f"need window >= 1 and persistent >= 0, got {window} and {persistent}")
+    mask: Mask = Window(window - 1)
+    if persistent:
+        mask = Causal() & (mask | Sinks(persistent))
+    return MultiHeadAttention(features, heads, mask=mask, dtype=dtype, rngs=rngs)
+
+
+def _behind(mixer: nnx.Module, features: int, memory: NeuralMemory, persistent: int, rngs: nnx.Rngs) -> nnx.Module:
+    if not persistent:
+        return mixer
+    return Prefixed(mixer, features, persistent, documents=memory.documents, rngs=rngs)
+
+
+class MemoryAsContext(nnx.Module):
+    """MAC: segments of `segment` tokens, each of which attends to what the memory M recalls for it and writes to M.
+
+        h_j = M_{s−1}(x_j)                      M after the segment before
+        y = attention([P; h; X_s]) at X_s       causal: x_i sees P, and h_j and x_j for j <= i
+        o_i = norm(y_i) ⊙ σ(norm(M_i(y_i)))     M_i: after y_1, …, y_i were written
+
+    As h_j depends on x_j, all three are causal, token by token; the paper reads M after the whole segment. Positions
+    count within the segment, P first, then h_1, x_1, h_2, x_2, …
+
+    memory: without a convolution, and its `inner_batch` must divide `segment`, or a segment would end inside one.
+    persistent: tokens of P. The state holds the memory as it is and as it was, and a segment of keys. With a state,
+    tokens are read one after the other. Records: `attn_out`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        memory: NeuralMemory,
+        *,
+        segment: int,
+        persistent: int,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        if memory.project.convolution:
+            raise ValueError("memory has a convolution, which memory as context has no place for: need convolution=0")
+        if segment < 1 or segment % memory.inner_batch:
+            raise ValueError(f"segment is {segment}: need a multiple of inner_batch, which is {memory.inner_batch}")
+        if persistent < 0:
+            raise ValueError(f"persistent must be at least 0, got {persistent}")
+        self.in_features, self.segment, self.memory = features, segment, memory
+        self.attention = MultiHeadAttention(features, heads, mask=Causal(), dtype=dtype, rngs=rngs)
+        self.count = persistent
+        self.persistent = nnx.Param(jax.random.normal(rngs.params(), (persistent, features))) if persistent else None
+        self.norms = nnx.List([nnx.RMSNorm(features, dtype=dtype, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
+        """As `Recurrent`."""
+        tap = Recorder(record, ("attn_out",))
+        if context is not None:
+            raise ValueError("context is given: a memory sees only its own tokens")
+        if x.ndim != 3 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x has shape {x.shape}: need [batch, length, {self.in_features}]")
+        batch, length, _ = x.shape
+        segments = segments_of(mask, batch, length)
+        if segments is not None and state is not None:
+            raise ValueError("mask has documents and a state is given: need one or the other")
+        after = 0 if state is None else state["position"][:, None]
+        positions = after + jnp.arange(length) if positions is None else positions
+        seen = jnp.broadcast_to(positions, (batch, length)) >= 0
+        if state is None:
+            seen = seen if segments is None else seen & (segments >= 0)
+            y = self._whole(x, seen, segments)
+        else:
+            y, state = self._tokens(x, seen, state)
+            state |= {"position": jnp.maximum(state["position"], jnp.broadcast_to(positions, seen.shape).max(-1) + 1)}
+        return tap("attn_out", y), state, tap.records
+
+    def init_state(self, batch: int, capacity: int) -> dict[str, Any]:
+        """The state before any token; its size does not depend on `capacity`."""
+        memory, nothing = self._start(batch), jnp.zeros(batch, jnp.int32)
+        return {"memory": memory, "before": memory, "keys": self._opened(batch), "count": nothing, "position": nothing}
+
+    def _whole(self, x, seen, segments):
+        """Segment by segment, each document in segments of its own."""
+        batch, size = x.shape[0], self.segment
+        ids = jnp.zeros(seen.shape, jnp.int32) if segments is None else in_order(segments)
+        documents = 0 if segments is None else self.memory.documents
+        rows = layout(seen, ids, documents=documents, align=size)
+        start = self._start(batch)
+
+        def cut(x: Array) -> Array:
+            return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+        def one(memory: MemoryState, given: tuple[Array, ...]) -> tuple[MemoryState, Array]:
+            x, filled, opens = given
+            memory = _where(opens, start, memory)
+            y = self._attend(x, self._recall(x, memory), filled)
+            return self._learn(y, filled, memory)
+
+        opens = cut((rows.within == 0) & (rows.ids > 0))[:, :, 0]
+        _, y = jax.lax.scan(jax.checkpoint(one), start, (cut(rows.put(x)), cut(rows.filled), opens))
+        return rows.take(jnp.moveaxis(y, 0, 1).reshape(batch, -1, x.shape[-1]))
+
+    def _tokens(self, x, seen, state):
+        """Token by token."""
+        opened = self._opened(x.shape[0])
+
+        def one(state: dict[str, Any], given: tuple[Array, Array]) -> tuple[dict[str, Any], Array]:
+            x, seen = given
+            place = state["count"] % self.segment
+            opens = place == 0
+            before, keys = _where(opens, state["memory"], state["before"]), _where(opens, opened, state["keys"])
+            h = self._recall(x[:, None], before)
+            pair = jnp.concatenate([h, x[:, None]], 1)
+            positions = jnp.where(seen[:, None], self.count + 2 * place[:, None] + jnp.arange(2), -1)
+            y, keys, _ = self.attention(pair, positions=positions, state=keys)
+            memory, out = self._learn(y[:, 1:], seen[:, None], state["memory"])
+            after = {"memory": memory, "before": before, "keys": keys, "count": state["count"] + 1}
+            return _where(seen, after | {"position": state["position"]}, state), out[:, 0]
+
+        state, y = jax.lax.scan(one, state, (jnp.moveaxis(x, 1, 0), seen.T))
+        return jnp.moveaxis(y, 0, 1), state
+
+    def _start(self, batch: int) -> MemoryState:
+        """The memory before any token."""
+        nothing = jnp.zeros((batch, 1, self.in_features))
+        return self._learn(nothing, jnp.zeros((batch, 1), bool), None)[0]
+
+    def _opened(self, batch: int) -> Any:
+        """The keys of a segment that holds P alone."""
+        keys: Any = self.attention.init_state(batch, self.count + 2 * self.segment)
+        if self.persistent is not None:
+            _, keys, _ = self.attention(self._persistent(batch), positions=jnp.arange(self.count), state=keys)
+        return keys
+
+    def _persistent(self, batch: int) -> Float[Array, "b n d"]:
+        persistent = jnp.zeros((0, self.in_features)) if self.persistent is None else self.persistent[...]
+        return jnp.broadcast_to(persistent, (batch, *persistent.shape))
+
+    def _inputs(self, x: Float[Array, "b t d"], seen: Bool[Array, "b t"]) -> tuple[Any, Any]:
+        return self.memory.inputs(x, jnp.where(seen, 0, -1), Past({}, seen, None))
+
+    def _recall(self, x: Float[Array, "b t d"], memory: MemoryState) -> Float[Array, "b t d"]:
+        inputs, rest = self._inputs(x, jnp.ones(x.shape[:2], bool))
+        return self.memory.output(memory_read(inputs.memory, inputs.query, link=inputs.link, state=memory), rest)
+
+    def _attend(self, x: Float[Array, "b t d"], h: Float[Array, "b t d"], filled: Bool[Array, "b t"]) -> Array:
+        """Attention of a segment to P, h and itself."""
+        batch, size, _ = x.shape
+        count = self.count
+        places = count + 2 * jnp.arange(size)
+        of_h, of_x = (jnp.where(filled, each, -1) for each in (places, places + 1))
+        positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(count), (batch, count)), of_h, of_x], 1)
+        tokens = jnp.concatenate([self._persistent(batch).astype(x.dtype), h, x], 1)
+        y, _, _ = self.attention(tokens, positions=positions)
+        return y[:, count + size :]
+
+    def _learn(self, y: Float[Array, "b t d"], seen: Bool[Array, "b t"], memory: MemoryState | None) -> Any:
+        """(the memory after y was written, what comes out)."""
+        inputs, rest = self._inputs(y, seen)
+        read, memory = memory_scan(
+            inputs.memory,
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            rate=inputs.rate,
+            log_decay=inputs.log_decay,
+            log_momentum=inputs.log_momentum,
+            loss=inputs.loss,
+            link=inputs.link,
+            inner_batch=inputs.inner_batch,
+            state=memory,
+            lengths=seen.sum(-1),
+        )
+        norm, gate_norm = self.norms
+        return memory, norm(y) * nnx.sigmoid(gate_norm(self.memory.output(read, rest)))
+
+
+def _where(condition: Bool[Array, " b"], a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)

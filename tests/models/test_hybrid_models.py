@@ -1,0 +1,156 @@
+"""Whole models of mixed layers: meta tokens, keys shared across layers, caches of a window, and layer patterns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxattn import Causal, Documents, Sinks, Window
+from jaxattn.models import (
+    Attention,
+    Decoder,
+    DecoderConfig,
+    FeedForward,
+    Hymba,
+    Layer,
+    LinearAttention,
+    NeuralMemory,
+    Titans,
+    based,
+    from_plain,
+    generate,
+    hymba,
+    pattern,
+    to_plain,
+)
+from jaxattn.train import language_loss
+
+B, T, V = 2, 9, 11
+TOKENS = jax.random.randint(jax.random.key(0), (B, T), 0, V)
+FEED = FeedForward(hidden=16)
+MEMORY = NeuralMemory(2, hidden=(), inner_batch=2, convolution=0)
+LAYERS = {
+    "based": based(3, 2, window=4, key_dim=4),
+    "hymba": hymba(7, 2, window=3, meta_tokens=2),
+    "memory as context": [Layer(Titans("context", 2, window=4, persistent=1, memory=MEMORY), FEED)],
+    "memory as gate": [Layer(Titans("gate", 2, window=4, persistent=1, memory=MEMORY), FEED)],
+}
+
+
+def build(layers, meta_tokens=0, seed=0):
+    config = DecoderConfig(V, 32, 16, layers, meta_tokens=meta_tokens)
+    assert from_plain(to_plain(config)) == config
+    return Decoder(config, rngs=nnx.Rngs(seed))
+
+
+@nnx.jit(static_argnames="record")
+def run(model, tokens, positions=None, mask=None, state=None, record=()):
+    return model(tokens, positions=positions, mask=mask, state=state, record=record)
+
+
+def assert_close(actual, expected):
+    """Within 1000 float32 roundings of the largest: some layers of products and norms."""
+    atol = 1000 * np.finfo(np.float32).eps * np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_models_decode_what_they_compute_and_pack_documents(name):
+    """With meta tokens for Hymba: the state begins after them, and every document has its own."""
+    model = build(LAYERS[name], 2 if name == "hymba" else 0)
+    whole, _, _ = run(model, TOKENS)
+    state = model.init_state(B, T)
+    first, state, _ = run(model, TOKENS[:, :5], state=state)
+    rest = []
+    for t in range(5, T):
+        logits, state, _ = run(model, TOKENS[:, t : t + 1], state=state)
+        rest.append(logits)
+    assert_close(jnp.concatenate([first, *rest], 1), whole)
+    ids = jnp.array([[0] * 4 + [1] * 5] * B)
+    packed, _, _ = run(model, TOKENS, mask=Documents(ids))
+    assert_close(packed, jnp.concatenate([whole[:, :4], run(model, TOKENS[:, 4:])[0]], 1))
+
+
+def test_generation_begins_after_the_meta_tokens():
+    model = build(LAYERS["hymba"], 2)
+    lengths = jnp.array([4, 2])
+    generated = generate(model, TOKENS[:, :4], lengths, max_new_tokens=3, temperature=0)
+    for row in range(B):
+        tokens = list(TOKENS[row, : lengths[row]])
+        for _ in range(3):
+            tokens.append(int(run(model, jnp.array([tokens]))[0][0, -1].argmax()))
+        assert list(generated.tokens[row]) == tokens[-3:]
+
+
+def test_hymba_trains_on_packed_rows():
+    model = build(LAYERS["hymba"], 2)
+    params, loss_fn = language_loss(model)
+    batch = {"tokens": TOKENS, "targets": TOKENS, "weights": jnp.ones((B, T)), "documents": jnp.zeros((B, T), int)}
+    slopes = jax.jit(jax.grad(lambda p: loss_fn(p, batch, None)[0]))(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+    assert (slopes["meta"][...] != 0).all()
+
+
+def test_meta_tokens_are_tokens_in_front():
+    """A model whose meta tokens are the embeddings of some tokens is the model without, run on those tokens first."""
+    layers = [Layer(Attention(2), FEED), Layer(Hymba(2, state=3), FEED)]
+    plain, model = build(layers), build(layers, 3)
+    front = jnp.array([4, 0, 7])
+    graph, params, rest = nnx.split(plain, nnx.Param, ...)
+    model.meta[...] = plain.embed(front)
+    nnx.update(model, params)
+    longer = jnp.concatenate([jnp.broadcast_to(front, (B, 3)), TOKENS], 1)
+    assert_close(run(model, TOKENS)[0], run(nnx.merge(graph, params, rest), longer)[0][:, 3:])
+
+
+def test_shared_keys_are_those_of_the_layer_before():
+    """The second layer as attention with the projections of the first, on what the first was given."""
+    own, shares = Attention(2, key_heads=1), Attention(2, key_heads=1, own_keys=False)
+    model = build([Layer(own, FEED), Layer(shares, FEED)])
+    _, _, records = run(model, TOKENS, record=("resid", "attn_out", "q"))
+    first, second = (jax.tree.map(lambda x: x[0], nnx.state(run)) for run in model.runs)
+    producer = own.build(16, jnp.float32, nnx.Rngs(0))
+    nnx.update(producer, first["mixer"])
+    consumer = shares.build(16, jnp.float32, nnx.Rngs(0))
+    nnx.update(consumer, second["mixer"])
+
+    def normed(x, scale):
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
+
+    embedded = model.embed(TOKENS)
+    _, _, kept = producer(normed(embedded, first["mixer_norm"]["scale"][...]), record=("kv",))
+    y, _, _ = consumer(normed(records["resid"][0], second["mixer_norm"]["scale"][...]), context=kept["kv"])
+    assert_close(y, records["attn_out"][1])
+    assert "key" not in second["mixer"]
+    assert jax.tree.leaves(model.init_state(B, T)[1]) == []
+    with pytest.raises(ValueError, match="record 'k' is not there in every layer"):
+        model(TOKENS, record=("k",))
+
+
+def test_a_window_keeps_no_more_keys_than_it_shows():
+    near = Causal() & (Window(2) | Sinks(1))
+    for mask, slots in ((near, 4), (Window(4), 5), (Window(2) | Causal() & Sinks(1), 4), (Causal(), 30)):
+        state = Attention(2, mask=mask).build(16, jnp.float32, nnx.Rngs(0)).init_state(B, 30)
+        assert state.positions.shape == (B, slots)
+
+
+def test_patterns_are_layers_in_their_order():
+    assert [type(layer.mixer).__name__[0] for layer in based(6)] == list("GLAGGG")
+    kinds = [(layer.mixer.mask == Causal(), layer.mixer.keys) for layer in hymba(9, window=8, meta_tokens=4)]
+    far, near, shares = (True, "own"), (False, "own"), (False, "shared")
+    assert kinds == [far, near, shares, near, far, near, shares, near, far]
+    assert pattern("ab", {"a": Attention(), "b": LinearAttention()})[1] == Layer(LinearAttention())
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match=r"letters holds \['x'\]: need some of \['a'\]"):
+        pattern("ax", {"a": Attention()})
+    with pytest.raises(ValueError, match=r"layers\[0\] shares the keys of the layer before it, which has none"):
+        DecoderConfig(layers=[Layer(Attention(own_keys=False))])
+    with pytest.raises(ValueError, match=r"layers\[1\] shares the keys"):
+        DecoderConfig(layers=[Layer(LinearAttention()), Layer(Attention(own_keys=False))])
+    with pytest.raises(ValueError, match="meta_tokens must be at least 0, got -1"):
+        DecoderConfig(meta_tokens=-1)
+    with pytest.raises(ValueError, match="mask is Window"):
+        build([Layer(Attention(2), FEED)], 2)(TOKENS, mask=Window(3))

@@ -1,0 +1,30 @@
+"""Mixers to test, and how they are run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+B, T, D, N = 2, 11, 16, 2
+X = jax.random.normal(jax.random.key(1), (B, T, D))
+
+
+def build(spec, seed=0):
+    """The mixer with its gates away from where they start, so that nothing is at zero."""
+    mixer = spec.build(D, jnp.float32, nnx.Rngs(seed))
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(params))))
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+    return nnx.merge(graph, params, rest)
+
+
+@nnx.jit(static_argnames="record")
+def run(mixer, x, positions=None, mask=None, state=None, record=()):
+    return mixer(x, positions=positions, mask=mask, state=state, record=record)
+
+
+def assert_close(actual, expected, factor=1000):
+    """Within `factor` float32 roundings of the largest number: some tens of products, norms and solves in a row."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    atol = factor * np.finfo(np.float32).eps * abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)

@@ -1,0 +1,169 @@
+"""Mixers made of mixers, learned tokens before a sequence, and the wirings of Titans."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from mixers import B, D, N, T, X, assert_close, build, run
+
+from jaxattn import Causal, Documents, Sinks, Window, memory_scan, models, nn
+from jaxattn.core.position import rotary
+
+MEMORY = models.NeuralMemory(heads=N, hidden=(6,), inner_batch=2, documents=2)
+STILL = models.NeuralMemory(heads=N, hidden=(6,), inner_batch=2, documents=2, convolution=0)
+NEAR = Causal() & (Window(2) | Sinks(2))
+SPECS = {
+    "hymba": models.Hymba(heads=N, key_heads=1, mask=NEAR, state=3),
+    "memory as gate": models.Titans("gate", N, window=3, persistent=2, memory=MEMORY),
+    "memory as layer": models.Titans("layer", N, window=3, persistent=0, memory=MEMORY),
+    "memory as context": models.Titans("context", N, window=4, persistent=2, memory=STILL),
+    "no persistent tokens": models.Titans("context", N, window=2, persistent=0, memory=STILL),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_decoding_is_the_whole_pass_at_a_state_of_fixed_size(name):
+    mixer = build(SPECS[name])
+    whole, _, _ = run(mixer, X)
+    lengths, places = jnp.array([4, 6]), jnp.arange(6)
+    state = mixer.init_state(B, 100)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, mixer.init_state(B, 1000))
+    y, after, _ = run(mixer, X[:, :6], positions=jnp.where(places < lengths[:, None], places, -1), state=state)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert_close(y[0, :4], whole[0, :4])
+    assert_close(y[1], whole[1, :6])
+    state = after
+    for step in range(4):
+        places = lengths + step
+        token = jnp.take_along_axis(X, places[:, None, None], 1)
+        y, state, _ = run(mixer, token, positions=places[:, None], state=state)
+        assert_close(y[:, 0], whole[jnp.arange(B), places])
+    _, idle, _ = run(mixer, token, positions=jnp.full((B, 1), -1), state=state)
+    jax.tree.map(np.testing.assert_array_equal, idle, state)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_packed_documents_are_separate_runs_and_the_future_is_not_seen(name):
+    mixer = build(SPECS[name])
+    ids = jnp.array([[-1] + [3] * 3 + [5] * 7, [0] * 11])
+    y, _, _ = run(mixer, X, mask=Documents(ids))
+    first, second = run(mixer, X[:1, 1:4])[0], run(mixer, X[:1, 4:])[0]
+    assert_close(y[0, 1:], jnp.concatenate([first, second], 1)[0])
+    whole = run(mixer, X)[0]
+    assert_close(y[1], whole[1])
+    changed = run(mixer, X.at[:, 6:].multiply(-2))[0]
+    np.testing.assert_array_equal(changed[:, :6], whole[:, :6])
+    assert (changed[:, 6:] != whole[:, 6:]).any()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_parameter_has_a_gradient(name):
+    mixer = build(SPECS[name])
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+    slopes = jax.jit(jax.grad(lambda p: jnp.sin(nnx.merge(graph, p, rest)(X)[0]).sum()))(params)
+    for path, leaf in jax.tree.leaves_with_path(slopes):
+        assert np.isfinite(leaf).all(), path
+        assert (np.abs(leaf) > 0).any(), path
+
+
+def test_a_branch_without_gain_leaves_the_other():
+    """Hymba with one gain at zero is half of the other branch, normed and projected."""
+    mixer = build(models.Hymba(heads=N, state=3))
+    attention, s6 = mixer.mixers
+    norms = [np.asarray(norm.scale[...]) for norm in mixer.norms]
+    for kept, branch in enumerate((attention, s6)):
+        for i, norm in enumerate(mixer.norms):
+            norm.scale[...] = norms[i] if i == kept else jnp.zeros(2 * D)
+        alone = np.asarray(branch(X)[0], np.float64)
+        normed = alone / np.sqrt((alone**2).mean(-1, keepdims=True) + 1e-6) * norms[kept]
+        assert_close(mixer(X)[0], normed / 2 @ np.asarray(mixer.out.kernel[...], np.float64))
+
+
+def test_memory_as_gate_is_attention_times_a_sigmoid_of_the_memory():
+    mixer = build(models.Titans("gate", N, window=3, persistent=0, memory=MEMORY))
+    attention, memory = (each(X)[0] for each in mixer.mixers)
+    y, m = (np.asarray(norm(x), np.float64) for norm, x in zip(mixer.norms, (attention, memory), strict=True))
+    assert_close(mixer(X)[0], y / (1 + np.exp(-m)))
+
+
+def test_memory_as_layer_is_attention_over_what_the_memory_says_of_both():
+    """Behind two persistent tokens, written out."""
+    mixer = build(models.Titans("layer", N, window=3, persistent=2, memory=MEMORY))
+    tokens = jnp.concatenate([jnp.broadcast_to(mixer.prefix[...], (B, 2, D)), X], 1)
+    recurrent, attention = mixer.mixer.mixers
+    m = recurrent(tokens)[0]
+    q, k, v = (f(m).reshape(B, T + 2, N, -1) for f in (attention.query, attention.key, attention.value))
+    q, k, v = (np.asarray(x, np.float64) for x in (*(rotary(x, jnp.arange(T + 2), 1e4) for x in (q, k)), v))
+    i, j = np.indices((T + 2, T + 2))
+    shown = (j <= i) & ((j >= i - 2) | (j < 2))
+    weights = np.where(shown, np.exp(np.einsum("btnh,bsnh->bnts", q, k) / (D // N) ** 0.5), 0)
+    z = np.einsum("bnts,bsnv->btnv", weights / weights.sum(-1, keepdims=True), v).reshape(B, T + 2, D)
+    assert_close(mixer(X)[0], (z @ np.asarray(attention.out.kernel[...], np.float64))[:, 2:])
+
+
+def test_memory_as_context_is_its_definition():
+    """The second segment by hand: what the memory recalls after the first, attention, and what it then learns."""
+    mixer = build(SPECS["memory as context"])
+    size, count = 4, 2
+    whole = run(mixer, X)[0]
+    learned, per_token = None, mixer.memory
+    persistent = jnp.broadcast_to(mixer.persistent[...], (B, count, D))
+    for first in (0, size):
+        x = X[:, first : first + size]
+        inputs, rest = per_token.inputs(x, jnp.zeros((B, size), int), nn.Past({}, jnp.ones((B, size), bool), None))
+        recalled, _ = memory_scan(
+            inputs.memory, *inputs[1:4], rate=0.0, log_momentum=-jnp.inf, state=learned, inner_batch=2
+        )
+        h = per_token.output(recalled, rest)
+        y = []
+        for i in range(size):  # token by token: P, h_1, x_1, ..., h_i, x_i
+            pairs = jnp.stack([h, x], 2)[:, : i + 1].reshape(B, 2 * (i + 1), D)
+            y.append(mixer.attention(jnp.concatenate([persistent, pairs], 1))[0][:, -1])
+        y = jnp.stack(y, 1)
+        inputs, rest = per_token.inputs(y, jnp.zeros((B, size), int), nn.Past({}, jnp.ones((B, size), bool), None))
+        read, learned = memory_scan(
+            *inputs[:4],
+            rate=inputs.rate,
+            log_decay=inputs.log_decay,
+            log_momentum=inputs.log_momentum,
+            state=learned,
+            inner_batch=2,
+        )
+        m = per_token.output(read, rest)
+        norm, gate_norm = mixer.norms
+        assert_close(whole[:, first : first + size], norm(y) * nnx.sigmoid(gate_norm(m)))
+
+
+def test_a_row_with_too_many_documents_is_nan_and_no_other():
+    mixer = build(SPECS["memory as gate"])
+    ids = jnp.array([[0] * 3 + [1] * 4 + [2] * 4, [0] * 5 + [1] * 6])
+    y, _, _ = run(mixer, X, mask=Documents(ids))
+    assert np.isnan(y[0]).all()
+    assert np.isfinite(y[1]).all()
+
+
+def test_errors_name_what_is_wrong():
+    rngs = nnx.Rngs(0)
+    attention = nn.MultiHeadAttention(D, N, rngs=rngs)
+    for make, message in (
+        (lambda: nn.Parallel(D, [attention], rngs=rngs), "mixers holds 1: need at least 2"),
+        (lambda: nn.Parallel(D, [attention] * 2, fuse="sum", rngs=rngs), "fuse is 'sum': need one of mean, gate"),
+        (lambda: nn.Chain([]), "mixers is empty"),
+        (lambda: nn.Prefixed(attention, D, 0, rngs=rngs), "tokens must be at least 1, got 0"),
+        (lambda: models.Titans("beside").build(D, None, rngs), "wiring is 'beside'"),
+        (lambda: models.Titans("context", N, memory=MEMORY).build(D, None, rngs), "need convolution=0"),
+        (lambda: models.Titans("context", N, window=3, memory=STILL).build(D, None, rngs), "segment is 3"),
+        (lambda: models.Titans("gate", N, window=0).build(D, None, rngs), "need window >= 1"),
+        (lambda: models.Hymba(heads=3).build(D, None, rngs), "heads is 3: need a divisor of 32"),
+        (lambda: nn.Chain([attention])(X, context=X), "context is given"),
+        (lambda: nn.S6(D, state=0, rngs=rngs), "state must be at least 1, got 0"),
+        (lambda: nn.GatedConvolution(D, expand=0, rngs=rngs), "expand must be at least 1, got 0"),
+        (lambda: nn.Latte(D, N, causal=False, window=3, rngs=rngs), "need a window of at least 1, and a causal mixer"),
+        (lambda: nn.MultiHeadAttention(D, N, own_keys=False, rngs=rngs)(X), "context must be the KeyValue of another"),
+    ):
+        with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+            make()
+    prefixed = nn.Prefixed(attention, D, 2, rngs=rngs)
+    with pytest.raises(ValueError, match="positions are given for packed rows behind a prefix"):
+        prefixed(X, positions=jnp.arange(T), mask=Documents(jnp.zeros((B, T), int)))
