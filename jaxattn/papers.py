@@ -272,9 +272,14 @@ PAPERS: tuple[Paper, ...] = (
         "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry",
         2024,
         "2402.04347",
-        ("jaxattn.HedgehogFeatures", "jaxattn.distillation_loss"),
-        ("tests/core/test_feature.py", "feature_maps"),
-        "learned features, and their distillation from softmax",
+        (
+            "jaxattn.HedgehogFeatures",
+            "jaxattn.distillation_loss",
+            "jaxattn.models.linearize",
+            "jaxattn.models.matching_loss",
+        ),
+        ("tests/core/test_feature.py", "tests/models/test_convert.py", "feature_maps"),
+        "learned features, their distillation from softmax, and the conversion of a trained decoder",
     ),
     Paper(
         121,

@@ -1,6 +1,7 @@
 """Models: a decoder from a list of layer specs, and generation from it."""
 
 from jaxattn.models.config import Attention, DecoderConfig, FeedForward, Layer, Mixer
+from jaxattn.models.convert import Linearized, linearize, matching_loss
 from jaxattn.models.decoder import Decoder
 from jaxattn.models.generate import Generation, generate, sample
 from jaxattn.models.hybrid import Hymba, Titans
@@ -38,6 +39,7 @@ __all__ = [
     "Latte",
     "Layer",
     "LinearAttention",
+    "Linearized",
     "Mamba2",
     "Mixer",
     "NeuralMemory",
@@ -47,7 +49,9 @@ __all__ = [
     "from_plain",
     "generate",
     "hymba",
+    "linearize",
     "load_decoder",
+    "matching_loss",
     "pattern",
     "sample",
     "to_plain",

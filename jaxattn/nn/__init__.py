@@ -24,6 +24,7 @@ from jaxattn.nn.learned import (
     RelativePositionBias,
 )
 from jaxattn.nn.learning import TTT, NeuralMemory
+from jaxattn.nn.linearized import Linearized
 from jaxattn.nn.mechanisms import (
     GLA,
     HGRN2,
@@ -68,6 +69,7 @@ __all__ = [
     "LearningInputs",
     "LinearAttention",
     "LinearInputs",
+    "Linearized",
     "LowRank",
     "Mamba2",
     "Mechanism",

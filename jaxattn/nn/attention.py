@@ -170,19 +170,17 @@ class MultiHeadAttention(nnx.Module):
         if state is not None:
             _check_rows_alone(score_maps, weight_maps)
         own = _part(self.mask)
-        query = self._split(self.query(x), self.heads)
-        query = tap("q", query if self.query_norm is None else self.query_norm(query))
+        query = tap("q", self.queries(x))
         if shared is not None:
             key, value, key_positions, positions = shared
-            query = self._turned(query, positions)
+            query = self.turn(query, positions)
         else:
-            projections = (each for each in (self.key, self.value) if each is not None)
-            key, value = (self._split(project(source), self.key_heads) for project in projections)
-            key, value = tap("k", key if self.key_norm is None else self.key_norm(key)), tap("v", value)
+            key, value = self.keys_and_values(source)
+            key, value = tap("k", key), tap("v", value)
             if state is not None:
                 after = state.positions.max(-1, keepdims=True) + 1 + jnp.arange(x.shape[-2])
                 positions = after if positions is None else jnp.broadcast_to(positions, x.shape[:-1])
-            query, key = self._turned(query, positions), self._turned(key, positions)
+            query, key = self.turn(query, positions), self.turn(key, positions)
             key_positions = positions if context is None else None
             if state is not None and positions is not None:
                 held, reach = state, own.reach if own is not None else None
@@ -218,11 +216,7 @@ class MultiHeadAttention(nnx.Module):
         z, measured = result if measures else (result, {})
         for name, said in measured.items():
             tap(name, said)
-        z = tap("z", z)
-        merged = z.reshape(*z.shape[:-2], -1)
-        if self.gate is not None:
-            merged = merged * nnx.sigmoid(self.gate(x))
-        return tap("attn_out", merged if self.out is None else self.out(merged)), state, tap.records
+        return tap("attn_out", self.merge(tap("z", z), x)), state, tap.records
 
     def init_state(self, batch: int, capacity: int) -> Cache | tuple[()]:
         """An empty cache for sequences of at most `capacity` tokens, and for no more than the mask lets a query see;
@@ -235,7 +229,25 @@ class MultiHeadAttention(nnx.Module):
         shape = (self.key_heads, self.head_dim)
         return empty(batch, capacity, shape, shape, self.dtype or jnp.float32)
 
-    def _turned(self, x: Float[Array, "b t n h"], positions: Int[Array, "#b t"] | None) -> Float[Array, "b t n h"]:
+    def queries(self, x: Float[Array, "b t d"]) -> Float[Array, "b t n h"]:
+        """q of x, normed if this attention norms them, before rotation."""
+        query = self._split(self.query(x), self.heads)
+        return query if self.query_norm is None else self.query_norm(query)
+
+    def keys_and_values(self, source: Float[Array, "b s c"]) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
+        """k and v of the source, keys as in `queries`."""
+        projections = (each for each in (self.key, self.value) if each is not None)
+        key, value = (self._split(project(source), self.key_heads) for project in projections)
+        return key if self.key_norm is None else self.key_norm(key), value
+
+    def merge(self, z: Float[Array, "b t n h"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """y from what the heads read: side by side, gated by x, projected."""
+        merged = z.reshape(*z.shape[:-2], -1)
+        if self.gate is not None:
+            merged = merged * nnx.sigmoid(self.gate(x))
+        return merged if self.out is None else self.out(merged)
+
+    def turn(self, x: Float[Array, "b t n h"], positions: Int[Array, "#b t"] | None) -> Float[Array, "b t n h"]:
         """x rotated to its positions, if this attention is rotary."""
         if self.rotary_base is None:
             return x

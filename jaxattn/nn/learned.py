@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxattn.core.bias import RelativeBias
-from jaxattn.core.feature import HedgehogFeatures
+from jaxattn.core.feature import HedgehogFeatures, HedgehogKind
 from jaxattn.core.maps import Convolution, MixHeads, Temperature
 from jaxattn.core.normalize import Softmax
 from jaxattn.core.random_feature import RandomFeatures, RandomKind, orthogonal_gaussian
@@ -143,17 +143,27 @@ class HedgehogMap(nnx.Module):
     """Owns the weights of `HedgehogFeatures`, a matrix and a bias per head for queries and for keys.
 
     It starts at W = I and b = 0. Made by (heads, head_dim, rngs), as `LinearAttention` makes its feature map.
+    key_heads: K, as many as query heads unless given.
     """
 
-    def __init__(self, heads: int, head_dim: int, rngs: nnx.Rngs | None = None):
-        _check_sizes(self, heads=heads, head_dim=head_dim)
-        start = HedgehogFeatures.identity(heads, head_dim)
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        rngs: nnx.Rngs | None = None,
+        *,
+        key_heads: int | None = None,
+        kind: HedgehogKind = "softmax",
+    ):
+        _check_sizes(self, heads=heads, head_dim=head_dim, key_heads=key_heads)
+        self.kind: HedgehogKind = kind
+        start = HedgehogFeatures.identity(heads, head_dim, key_heads, kind)
         self.query_weight, self.key_weight = nnx.Param(start.query_weight), nnx.Param(start.key_weight)
         self.query_bias, self.key_bias = nnx.Param(start.query_bias), nnx.Param(start.key_bias)
 
     def __call__(self) -> HedgehogFeatures:
         weights = self.query_weight[...], self.key_weight[...]
-        return HedgehogFeatures(*weights, self.query_bias[...], self.key_bias[...])
+        return HedgehogFeatures(*weights, self.query_bias[...], self.key_bias[...], self.kind, self.kind == "exp")
 
 
 class RandomFeatureMap(nnx.Module):

@@ -1,0 +1,62 @@
+"""Softmax attention read as linear attention: the same projections, and learned features in place of exp(q·k/√H)."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxattn.core.attend import attention_weights
+from jaxattn.core.feature import distillation_loss
+from jaxattn.core.linear import append_one, divide
+from jaxattn.core.mask import Causal, Documents, visible
+from jaxattn.core.normalize import Softmax
+from jaxattn.core.parts import ratio
+from jaxattn.core.score import Dot
+from jaxattn.nn.attention import MultiHeadAttention
+from jaxattn.nn.learned import HedgehogMap
+from jaxattn.nn.recurrent import LinearInputs
+
+
+class Linearized(nnx.Module):
+    """out = Σ_{j <= t} (φ(q_t)·ψ(k_j)) v_j / Σ_{j <= t} φ(q_t)·ψ(k_j) with q, k, v and W_o of `attention`: Hedgehog
+    (Zhang et al., 2024) on an attention that may be trained already.
+
+    Its rotary positions, norms, gate and grouped keys stay. kind: of the features, see `HedgehogFeatures`. Raises
+    ValueError for an attention that is not causal softmax attention of scaled dot products.
+    """
+
+    def __init__(self, attention: MultiHeadAttention, *, kind: Literal["softmax", "exp"] = "softmax"):
+        plain: dict[str, Any] = {"score": Dot(), "bias": None, "mask": Causal(), "normalize": Softmax()}
+        plain |= {"score_maps": (), "weight_maps": ()}
+        for name, wanted in plain.items():
+            if (given := getattr(attention, name)) != wanted:
+                raise ValueError(f"attention has {name}={given}: features stand for causal softmax attention only")
+        self.attention, self.in_features = attention, attention.query.in_features
+        sizes = attention.heads, attention.head_dim
+        self.feature_map = HedgehogMap(*sizes, key_heads=attention.key_heads, kind=kind)
+
+    def inputs(self, x, positions, past):
+        query, (key, value) = self.attention.queries(x), self.attention.keys_and_values(x)
+        query, key = self.feature_map()(*(self.attention.turn(y, positions) for y in (query, key)))
+        return LinearInputs(query, key, append_one(value)), x
+
+    def output(self, read, rest):
+        return self.attention.merge(divide(read), rest)
+
+    def divergence(self, x: Float[Array, "b t d"], ids: Int[Array, "b t"]) -> Float[Array, ""]:
+        """The mean over rows of −Σ_j P_j log A_j, softmax weights P of `attention` against those of the features, A.
+
+        ids: the document of each token, −1 for padding. No gradient goes to P. Memory is T² per head.
+        """
+        query, (key, _) = self.attention.queries(x), self.attention.keys_and_values(x)
+        query, key = (self.attention.turn(y, jnp.arange(x.shape[1])) for y in (query, key))
+        mask = Causal() & Documents(ids)
+        teacher, _ = attention_weights(query, key, mask=mask)
+        phi, psi = self.feature_map()(query, key)
+        psi = jnp.repeat(psi, phi.shape[-2] // psi.shape[-2], -2)
+        place = jnp.arange(query.shape[1])
+        shown = visible(mask, place[None, :, None], place[None, None, :])
+        kernel = jnp.where(shown, jnp.einsum("btnf,bsnf->bnts", phi, psi, precision="highest"), 0)
+        return distillation_loss(jax.lax.stop_gradient(teacher), ratio(kernel, kernel.sum(-1, keepdims=True)))
