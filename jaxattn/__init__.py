@@ -115,6 +115,14 @@ from jaxattn.core.position import NTK, Interpolate, LearnedPositions, Yarn, rota
 from jaxattn.core.random_feature import RandomFeatures, orthogonal_gaussian
 from jaxattn.core.recurrence import Delta, Erase, StateMap, combine
 from jaxattn.core.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum
+from jaxattn.core.state_equation import (
+    StateEquation,
+    attention_equation,
+    gated_rnn_equation,
+    normalized_equation,
+    softmax_equation,
+    state_space_equation,
+)
 
 __all__ = [
     "EMPTY",
@@ -205,6 +213,7 @@ __all__ = [
     "Sparsemax",
     "SquaredError",
     "StandardizedFeatures",
+    "StateEquation",
     "StateMap",
     "Streaming",
     "TaylorFeatures",
@@ -219,12 +228,14 @@ __all__ = [
     "Yarn",
     "append_one",
     "attend",
+    "attention_equation",
     "block_means",
     "bounded_decay",
     "combine",
     "distillation_loss",
     "divide",
     "explain",
+    "gated_rnn_equation",
     "inverse_softplus",
     "linear_attention",
     "linear_step",
@@ -234,6 +245,7 @@ __all__ = [
     "merge",
     "mixing_matrix",
     "moment_match",
+    "normalized_equation",
     "orthogonal_gaussian",
     "part",
     "retention",
@@ -243,7 +255,9 @@ __all__ = [
     "score_function",
     "select_tokens",
     "sinusoidal",
+    "softmax_equation",
     "softplus_decay",
     "state_map",
+    "state_space_equation",
     "take_tokens",
 ]

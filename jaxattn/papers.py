@@ -162,6 +162,27 @@ PAPERS: tuple[Paper, ...] = (
         "the estimators (score function, relaxed draws); not its inference network",
     ),
     Paper(
+        36,
+        "dsf",
+        "Understanding the differences in Foundation Models: Attention, State Space Models, and Recurrent Neural "
+        "Networks",
+        2024,
+        "2405.15731",
+        tuple(
+            f"jaxattn.{name}"
+            for name in (
+                "StateEquation",
+                "attention_equation",
+                "softmax_equation",
+                "normalized_equation",
+                "state_space_equation",
+                "gated_rnn_equation",
+            )
+        ),
+        ("tests/core/test_state_equation.py", DOCS),
+        "softmax, linear attention, the selective scan and a gated RNN as one state equation, and where they coincide",
+    ),
+    Paper(
         39,
         "pasta",
         "Tell Your Model Where to Attend: Post-hoc Attention Steering for LLMs",

@@ -445,6 +445,11 @@ def test_a_running_softmax_pools_the_values(page):
     assert all((x <= 0).all() for x in (p.fixed, p.by_time, *p.floored))
 
 
+def test_a_selective_scan_is_a_tied_gated_rnn(page):
+    p = page("linear")
+    assert_close(p.scan()[0], p.tied()[0])
+
+
 def test_a_mechanism_of_two_methods_decodes_what_it_reads(page):
     p = page("linear")
     assert_close(jnp.concatenate(p.decoded, 1), p.y)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn.cache import Cache, append, empty
+from jaxattn.cache import Cache, append, by_position, empty
 from jaxattn.core.attend import Implementation, attend, attention_weights
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Mask, Within, documents_of, places_in_documents
@@ -205,6 +205,10 @@ class MultiHeadAttention(nnx.Module):
         }
         if tap.wants("scores", "weights"):
             weights, scores = attention_weights(query, key, **slots)
+            if state is not None and state.span is not None and key_positions is not None:
+                weights, scores = (
+                    by_position(x, key_positions, state.span, fill) for x, fill in ((weights, 0.0), (scores, -jnp.inf))
+                )
             tap("scores", scores)
             tap("weights", weights)
         dropout = None
@@ -223,11 +227,12 @@ class MultiHeadAttention(nnx.Module):
         nothing for a layer that reads another's."""
         if self.key is None:
             return ()
-        own = _part(self.mask)
+        own, slots = _part(self.mask), capacity
         if own is not None and own.reach is not None:
-            capacity = min(capacity, max(sum(own.reach), own.reach.first + 1))
+            slots = min(capacity, max(sum(own.reach), own.reach.first + 1))
         shape = (self.key_heads, self.head_dim)
-        return empty(batch, capacity, shape, shape, self.dtype or jnp.float32)
+        span = capacity if slots < capacity else None
+        return empty(batch, slots, shape, shape, self.dtype or jnp.float32, span)
 
     def queries(self, x: Float[Array, "b t d"]) -> Float[Array, "b t n h"]:
         """q of x, normed if this attention norms them, before rotation."""
