@@ -52,6 +52,7 @@ class Attention(Mixer):
         gate: Multiply what heads read by a sigmoid gate of the input.
         own_keys: Project keys and values; if not, those of the layer before it are read.
         dropout: Dropout rate of the attention weights.
+        convolution: Tokens that a short convolution of queries, keys and values sees; 0 for none.
     """
 
     heads: int = 4
@@ -68,6 +69,7 @@ class Attention(Mixer):
     gate: bool = False
     own_keys: bool = True
     dropout: float = 0.0
+    convolution: int = 0
 
     def __post_init__(self):
         if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves((self.mask, self.normalize))):
@@ -93,6 +95,7 @@ class Attention(Mixer):
             gate=self.gate,
             own_keys=self.own_keys,
             dropout=self.dropout,
+            convolution=self.convolution,
             bias=Alibi.geometric(self.heads) if self.alibi else None,
             mask=self.mask,
             normalize=nn.NullSoftmax(self.heads) if self.null_logit else self.normalize,

@@ -57,6 +57,7 @@ class RetNet(_Spec):
     heads: int = 4
     value_dim: int | None = None
     rotary_base: float = 10000.0
+    convolution: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class GLA(_Spec):
 
     heads: int = 4
     rank: int = 16
+    convolution: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class HGRN2(_Spec):
 
     heads: int = 4
     lower_bound: float = 0.0
+    convolution: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class Latte(_Spec):
     causal: bool = True
     window: int | None = None
     rotary_base: float = 10000.0
+    convolution: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Every token mixer has one protocol:
 `state` is what decoding carries (None outside it), `records` a dict of the sites named in `record`.
 """
 
-from jaxattn.nn.attention import KeyValue, MultiHeadAttention
+from jaxattn.nn.attention import ConvolvedState, KeyValue, MultiHeadAttention
 from jaxattn.nn.feed_forward import FeedForward
 from jaxattn.nn.hybrid import Chain, Parallel
 from jaxattn.nn.learned import (
@@ -55,6 +55,7 @@ __all__ = [
     "AdditiveScore",
     "BilinearScore",
     "Chain",
+    "ConvolvedState",
     "DeltaNet",
     "FeedForward",
     "GatedConvolution",

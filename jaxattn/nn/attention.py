@@ -16,6 +16,8 @@ from jaxattn.core.measure import Measure
 from jaxattn.core.normalize import Softmax
 from jaxattn.core.position import RotaryScaling, rotary, rotary_channels
 from jaxattn.core.score import Dot
+from jaxattn.nn.mechanisms import ShortConvolution
+from jaxattn.nn.recurrent import Past, segments_of
 from jaxattn.nn.sites import SITES, Recorder
 
 
@@ -32,6 +34,13 @@ class KeyValue(NamedTuple):
     query_positions: Int[Array, "#b t"] | None
 
 
+class ConvolvedState(NamedTuple):
+    """What decoding carries under a short convolution: the cache, and the last inputs of each convolution by name."""
+
+    cache: Cache
+    past: dict[str, Array]
+
+
 class MultiHeadAttention(nnx.Module):
     """y = W_o concat_n(z_n),  z = attend(q, k, v),  q = W_q x,  k = W_k c,  v = W_v c,  with c = context or x.
 
@@ -43,6 +52,7 @@ class MultiHeadAttention(nnx.Module):
     qk_norm: RMS norm of q and k over H with learned gains, before rotation. gate: z ⊙ σ(W_g x) before W_o.
     own_keys: False for a layer without W_k and W_v, which reads those of another: `context` is then the record `kv` of
     that layer, a `KeyValue` (cross-layer sharing). project: False for no W_o, so that y has N·H channels.
+    convolution: the width of a short causal convolution of q, k and v per channel, after their projection; 0 for none.
     dropout: rate on the attention weights, active unless `deterministic` (see `nnx.Module.train` and `eval`).
     mask: in packed rows (`Documents`) it is meant within each document, so that `Sinks(4)` are the first of each.
     score, bias, mask, normalize: parts, or modules that own `nnx.Param`s and return a part when called without
@@ -71,6 +81,7 @@ class MultiHeadAttention(nnx.Module):
         own_keys: bool = True,
         project: bool = True,
         dropout: float = 0.0,
+        convolution: int = 0,
         use_bias: bool = False,
         score: Any = Dot(),
         bias: Any = None,
@@ -119,11 +130,19 @@ class MultiHeadAttention(nnx.Module):
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
 
+        if convolution and not own_keys:
+            raise ValueError(f"convolution is {convolution} but own_keys is False: need keys to convolve, or 0")
         context_features = features if context_features is None else context_features
         self.query = linear(features, heads * self.head_dim)
         self.key = linear(context_features, key_heads * self.head_dim) if own_keys else None
         self.value = linear(context_features, key_heads * self.head_dim) if own_keys else None
         self.out = linear(heads * self.head_dim, features) if project else None
+        channels = {"query": heads * self.head_dim} | dict.fromkeys(("key", "value"), key_heads * self.head_dim)
+        self.convolution = nnx.Dict(
+            {name: ShortConvolution(size, convolution, rngs=rngs) for name, size in channels.items()}
+            if convolution
+            else {}
+        )
         self.gate = linear(features, heads * self.head_dim) if gate else None
         self.query_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
         self.key_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm and own_keys else None
@@ -140,9 +159,9 @@ class MultiHeadAttention(nnx.Module):
         context: Float[Array, "b s c"] | KeyValue | None = None,
         positions: Int[Array, "#b t"] | None = None,
         mask: Mask | None = None,
-        state: Cache | None = None,
+        state: Cache | ConvolvedState | None = None,
         record: tuple[str, ...] = (),
-    ) -> tuple[Float[Array, "b t d"], Cache | None, dict[str, Array]]:
+    ) -> tuple[Float[Array, "b t d"], Cache | ConvolvedState | None, dict[str, Array]]:
         """Self-attention over x, or cross-attention from x to `context`, or to the keys of another layer.
 
         positions [B, T] or [T]; −1 marks padding, which is not seen. `mask` is and-ed with the module's own. With a
@@ -154,7 +173,9 @@ class MultiHeadAttention(nnx.Module):
         has no state of its own either, and its positions are those of the layer it reads.
 
         Raises ValueError for unknown sites and inputs of another width, and for a state under a map that reads other
-        queries (`Temporal`, a `Convolution` of more than one query), which a cache of keys does not keep.
+        queries (`Temporal`, a `Convolution` of more than one query), which a cache of keys does not keep. With
+        `convolution` also for a context, for documents together with a state, and for a `mask` other than None,
+        `Causal()` and `Documents(ids)`, which say which tokens follow each other.
         """
         tap = Recorder(record, (*SITES, *self.measures, "kv"))
         shared = context if isinstance(context, KeyValue) else None
@@ -162,6 +183,8 @@ class MultiHeadAttention(nnx.Module):
             raise ValueError("context must be the KeyValue of another layer where own_keys=False, and only there")
         if shared is None and context is not None and (state is not None or self.rotary_base is not None):
             raise ValueError("cross-attention takes no state and no rotary positions: need rotary_base=None")
+        if context is not None and self.convolution:
+            raise ValueError("context is given: a convolution sees only tokens of one sequence, need convolution=0")
         source = x if context is None or isinstance(context, KeyValue) else context
         for name, given, project in (("x", x, self.query), ("context", source, self.key)):
             if project is not None and (given.ndim != 3 or given.shape[-1] != project.in_features):
@@ -170,12 +193,16 @@ class MultiHeadAttention(nnx.Module):
         if state is not None:
             _check_rows_alone(score_maps, weight_maps)
         own = _part(self.mask)
-        query = tap("q", self.queries(x))
+        earlier: dict[str, Array] = {}
+        if isinstance(state, ConvolvedState):
+            state, earlier = state
+        past = self._past(x, positions, mask, earlier) if self.convolution else None
+        query = tap("q", self.queries(x, past))
         if shared is not None:
             key, value, key_positions, positions = shared
             query = self.turn(query, positions)
         else:
-            key, value = self.keys_and_values(source)
+            key, value = self.keys_and_values(source, past)
             key, value = tap("k", key), tap("v", value)
             if state is not None:
                 after = state.positions.max(-1, keepdims=True) + 1 + jnp.arange(x.shape[-2])
@@ -220,11 +247,12 @@ class MultiHeadAttention(nnx.Module):
         z, measured = result if measures else (result, {})
         for name, said in measured.items():
             tap(name, said)
-        return tap("attn_out", self.merge(tap("z", z), x)), state, tap.records
+        carried = state if state is None or past is None else ConvolvedState(state, past.kept)
+        return tap("attn_out", self.merge(tap("z", z), x)), carried, tap.records
 
-    def init_state(self, batch: int, capacity: int) -> Cache | tuple[()]:
+    def init_state(self, batch: int, capacity: int) -> Cache | ConvolvedState | tuple[()]:
         """An empty cache for sequences of at most `capacity` tokens, and for no more than the mask lets a query see;
-        nothing for a layer that reads another's."""
+        nothing for a layer that reads another's. Under a convolution also the inputs before them, which are 0."""
         if self.key is None:
             return ()
         own, slots = _part(self.mask), capacity
@@ -232,17 +260,26 @@ class MultiHeadAttention(nnx.Module):
             slots = min(capacity, max(sum(own.reach), own.reach.first + 1))
         shape = (self.key_heads, self.head_dim)
         span = capacity if slots < capacity else None
-        return empty(batch, slots, shape, shape, self.dtype or jnp.float32, span)
+        cache = empty(batch, slots, shape, shape, self.dtype or jnp.float32, span)
+        if not self.convolution:
+            return cache
+        before = {name: each.weight.shape for name, each in self.convolution.items()}
+        zeros = {name: jnp.zeros((batch, w - 1, c), cache.key.dtype) for name, (w, c) in before.items()}
+        return ConvolvedState(cache, zeros)
 
-    def queries(self, x: Float[Array, "b t d"]) -> Float[Array, "b t n h"]:
-        """q of x, normed if this attention norms them, before rotation."""
-        query = self._split(self.query(x), self.heads)
+    def queries(self, x: Float[Array, "b t d"], past: Past | None = None) -> Float[Array, "b t n h"]:
+        """q of x, convolved and normed if this attention does that, before rotation. past: what a convolution sees of
+        earlier tokens; None: nothing, the sequence begins here."""
+        query = self._split(self._convolved("query", self.query(x), past), self.heads)
         return query if self.query_norm is None else self.query_norm(query)
 
-    def keys_and_values(self, source: Float[Array, "b s c"]) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
-        """k and v of the source, keys as in `queries`."""
-        projections = (each for each in (self.key, self.value) if each is not None)
-        key, value = (self._split(project(source), self.key_heads) for project in projections)
+    def keys_and_values(
+        self, source: Float[Array, "b s c"], past: Past | None = None
+    ) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
+        """k and v of the source, as in `queries`, values not normed."""
+        maps = {name: each for name, each in (("key", self.key), ("value", self.value)) if each is not None}
+        projected = (self._convolved(name, project(source), past) for name, project in maps.items())
+        key, value = (self._split(y, self.key_heads) for y in projected)
         return key if self.key_norm is None else self.key_norm(key), value
 
     def merge(self, z: Float[Array, "b t n h"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -259,6 +296,19 @@ class MultiHeadAttention(nnx.Module):
         places = jnp.arange(x.shape[-3]) if positions is None else positions
         x = rotary(x, places, self.rotary_base, self.rotary_fraction, self.rotary_scaling)
         return x if self.rotary_scaling is None else x * self.rotary_scaling.attention_scale
+
+    def _past(self, x, positions, mask, held) -> Past:
+        """What the convolutions see: no padding, and no other document."""
+        segments = segments_of(mask, *x.shape[:2])
+        if segments is not None and held:
+            raise ValueError("mask has documents and a state is given: need one or the other under a convolution")
+        seen = jnp.broadcast_to(True if positions is None else positions >= 0, x.shape[:2])
+        return Past(held, seen if segments is None else seen & (segments >= 0), segments)
+
+    def _convolved(self, name: str, x: Float[Array, "b t c"], past: Past | None) -> Float[Array, "b t c"]:
+        if not self.convolution:
+            return x
+        return self.convolution[name](name, x, Past({}, jnp.ones(x.shape[:2], bool), None) if past is None else past)
 
     def _split(self, x: Array, heads: int) -> Array:
         return x.reshape(*x.shape[:-1], heads, self.head_dim)

@@ -16,15 +16,15 @@ from jaxattn.core.parts import ratio
 from jaxattn.core.score import Dot
 from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.learned import HedgehogMap
-from jaxattn.nn.recurrent import LinearInputs
+from jaxattn.nn.recurrent import LinearInputs, Past
 
 
 class Linearized(nnx.Module):
     """out = Σ_{j <= t} (φ(q_t)·ψ(k_j)) v_j / Σ_{j <= t} φ(q_t)·ψ(k_j) with q, k, v and W_o of `attention`: Hedgehog
     (Zhang et al., 2024) on an attention that may be trained already.
 
-    Its rotary positions, norms, gate and grouped keys stay. kind: of the features, see `HedgehogFeatures`. Raises
-    ValueError for an attention that is not causal softmax attention of scaled dot products.
+    Its rotary positions, convolutions, norms, gate and grouped keys stay. kind: of the features, see
+    `HedgehogFeatures`. Raises ValueError for an attention that is not causal softmax attention of scaled dot products.
     """
 
     def __init__(self, attention: MultiHeadAttention, *, kind: Literal["softmax", "exp"] = "softmax"):
@@ -38,7 +38,7 @@ class Linearized(nnx.Module):
         self.feature_map = HedgehogMap(*sizes, key_heads=attention.key_heads, kind=kind)
 
     def inputs(self, x, positions, past):
-        query, (key, value) = self.attention.queries(x), self.attention.keys_and_values(x)
+        query, (key, value) = self.attention.queries(x, past), self.attention.keys_and_values(x, past)
         query, key = self.feature_map()(*(self.attention.turn(y, positions) for y in (query, key)))
         return LinearInputs(query, key, append_one(value)), x
 
@@ -50,7 +50,8 @@ class Linearized(nnx.Module):
 
         ids: the document of each token, −1 for padding. No gradient goes to P. Memory is T² per head.
         """
-        query, (key, _) = self.attention.queries(x), self.attention.keys_and_values(x)
+        past = Past({}, ids >= 0, ids)
+        query, (key, _) = self.attention.queries(x, past), self.attention.keys_and_values(x, past)
         query, key = (self.attention.turn(y, jnp.arange(x.shape[1])) for y in (query, key))
         mask = Causal() & Documents(ids)
         teacher, _ = attention_weights(query, key, mask=mask)

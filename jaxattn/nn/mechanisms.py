@@ -1,6 +1,7 @@
 """The recurrent mechanisms of the literature, as what their memory gets and how their read becomes the output.
 
-D is the width of the model, N heads of K key and V value channels. Wrap one in `Recurrent` for a mixer.
+D is the width of the model, N heads of K key and V value channels. Wrap one in `Recurrent` for a mixer. `convolution`
+is the width of a short convolution of what is projected, 0 for none.
 """
 
 from collections.abc import Callable
@@ -155,6 +156,7 @@ class RetNet(nnx.Module):
         *,
         value_dim: int | None = None,
         rotary_base: float = 10000.0,
+        convolution: int = 0,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -162,7 +164,7 @@ class RetNet(nnx.Module):
         value_dim = 2 * key_dim if value_dim is None else value_dim
         self.in_features, self.heads, self.rotary_base = features, heads, rotary_base
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
-        self.project = Projections(features, sizes, 0, dtype, rngs)
+        self.project = Projections(features, sizes, convolution, dtype, rngs)
         self.out = HeadOutput(features, heads, value_dim, gate="silu", dtype=dtype, rngs=rngs)
 
     def inputs(self, x, positions, past):
@@ -178,12 +180,21 @@ class GLA(nnx.Module):
     """Gated linear attention (Yang et al., 2023): log decay log σ(W₂ W₁ x + b) / 16 per channel; q / √K; RMS norm, SiLU
     gate. K is half of V = D / N; rank: that of the gate."""
 
-    def __init__(self, features: int, heads: int, *, rank: int = 16, dtype: Any = None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        rank: int = 16,
+        convolution: int = 0,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
         value_dim = head_dim_of(features, heads)
         key_dim = max(value_dim // 2, 1)
         self.in_features = features
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
-        self.project = Projections(features, sizes, 0, dtype, rngs)
+        self.project = Projections(features, sizes, convolution, dtype, rngs)
         self.decay = LowRank(features, rank, heads * key_dim, rngs=rngs)
         self.out = HeadOutput(features, heads, value_dim, gate="silu", dtype=dtype, rngs=rngs)
 
@@ -202,13 +213,22 @@ class HGRN2(nnx.Module):
     lower_bound: γ in [0, 1), larger in higher layers in the paper.
     """
 
-    def __init__(self, features: int, heads: int, *, lower_bound: float = 0.0, dtype: Any = None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        lower_bound: float = 0.0,
+        convolution: int = 0,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
         if not 0 <= lower_bound < 1:
             raise ValueError(f"lower_bound must be at least 0 and below 1, got {lower_bound}")
         channels = head_dim_of(features, heads)
         self.in_features, self.lower_bound = features, lower_bound
         sizes = dict.fromkeys(("query", "forget", "value"), (heads, channels))
-        self.project = Projections(features, sizes, 0, dtype, rngs)
+        self.project = Projections(features, sizes, convolution, dtype, rngs)
         self.out = HeadOutput(features, heads, channels, dtype=dtype, rngs=rngs)
 
     def inputs(self, x, positions, past):
@@ -343,6 +363,7 @@ class Latte(nnx.Module):
         causal: bool = True,
         window: int | None = None,
         rotary_base: float = 10000.0,
+        convolution: int = 0,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -352,7 +373,7 @@ class Latte(nnx.Module):
         self.in_features, self.causal, self.window, self.rotary_base = features, causal, window, rotary_base
         query = latents if window is None else latents + 1
         sizes = {"query": (heads, query), "key": (heads, latents), "value": (heads, value_dim)}
-        self.project = Projections(features, sizes, 0, dtype, rngs)
+        self.project = Projections(features, sizes, convolution, dtype, rngs)
         sizes = dict.fromkeys(("query", "key"), (heads, value_dim))
         self.local = None if window is None else Projections(features, sizes, 0, dtype, rngs)
         self.out = HeadOutput(features, heads, value_dim, norm=False, dtype=dtype, rngs=rngs)

@@ -303,5 +303,6 @@ def segments_of(mask: Mask | None, batch: int, length: int) -> Int[Array, "b t"]
     if isinstance(mask, Documents) and mask.key_ids is None and jnp.shape(mask.ids)[-1] == length:
         return jnp.broadcast_to(jnp.asarray(mask.ids), (batch, length))
     raise ValueError(
-        f"mask is {type(mask).__name__}: a recurrent mixer takes None, Causal() or Documents(ids) with one id per token"
+        f"mask is {type(mask).__name__}: a recurrence or convolution takes None, Causal() or Documents(ids) "
+        "with one id per token"
     )

@@ -14,7 +14,7 @@ from flax import nnx
 from multi_head import assert_close, randomise
 
 from jaxattn import Alibi, Causal, Sigmoid, Sinks, Window
-from jaxattn.nn import MultiHeadAttention, NullSoftmax
+from jaxattn.nn import ConvolvedState, MultiHeadAttention, NullSoftmax
 
 D, T = 16, 7
 LENGTHS = np.array([7, 5, 3])
@@ -24,6 +24,7 @@ MIXERS = {
     "alibi": lambda: {"mask": Causal(), "rotary_base": None, "bias": Alibi.geometric(4)},
     "sigmoid": lambda: {"mask": Causal(), "normalize": Sigmoid()},
     "null logit": lambda: {"mask": Causal(), "normalize": NullSoftmax(4)},
+    "convolution": lambda: {"mask": Causal(), "key_heads": 2, "convolution": 3},
     "grouped, qk-norm, gate": lambda: {"mask": Causal(), "key_heads": 2, "head_dim": 6, "qk_norm": True, "gate": True},
 }
 # How the tokens of three sequences of lengths 7, 5 and 3 are laid out, and cut into calls.
@@ -42,6 +43,10 @@ def mixer(request):
     module = randomise(MultiHeadAttention(D, 4, **MIXERS[request.param](), rngs=nnx.Rngs(0)))
     x = np.random.default_rng(1).standard_normal((3, T, D)).astype(np.float32)
     return module, x, np.asarray(run(module, x)[0])
+
+
+def cache_of(state):
+    return state.cache if isinstance(state, ConvolvedState) else state
 
 
 def laid_out(x, padding):
@@ -68,7 +73,7 @@ def test_decode_is_prefill(mixer, padding, cut):
     y = np.concatenate(pieces, axis=1)
     for b, tokens, slots in places:
         assert_close(y[b, slots], expected[b, tokens])
-        assert_holds(state.positions[b], len(tokens))
+        assert_holds(cache_of(state).positions[b], len(tokens))
 
 
 def assert_holds(positions, count):
@@ -92,7 +97,7 @@ def test_a_cache_may_be_larger_than_the_sequence_and_positions_default_to_the_fi
     module, x, expected = mixer
     y, state = run(module, x, state=module.init_state(3, T + 5))
     assert_close(y, expected)
-    for positions in state.positions:
+    for positions in cache_of(state).positions:
         assert_holds(positions, T)
 
 

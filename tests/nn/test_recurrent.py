@@ -27,16 +27,16 @@ SPECS = {
     "hedgehog": models.LinearAttention(heads=N, feature_map=nn.HedgehogMap, rotary_base=100.0),
     "performer": models.LinearAttention(heads=N, feature_map=nn.RandomFeatureMap),
     "plain": models.LinearAttention(heads=N, normalize=False, gate="sigmoid"),
-    "retnet": models.RetNet(heads=N),
-    "gla": models.GLA(heads=N, rank=2),
-    "hgrn2": models.HGRN2(heads=N, lower_bound=0.3),
+    "retnet": models.RetNet(heads=N, convolution=3),
+    "gla": models.GLA(heads=N, rank=2, convolution=2),
+    "hgrn2": models.HGRN2(heads=N, lower_bound=0.3, convolution=2),
     "deltanet": models.DeltaNet(heads=N),
     "gated deltanet": models.DeltaNet(heads=N, decay="head", negative=True, convolution=2),
     "kimi delta": models.DeltaNet(heads=N, decay="channel", rank=2),
     "mamba2": models.Mamba2(heads=N, state=4),
     "mimetic": models.Mamba2(heads=N, state=4, mimetic=True),
     "rwkv7": models.RWKV7(heads=N, rank=2),
-    "latte": models.Latte(heads=N, latents=3),
+    "latte": models.Latte(heads=N, latents=3, convolution=3),
     "latte macchiato": models.Latte(heads=N, latents=3, window=3, rotary_base=100.0),
     "s6": models.S6(inner=12, state=3, norm=True),
     "convolution": models.GatedConvolution(expand=2),
@@ -132,7 +132,7 @@ def test_normalised_features_are_attention_with_their_kernel():
 
 
 def test_latte_is_a_softmax_over_time_of_each_latent():
-    mixer = build(SPECS["latte"])
+    mixer = build(dataclasses.replace(SPECS["latte"], convolution=0))
     project = {name: np.asarray(m.kernel[...], np.float64) for name, m in mixer.mechanism.project.linear.items()}
     x = np.asarray(X, np.float64)
     q, a, v = ((x @ project[name]).reshape(B, T, N, -1) for name in ("query", "key", "value"))
@@ -309,7 +309,10 @@ def test_specs_are_plain_data(name):
     [
         (lambda m: m(X[..., :3]), r"x has shape \(2, 11, 3\): need \[batch, length, 16\]"),
         (lambda m: m(X, context=X), "context is given: a recurrent mixer sees only its own tokens"),
-        (lambda m: m(X, mask=Window(3)), r"mask is Window: a recurrent mixer takes None, Causal\(\) or Documents"),
+        (
+            lambda m: m(X, mask=Window(3)),
+            r"mask is Window: a recurrence or convolution takes None, Causal\(\) or Documents",
+        ),
         (lambda m: m(X, mask=Documents(jnp.zeros(5, int))), "mask is Documents: .* with one id per token"),
         (
             lambda m: m(X, mask=Causal() & Documents(jnp.zeros(T, int)), state=m.init_state(B, 9)),
