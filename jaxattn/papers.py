@@ -288,6 +288,16 @@ PAPERS: tuple[Paper, ...] = (
         "the weights of all heads in one picture",
     ),
     Paper(
+        104,
+        "folded_context",
+        "Folded context condensation in Path Integral formalism for infinite context transformers",
+        None,
+        "2405.04620",
+        ("jaxattn.models.FoldedDecoder",),
+        ("tests/models/test_folded.py",),
+        "a reading of it: top states of a segment enter the next at the bottom; not its phase term",
+    ),
+    Paper(
         118,
         "hedgehog",
         "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry",

@@ -3,6 +3,7 @@
 from jaxattn.models.config import Attention, DecoderConfig, FeedForward, Layer, Mixer
 from jaxattn.models.convert import Linearized, linearize, matching_loss
 from jaxattn.models.decoder import Decoder
+from jaxattn.models.folded import FoldedDecoder
 from jaxattn.models.generate import Generation, generate, sample
 from jaxattn.models.hybrid import Hymba, Titans
 from jaxattn.models.load import from_plain, load_decoder, to_plain
@@ -33,6 +34,7 @@ __all__ = [
     "DecoderConfig",
     "DeltaNet",
     "FeedForward",
+    "FoldedDecoder",
     "GatedConvolution",
     "Generation",
     "Hymba",

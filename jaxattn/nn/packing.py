@@ -1,10 +1,13 @@
 """Packed rows laid out anew, where documents need slots of their own: whole blocks, or room for a prefix."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+Carry = TypeVar("Carry")
 
 
 class Layout(NamedTuple):
@@ -54,6 +57,47 @@ def layout(
     place = jnp.where(has, place, slots)
     filled = _scatter(seen, place, slots) | ((ids > 0) & (inside < prefix))
     return Layout(place, ids, inside, filled, (seen & ~has).any(-1))
+
+
+def scan_segments(
+    step: Callable[[Carry, Array, Array], tuple[Carry, Array]],
+    start: Carry,
+    x: Float[Array, "b t d"],
+    seen: Bool[Array, "b t"],
+    segments: Int[Array, "b t"] | None,
+    *,
+    size: int,
+    documents: int,
+    bptt: int | None = None,
+) -> Float[Array, "b t d"]:
+    """y of (carry, y_s) = step(carry, x_s [B, size, D], filled_s [B, size]), segment by segment.
+
+    Every document begins a segment, from `start`. No gradient goes further back than `bptt` segments through the carry;
+    None for no limit. A segment is computed again in the backward pass.
+    """
+    batch = x.shape[0]
+    ids = jnp.zeros(seen.shape, jnp.int32) if segments is None else in_order(segments)
+    rows = layout(seen, ids, documents=0 if segments is None else documents, align=size)
+
+    def cut(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+    def one(carry: Carry, given: tuple[Array, ...]) -> tuple[Carry, Array]:
+        number, x, filled, opens = given
+        if bptt is not None:
+            held = jax.tree.map(jax.lax.stop_gradient, carry)
+            carry = jax.tree.map(lambda a, b: jnp.where(number % bptt == 0, a, b), held, carry)
+        return step(where_row(opens, start, carry), x, filled)
+
+    opens = cut((rows.within == 0) & (rows.ids > 0))[:, :, 0]
+    given = jnp.arange(len(opens)), cut(rows.put(x)), cut(rows.filled), opens
+    _, y = jax.lax.scan(jax.checkpoint(one), start, given)
+    return rows.take(jnp.moveaxis(y, 0, 1).reshape(batch, -1, y.shape[-1]))
+
+
+def where_row(condition: Bool[Array, " b"], a: Any, b: Any) -> Any:
+    """a in the rows of the batch where the condition holds, b in the others."""
+    return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)
 
 
 def in_order(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:

@@ -12,7 +12,7 @@ from jaxattn.core.memory import MemoryState, memory_read, memory_scan
 from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.hybrid import Chain, Parallel
 from jaxattn.nn.learning import NeuralMemory
-from jaxattn.nn.packing import in_order, layout
+from jaxattn.nn.packing import scan_segments, where_row
 from jaxattn.nn.prefix import Prefixed
 from jaxattn.nn.recurrent import Past, Recurrent, segments_of
 from jaxattn.nn.sites import Recorder
@@ -106,7 +106,8 @@ class MemoryAsContext(nnx.Module):
         seen = jnp.broadcast_to(positions, (batch, length)) >= 0
         if state is None:
             seen = seen if segments is None else seen & (segments >= 0)
-            y = self._whole(x, seen, segments)
+            given: dict[str, Any] = {"size": self.segment, "documents": self.memory.documents}
+            y = scan_segments(self._segment, self._start(batch), x, seen, segments, **given)
         else:
             y, state = self._tokens(x, seen, state)
             state |= {"position": jnp.maximum(state["position"], jnp.broadcast_to(positions, seen.shape).max(-1) + 1)}
@@ -117,26 +118,8 @@ class MemoryAsContext(nnx.Module):
         memory, nothing = self._start(batch), jnp.zeros(batch, jnp.int32)
         return {"memory": memory, "before": memory, "keys": self._opened(batch), "count": nothing, "position": nothing}
 
-    def _whole(self, x, seen, segments):
-        """Segment by segment, each document in segments of its own."""
-        batch, size = x.shape[0], self.segment
-        ids = jnp.zeros(seen.shape, jnp.int32) if segments is None else in_order(segments)
-        documents = 0 if segments is None else self.memory.documents
-        rows = layout(seen, ids, documents=documents, align=size)
-        start = self._start(batch)
-
-        def cut(x: Array) -> Array:
-            return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
-
-        def one(memory: MemoryState, given: tuple[Array, ...]) -> tuple[MemoryState, Array]:
-            x, filled, opens = given
-            memory = _where(opens, start, memory)
-            y = self._attend(x, self._recall(x, memory), filled)
-            return self._learn(y, filled, memory)
-
-        opens = cut((rows.within == 0) & (rows.ids > 0))[:, :, 0]
-        _, y = jax.lax.scan(jax.checkpoint(one), start, (cut(rows.put(x)), cut(rows.filled), opens))
-        return rows.take(jnp.moveaxis(y, 0, 1).reshape(batch, -1, x.shape[-1]))
+    def _segment(self, memory: MemoryState, x: Float[Array, "b t d"], filled: Bool[Array, "b t"]) -> Any:
+        return self._learn(self._attend(x, self._recall(x, memory), filled), filled, memory)
 
     def _tokens(self, x, seen, state):
         """Token by token."""
@@ -146,14 +129,14 @@ class MemoryAsContext(nnx.Module):
             x, seen = given
             place = state["count"] % self.segment
             opens = place == 0
-            before, keys = _where(opens, state["memory"], state["before"]), _where(opens, opened, state["keys"])
+            before, keys = where_row(opens, state["memory"], state["before"]), where_row(opens, opened, state["keys"])
             h = self._recall(x[:, None], before)
             pair = jnp.concatenate([h, x[:, None]], 1)
             positions = jnp.where(seen[:, None], self.count + 2 * place[:, None] + jnp.arange(2), -1)
             y, keys, _ = self.attention(pair, positions=positions, state=keys)
             memory, out = self._learn(y[:, 1:], seen[:, None], state["memory"])
             after = {"memory": memory, "before": before, "keys": keys, "count": state["count"] + 1}
-            return _where(seen, after | {"position": state["position"]}, state), out[:, 0]
+            return where_row(seen, after | {"position": state["position"]}, state), out[:, 0]
 
         state, y = jax.lax.scan(one, state, (jnp.moveaxis(x, 1, 0), seen.T))
         return jnp.moveaxis(y, 0, 1), state
@@ -211,7 +194,3 @@ class MemoryAsContext(nnx.Module):
         )
         norm, gate_norm = self.norms
         return memory, norm(y) * nnx.sigmoid(gate_norm(self.memory.output(read, rest)))
-
-
-def _where(condition: Bool[Array, " b"], a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)
