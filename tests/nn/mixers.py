@@ -23,6 +23,22 @@ def run(mixer, x, positions=None, mask=None, state=None, record=()):
     return mixer(x, positions=positions, mask=mask, state=state, record=record)
 
 
+def alone(mixer, *documents):
+    """y of documents [t, D], at most B of them, that are rows of their own; one program for all lengths up to T."""
+    positions = np.full((B, T), -1)
+    x = np.zeros((B, T, D), np.float32)
+    for row, document in enumerate(documents):
+        x[row, : len(document)] = document
+        positions[row, : len(document)] = np.arange(len(document))
+    y, _, _ = run(mixer, jnp.asarray(x), positions=jnp.asarray(positions))
+    return [y[row, : len(document)] for row, document in enumerate(documents)]
+
+
+@nnx.jit(static_argnums=(1, 2))
+def start(mixer, batch, capacity):
+    return mixer.init_state(batch, capacity)
+
+
 def assert_close(actual, expected, factor=1000):
     """Within `factor` float32 roundings of the largest number: some tens of products, norms and solves in a row."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)

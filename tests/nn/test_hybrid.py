@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from mixers import B, D, N, T, X, assert_close, build, run
+from mixers import B, D, N, T, X, alone, assert_close, build, run, start
 
 from jaxattn import Causal, Documents, Sinks, Window, memory_scan, models, nn
 from jaxattn.core.position import rotary
@@ -25,11 +25,11 @@ SPECS = {
 @pytest.mark.parametrize("name", SPECS)
 def test_decoding_is_the_whole_pass_at_a_state_of_fixed_size(name):
     mixer = build(SPECS[name])
-    whole, _, _ = run(mixer, X)
+    whole = jnp.stack(alone(mixer, *X))
     lengths, places = jnp.array([4, 6]), jnp.arange(6)
-    state = mixer.init_state(B, 100)
-    shapes, of_more = ([x.shape for x in jax.tree.leaves(s)] for s in (state, mixer.init_state(B, 1000)))
-    assert shapes == of_more
+    state = start(mixer, B, 100)
+    longer = jax.eval_shape(lambda: mixer.init_state(B, 1000))
+    assert [x.shape for x in jax.tree.leaves(state)] == [x.shape for x in jax.tree.leaves(longer)]
     y, after, _ = run(mixer, X[:, :6], positions=jnp.where(places < lengths[:, None], places, -1), state=state)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert_close(y[0, :4], whole[0, :4])
@@ -49,11 +49,10 @@ def test_packed_documents_are_separate_runs_and_the_future_is_not_seen(name):
     mixer = build(SPECS[name])
     ids = jnp.array([[-1] + [3] * 3 + [5] * 7, [0] * 11])
     y, _, _ = run(mixer, X, mask=Documents(ids))
-    first, second = run(mixer, X[:1, 1:4])[0], run(mixer, X[:1, 4:])[0]
-    assert_close(y[0, 1:], jnp.concatenate([first, second], 1)[0])
-    whole = run(mixer, X)[0]
+    assert_close(y[0, 1:], jnp.concatenate(alone(mixer, X[0, 1:4], X[0, 4:])))
+    whole = jnp.stack(alone(mixer, *X))
     assert_close(y[1], whole[1])
-    changed = run(mixer, X.at[:, 6:].multiply(-2))[0]
+    changed = jnp.stack(alone(mixer, *X.at[:, 6:].multiply(-2)))
     np.testing.assert_array_equal(changed[:, :6], whole[:, :6])
     assert (changed[:, 6:] != whole[:, 6:]).any()
 
@@ -107,7 +106,7 @@ def test_memory_as_context_is_its_definition():
     """The second segment by hand: what the memory recalls after the first, attention, and what it then learns."""
     mixer = build(SPECS["memory as context"])
     size, count = 4, 2
-    whole = run(mixer, X)[0]
+    whole = jnp.stack(alone(mixer, *X))
     learned, per_token = None, mixer.memory
     persistent = jnp.broadcast_to(mixer.persistent[...], (B, count, D))
     for first in (0, size):

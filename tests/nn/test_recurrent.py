@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from mixers import B, D, N, T, X, assert_close, build, run
+from mixers import B, D, N, T, X, alone, assert_close, build, run, start
 
 from jaxattn import Causal, Documents, Huber, SoftmaxLink, TaylorFeatures, Window, models, nn
 from jaxattn.core.gate import (
@@ -52,10 +52,10 @@ SPECS = {
 def test_decoding_is_the_whole_pass_at_a_state_of_fixed_size(name):
     """A prompt with padding at the right, then one token at a time; a finished row gets padding and does not move."""
     mixer = build(SPECS[name])
-    whole, _, _ = run(mixer, X)
+    whole = jnp.stack(alone(mixer, *X))
     lengths = jnp.array([4, 6])
     places = jnp.arange(6)
-    state = mixer.init_state(B, 100)
+    state = start(mixer, B, 100)
     y, after, _ = run(mixer, X[:, :6], positions=jnp.where(places < lengths[:, None], places, -1), state=state)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert_close(y[0, :4], whole[0, :4])
@@ -76,11 +76,10 @@ def test_packed_documents_are_separate_runs_and_the_future_is_not_seen(name):
     ids = jnp.array([[3] * 4 + [5] * 7, [0] * 11])
     positions = jnp.array([[*range(4), *range(7)], [*range(11)]])
     y, _, _ = run(mixer, X, positions=positions, mask=Documents(ids))
-    first, second = run(mixer, X[:1, :4])[0], run(mixer, X[:1, 4:])[0]
-    assert_close(y[0], jnp.concatenate([first, second], 1)[0])
-    whole = run(mixer, X)[0]
+    assert_close(y[0], jnp.concatenate(alone(mixer, X[0, :4], X[0, 4:])))
+    whole = jnp.stack(alone(mixer, *X))
     assert_close(y[1], whole[1])
-    changed = run(mixer, X.at[:, 6:].multiply(-2))[0]
+    changed = jnp.stack(alone(mixer, *X.at[:, 6:].multiply(-2)))
     np.testing.assert_array_equal(changed[:, :6], whole[:, :6])
     assert (changed[:, 6:] != whole[:, 6:]).any()
 
@@ -99,7 +98,7 @@ def test_every_parameter_has_a_gradient(name):
 def test_states_keep_their_types_in_bfloat16(name):
     """So that they can be carried by a loop; the memory stays float32."""
     mixer = SPECS[name].build(D, jnp.bfloat16, nnx.Rngs(0))
-    state = mixer.init_state(B, 9)
+    state = start(mixer, B, 9)
     x = X.astype(jnp.bfloat16)
     y, after = jax.eval_shape(lambda x, state: mixer(x, state=state)[:2], x, state)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
