@@ -119,7 +119,10 @@ class Curves:
 
     @staticmethod
     def draw(seeds: Sequence[Curves]) -> Figure:
-        """The mean of each line over the seeds, in a band from the smallest to the largest."""
+        """The mean of each line over the seeds, in a band from the smallest to the largest.
+
+        A line of one point has its name beside it, the others in the legend.
+        """
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes, first = figure.subplots(), seeds[0]
         for number, name in enumerate(dict.fromkeys(name for seed in seeds for name in seed.lines)):
@@ -131,7 +134,13 @@ class Curves:
             xs = sorted(at)
             colour, style = COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
             means = [sum(at[x]) / len(at[x]) for x in xs]
-            axes.plot(xs, means, color=colour, linestyle=style, marker="o", markersize=3, label=name)
+            alone = len(xs) == 1
+            label = f"_{name}" if alone else name
+            axes.plot(xs, means, color=colour, linestyle=style, marker="o", markersize=3, label=label)
+            if alone:
+                axes.vlines(xs, min(at[xs[0]]), max(at[xs[0]]), color=colour, lw=1)
+                axes.annotate(name, (xs[0], means[0]), (3, 3), textcoords="offset points", fontsize="x-small")
+                continue
             axes.fill_between(xs, [min(at[x]) for x in xs], [max(at[x]) for x in xs], color=colour, alpha=0.15, lw=0)
         axes.set(xlabel=first.x, ylabel=first.y)
         axes.set_xscale("log" if "x" in first.log else "linear")
@@ -139,7 +148,8 @@ class Curves:
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        axes.legend(frameon=False, fontsize="small")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize="small")
         return figure
 
 

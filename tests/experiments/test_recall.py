@@ -8,12 +8,13 @@ import signal
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from rich.console import Console
 
 from experiments import recall, report, runner
 from experiments.recall import CLAIMS, MIXERS, QUICK, Config
+from jaxattn.train import next_token_loss
 
+MEASURED = [25, 50, 75, 100, 125, 150]
 SIZES = {"pairs": 5, "length": 32, "keys": 9, "values": 6, "power": 0.01}
 
 
@@ -83,34 +84,49 @@ def test_the_convolution_sees_the_token_before_and_no_later_one():
     assert changed[9:].all()
 
 
-def test_linear_mixers_are_causal_and_read_normalised_rows():
-    module = MIXERS["Taylor"].spec.build(32, None, nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (1, 6, 32))
-    y, _, _ = module(x)
-    changed = np.abs(np.asarray(module(x.at[0, 3].add(1.0))[0] - y)).max(-1)[0] > 0
-    assert changed.tolist() == [False] * 3 + [True] * 3
-    # The first row reads its own value alone: out = W_o v_0.
-    np.testing.assert_allclose(y[0, 0], module.out(module.value(x))[0, 0], rtol=1e-4, atol=1e-5)
+def test_who_knows_the_pairs_scores_one(batch):
+    """Logits that look each token up among the pairs are right wherever they are asked, and chance is not."""
+    pairs = {int(k): int(v) for k, v in zip(batch["tokens"][0, 0:10:2], batch["tokens"][0, 1:10:2], strict=True)}
+    answers = np.array([pairs.get(int(token), 0) for token in batch["tokens"][0]])
+    first = {name: array[:1] for name, array in batch.items()}
+    for guess, score in ((answers, 1.0), (np.roll(answers, 1), 0.0)):
+        _, sums = next_token_loss(jax.nn.one_hot(guess[None], 16), first)
+        assert sums["correct"] / sums["weight"] == score
 
 
-def test_the_state_of_a_linear_mixer_is_features_by_values_and_their_total():
-    """Two layers of two heads: 1 + 16 + 136 features, or 16, by 32 values and 1."""
-    assert recall.state_size(Config(), MIXERS["Taylor"]) == 2 * 2 * 153 * 33
-    assert recall.state_size(Config(), MIXERS["Taylor 4"]) == 2 * 2 * 15 * 33
-    assert recall.state_size(Config(), MIXERS["elu+1"]) == 2 * 2 * 16 * 33
+def test_the_state_of_a_recurrence_is_its_memory_and_what_its_convolution_needs():
+    """Two layers of two heads: features (1 + 16 + 136 of Taylor, one per channel of elu + 1) by 32 values and their
+    total; the last two inputs of a convolution of q, k and v."""
+
+    def convolution(key_dim):
+        return 2 * 2 * (2 * 2 * key_dim + 64)
+
+    for name, features, key_dim in (("Taylor", 153, 16), ("Taylor 4", 15, 4), ("elu+1", 16, 16), ("elu+1 32", 32, 32)):
+        assert recall.state_size(Config(), MIXERS[name]) == 2 * 2 * features * 33 + convolution(key_dim)
+    assert recall.state_size(Config(), MIXERS["DeltaNet"]) == 2 * 2 * 16 * 32 + convolution(16)
+    # Latte has a running total for each latent beside its 32 values.
+    assert recall.state_size(Config(), MIXERS["Latte"]) == 2 * 2 * 16 * 33 + convolution(16)
+    # RWKV-7 keeps the last token instead.
+    assert recall.state_size(Config(), MIXERS["RWKV-7"]) == 2 * (2 * 32 * 32 + 64)
 
 
-def test_the_state_of_attention_is_its_keys_and_values():
+def test_the_state_of_attention_is_its_keys_and_values_and_what_its_convolution_needs():
     config = Config()
-    assert recall.state_size(config, MIXERS["softmax"]) == 2 * 2 * config.length * config.width
-    assert recall.state_size(config, MIXERS["window 8"]) == 2 * 2 * 8 * config.width
+    assert recall.state_size(config, MIXERS["softmax"]) == 2 * 2 * config.width * config.length + 2 * 2 * 3 * 64
+    assert recall.state_size(config, MIXERS["window 8"]) == 2 * 2 * config.width * 8 + 2 * 2 * 3 * 64
+
+
+def test_the_claims_can_be_judged_by_what_a_run_of_their_mixers_measures():
+    measured = {f"{name}: {what}" for name in Config().mixers for what in ("accuracy", "steps to 95 percent")}
+    measured |= {name for name, pair in recall.DIFFERENCES.items() if set(pair) <= set(Config().mixers)}
+    assert {claim.number for claim in CLAIMS} <= measured
 
 
 def test_softmax_attention_learns_to_recall(quick):
     assert quick.numbers["softmax: accuracy"] >= 0.95
     assert quick.numbers["softmax: steps to 95 percent"] <= QUICK.steps
     assert quick.numbers["window 8: accuracy"] is None
-    assert [step for step, _ in quick.figures["Accuracy against step"].lines["softmax"]] == [25, 50, 75, 100]
+    assert [step for step, _ in quick.figures["Accuracy against step"].lines["softmax"]] == MEASURED
 
 
 def test_its_claims_are_judged_and_its_result_is_kept(quick):
@@ -133,7 +149,7 @@ def test_a_run_that_is_stopped_keeps_no_result_and_goes_on_from_its_checkpoint(t
     kept = [int(folder.name) for folder in (tmp_path / "softmax" / "checkpoints").iterdir() if folder.is_dir()]
     assert kept == [75]
     resumed = recall.run(QUICK, 0, tmp_path, Console(quiet=True))
-    assert [step for step, _ in resumed.figures["Accuracy against step"].lines["softmax"]] == [25, 50, 75, 100]
+    assert [step for step, _ in resumed.figures["Accuracy against step"].lines["softmax"]] == MEASURED
 
 
 def test_an_unknown_mixer_is_named(tmp_path):

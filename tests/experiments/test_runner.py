@@ -170,6 +170,15 @@ def test_a_figure_is_the_mean_over_seeds_in_the_band_of_all():
     assert (band[:, 1].min(), band[:, 1].max()) == (1, 6)
 
 
+def test_a_point_alone_has_its_name_beside_it_and_its_seeds_on_a_line():
+    figure = Curves.draw([Curves("x", "y", {"a": [(2, y)], "b": [(1, 0.0), (2, 0.0)]}) for y in (1.0, 3.0)])
+    axes = figure.axes[0]
+    assert [(text.get_text(), *text.xy) for text in axes.texts] == [("a", 2, 2)]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["b"]
+    np.testing.assert_allclose(axes.collections[0].get_segments(), [[[2, 1], [2, 3]]])
+    assert Curves.draw([Curves("x", "y", {"a": [(2, 1.0)]})]).axes[0].get_legend() is None
+
+
 def test_points_that_could_not_be_measured_are_left_out():
     figure = Curves.draw([Curves("x", "y", {"a": [(1, 1.0), (2, y)]}) for y in (None, 4.0)])
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), [[1, 1], [2, 4]])

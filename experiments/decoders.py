@@ -1,0 +1,86 @@
+"""Trains the small decoders of the experiments: layers of one mixer, on sequences that are drawn in the step."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from rich.console import Console
+
+from jaxattn import models
+from jaxattn.train import Drawn, OptimizerConfig, TrainConfig, fit, make_optimizer, next_token_loss
+from jaxattn.train.loop import Result
+
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=0.0)
+
+
+def build(
+    mixer: models.Mixer,
+    *,
+    vocabulary: int,
+    length: int,
+    width: int,
+    layers: int,
+    seed: int,
+    feed_forward: models.FeedForward | None = None,
+) -> models.Decoder:
+    """A decoder of `layers` layers, each of the mixer and a feed-forward block, by default of twice the width."""
+    layer = models.Layer(mixer, feed_forward or models.FeedForward(hidden=2 * width, kind="gelu"))
+    config = models.DecoderConfig(vocabulary, length, width, [layer] * layers, tied=False)
+    return models.Decoder(config, rngs=nnx.Rngs(seed))
+
+
+def train(
+    model: models.Decoder,
+    source: Drawn,
+    *,
+    steps: int,
+    batch_size: int,
+    eval_every: int,
+    eval_batches: int,
+    optimizer: OptimizerConfig,
+    seed: int,
+    run_config: Mapping[str, Any],
+    folder: Path,
+    console: Console,
+) -> tuple[models.Decoder, Result]:
+    """(the trained model, what `fit` says of the run), measured on further batches of the same source.
+
+    Raises KeyboardInterrupt if it was stopped: it goes on from its checkpoint when called again.
+    """
+    graph, params, *rest = nnx.split(model, nnx.Param, ...)
+
+    def loss_fn(params, batch, key):
+        logits, *_ = nnx.merge(graph, params, *rest)(batch["tokens"])
+        total, sums = next_token_loss(logits, batch)
+        return total, {name: sums[name] for name in ("weight", "correct")}
+
+    result = fit(
+        loss_fn=loss_fn,
+        params=params,
+        optimizer=make_optimizer(optimizer, steps),
+        train_data=source,
+        validation_data=source,
+        config=TrainConfig(
+            steps=steps,
+            batch_size=batch_size,
+            eval_every=eval_every,
+            eval_batches=eval_batches,
+            save_every=4 * eval_every,
+            keep=2,
+            log_every=eval_every,
+            seed=seed,
+        ),
+        run_config=run_config,
+        folder=folder,
+        console=console,
+    )
+    if not result.complete:
+        raise KeyboardInterrupt
+    return nnx.merge(graph, result.params, *rest), result
+
+
+def measured(result: Result, name: str) -> list[tuple[float, float]]:
+    """(step, value) of a metric at every measurement, such as `correct` and `loss`."""
+    name = f"validation_{name}"
+    return [(line["step"], line[name]) for line in result.history if name in line]
