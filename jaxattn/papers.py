@@ -329,7 +329,7 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2410.11135",
         ("jaxattn.nn.mimetic_initialization",),
-        (RECURRENT,),
+        (RECURRENT, "copying"),
         "of Mamba-2: hardly any decay, steps of 1, equal queries and keys",
     ),
     Paper(
@@ -386,6 +386,7 @@ PAPERS: tuple[Paper, ...] = (
         (
             RECURRENT,
             DOCS,
+            "recall",
         ),
         "causal, as a memory with per-channel decay, over all tokens, and with a window as one more latent",
     ),
@@ -532,6 +533,7 @@ PAPERS: tuple[Paper, ...] = (
         (
             RECURRENT,
             MEMORIES,
+            "extrapolation",
         ),
         "constant decay per head, without the rescaling of its scores",
     ),
@@ -545,6 +547,7 @@ PAPERS: tuple[Paper, ...] = (
         (
             RECURRENT,
             MEMORIES,
+            "extrapolation",
         ),
         "decay per channel, in chunks that never overflow",
     ),
@@ -610,6 +613,7 @@ PAPERS: tuple[Paper, ...] = (
         (
             RECURRENT,
             MEMORIES,
+            "recall",
         ),
         "the delta rule, solved within chunks",
     ),
@@ -626,6 +630,7 @@ PAPERS: tuple[Paper, ...] = (
         (
             RECURRENT,
             MEMORIES,
+            "extrapolation",
         ),
         "the delta rule after a decay per head",
     ),
@@ -694,7 +699,7 @@ PAPERS: tuple[Paper, ...] = (
         2022,
         None,
         ("jaxattn.Alibi",),
-        (REDUCTIONS, "tests/core/test_agreement.py"),
+        (REDUCTIONS, "tests/core/test_agreement.py", "extrapolation"),
         "a bias linear in distance",
     ),
     Paper(
