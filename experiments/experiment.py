@@ -139,7 +139,9 @@ class Curves:
             axes.plot(xs, means, color=colour, linestyle=style, marker="o", markersize=3, label=label)
             if alone:
                 axes.vlines(xs, min(at[xs[0]]), max(at[xs[0]]), color=colour, lw=1)
-                axes.annotate(name, (xs[0], means[0]), (3, 3), textcoords="offset points", fontsize="x-small")
+                turn = 35 if number % 2 else -35  # the names of neighbours go apart
+                text = axes.annotate(name, (xs[0], means[0]), (4, 0), textcoords="offset points", fontsize="x-small")
+                text.set(rotation=turn, rotation_mode="anchor", verticalalignment="bottom" if turn > 0 else "top")
                 continue
             axes.fill_between(xs, [min(at[x]) for x in xs], [max(at[x]) for x in xs], color=colour, alpha=0.15, lw=0)
         axes.set(xlabel=first.x, ylabel=first.y)
