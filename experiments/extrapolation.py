@@ -86,7 +86,7 @@ def _keeps(mixer: str, paper: str) -> Claim:
 
 CLAIMS = (
     Claim(
-        "Attention with rotary positions does not: it loses 0.1 nats more, or worse.",
+        "Attention with rotary positions does not keep it: it loses 0.1 nats per token more at 8 times the length.",
         paper="alibi",
         number="rotary: loss grown at 8 times the length",
         confirmed=at_least(0.1),
