@@ -77,7 +77,7 @@ QUICK = Config(
     width=32,
     heads=2,
     state=32,
-    steps=75,
+    steps=100,
     eval_every=25,
 )
 

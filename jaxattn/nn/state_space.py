@@ -119,14 +119,13 @@ class Mamba2(nnx.Module):
 def mimetic_initialization(mechanism: Mamba2, decay: float = 1e-3, step: float = 1.0) -> None:
     """Makes a state-space mechanism start near causal linear attention of its input with itself, in place.
 
-    e^a = `decay` (almost nothing is forgotten), Δ = `step` for every input, and W_C = W_B with the same convolution, so
-    that equal inputs attend to each other. Copying and recall are then learned in fewer steps (Mimetic initialization
-    helps state space models learn to recall, 2024); use it in some of the layers.
+    e^a = `decay` (almost nothing is forgotten), Δ = `step` for every input, and W_C = W_B, so that equal inputs attend
+    to each other. The convolutions of B and C stay apart: with equal ones copying was learned far more slowly. Copying
+    and recall are then learned in fewer steps (Mimetic initialization helps state space models learn to recall, 2024);
+    use it in some of the layers.
     """
     mechanism.a_log[...] = jnp.full_like(mechanism.a_log[...], jnp.log(decay))
     mechanism.step.kernel[...] = jnp.zeros_like(mechanism.step.kernel[...])
     mechanism.step_bias[...] = jnp.full_like(mechanism.step_bias[...], inverse_softplus(step))
-    project = mechanism.project
-    project.linear["query"].kernel[...] = project.linear["key"].kernel[...]
-    if project.convolution:
-        project.convolution["query"].weight[...] = project.convolution["key"].weight[...]
+    linear = mechanism.project.linear
+    linear["query"].kernel[...] = linear["key"].kernel[...]

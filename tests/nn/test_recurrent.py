@@ -220,8 +220,8 @@ def test_mamba2_is_its_recurrence():
 
 
 def test_mimetic_initialization_is_linear_attention_of_the_tokens_with_themselves():
-    """A_ij = b_i · b_j but for decays of 1e−3 per token; at the start, not after noise."""
-    mixer = SPECS["mimetic"].build(D, jnp.float32, nnx.Rngs(0))
+    """A_ij = b_i · b_j but for decays of 1e−3 per token; at the start, not after noise, and before convolutions."""
+    mixer = dataclasses.replace(SPECS["mimetic"], convolution=0).build(D, jnp.float32, nnx.Rngs(0))
     _, _, records = run(mixer, X, record=("weights", "k", "q"))
     np.testing.assert_array_equal(records["q"], records["k"])
     key = np.asarray(records["k"], np.float64)[:, :, 0]
