@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxattn.core.mask import Causal, Mask, Sinks, Window
-from jaxattn.core.memory import MemoryState, memory_read, memory_scan
+from jaxattn.core.memory import MemoryState, memory_read
 from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.hybrid import Chain, Parallel
 from jaxattn.nn.learning import NeuralMemory
@@ -178,19 +178,6 @@ class MemoryAsContext(nnx.Module):
     def _learn(self, y: Float[Array, "b t d"], seen: Bool[Array, "b t"], memory: MemoryState | None) -> Any:
         """(the memory after y was written, what comes out)."""
         inputs, rest = self._inputs(y, seen)
-        read, memory = memory_scan(
-            inputs.memory,
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            rate=inputs.rate,
-            log_decay=inputs.log_decay,
-            log_momentum=inputs.log_momentum,
-            loss=inputs.loss,
-            link=inputs.link,
-            inner_batch=inputs.inner_batch,
-            state=memory,
-            lengths=seen.sum(-1),
-        )
+        read, memory = inputs.run(memory, seen, None, None)
         norm, gate_norm = self.norms
         return memory, norm(y) * nnx.sigmoid(gate_norm(self.memory.output(read, rest)))
