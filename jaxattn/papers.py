@@ -309,7 +309,7 @@ PAPERS: tuple[Paper, ...] = (
             "jaxattn.models.linearize",
             "jaxattn.models.matching_loss",
         ),
-        ("tests/core/test_feature.py", "tests/models/test_convert.py", "feature_maps"),
+        ("tests/core/test_feature.py", "tests/models/test_convert.py", "feature_maps", "conversion"),
         "learned features, their distillation from softmax, and the conversion of a trained decoder",
     ),
     Paper(
