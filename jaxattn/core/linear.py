@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxattn.core.parts import check_range, check_segments, ratio
-from jaxattn.core.recurrence import CHUNK, Delta, Erase, Read, StateMap, Tokens, chunks, combine, cut, maps, steps
+from jaxattn.core.recurrence import CHUNK, Delta, Erase, Read, StateMap, Tokens, chunks, steps, tree, whole_map
 from jaxattn.core.score import accumulator, product
 
 Form = Literal["auto", "parallel", "chunk", "step", "associative"]
@@ -184,19 +184,22 @@ def _attention(given: _Given, read: Read, form: Form, chunk: int) -> tuple[Array
     if form == "step":
         memory, out = steps(tokens, memory, read)
     else:
-        memory, out = chunks(tokens, memory, read, chunk, form == "associative")
+        memory, out = (tree if form == "associative" else chunks)(tokens, memory, read, chunk)
     if read == "all":
-        out = product(tokens.query.astype(memory.dtype)[..., None, :], memory[..., None, :, :, :, :])[..., 0, :]
+        out = product(tokens.query.astype(memory.dtype)[..., None, :], memory[..., None, :, :, :])[..., 0, :]
+    if heads > memory.shape[-3]:
+        out = jnp.moveaxis(out, 0, -2)
     out = out.reshape(*given.query.shape[:-2], heads, given.value.shape[-1])
-    return out.astype(given.value.dtype), LinearState(memory[..., 0, :, :], segment)
+    memory = memory.reshape(*segment.shape, *memory.shape[-3:])
+    return out.astype(given.value.dtype), LinearState(memory, segment)
 
 
 @partial(jax.jit, static_argnums=1)
 def _state_map(given: _Given, chunk: int) -> StateMap:
     tokens, *_ = _prepare(given, "post")
-    leaves = maps(jax.tree.map(partial(cut, size=chunk), tokens), "post").leaves
-    whole = jax.tree.map(lambda x: x[-1], jax.lax.associative_scan(combine, leaves))
-    return jax.tree.map(lambda x: x.squeeze(-2 if x.ndim < whole.add.ndim else -3), whole)
+    whole = whole_map(tokens, chunk)
+    batch = given.key.shape[:-3]
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[x.ndim - whole.add.ndim - 3 :]), whole)
 
 
 def _prepare(given: _Given, read: Read) -> tuple[Tokens, Array, Array, int]:
@@ -228,18 +231,22 @@ def _prepare(given: _Given, read: Read) -> tuple[Tokens, Array, Array, int]:
         if isinstance(erase, Erase):
             erase = Erase(jnp.where(starts, 0, erase.read), erase.write)
 
+    # A batch of one is none: axes of size 1 have XLA copy what only changes places with them.
+    batch = () if math.prod(batch) == 1 else batch
+
     def per_state(x: Array) -> Array:
-        return (x if x.shape[-2] == 1 else _repeat(x, states))[..., None, :]
+        x = x.reshape(*batch, *x.shape[-3:])
+        return x if x.shape[-2] == 1 else _repeat(x, states)
 
     def per_query(x: Array) -> Array:
-        if x.shape[-2] < heads:
+        if x.shape[-2] < heads or heads == states:
             return per_state(x)
-        return x.reshape(*x.shape[:-2], states, heads // states, x.shape[-1])
+        return jnp.moveaxis(x.reshape(*batch, length, states, heads // states, x.shape[-1]), -2, 0)
 
     key, value, log_decay, erase = jax.tree.map(per_state, (key, value, log_decay, erase))
     query, bonus = jax.tree.map(per_query, (query, bonus))
-    shape = (*batch, states, 1, channels, value.shape[-1])
-    memory = jnp.zeros(shape, dtype) if state is None else state.memory[..., None, :, :].astype(dtype)
+    shape = (*batch, states, channels, value.shape[-1])
+    memory = jnp.zeros(shape, dtype) if state is None else state.memory.reshape(shape).astype(dtype)
     return Tokens(query, key, value, log_decay, erase, bonus), memory, segment, heads
 
 

@@ -1,7 +1,7 @@
 """The recurrence of linear attention in its forms: token by token, and as chunks that are affine maps of the state.
 
 A chunk of tokens is an affine map of the state it starts from, both in what it reads and in the state it leaves. So
-every form but `steps` is the same chunks: one of them (parallel), a scan over their maps (chunk), a tree of them
+every form but `steps` is the same chunks: one of them (parallel), a scan over them (chunk), a tree over their maps
 (associative).
 """
 
@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxattn.core.decay import decay_matrix, decayed_scores, ends, unit_lower_inverse
+from jaxattn.core.decay import MILD, ChannelDecay, Decay, HeadDecay, MildDecay, NoDecay, heads, unit_lower_inverse
 from jaxattn.core.parts import part
 from jaxattn.core.score import accumulator, product
 
 Read = Literal["post", "pre", "all"]
 
 CHUNK = 32  # tokens
-SPAN = 8  # chunks worked on at once; the state is kept for the backward pass once per span
+SMALL = 8  # tokens of the smaller chunks that a chunk is cut into where its channels forget much
 
 
 @part
@@ -90,7 +90,7 @@ def _diagonal(entries: Float[Array, "... k"]) -> Float[Array, "... k k"]:
 
 
 class Tokens(NamedTuple):
-    """Tokens of a call: query [..., T, M, R, K] for R queries of each state, others [..., T, M or 1, 1, K, V or 1]."""
+    """Tokens of a call: [..., T, M, X], or M = 1 where heads share; R queries of each state are the first axis."""
 
     query: Array
     key: Array
@@ -100,16 +100,8 @@ class Tokens(NamedTuple):
     bonus: Array | None  # Σ_k bonus_k query_k key_k
 
 
-class _Chunk(NamedTuple):
-    """A chunk as an affine map of the state S it starts from: it reads own + inflow S, and leaves leaves(S)."""
-
-    own: Float[Array, "... c v"]
-    inflow: Float[Array, "... c k"]
-    leaves: StateMap
-
-
 def steps(tokens: Tokens, memory: Array, read: Read) -> tuple[Array, Array]:
-    """The definition, token by token."""
+    """(last state, what tokens read), by the definition, token by token."""
 
     def step(memory: Array, token: Tokens) -> tuple[Array, Array]:
         query, key, value, log_decay, erase, bonus = jax.tree.map(lambda x: x.astype(memory.dtype)[..., None, :], token)
@@ -124,99 +116,111 @@ def steps(tokens: Tokens, memory: Array, read: Read) -> tuple[Array, Array]:
         out = product(query, before if read == "pre" else memory)
         return memory, (out if bonus is None else out + bonus * value)[..., 0, :]
 
-    memory, out = jax.lax.scan(step, memory, jax.tree.map(lambda x: jnp.moveaxis(x, -4, 0), tokens))
-    return memory, jnp.moveaxis(out, 0, -4)
+    memory, out = jax.lax.scan(step, memory, jax.tree.map(lambda x: jnp.moveaxis(x, -3, 0), tokens))
+    return memory, jnp.moveaxis(out, 0, -3)
 
 
-def chunks(tokens: Tokens, memory: Array, read: Read, chunk: int, associative: bool) -> tuple[Array, Array]:
-    """Spans of chunks: all of a span but the state is worked out at once. A span is recomputed in the backward pass, so
-    what is kept is the tokens and one state per span."""
-    length = tokens.key.shape[-4]
-    count = -(-length // chunk)
-    spans = 1 if associative else -(-count // SPAN)
+def chunks(tokens: Tokens, memory: Array, read: Read, size: int) -> tuple[Array, Array]:
+    """The same, by a scan over chunks of `size` tokens. Each is worked out again in the backward pass, so what is kept
+    is the tokens and one state per chunk."""
 
-    def span(memory: Array, tokens: Tokens) -> tuple[Array, Array]:
-        own, inflow, leaves = maps(jax.tree.map(partial(cut, size=chunk), tokens), read)
-        if associative:
-            after = jax.lax.associative_scan(combine, leaves)(memory)
-            starts, memory = jnp.concatenate([memory[None], after[:-1]]), after[-1]
-        else:
-            memory, starts = jax.lax.scan(lambda memory, leaves: (leaves(memory), memory), memory, leaves)
-        return memory, _uncut(own + product(inflow, starts))
+    @partial(jax.checkpoint, prevent_cse=False)
+    def chunk(memory: Array, given: _Chunk) -> tuple[Array, Array]:
+        return _walk(given, memory, read)
 
-    if spans == 1:
-        memory, out = span(memory, tokens)
-    else:
-        size = -(-count // spans) * chunk
-        by_span = jax.tree.map(lambda x: jnp.moveaxis(_blocks(x, size), -5, 0), tokens)
-        memory, out = jax.lax.scan(jax.checkpoint(span), memory, by_span)
-        out = jnp.moveaxis(out, 0, -5)
-        out = out.reshape(*out.shape[:-5], -1, *out.shape[-3:])
-    return memory, out[..., :length, :, :, :]
+    memory, out = jax.lax.scan(chunk, memory, _cut(tokens, size))
+    return memory, _joined(out, tokens)
 
 
-def _blocks(x: Float[Array, "... t m r x"], size: int) -> Float[Array, "... blocks size m r x"]:
-    """Time cut into blocks; what is missing in the last is filled with zeros, tokens that do nothing."""
-    missing = -x.shape[-4] % size
-    if missing:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 4) + [(0, missing)] + [(0, 0)] * 3)
-    return x.reshape(*x.shape[:-4], -1, size, *x.shape[-3:])
+def tree(tokens: Tokens, memory: Array, read: Read, size: int) -> tuple[Array, Array]:
+    """The same, for all chunks at once, from the states that a tree over their maps finds."""
+    given = _cut(tokens, size)
+    after = jax.lax.associative_scan(combine, _maps(given))(memory)
+    _, out = _walk(given, jnp.concatenate([memory[None], after[:-1]]), read)
+    return after[-1], _joined(out, tokens)
 
 
-def cut(x: Float[Array, "... t m r x"], size: int) -> Float[Array, "chunks ... m r size x"]:
-    return jnp.moveaxis(jnp.moveaxis(_blocks(x, size), -4, -2), -5, 0)
+def whole_map(tokens: Tokens, size: int) -> StateMap:
+    """What all tokens do to the state, by the same tree."""
+    return jax.tree.map(lambda x: x[-1], jax.lax.associative_scan(combine, _maps(_cut(tokens, size))))
 
 
-def _uncut(x: Float[Array, "chunks ... m r size x"]) -> Float[Array, "... t m r x"]:
-    x = jnp.moveaxis(jnp.moveaxis(x, 0, -5), -2, -4)
-    return x.reshape(*x.shape[:-5], -1, *x.shape[-3:])
+class _Chunk(NamedTuple):
+    """Chunks of tokens, and which forget little enough for `MildDecay`; None where no channel decays by itself."""
+
+    tokens: Tokens
+    mild: Array | None
 
 
-def maps(tokens: Tokens, read: Read) -> _Chunk:
-    """Each chunk as an affine map of the state it starts from."""
+def _cut(tokens: Tokens, size: int) -> _Chunk:
+    """Time cut into chunks, [chunks, ..., C, M, X]; what is missing is filled with zeros, tokens that do nothing."""
+
+    def cut(x: Array) -> Array:
+        *batch, length, states, width = x.shape
+        if missing := -length % size:
+            x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, missing)] + [(0, 0)] * 2)
+        return jnp.moveaxis(x.reshape(*batch, -1, size, states, width), -4, 0)
+
+    cuts = jax.tree.map(cut, tokens)
+    if (decay := cuts.log_decay) is None or decay.shape[-1] == 1:
+        return _Chunk(cuts, None)
+    # Asked once for all chunks, for the shards of a batch have to agree.
+    total = decay.astype(jnp.float32).sum(-3)
+    return _Chunk(cuts, total.min(tuple(range(1, total.ndim))) >= -MILD)
+
+
+def _joined(out: Float[Array, "chunks ... c m v"], tokens: Tokens) -> Float[Array, "... t m v"]:
+    out = jnp.moveaxis(out, 0, -4)
+    return out.reshape(*out.shape[:-4], -1, *out.shape[-2:])[..., : tokens.key.shape[-3], :, :]
+
+
+def _maps(given: _Chunk) -> StateMap:
+    """What each chunk does to the state. With an erasure, of a state [0, I] and with values [v, 0] it leaves
+    [add, through]."""
+    tokens = given.tokens
+    key, value, log_decay, erase = tokens.key, tokens.value, tokens.log_decay, tokens.erase
     dtype = accumulator(*jax.tree.leaves(tokens))
-    query, key, value, log_decay, erase, bonus = jax.tree.map(lambda x: x.astype(dtype), tokens)
-    before = read == "pre"
-    kept, after = (None, None) if log_decay is None else ends(log_decay)
-    matrix = None if log_decay is None or log_decay.shape[-1] > 1 else decay_matrix(log_decay)
-
-    def scores(rows: Array, columns: Array, before: bool = False) -> Array:
-        if before:  # what row i sees before its token is what it would see after token i − 1
-            earlier = jnp.concatenate([rows[..., 1:, :], rows[..., :1, :]], -2)
-            return _after(scores(earlier, columns), 0.0)
-        if log_decay is not None and matrix is None:
-            return decayed_scores(rows, columns, log_decay)
-        plain = product(rows, columns.swapaxes(-1, -2))
-        return jnp.tril(plain) if matrix is None else plain * matrix
-
-    def inflow(rows: Array, before: bool = False) -> Array:
-        return rows if kept is None else rows * (_after(kept, 1.0) if before else kept)
-
-    def outflow(columns: Array) -> Array:
-        return (columns if after is None else columns * after).swapaxes(-1, -2)
-
-    # What is written: columns [C, K], the values that go there [C, V], and what those take from the state [C, K].
-    writes: list[tuple[Array, Array, Array | None]] = [(key, value, None)]
-    if isinstance(erase, Delta):
-        solved = unit_lower_inverse(erase.beta * scores(key, key))
-        solved = solved * erase.beta.swapaxes(-1, -2)
-        writes = [(key, product(solved, value), -product(solved, inflow(key)))]
-    elif isinstance(erase, Erase):
-        solved = unit_lower_inverse(-scores(erase.read, erase.write, True))
-        erased = product(solved, product(scores(erase.read, key, True), value))
-        writes.append((erase.write, erased, product(solved, inflow(erase.read, True))))
-
-    weights, out = [[f(columns) for columns, _, _ in writes] for f in (partial(scores, query, before=before), outflow)]
-    own = jnp.zeros((), dtype) if bonus is None else bonus * value
-    own = sum((product(a, values) for a, (_, values, _) in zip(weights, writes, strict=True)), own)
-    add = sum((product(a, values) for a, (_, values, _) in zip(out, writes, strict=True)), jnp.zeros((), dtype))
-    into = inflow(query, before)
-    through = jnp.broadcast_to(1.0 if kept is None else kept[..., -1, :], add.shape[:-1]).astype(dtype)
-    if (taken := writes[-1][-1]) is not None:
-        into, through = into + product(weights[-1], taken), _diagonal(through) + product(out[-1], taken)
-    return _Chunk(own, into, StateMap(through, add))
+    states = max(x.shape[-2] for x in jax.tree.leaves((key, value, log_decay, erase)))
+    channels, width = key.shape[-1], value.shape[-1]
+    shape = (*key.shape[:-3], states, channels)
+    if erase is None:
+        add, _ = _walk(given, jnp.zeros((*shape, width), dtype), "post")
+        kept = 1.0 if log_decay is None else jnp.exp(log_decay.astype(dtype).sum(-3))
+        return StateMap(jnp.broadcast_to(kept, shape).astype(dtype), add)
+    start = jnp.broadcast_to(jnp.eye(channels, width + channels, width, dtype), (*shape, width + channels))
+    nothing = jnp.zeros((*value.shape[:-1], channels), value.dtype)
+    tokens = tokens._replace(value=jnp.concatenate([value, nothing], -1), bonus=None)
+    after, _ = _walk(given._replace(tokens=tokens), start, "post")
+    return StateMap(after[..., width:], after[..., :width])
 
 
-def _after(x: Float[Array, "... t x"], first: float) -> Float[Array, "... t x"]:
-    """x a row later, the first row filled."""
-    return jnp.concatenate([jnp.full_like(x[..., :1, :], first), x[..., :-1, :]], -2)
+def _walk(given: _Chunk, memory: Array, read: Read) -> tuple[Array, Array]:
+    """(state after a chunk, what its tokens read), from the state it starts from [..., M, K, V]."""
+    tokens = given.tokens
+    if tokens.log_decay is None:
+        return _pass(NoDecay, read, tokens, memory)
+    if given.mild is None:
+        return _pass(HeadDecay, read, tokens, memory)
+    small = tokens.key.shape[-3] <= SMALL
+    strong = partial(_pass, ChannelDecay, read) if small else partial(chunks, read=read, size=SMALL)
+    return jax.lax.cond(given.mild.all(), partial(_pass, MildDecay, read), strong, tokens, memory)
+
+
+def _pass(kind: type[Decay], read: Read, tokens: Tokens, memory: Array) -> tuple[Array, Array]:
+    tokens = jax.tree.map(lambda x: x.astype(memory.dtype), tokens)
+    decay, before = kind.of(tokens.log_decay), read == "pre"
+    query, key, value = decay.rows(tokens.query, before), decay.columns(tokens.key), heads(tokens.value)
+    writes = [(key, value)]
+    if isinstance(tokens.erase, Delta):
+        beta, row = heads(tokens.erase.beta), decay.rows(tokens.key)
+        error = beta * (value - product(row.state, memory))
+        writes = [(key, product(unit_lower_inverse(beta * decay.scores(row, key)), error))]
+    elif isinstance(tokens.erase, Erase):
+        row, write = decay.rows(tokens.erase.read, True), decay.columns(tokens.erase.write)
+        found = product(row.state, memory) + product(decay.scores(row, key, True), value)
+        writes.append((write, product(unit_lower_inverse(-decay.scores(row, write, True)), found)))
+    out = sum((product(decay.scores(query, a, before), b) for a, b in writes), product(query.state, memory))
+    add = sum((product(a.state.swapaxes(-1, -2), b) for a, b in writes), jnp.zeros((), memory.dtype))
+    memory = decay.leave(memory, add)
+    out = heads(out)
+    return memory, out if tokens.bonus is None else out + tokens.bonus * tokens.value

@@ -24,7 +24,7 @@ from jaxattn import (
     mixing_matrix,
     state_map,
 )
-from jaxattn.core.decay import decay_matrix, decayed_scores, ends, unit_lower_inverse
+from jaxattn.core.decay import MILD, ChannelDecay, MildDecay, decay_matrix, ends, unit_lower_inverse
 
 T, N, K, V = 37, 2, 4, 3  # two spans of chunks of 4, the last incomplete
 FORMS = ("step", "parallel", "chunk", "associative")
@@ -312,18 +312,73 @@ def test_the_triangular_inverse_is_exact_where_keys_repeat(beta):
     np.testing.assert_allclose(product, np.eye(64), rtol=0, atol=64 * np.finfo(np.float32).eps * beta)
 
 
-def test_decay_factors_are_products_that_never_overflow(x64):
-    log_decay = decays(32, K)
-    rows, columns = normal(32, K), normal(32, K)
-    factor = np.zeros((32, 32, K))
-    for i in range(32):
+def weights(log_decay):
+    """exp(g_{j+1} + ... + g_i) for j <= i, else 0: [C, C, K]."""
+    size = len(log_decay)
+    weights = np.zeros((size, size, log_decay.shape[-1]))
+    for i in range(size):
         for j in range(i + 1):
-            factor[i, j] = np.exp(log_decay[j + 1 : i + 1].sum(0))
-    assert_close(decayed_scores(rows, columns, log_decay), np.einsum("ik,ijk,jk->ij", rows, factor, columns), 1e-13)
-    assert_close(decay_matrix(log_decay[:, :1]), factor[..., 0], 1e-13)
+            weights[i, j] = np.exp(log_decay[j + 1 : i + 1].sum(0))
+    return weights
+
+
+MILDLY = -rng.uniform(0, MILD / 32, size=(32, K))  # never more than a chunk may forget
+
+
+@pytest.mark.parametrize(("kind", "log_decay"), [(ChannelDecay, decays(32, K)), (MildDecay, MILDLY)])
+def test_decays_of_channels_are_the_products_of_their_factors(kind, log_decay, x64):
+    factor = weights(log_decay)
+    rows, columns, values, memory = normal(32, K), normal(32, K), normal(32, V), normal(K, V)
+    decay = kind.of(jnp.asarray(log_decay)[:, None])
+    left, right = decay.rows(jnp.asarray(rows)[:, None]), decay.columns(jnp.asarray(columns)[:, None])
+    earlier = decay.rows(jnp.asarray(rows)[:, None], before=True)
+    assert_close(decay.scores(left, right)[0], np.einsum("ik,ijk,jk->ij", rows, factor, columns), 1e-13)
+    shifted = np.concatenate([np.zeros((1, 32, K)), factor[:-1]])
+    assert_close(decay.scores(earlier, right, True)[0], np.einsum("ik,ijk,jk->ij", rows, shifted, columns), 1e-13)
+    through = np.exp(np.cumsum(log_decay, 0))
+    assert_close(left.state[0] @ memory, (rows * through) @ memory, 1e-13)
+    until = np.concatenate([np.ones((1, K)), through[:-1]])
+    assert_close(earlier.state[0] @ memory, (rows * until) @ memory, 1e-13)
+    left_behind = through[-1][:, None] * memory + (columns * factor[-1]).T @ values
+    assert_close(decay.leave(memory, right.state.swapaxes(-1, -2) @ values)[0], left_behind, 1e-13)
+
+
+def test_weights_of_a_mild_chunk_are_exact_to_the_rounding_of_its_exponents():
+    """Two sums of at most 64, two exponentials and a product."""
+    log_decay = np.full((32, 1), -MILD / 32)
+    decay = MildDecay.of(jnp.asarray(log_decay, jnp.float32)[:, None])
+    ones = jnp.ones((32, 1, 1))
+    np.testing.assert_allclose(
+        decay.scores(decay.rows(ones), decay.columns(ones))[0],
+        weights(log_decay)[..., 0],
+        rtol=(2 * MILD + 4) * np.finfo(np.float32).eps,
+    )
+
+
+def test_decays_of_heads_are_products_that_never_overflow(x64):
+    log_decay = decays(32, 1)
+    factor = weights(log_decay)[..., 0]
+    assert_close(decay_matrix(jnp.asarray(log_decay)), factor, 1e-13)
     through, after = ends(jnp.asarray(log_decay))
     assert_close(through, np.exp(np.cumsum(log_decay, 0)), 1e-13)
-    assert_close(after, factor[-1], 1e-13)
+    assert_close(after, factor[-1][:, None], 1e-13)
+
+
+@pytest.mark.parametrize("name", ["per channel", "erase per channel"])
+def test_chunks_that_forget_much_are_cut_into_smaller_ones(name, x64):
+    """Chunks of 16, of which some forget little, some only in their smaller chunks and some nowhere. `vmap` works out
+    both ways for all of them."""
+    given, options = arrays(CASES[name])
+    given["log_decay"] = given["log_decay"].at[24:32].multiply(0.1)
+
+    @partial(jax.jit, static_argnums=1)
+    @partial(jax.value_and_grad, has_aux=True)
+    def run(given, form):
+        out, state = jax.vmap(lambda given: linear_attention(**given, **options, form=form, chunk=16))(given)
+        return jnp.sin(out).sum(), (out, state.memory)
+
+    pair = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), given)
+    assert_close(run(pair, "chunk"), run(pair, "step"))
 
 
 def test_the_result_has_the_dtype_of_the_values_and_the_memory_is_float32():
