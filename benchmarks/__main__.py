@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.cases import CASES, Setting, settings
+from benchmarks.cases import CASES, RECURRENCES, Setting, settings
 from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.floors import floor_seconds, measure_floors
 from benchmarks.measure import Prepared, RefusedError, peak_in_a_fresh_process, take_turns
@@ -63,7 +63,9 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Times attention against its peers.")
     parser.add_argument("--quick", action="store_true", help="short lengths, few rounds, no peak memory")
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="only these cases")
+    parser.add_argument(
+        "--case", nargs="+", choices=[*CASES, *RECURRENCES], default=[*CASES, *RECURRENCES], help="only these cases"
+    )
     parser.add_argument("--length", nargs="+", type=int, help="only these T = S, and decoding only where --cache says")
     parser.add_argument("--cache", nargs="+", type=int, help="decoding at these S, and T = S only where --length says")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="only these dtypes")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn import Alibi, Causal, Documents, Neural, RelativeBias, SoftCap, Window
+from jaxattn import Alibi, Causal, Delta, Documents, Erase, Neural, RelativeBias, SoftCap, Window
 from jaxattn.core.mask import visible
 
 HEADS, HEAD_DIM = 8, 64
@@ -69,6 +69,43 @@ CASES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """What `linear_attention` gets beside query, key and value, from the sizes [B, T, N]; and the operations of one
+    token and head, forward, in units of K V: 2 to write, 2 to read, 2 to find what is erased, 2 to write that apart."""
+
+    options: Callable[[tuple[int, ...]], dict[str, Any]]
+    operations: int = 4
+
+
+def _forgets(shape: tuple[int, ...], least: float, per_channel: bool = False) -> Any:
+    """Log decays between `least` and 0 per token."""
+    return least * jax.nn.sigmoid(_normal(*shape, *((HEAD_DIM,) if per_channel else ())))
+
+
+def _strengths(shape: tuple[int, ...]) -> Delta:
+    return Delta(jax.nn.sigmoid(_normal(*shape)))
+
+
+def _rwkv7(shape: tuple[int, ...]) -> dict[str, Any]:
+    removed = _normal(*shape, HEAD_DIM) / HEAD_DIM**0.5
+    erase = Erase(-removed, removed * jax.nn.sigmoid(_normal(*shape, HEAD_DIM)))
+    return {"log_decay": _forgets(shape, -(np.e**-0.5), True), "erase": erase}
+
+
+RECURRENCES = {
+    "no decay": Recurrence(lambda shape: {}),
+    "scalar decay": Recurrence(lambda shape: {"log_decay": _forgets(shape, -0.2)}),
+    "channel decay": Recurrence(lambda shape: {"log_decay": _forgets(shape, -0.2, True)}),
+    "delta": Recurrence(lambda shape: {"erase": _strengths(shape)}, 6),
+    "scalar delta": Recurrence(lambda shape: {"log_decay": _forgets(shape, -0.2), "erase": _strengths(shape)}, 6),
+    "channel delta": Recurrence(
+        lambda shape: {"log_decay": _forgets(shape, -5.0, True), "erase": _strengths(shape)}, 6
+    ),
+    "channel erase": Recurrence(_rwkv7, 8),
+}
+
+
 def positions(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     """Of queries and keys; queries are the last ones, as a cache says when it decodes."""
     return np.arange(setting.keys - setting.queries, setting.keys), np.arange(setting.keys)
@@ -90,6 +127,15 @@ def arrays(setting: Setting) -> list[Any]:
         jax.random.normal(key, (setting.batch, length, HEADS, HEAD_DIM), setting.dtype)
         for key, length in zip(keys, lengths, strict=True)
     ]
+
+
+def tokens(case: str, setting: Setting) -> dict[str, Any]:
+    """The arguments of `linear_attention` for T tokens, queries and keys of length 1 on average."""
+    query, key, value, _ = arrays(setting)
+    shape = (setting.batch, setting.keys, HEADS)
+    scaled = {"query": query / HEAD_DIM**0.5, "key": key / HEAD_DIM**0.5, "value": value}
+    options = RECURRENCES[case].options(shape)
+    return scaled | jax.tree.map(lambda x: jnp.asarray(x, setting.dtype), options)
 
 
 def visible_pairs(case: str, setting: Setting) -> int:

@@ -9,14 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.cases import CASES, WINDOW, Setting, arrays, options, positions
+from benchmarks.cases import CASES, HEAD_DIM, HEADS, RECURRENCES, WINDOW, Setting, arrays, options, positions, tokens
 from benchmarks.measure import DENSE_LENGTH, Prepared, RefusedError, compile_call
 from benchmarks.torch_peers import torch_flex, torch_sdpa
-from jaxattn import attend
+from jaxattn import LinearState, attend, linear_attention, linear_step
 
 
 def _compile(forward: Callable, case: str, setting: Setting) -> Prepared:
     """forward(query, key, value, parts), and its vjp if asked for. Parts are arguments, so that they may be data."""
+    if case in RECURRENCES:
+        raise RefusedError("keeps all keys: its causal call is what recurrences are compared to")
     *inputs, cotangent = arrays(setting)
     given = options(case, setting)
     learned = {name: given.pop(name) for name in CASES[case].learned}
@@ -40,7 +42,7 @@ def ours(case: str, setting: Setting) -> Prepared:
 
 def jax_nn(case: str, setting: Setting) -> Prepared:
     """`jax.nn.dot_product_attention`: causal and window by its own options, the rest by arrays [1, N or 1, T, S]."""
-    if case not in ("full", "causal"):
+    if case in CASES and case not in ("full", "causal"):
         if set(CASES[case].options(setting.keys)) - {"mask", "bias"}:
             raise RefusedError("has no such part")
         if setting.queries > DENSE_LENGTH:
@@ -67,6 +69,39 @@ def one_read(case: str, setting: Setting) -> Prepared:
     return compile_call(lambda key, value: (key.max(), value.max()), key, value)
 
 
+def _recurrence(form: Any, case: str, setting: Setting) -> Prepared:
+    """`linear_attention` in a form, or where one token follows others `linear_step`; gradients of all its arrays."""
+    if case not in RECURRENCES:
+        raise RefusedError("is a form of recurrences")
+    if setting.queries < setting.keys:
+        if form != "step":
+            raise RefusedError("has more than one token to work on")
+        given = jax.tree.map(lambda x: x[:, -1], tokens(case, setting))
+        memory = jnp.ones((setting.batch, HEADS, HEAD_DIM, HEAD_DIM))
+        state = LinearState(memory, jnp.zeros(setting.batch, jnp.int32))
+        return compile_call(lambda given, state: linear_step(**given, state=state), given, state)
+    given = tokens(case, setting)
+
+    def forward(given):
+        return linear_attention(**given, form=form)[0]
+
+    def both(given, cotangent):
+        out, pull = jax.vjp(forward, given)
+        return out, pull(cotangent)
+
+    return compile_call(both, given, arrays(setting)[-1]) if setting.backward else compile_call(forward, given)
+
+
+def chunk(case: str, setting: Setting) -> Prepared:
+    """The form of training."""
+    return _recurrence("chunk", case, setting)
+
+
+def step(case: str, setting: Setting) -> Prepared:
+    """The form of decoding, token by token."""
+    return _recurrence("step", case, setting)
+
+
 Contender = Callable[[str, Setting], Prepared]
 CONTENDERS: dict[str, Contender] = {
     "jaxattn": ours,
@@ -74,4 +109,6 @@ CONTENDERS: dict[str, Contender] = {
     "torch SDPA": torch_sdpa,
     "torch flex": torch_flex,
     "one read": one_read,
+    "chunk": chunk,
+    "step": step,
 }

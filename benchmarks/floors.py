@@ -1,7 +1,8 @@
 """What the machine reaches at best, measured in the same process: the floor under every figure.
 
 A visible pair of a query and a key costs 4 H operations forward (q·k, and adding w v), 10 H backward (q·k again, d_w,
-d_v, d_q, d_k) and one exponential each way. Decoding costs one read of the cache.
+d_v, d_q, d_k) and one exponential each way. Decoding costs one read of the cache. A token of a recurrence costs the
+operations of its write, its read and its erasure, and twice as many backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.cases import HEAD_DIM, HEADS, Setting, visible_pairs
+from benchmarks.cases import HEAD_DIM, HEADS, RECURRENCES, Setting, visible_pairs
 from benchmarks.measure import median, take_turns
 
 QUERIES, KEYS = 256, 512  # the largest tile of `jaxattn.core.schedule` on a CPU
@@ -45,6 +46,9 @@ def measure_floors(dtypes: Sequence[str], budget: float) -> dict[str, float]:
 
 def floor_seconds(case: str, setting: Setting, floors: dict[str, float]) -> float:
     """The least time for the case's pairs: matmuls and exponentials in turn; decoding, one read of keys and values."""
+    if case in RECURRENCES:
+        operations = RECURRENCES[case].operations * HEAD_DIM**2 * (3 if setting.backward else 1)
+        return setting.batch * HEADS * setting.queries * operations / floors[f"matmul {setting.dtype}"]
     pairs = setting.batch * HEADS * visible_pairs(case, setting)
     matmuls = 7 if setting.backward else 2
     compute = matmuls * 2 * HEAD_DIM / floors[f"matmul {setting.dtype}"] + (1 + setting.backward) / floors["exp"]

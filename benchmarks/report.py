@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from benchmarks.cases import CASES, HEAD_DIM, HEADS
+from benchmarks.cases import CASES, HEAD_DIM, HEADS, RECURRENCES
 from benchmarks.rows import Row, Rows, slopes
 from benchmarks.targets import check
 
@@ -58,7 +58,8 @@ def _line(row: Row, rows: Rows) -> list[str]:
         _number(row.compile_seconds),
         _number(row.median * 1e3, ".1f" if row.median > 0.01 else ".2f"),
         *(_number(rows.ratio(row, peer, row.case)) for peer in ("torch SDPA", "jax.nn")),
-        _number(rows.ratio(row, row.contender, "causal")),
+        _number(rows.ratio(row, "jaxattn" if row.case in RECURRENCES else row.contender, "causal")),
+        _number(rows.ratio(row, "step", row.case)),
         _number(row.floor_seconds * 1e3, ".2f"),
         *(_number(size, ".1f") for size in mib),
     ]
@@ -81,7 +82,7 @@ def markdown(rows: Rows, floors: dict[str, float], notes: Sequence[str]) -> str:
     parts += ["## Temporaries against T, float32\n"]
     grown = [[s.case, s.direction, _number(s.bytes_per_token, ".0f"), _number(s.power)] for s in slopes(rows)]
     parts += [_table(("case", "direction", "bytes per token", "power of T"), grown)]
-    columns = ["case", "by", "compile s", "ms", "/ torch SDPA", "/ jax.nn", "/ own causal"]
+    columns = ["case", "by", "compile s", "ms", "/ torch SDPA", "/ jax.nn", "/ own causal", "/ step"]
     columns += ["floor ms", "temporaries MiB", "peak resident MiB"]
     for setting in dict.fromkeys(row.setting for row in rows.rows):
         parts += [f"## {setting.name}\n"]
@@ -98,7 +99,7 @@ def _figure_of_times(rows: Rows, path: Path) -> None:
     for axis, setting in zip(axes[:, 0], chosen, strict=True):
         here = [row for row in rows.rows if row.setting == setting]
         contenders = list(dict.fromkeys(row.contender for row in here))
-        names = [case for case in CASES if any(row.case == case for row in here)]
+        names = [case for case in (*CASES, *RECURRENCES) if any(row.case == case for row in here)]
         for i, contender in enumerate(contenders):
             of = {row.case: row.median * 1e3 for row in here if row.contender == contender}
             places = [names.index(case) + 0.2 * (i - (len(contenders) - 1) / 2) for case in of]

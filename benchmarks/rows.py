@@ -57,11 +57,11 @@ class Slope:
 
 
 def slopes(rows: Rows) -> list[Slope]:
-    """Of this library's cases with T = S, float32."""
+    """Of this library's cases with T = S, float32; of recurrences in the form that trains."""
     found = []
     for row in rows.rows:
         setting = row.setting
-        if row.contender != "jaxattn" or setting.queries < setting.keys or setting.dtype != "float32":
+        if row.contender not in ("jaxattn", "chunk") or setting.queries < setting.keys or setting.dtype != "float32":
             continue
         lengths = {r.setting.keys for r in rows.rows if r.setting.queries == r.setting.keys}
         shorter = max((length for length in lengths if length < setting.keys), default=None)

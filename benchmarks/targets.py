@@ -3,13 +3,13 @@
 import dataclasses
 from typing import NamedTuple
 
-from benchmarks.cases import Setting
+from benchmarks.cases import RECURRENCES, Setting
 from benchmarks.rows import Rows, slopes
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The time of `case` by this library over that of `base` (contender, case) is at most `limit`."""
+    """The time of `case` by `contender` over that of `base` (contender, case) is at most `limit`."""
 
     case: str
     base: tuple[str, str]
@@ -17,7 +17,10 @@ class Target:
     directions: tuple[bool, ...] = (False, True)
     lengths: tuple[int, ...] = (8192,)
     queries: int | None = None  # None: as many as keys
+    contender: str = "jaxattn"
 
+
+GATED = ("no decay", "scalar decay", "channel decay")
 
 TARGETS = (
     Target("causal", ("torch SDPA", "causal"), 1.1, (False,), (2048, 8192)),
@@ -28,8 +31,11 @@ TARGETS = (
     Target("bias table", ("jaxattn", "causal"), 1.4, lengths=(2048, 8192)),
     Target("soft cap", ("jaxattn", "causal"), 1.4, lengths=(2048, 8192)),
     Target("full", ("one read", "full"), 1.3, (False,), (32768,), queries=1),
+    *(Target(case, ("step", case), 1.0, lengths=(512, 2048, 8192), contender="chunk") for case in RECURRENCES),
+    *(Target(case, ("jaxattn", "causal"), 1 / 5, (True,), contender="chunk") for case in GATED),
+    *(Target(case, ("torch SDPA", "causal"), 1 / 3, (True,), contender="chunk") for case in GATED),
 )
-COMPILE_SECONDS = 3.0
+COMPILE_SECONDS, RECURRENCE_COMPILE_SECONDS = 3.0, 5.0
 
 
 class Checked(NamedTuple):
@@ -49,14 +55,19 @@ def check(rows: Rows) -> list[Checked]:
             for backward in target.directions:
                 batch, queries = (1, length) if target.queries is None else (8, target.queries)
                 setting = Setting(batch, queries, length, "float32", backward)
-                row = rows.find("jaxattn", target.case, setting)
+                row = rows.find(target.contender, target.case, setting)
                 ratio = None if row is None else rows.ratio(row, *target.base)
                 if row is not None and ratio is not None:
-                    what = f"{target.case} / {' '.join(target.base)}; {setting.name}"
+                    by = target.case if target.contender == "jaxattn" else f"{target.contender} {target.case}"
+                    what = f"{by} / {' '.join(target.base)}; {setting.name}"
                     found.append(Checked(what, ratio, rows.ratio_of_fastest(row, *target.base), target.limit))
     compiled = [row.compile_seconds for row in rows.rows if row.contender == "jaxattn" and row.setting.backward]
     if compiled:
         found.append(Checked("compile seconds, forward + backward, the slowest", max(compiled), None, COMPILE_SECONDS))
+    compiled = [row.compile_seconds for row in rows.rows if row.contender == "chunk" and row.setting.backward]
+    if compiled:
+        what = "compile seconds of a recurrence, forward + backward, the slowest"
+        found.append(Checked(what, max(compiled), None, RECURRENCE_COMPILE_SECONDS))
     for slope in slopes(rows):
         what = f"power of T in the temporaries of {slope.case}, {slope.direction}"
         found.append(Checked(what, slope.power, None, 1.1))

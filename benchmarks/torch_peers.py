@@ -44,6 +44,8 @@ def _visible(case: str, query: Any, key: Any) -> Any:
 
 def torch_sdpa(case: str, setting: Setting) -> Prepared:
     """`scaled_dot_product_attention`: causal by its own option, other masks by a boolean [T, S]."""
+    if case not in CASES:
+        raise RefusedError("has no recurrence")
     if case not in ("full", "causal", "window", "documents"):
         raise RefusedError("has no such part but as an array N x T x S")
     if case not in ("full", "causal") and setting.queries > DENSE_LENGTH:
@@ -81,6 +83,8 @@ def _score_mod(case: str, setting: Setting) -> Any:
 
 def torch_flex(case: str, setting: Setting) -> Prepared:
     """`flex_attention` under `torch.compile`; on the CPU it has no backward pass."""
+    if case not in CASES:
+        raise RefusedError("has no recurrence")
     if case == "mlp score":
         raise RefusedError("has a score_mod that sees scores, not queries and keys")
     query, key, value, _ = _tensors(setting)

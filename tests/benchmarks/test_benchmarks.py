@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.__main__ import run
-from benchmarks.cases import CASES, Setting, visible_pairs
+from benchmarks.cases import CASES, RECURRENCES, Setting, visible_pairs
 from benchmarks.contenders import CONTENDERS
 from benchmarks.measure import RefusedError, peak_while
 from benchmarks.rows import Row, Rows, slopes
@@ -54,6 +54,30 @@ def test_contenders_agree(case, setting):
     for other in results.values():
         for ours, theirs in zip(first, other, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=40 * np.finfo(np.float32).eps * np.abs(theirs).max())
+
+
+def test_forms_of_recurrences_stand_in_one_table(tmp_path):
+    """With causal attention, which keeps all keys; one token is a step whatever came before, and refuses a chunk."""
+    settings = [TRAIN, DECODE, Setting(2, 1, 4096, "float32", False)]
+    cases = ["causal", "scalar decay", "channel erase"]
+    rows, floors, notes = run(cases, settings, 0.0, False, contenders=WITHOUT_FLEX)
+    for case in cases[1:]:
+        assert {row.contender for row in rows.rows if row.case == case and row.setting == TRAIN} == {"chunk", "step"}
+        one, many = (rows.find("step", case, setting) for setting in settings[1:])
+        assert (one.temporaries, one.floor_seconds) == (many.temporaries, many.floor_seconds)
+        assert rows.find("chunk", case, DECODE) is None
+    assert any("keeps all keys" in note for note in notes)
+    assert any(target.what.startswith("compile seconds of a recurrence") for target in check(rows))
+    report.write(tmp_path, rows, floors, notes)
+    assert all(case in (tmp_path / "report.md").read_text() for case in cases)
+
+
+@pytest.mark.parametrize("case", RECURRENCES)
+def test_forms_of_a_recurrence_agree(case):
+    """To the rounding of sums over chunks, and of weights that are products of exponentials of up to 64."""
+    setting = Setting(1, 64, 64, "float32", False)
+    chunk, step = (CONTENDERS[form](case, setting).run() for form in ("chunk", "step"))
+    np.testing.assert_allclose(chunk, step, atol=256 * np.finfo(np.float32).eps * np.abs(step).max())
 
 
 def test_visible_pairs_by_hand():
