@@ -201,8 +201,9 @@ def _walk(given: _Chunk, memory: Array, read: Read) -> tuple[Array, Array]:
         return _pass(NoDecay, read, tokens, memory)
     if given.mild is None:
         return _pass(HeadDecay, read, tokens, memory)
-    small = tokens.key.shape[-3] <= SMALL
-    strong = partial(_pass, ChannelDecay, read) if small else partial(chunks, read=read, size=SMALL)
+    if tokens.key.shape[-3] <= SMALL:
+        return _pass(ChannelDecay, read, tokens, memory)
+    strong = partial(chunks, read=read, size=SMALL)
     return jax.lax.cond(given.mild.all(), partial(_pass, MildDecay, read), strong, tokens, memory)
 
 
