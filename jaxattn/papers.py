@@ -128,6 +128,7 @@ PAPERS: tuple[Paper, ...] = (
             "tests/core/test_memory_scan.py",
             RECURRENT,
             HYBRID,
+            "needle",
         ),
         "the memory, with momentum and forgetting, as context, gate or layer behind persistent tokens",
     ),
