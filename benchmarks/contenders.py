@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from benchmarks.cases import CASES, HEAD_DIM, HEADS, RECURRENCES, WINDOW, Setting, arrays, options, positions, tokens
 from benchmarks.measure import DENSE_LENGTH, Prepared, RefusedError, compile_call
-from benchmarks.torch_peers import torch_flex, torch_sdpa
+from benchmarks.torch_peers import torch_fla, torch_flex, torch_sdpa
 from jaxattn import LinearState, attend, linear_attention, linear_step
 
 
@@ -108,6 +108,7 @@ CONTENDERS: dict[str, Contender] = {
     "jax.nn": jax_nn,
     "torch SDPA": torch_sdpa,
     "torch flex": torch_flex,
+    "torch fla": torch_fla,
     "one read": one_read,
     "chunk": chunk,
     "step": step,

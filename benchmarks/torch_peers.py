@@ -1,6 +1,7 @@
-"""PyTorch on the CPU, where it is installed: scaled_dot_product_attention, and flex_attention where it compiles.
+"""PyTorch on the CPU, where it is installed: scaled_dot_product_attention, and flex_attention where it compiles; for
+recurrences the references of flash-linear-attention.
 
-Arrays are [B, N, T, H] and contiguous, the layout in which both are fastest.
+Arrays are contiguous in the layout that each takes, for the first two [B, N, T, H].
 """
 
 import importlib
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.cases import CASES, DOCUMENT, WINDOW, Setting, arrays, positions
+from benchmarks.cases import CASES, DOCUMENT, HEAD_DIM, RECURRENCES, WINDOW, Setting, arrays, positions, tokens
 from benchmarks.measure import DENSE_LENGTH, Prepared, RefusedError
 
 try:
@@ -108,3 +109,48 @@ def torch_flex(case: str, setting: Setting) -> Prepared:
     except Exception as error:  # torch raises many types when a compiler is missing or a case is not supported
         raise RefusedError(f"does not compile here: {str(error).splitlines()[0][:120]}") from error
     return Prepared(run, time.perf_counter() - start)
+
+
+# Case -> module of `fla.ops`, function, what it gets after query, key and value, and whether it takes heads first.
+REFERENCES = {
+    "no decay": ("linear_attn", "naive_chunk_linear_attn", (), False),
+    "scalar decay": ("simple_gla", "naive_chunk_simple_gla", ("log_decay",), False),
+    "channel decay": ("gla", "naive_recurrent_gla", ("log_decay",), False),
+    "delta": ("delta_rule", "delta_rule_chunkwise", ("beta",), True),
+    "scalar delta": ("gated_delta_rule", "naive_chunk_gated_delta_rule", ("log_decay", "beta"), False),
+    "channel delta": ("kda", "naive_chunk_kda", ("log_decay", "beta"), False),
+    "channel erase": ("generalized_delta_rule.dplr", "dplr_chunkwise", ("read", "write", "log_decay"), True),
+}
+
+
+def torch_fla(case: str, setting: Setting) -> Prepared:
+    """What of flash-linear-attention runs on a CPU: its references in PyTorch, chunked where there is one such."""
+    if case not in RECURRENCES:
+        raise RefusedError("has recurrences only")
+    if torch is None:
+        raise RefusedError("needs PyTorch, which is not installed")
+    if setting.queries < setting.keys or setting.dtype != "float32":
+        raise RefusedError("is timed in training, in float32")
+    module, name, extra, heads_first = REFERENCES[case]
+    if "chunk" not in name and setting.keys > DENSE_LENGTH:
+        raise RefusedError(f"loops over tokens in Python: timed up to T = {DENSE_LENGTH}")
+    try:
+        reference = getattr(importlib.import_module(f"fla.ops.{module}.naive"), name)
+    except ImportError as error:
+        raise RefusedError(f"is not installed, or not all that it imports ({error})") from error
+    given = tokens(case, setting)
+    given |= vars(given["erase"]) if "erase" in given else {}
+    given["query"] = given["query"] * HEAD_DIM**0.5  # which every reference scales down
+    wanted = [given[each] for each in ("query", "key", "value", *extra)]
+    inputs = [torch.from_numpy(np.array(x, np.float32)) for x in wanted]
+    cotangent = torch.from_numpy(np.array(arrays(setting)[-1], np.float32))
+    if heads_first:
+        inputs, cotangent = [x.transpose(1, 2).contiguous() for x in inputs], cotangent.transpose(1, 2).contiguous()
+    inputs = [x.requires_grad_(setting.backward) for x in inputs]
+
+    def run():
+        out = reference(*inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        return (out, torch.autograd.grad(out, inputs, cotangent)) if setting.backward else out
+
+    return Prepared(run, 0.0)
