@@ -24,10 +24,12 @@ def test_numbers_are_those_of_the_table(quick):
     assert bits["matched"] != bits["converted"] != bits["teacher"]
 
 
-def test_matching_lowers_the_divergence_of_the_maps(quick):
+def test_curves_cover_every_stage(quick):
     _, result = quick
-    losses = [loss for _, loss in result.figures["Matching"].lines["matching"]]
-    assert losses[-1] < losses[0]
+    matching, finetuning = result.figures["Matching"].lines, result.figures["Finetuning"].lines
+    assert [step for step, _ in matching["matching"]] == list(range(1, conversion.QUICK.match_steps + 1))
+    assert set(finetuning) == {"teacher finetuned", "converted finetuned", "matched finetuned"}
+    assert all(0 < loss < 10 for points in (*matching.values(), *finetuning.values()) for _, loss in points)
 
 
 def test_a_finished_run_is_read_and_not_trained_again(quick):
