@@ -1,0 +1,166 @@
+"""Distributions of the inputs of a prompt, and of the one input that is asked about."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxattn.core.parts import check_static_int, part
+from jaxattn.icl.task import Function, Inputs, Query
+
+
+@part
+class Gaussian(Inputs):
+    """x ~ N(mean, Σ), independent; Σ [d, d] is the identity and the mean [d] is 0 if not given.
+
+    Raises ValueError for a covariance of another shape, or (where its numbers are known) one that is not symmetric
+    with eigenvalues from 0 on.
+    """
+
+    dim: int
+    covariance: Float[Array, "d d"] | None = None
+    mean: Float[Array, " d"] | float = 0.0
+
+    def __post_init__(self):
+        check_static_int("Gaussian", "dim", self.dim, 1)
+        if self.covariance is not None:
+            check_covariance("Gaussian", self.covariance, self.dim)
+
+    def draw(self, key: PRNGKeyArray, length: int, function: Function, f: Any) -> Float[Array, "n d"]:
+        z = jax.random.normal(key, (length, self.dim))
+        return self.mean + (z if self.covariance is None else z @ root(self.covariance).astype(z.dtype))
+
+
+def root(covariance: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Σ^½, the symmetric root of a covariance, which may be singular."""
+    values, vectors = jnp.linalg.eigh(covariance)
+    return (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T
+
+
+def check_covariance(owner: str, covariance: Any, dim: int, *, definite: bool = False) -> None:
+    """Raises ValueError unless this is a covariance [dim, dim], without eigenvalues of 0 if it must be definite.
+
+    Numbers that are traced are not looked at.
+    """
+    if jnp.shape(covariance) != (dim, dim):
+        raise ValueError(f"{owner}: covariance has shape {jnp.shape(covariance)}: need ({dim}, {dim})")
+    if isinstance(covariance, jax.core.Tracer):
+        return
+    matrix = jnp.asarray(covariance, float)
+    size, tolerance = jnp.abs(matrix).max(), dim * jnp.finfo(matrix.dtype).eps
+    if not bool(jnp.abs(matrix - matrix.T).max() <= tolerance * size):
+        raise ValueError(f"{owner}: covariance is not symmetric")
+    least = float(jnp.linalg.eigvalsh(matrix)[0])
+    if least < -tolerance * size:
+        raise ValueError(f"{owner}: covariance has the eigenvalue {least:.3g}: need eigenvalues from 0 on")
+    if definite and least <= tolerance * size:
+        raise ValueError(f"{owner}: covariance is singular (an eigenvalue of {least:.3g}): need eigenvalues above 0")
+
+
+@part
+class Skewed(Inputs):
+    """x = c Q diag(1, 1/2, ..., 1/d) z with z ~ N(0, I) and Q a random rotation per prompt; c makes tr Cov x = d.
+
+    The skewed covariance of Garg et al. (2022).
+    """
+
+    dim: int
+
+    def __post_init__(self):
+        check_static_int("Skewed", "dim", self.dim, 1)
+
+    def draw(self, key: PRNGKeyArray, length: int, function: Function, f: Any) -> Float[Array, "n d"]:
+        for_basis, for_inputs = jax.random.split(key)
+        scales = 1 / jnp.arange(1.0, self.dim + 1)
+        scales = scales * jnp.sqrt(self.dim / (scales**2).sum())
+        basis = jax.random.orthogonal(for_basis, self.dim)
+        return (jax.random.normal(for_inputs, (length, self.dim)) * scales) @ basis.T
+
+
+@part
+class Subspace(Inputs):
+    """x ~ N(0, (d / k) P), P the projection on a random subspace of k dimensions per prompt (Garg et al., 2022).
+
+    Raises ValueError for more dimensions than `dim`.
+    """
+
+    dim: int
+    dimensions: int
+
+    def __post_init__(self):
+        check_static_int("Subspace", "dim", self.dim, 1)
+        check_static_int("Subspace", "dimensions", self.dimensions, 1)
+        if self.dimensions > self.dim:
+            raise ValueError(f"Subspace: dimensions is {self.dimensions} of dim {self.dim}: need at most as many")
+
+    def draw(self, key: PRNGKeyArray, length: int, function: Function, f: Any) -> Float[Array, "n d"]:
+        for_basis, for_inputs = jax.random.split(key)
+        basis = jax.random.orthogonal(for_basis, self.dim)[: self.dimensions]
+        z = jax.random.normal(for_inputs, (length, self.dimensions))
+        return jnp.sqrt(self.dim / self.dimensions) * z @ basis
+
+
+@part
+class Orthant(Inputs):
+    """x = |z| ⊙ s with z ~ N(0, I) and one random sign per coordinate s for the whole prompt (Garg et al., 2022)."""
+
+    dim: int
+
+    def __post_init__(self):
+        check_static_int("Orthant", "dim", self.dim, 1)
+
+    def draw(self, key: PRNGKeyArray, length: int, function: Function, f: Any) -> Float[Array, "n d"]:
+        for_signs, for_inputs = jax.random.split(key)
+        signs = jax.random.rademacher(for_signs, (self.dim,))
+        return jnp.abs(jax.random.normal(for_inputs, (length, self.dim))) * signs
+
+
+@part
+class Scaled(Inputs):
+    """x = scale · x' + shift with x' of other inputs."""
+
+    inputs: Inputs
+    scale: Float[Array, ""] | float = 1.0
+    shift: Float[Array, " d"] | float = 0.0
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        return self.inputs.dim
+
+    def draw(self, key: PRNGKeyArray, length: int, function: Function, f: Any) -> Float[Array, "n d"]:
+        return self.scale * self.inputs.draw(key, length, function, f) + self.shift
+
+
+@part
+class Fresh(Query):
+    """The query is N(0, I), whatever the context is drawn from."""
+
+    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"]) -> Float[Array, " d"]:
+        return jax.random.normal(key, x.shape[-1:], x.dtype)
+
+
+@part
+class Seen(Query):
+    """The query is one of the inputs of the context (N(0, I) if there are none): without noise its answer is known."""
+
+    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"]) -> Float[Array, " d"]:
+        return Fresh().draw(key, x) if not len(x) else x[jax.random.randint(key, (), 0, len(x))]
+
+
+@part
+class Orthogonal(Query):
+    """The query is N(0, I) projected on the orthogonal complement of the context, and rescaled to the length it had.
+
+    Once the context spans the space, it is 0 (Garg et al., 2022, without the last).
+    """
+
+    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"]) -> Float[Array, " d"]:
+        z = Fresh().draw(key, x)
+        _, values, basis = jnp.linalg.svd(x, full_matrices=False)
+        spans = values > max(x.shape) * jnp.finfo(x.dtype).eps * values.max(initial=0)
+        rest = z - jnp.where(spans, basis @ z, 0) @ basis
+        rest = rest - jnp.where(spans, basis @ rest, 0) @ basis  # once more, for what rounding left
+        length = jnp.linalg.norm(rest)
+        is_there = length > 1e-3 * jnp.linalg.norm(z)
+        return jnp.where(is_there, rest * jnp.linalg.norm(z) / jnp.where(is_there, length, 1), 0)

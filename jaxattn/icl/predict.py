@@ -1,0 +1,65 @@
+"""What a predictor is: an algorithm that answers each question of a prompt from the examples before it.
+
+A predictor is called as `predictor(x [B, N, d], y [B, N]) -> ŷ [B, N]`; ŷ_i may depend on the pairs before i and on x_i
+alone (`leaks` measures whether it does). A trained model is one by its layout, a closed form by what it answers
+given some examples.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num
+
+from jaxattn.icl.prompt import at_inputs, interleave
+
+
+class Predictor(abc.ABC):
+    """An algorithm that answers one question from a set of examples."""
+
+    @abc.abstractmethod
+    def answer(
+        self, x: Float[Array, "n d"], y: Float[Array, "n ..."], seen: Bool[Array, " n"], query: Float[Array, " d"]
+    ) -> Float[Array, "*m"]:
+        """The answer to `query` from those examples (x_i, y_i) that are seen; the others may hold anything finite."""
+
+    def __call__(self, x: Float[Array, "b n d"], y: Float[Array, "b n *m"]) -> Float[Array, "b n *m"]:
+        """The answer to every x_i from the examples before it."""
+        return self.after(x, y, range(x.shape[1]))
+
+    def after(
+        self, x: Float[Array, "b n d"], y: Float[Array, "b n *m"], lengths: Sequence[int]
+    ) -> Float[Array, "b l *m"]:
+        """The answers after those numbers of examples alone, `self(x, y)[:, lengths]`, at their share of the cost."""
+        last = jnp.asarray(lengths)
+        seen = jnp.arange(x.shape[1]) < last[:, None]
+        return jax.vmap(lambda x, y: jax.vmap(lambda seen, i: self.answer(x, y, seen, x[i]))(seen, last))(x, y)
+
+
+def interleaved(model: Callable[[Float[Array, "b t d"]], Num[Array, "b t *m"]]) -> Callable[..., Num[Array, "b n *m"]]:
+    """A causal model of interleaved prompts as a predictor: what it says at x_i is its answer."""
+
+    def predict(x: Float[Array, "b n d"], y: Float[Array, "b n *m"]) -> Num[Array, "b n *m"]:
+        said = at_inputs(model(interleave(x, y)))
+        return said.reshape(y.shape) if said.size == y.size else said
+
+    return predict
+
+
+def leaks(predictor: Callable[..., Any], x: Float[Array, "b n d"], y: Float[Array, "b n *m"]) -> float:
+    """The largest change of any answer ŷ_i when y_i and all that comes after it changes: 0 for a predictor.
+
+    Every i is tried; changes are as large as the numbers themselves.
+    """
+
+    def change(i: Array) -> Array:
+        index = jnp.arange(x.shape[1])
+        after_x = (index > i)[:, None]
+        after_y = (index >= i).reshape(-1, *(1,) * (y.ndim - 2))
+        changed = predictor(jnp.where(after_x, x[:, ::-1] + 1, x), jnp.where(after_y, -y[:, ::-1] - 1, y))
+        return jnp.abs(changed[:, i] - before[:, i]).max()
+
+    before = predictor(x, y)
+    return float(jax.lax.map(change, jnp.arange(x.shape[1])).max())

@@ -1,0 +1,105 @@
+"""Risk curves: how wrong predictors are on a task, by the number of examples they have seen, with standard errors."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num, PRNGKeyArray
+
+from jaxattn.icl.predict import Predictor
+from jaxattn.icl.prompt import Prompt
+
+Loss = Callable[[Num[Array, "b n *m"], Num[Array, "b n *m"]], Float[Array, "b n"]]
+"""(answers, truth) -> the loss of each."""
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error, over independent prompts."""
+
+    mean: Float[np.ndarray, "*n"]
+    error: Float[np.ndarray, "*n"]
+
+
+class RiskTable(NamedTuple):
+    """The risk of each predictor after each number of examples: `risks[name].mean[j]` after `lengths[j]`."""
+
+    lengths: tuple[int, ...]
+    risks: dict[str, Estimate]
+
+    def __str__(self) -> str:
+        """A table in Markdown, the standard error after each mean."""
+        lines = [["predictor", *map(str, self.lengths)], ["---"] * (1 + len(self.lengths))]
+        for name, risk in self.risks.items():
+            numbers = zip(risk.mean, risk.error, strict=True)
+            lines.append([name, *(f"{mean:.4g} ± {error:.1g}" for mean, error in numbers)])
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def square(answers: Float[Array, "b n *m"], truth: Float[Array, "b n *m"]) -> Float[Array, "b n"]:
+    """(ŷ − y)², summed over the channels of an answer."""
+    return ((answers - truth) ** 2).reshape(*truth.shape[:2], -1).sum(-1)
+
+
+def mistakes(answers: Float[Array, "b n"], truth: Float[Array, "b n"]) -> Float[Array, "b n"]:
+    """The probability of a wrong sign: 1 where it is wrong, 1/2 where the answer is 0. Accuracy is 1 less this."""
+    return 0.5 * jnp.abs(jnp.sign(answers) - jnp.sign(truth))
+
+
+def compare(
+    task: Any,
+    predictors: Mapping[str, Callable[..., Any]],
+    lengths: Sequence[int],
+    key: PRNGKeyArray,
+    *,
+    batch: int = 256,
+    batches: int = 16,
+    loss: Loss = square,
+    excess: bool = False,
+) -> RiskTable:
+    """E loss(ŷ, y) for each predictor, after each number of examples i in `lengths`, over batch · batches prompts.
+
+    All predictors answer the same prompts. With `excess` the truth is the answer without noise: E (ŷ − f(x))², the
+    risk less the variance of the noise. For a task with its own query, prompts of every length are drawn by themselves.
+
+    Raises ValueError for no lengths or negative ones, and for fewer than two prompts; what is not a predictor raises
+    what its call does.
+    """
+    lengths = tuple(int(length) for length in lengths)
+    if not lengths or min(lengths) < 0:
+        raise ValueError(f"lengths is {list(lengths)}: need numbers of examples, from 0 on")
+    if batch < 1 or batches < 1 or batch * batches < 2:
+        raise ValueError(f"batch is {batch} and batches {batches}: need at least two prompts for a standard error")
+    together = getattr(task, "query", None) is None
+    keys = jax.random.split(key, batches)
+    measured: dict[str, list[np.ndarray]] = {name: [] for name in predictors}
+    for group in [lengths] if together else [(length,) for length in lengths]:
+        longer = task.with_length(max(group) + 1)
+
+        def losses(predictor: Callable[..., Any], key: PRNGKeyArray, longer=longer, group=group) -> Array:
+            prompt: Prompt = longer.sample(key, batch)
+            truth = (prompt.clean if excess else prompt.y)[:, list(group)]
+            if isinstance(predictor, Predictor):
+                answers = predictor.after(prompt.x, prompt.y, group)
+            else:
+                answers = predictor(prompt.x, prompt.y)[:, list(group)]
+            if answers.shape != truth.shape:
+                raise ValueError(f"a predictor answers {answers.shape} where the answers are {truth.shape}")
+            each = loss(answers, truth)
+            return jnp.stack([each.mean(0), ((each - each.mean(0)) ** 2).sum(0)])
+
+        for name, predictor in predictors.items():
+            of_batch = jax.jit(functools.partial(losses, predictor))
+            measured[name].append(np.stack([np.asarray(of_batch(key), float) for key in keys]))
+    risks = {name: _pooled(np.concatenate(each, -1), batch) for name, each in measured.items()}
+    return RiskTable(lengths, risks)
+
+
+def _pooled(moments: Float[np.ndarray, "k 2 n"], batch: int) -> Estimate:
+    """The estimate from the mean and the sum of squared deviations of each batch."""
+    means, squares = moments[:, 0], moments[:, 1]
+    total, mean = batch * len(means), means.mean(0)
+    deviations = squares.sum(0) + batch * ((means - mean) ** 2).sum(0)
+    return Estimate(mean, np.sqrt(deviations / (total - 1) / total))

@@ -1,0 +1,152 @@
+"""Tasks: a function is drawn from a prior, inputs from a distribution, and their values are the answers.
+
+Task = prior over functions × distribution of inputs × noise. Each is a part, so a new paper's task is the one part
+that is new; their arrays (covariances, noise levels, scales) are leaves that can be vmapped over without recompiling.
+"""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxattn.core.parts import check_static_int, part
+from jaxattn.icl.prompt import Prompt
+
+
+class Function(abc.ABC):
+    """A prior over functions of x in R^d.
+
+    `signs` says that values are −1 and 1: noise then flips them with the given probability.
+    """
+
+    signs: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Any:
+        """The parameters of one function of `dim` coordinates, those from `visible` on being 0 in every input."""
+
+    @abc.abstractmethod
+    def __call__(self, f: Any, x: Float[Array, "n d"]) -> Float[Array, "n ..."]:
+        """The values of the function with parameters f at the inputs of one prompt."""
+
+
+class Inputs(abc.ABC):
+    """A distribution of the inputs of one prompt, in R^dim; they may depend on its function."""
+
+    dim: int
+
+    @abc.abstractmethod
+    def draw(self, key: PRNGKeyArray, length: int, function: Function, f: Any) -> Float[Array, "n d"]:
+        """The inputs of one prompt of the function with parameters f."""
+
+
+class Query(abc.ABC):
+    """Where the last input of a prompt comes from, when it is not drawn as the others are."""
+
+    @abc.abstractmethod
+    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"]) -> Float[Array, " d"]:
+        """An input after the inputs x."""
+
+
+@part
+class FunctionTask:
+    """Prompts (x_i, f(x_i) + noise), i = 1..length, with a fresh function each.
+
+    Attributes:
+        function: The prior f is drawn from.
+        inputs: The distribution of x.
+        length: Examples in a prompt N.
+        noise: Standard deviation of Gaussian noise on the answers; for functions with values ±1 the probability from
+            0 to 1/2 that an answer is flipped.
+        query: Where the last input comes from, if not from `inputs`; then only the last answer counts.
+        first: Answers count from this index on, counted from 0.
+        visible: Coordinates of x from this one on are 0 (a curriculum over dimensions); all are visible if not given.
+        points: Answers from this one on do not count (a curriculum over lengths); all count if not given.
+
+    Raises ValueError for a length below 1, for `first` outside the prompt, and for noise out of range.
+    """
+
+    function: Function
+    inputs: Inputs
+    length: int
+    noise: Float[Array, ""] | float = 0.0
+    query: Query | None = None
+    first: int = 0
+    visible: Int[Array, ""] | int | None = None
+    points: Int[Array, ""] | int | None = None
+
+    def __post_init__(self):
+        check_static_int("FunctionTask", "length", self.length, 1)
+        check_static_int("FunctionTask", "first", self.first, 0)
+        if self.first >= self.length:
+            raise ValueError(f"FunctionTask: first is {self.first} but length is {self.length}: need an index below it")
+        if isinstance(self.noise, int | float):
+            most = 0.5 if self.function.signs else float("inf")
+            if not 0 <= self.noise <= most:
+                raise ValueError(f"FunctionTask: noise must be from 0 to {most:g}, got {self.noise}")
+
+    def sample(self, key: PRNGKeyArray, batch: int) -> Prompt:
+        """A batch of prompts; `hidden` holds the parameters of their functions."""
+        return jax.vmap(self._one)(jax.random.split(key, batch))
+
+    def with_length(self, length: int) -> "FunctionTask":
+        """The same task with prompts of another length."""
+        return dataclasses.replace(self, length=length)
+
+    def _one(self, key: PRNGKeyArray) -> Prompt:
+        for_function, for_inputs, for_query, for_noise = jax.random.split(key, 4)
+        dim = self.inputs.dim
+        visible = dim if self.visible is None else self.visible
+        f = self.function.draw(for_function, dim, visible)
+        x = self.inputs.draw(for_inputs, self.length, self.function, f)
+        index = jnp.arange(self.length)
+        weights = jnp.where(index >= self.first, 1.0, 0.0)
+        if self.query is not None:
+            x = x.at[-1].set(self.query.draw(for_query, x[:-1]))
+            weights = jnp.where(index == self.length - 1, weights, 0)
+        if self.points is not None:
+            weights = jnp.where(index < self.points, weights, 0)
+        x = jnp.where(jnp.arange(dim) < visible, x, 0)
+        clean = self.function(f, x)
+        if self.function.signs:
+            y = jnp.where(jax.random.bernoulli(for_noise, self.noise, clean.shape), -clean, clean)
+        else:
+            y = clean + self.noise * jax.random.normal(for_noise, clean.shape, clean.dtype)
+        return Prompt(x, y, weights, clean, f)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+    """A task that grows: at step s its inputs have min(d, d₀ + ⌊s / every⌋ · Δd) coordinates that are not 0, and its
+    first min(N, n₀ + ⌊s / every⌋ · Δn) answers count (Garg et al., 2022).
+
+    Attributes:
+        task: What it grows to.
+        every: Steps from one stage to the next.
+        dims: (d₀, Δd); the whole dimension from the start if not given.
+        points: (n₀, Δn); the whole length from the start if not given.
+    """
+
+    task: FunctionTask
+    every: int
+    dims: tuple[int, int] | None = None
+    points: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        check_static_int("Curriculum", "every", self.every, 1)
+        for name, most in (("dims", self.task.inputs.dim), ("points", self.task.length)):
+            if (given := getattr(self, name)) is not None and not (1 <= given[0] <= most and given[1] >= 0):
+                raise ValueError(f"Curriculum: {name} is {given}: need a start from 1 to {most} and steps from 0 on")
+
+    def at(self, step: Int[Array, ""] | int) -> FunctionTask:
+        """The task at a step, which may be traced."""
+
+        def grown(stage: tuple[int, int] | None, most: int) -> Array | None:
+            stages = jnp.minimum(step // self.every, most)  # bounded first: a step may be the largest integer
+            return None if stage is None else jnp.minimum(most, stage[0] + stages * stage[1])
+
+        dims, points = grown(self.dims, self.task.inputs.dim), grown(self.points, self.task.length)
+        return dataclasses.replace(self.task, visible=dims, points=points)
