@@ -21,7 +21,7 @@ from jaxattn.icl.inputs import Fresh, Gaussian, Orthant, Orthogonal, Scaled, See
 from jaxattn.icl.predict import Predictor, interleaved, leaks
 from jaxattn.icl.prompt import Prompt, at_inputs, interleave, stack
 from jaxattn.icl.regression import Averaging, LeastSquares, Ridge, Zero
-from jaxattn.icl.risk import Estimate, RiskTable, compare, mistakes, square
+from jaxattn.icl.risk import Estimate, RiskTable, compare, logistic, mistakes, square
 from jaxattn.icl.task import Curriculum, Function, FunctionTask, Inputs, Query
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "interleave",
     "interleaved",
     "leaks",
+    "logistic",
     "mistakes",
     "square",
     "stack",

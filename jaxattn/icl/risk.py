@@ -48,6 +48,11 @@ def mistakes(answers: Float[Array, "b n"], truth: Float[Array, "b n"]) -> Float[
     return 0.5 * jnp.abs(jnp.sign(answers) - jnp.sign(truth))
 
 
+def logistic(answers: Float[Array, "b n"], truth: Float[Array, "b n"]) -> Float[Array, "b n"]:
+    """log(1 + exp(−ŷ y)) for y = ±1: ŷ is the log of the odds that y is 1."""
+    return jax.nn.softplus(-answers * truth)
+
+
 def compare(
     task: Any,
     predictors: Mapping[str, Callable[..., Any]],

@@ -118,7 +118,7 @@ class FunctionTask:
         return Prompt(x, y, weights, clean, f)
 
 
-@dataclasses.dataclass(frozen=True)
+@part
 class Curriculum:
     """A task that grows: at step s its inputs have min(d, d₀ + ⌊s / every⌋ · Δd) coordinates that are not 0, and its
     first min(N, n₀ + ⌊s / every⌋ · Δn) answers count (Garg et al., 2022).

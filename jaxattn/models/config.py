@@ -130,25 +130,26 @@ class Layer:
 
     Attributes:
         mixer: What moves information between tokens.
-        feed_forward: What transforms each token.
+        feed_forward: What transforms each token; None for a layer that is its mixer alone.
     """
 
     mixer: Mixer = Attention()
-    feed_forward: FeedForward = FeedForward()
+    feed_forward: FeedForward | None = FeedForward()
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only language model.
+    """A decoder-only model: of tokens, or of vectors (`inputs`), from which it says `vocabulary` numbers.
 
     Attributes:
-        vocabulary: Number of token ids; bytes and their specials by default.
+        vocabulary: Number of token ids, and of outputs at each position; bytes and their specials by default.
         context: Number of positions it is trained for and may generate to.
         width: Width D of the residual stream.
         layers: One spec per layer; equal neighbours are compiled once and scanned.
         meta_tokens: Learned tokens before every sequence (Hymba), through all layers; positions of tokens count from
             their number, and `Sinks(meta_tokens)` keeps them in sight of a window.
         tied: Use the token embedding as the output projection.
+        inputs: Channels of the vectors that are read in by a linear map, where they are not tokens; 0 for tokens.
         dtype: Of the computation; parameters, norms and the residual stream are float32.
     """
 
@@ -158,6 +159,7 @@ class DecoderConfig:
     layers: list[Layer] = field(default_factory=lambda: [Layer()] * 4)
     meta_tokens: int = 0
     tied: bool = True
+    inputs: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
@@ -165,8 +167,11 @@ class DecoderConfig:
         for name in ("vocabulary", "context", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.meta_tokens < 0:
-            raise ValueError(f"meta_tokens must be at least 0, got {self.meta_tokens}")
+        for name in ("meta_tokens", "inputs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.inputs and self.tied:
+            raise ValueError(f"tied is True but inputs is {self.inputs}: need tied=False where there are no tokens")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}: need 'float32' or 'bfloat16'")
         if not self.layers:

@@ -1,6 +1,7 @@
 """The decoder-only language model: embedding, pre-norm layers from a list of specs, output projection."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,34 +12,38 @@ from jaxtyping import Array, Float, Int
 from jaxattn import nn
 from jaxattn.core.mask import Mask
 from jaxattn.models.config import DecoderConfig, Layer
-from jaxattn.nn import SITES, Recorder
+from jaxattn.nn import EDITED, SITES, Recorder
 
 DOCUMENTS = 8  # how many of them may be packed in a row behind meta tokens: each has its own
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+    """x + mixer(norm(x)), then x + feed_forward(norm(x)), if there is one."""
 
     def __init__(self, spec: Layer, features: int, dtype: Any, rngs: nnx.Rngs):
         self.deterministic = False
         self.mixer_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
         self.mixer = spec.mixer.build(features, dtype, rngs)
-        self.feed_forward_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
-        self.feed_forward = spec.feed_forward.build(features, dtype, rngs)
+        after = spec.feed_forward
+        self.feed_forward_norm = None if after is None else nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
+        self.feed_forward = None if after is None else after.build(features, dtype, rngs)
 
-    def __call__(self, x, positions, mask, state, record, shared):
-        tap = Recorder(record, (*SITES, "kv"))
+    def __call__(self, x, positions, mask, state, record, shared, edits):
+        tap = Recorder(record, (*SITES, "kv"), edits)
         y, state, records = self.mixer(
             self.mixer_norm(x), context=shared, positions=positions, mask=mask, state=state, record=tuple(tap.record)
         )
-        x = x + y
-        x = x + tap("mlp_out", self.feed_forward(self.feed_forward_norm(x)))
-        tap("resid", x)
+        x = x + tap("attn_out", y)
+        if self.feed_forward is None or self.feed_forward_norm is None:
+            y = jnp.zeros_like(x)
+        else:
+            y = self.feed_forward(self.feed_forward_norm(x))
+        x = tap("resid", x + tap("mlp_out", y))
         return x, state, records | tap.records
 
 
 class Decoder(nnx.Module):
-    """logits [B, T, vocabulary] of the next token at every position, from tokens [B, T].
+    """logits [B, T, vocabulary] of the next token at every position, from tokens [B, T], or vectors [B, T, inputs].
 
     Layers with equal specs that stand side by side are one module with a leading layer axis on its arrays, scanned.
     """
@@ -46,7 +51,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         self.config = config
-        self.embed = nnx.Embed(config.vocabulary, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
+        self.embed: Any = _embedding(config, rngs)
         runs = [(spec, len(list(run))) for spec, run in itertools.groupby(config.layers)]
         self.lengths = tuple(length for _, length in runs)
         self.reads = tuple(spec.mixer.keys == "shared" for spec, _ in runs)  # keys of a run before
@@ -58,12 +63,13 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "b t"],
+        tokens: Int[Array, "b t"] | Float[Array, "b t inputs"],
         *,
         positions: Int[Array, "#b t"] | None = None,
         mask: Mask | None = None,
         state: Any = None,
         record: tuple[str, ...] = (),
+        edits: Mapping[str, Any] = {},
     ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Array]]:
         """(logits, state, records).
 
@@ -73,21 +79,31 @@ class Decoder(nnx.Module):
         NaN logits. With meta tokens, records of the layers cover the row that begins with them, and a packed row may
         hold 8 documents: one of more is NaN.
 
+        edits: site of `nn.EDITED` -> a part that is called on the value there, [B, T, D], and says what to go on with;
+        its arrays carry a leading layer axis, so that each layer has its own.
+
         Raises ValueError for unknown sites, and if a site's shape differs between layers.
         """
-        if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2:
-            raise TypeError(f"tokens must be integers [batch, length], got {tokens.dtype}{list(tokens.shape)}")
+        given, inputs = f"{tokens.dtype}{list(tokens.shape)}", self.config.inputs
+        if inputs and (not jnp.issubdtype(tokens.dtype, jnp.floating) or tokens.shape[2:] != (inputs,)):
+            raise TypeError(f"tokens must be vectors [batch, length, {inputs}], got {given}")
+        if not inputs and (not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2):
+            raise TypeError(f"tokens must be integers [batch, length], got {given}")
+        if unknown := set(edits) - set(EDITED):
+            raise ValueError(f"edits names {sorted(unknown)}: need some of {list(EDITED)}")
         tap = Recorder(record)
         x = tap("embed", self.embed(tokens))
         if self.meta is None:
-            x, state, records = self.layers(x, positions=positions, mask=mask, state=state, record=record)
+            x, state, records = self.layers(x, positions=positions, mask=mask, state=state, record=record, edits=edits)
         elif state is None:
             longer = nn.with_prefix(self.meta[...], x, positions, mask, DOCUMENTS)
-            x, _, records = self.layers(longer.x, positions=longer.positions, mask=longer.mask, record=record)
+            x, _, records = self.layers(
+                longer.x, positions=longer.positions, mask=longer.mask, record=record, edits=edits
+            )
             x = longer.strip(x)
         else:
             positions = None if positions is None else nn.after_prefix(positions, self.config.meta_tokens)
-            x, state, records = self.layers(x, positions=positions, mask=mask, state=state, record=record)
+            x, state, records = self.layers(x, positions=positions, mask=mask, state=state, record=record, edits=edits)
         logits = self.final_norm(x)
         logits = self.embed.attend(logits) if self.head is None else self.head(logits)
         return logits, state, tap.records | records
@@ -100,11 +116,13 @@ class Decoder(nnx.Module):
         mask: Mask | None = None,
         state: Any = None,
         record: tuple[str, ...] = (),
+        edits: Mapping[str, Any] = {},
     ) -> tuple[Float[Array, "b t d"], Any, dict[str, Array]]:
         """(x after all layers, state, records): the model between embedding and final norm, without its meta tokens."""
         states, recorded = [], []
         shared: nn.KeyValue | None = None
-        for number, run in enumerate(self.runs):
+        first = 0
+        for number, (run, length) in enumerate(zip(self.runs, self.lengths, strict=True)):
             gives = not self.reads[number] and self.reads[number + 1 : number + 2] == (True,)
             asked, given = (*record, "kv") if gives else record, shared if self.reads[number] else None
 
@@ -112,12 +130,16 @@ class Decoder(nnx.Module):
             graph, arrays = nnx.split(run)
 
             def layer(x, slices, graph=graph, asked=asked, given=given):
-                arrays, state = slices
+                arrays, state, edits = slices
                 block = nnx.merge(graph, arrays)
-                x, state, records = block(x, positions, mask, state, asked, given)
+                x, state, records = block(x, positions, mask, state, asked, given, edits)
                 return x, (state, records, nnx.state(block, nnx.RngCount))
 
-            x, (new_state, records, counts) = jax.lax.scan(layer, x, (arrays, None if state is None else state[number]))
+            own = jax.tree.map(lambda each, first=first, last=first + length: each[first:last], dict(edits))
+            x, (new_state, records, counts) = jax.lax.scan(
+                layer, x, (arrays, None if state is None else state[number], own)
+            )
+            first += length
             if not run.deterministic:
                 nnx.update(run, counts)
             if gives:
@@ -140,6 +162,12 @@ class Decoder(nnx.Module):
             return state
         meta = jnp.broadcast_to(self.meta[...], (batch, *self.meta.shape))
         return self.layers(meta, state=state)[1]
+
+
+def _embedding(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Embed | nnx.Linear:
+    if config.inputs:
+        return nnx.Linear(config.inputs, config.width, rngs=rngs)
+    return nnx.Embed(config.vocabulary, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
 
 
 def _stack(spec: Layer, length: int, width: int, dtype: Any, rngs: nnx.Rngs) -> Block:

@@ -57,6 +57,8 @@ class FoldedDecoder(nnx.Module):
             raise ValueError(f"condense is {condense!r}: need one of {', '.join(get_args(Condense))}")
         if condense == "fold" and carry != segment:
             raise ValueError(f"carry is {carry}: condense='fold' carries as many states as a segment has, {segment}")
+        if config.inputs:
+            raise ValueError(f"config reads vectors (inputs is {config.inputs}): need tokens")
         if config.meta_tokens:
             raise ValueError("config has meta tokens: the carry is what stands before a segment")
         layers, heads = [], []

@@ -1,7 +1,11 @@
-"""The named places inside a model at which values can be recorded."""
+"""The named places inside a model at which values can be recorded, and some of them changed."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
+
+from jaxtyping import Array, Float
+
+from jaxattn.core.parts import part
 
 Value = TypeVar("Value")
 
@@ -20,15 +24,32 @@ SITES = {
 """Site -> what it holds. Inside a `Decoder` every site but `embed` carries a leading layer axis."""
 
 
-class Recorder:
-    """Keeps the values of the sites it was asked for; `value = recorder(site, value)` passes every value through.
+EDITED = ("attn_out", "mlp_out", "resid")
+"""The sites at which a `Decoder` takes edits."""
 
-    `sites` are those there are, `SITES` unless given.
+
+@part
+class Add:
+    """An edit: value + vector, for a vector that broadcasts against the value [B, T, D]. In a `Decoder` it carries a
+    leading layer axis, so [L, D] adds to every token, and [L, T, D] to each its own."""
+
+    vector: Float[Array, "..."]
+
+    def __call__(self, value: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return value + self.vector.astype(value.dtype)
+
+
+class Recorder:
+    """Changes values by the edits of their sites, and keeps those it was asked for: `value = recorder(site, value)`.
+
+    `sites` are those there are, `SITES` unless given. An edit is a function value -> value; what is kept is its result.
     Raises ValueError for a name that is no site: a record that is silently missing is the classic failure.
     """
 
-    def __init__(self, record: Iterable[str], sites: Iterable[str] = SITES):
-        self.record = frozenset(record)
+    def __init__(
+        self, record: Iterable[str], sites: Iterable[str] = SITES, edits: Mapping[str, Callable[[Any], Any]] = {}
+    ):
+        self.record, self.edits = frozenset(record), edits
         if unknown := self.record - set(sites):
             raise ValueError(f"record names unknown sites {sorted(unknown)}: need some of {list(sites)}")
         self.records: dict[str, Any] = {}
@@ -38,6 +59,8 @@ class Recorder:
         return not self.record.isdisjoint(sites)
 
     def __call__(self, site: str, value: Value) -> Value:
+        if site in self.edits:
+            value = self.edits[site](value)
         if site in self.record:
             self.records[site] = value
         return value

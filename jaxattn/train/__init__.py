@@ -34,6 +34,7 @@ from jaxattn.train.step import (
     on_pmap,
     repeated,
 )
+from jaxattn.train.tasks import drawn, prompt_loss
 
 __all__ = [
     "BOS",
@@ -55,6 +56,7 @@ __all__ = [
     "data_mesh",
     "decay_mask",
     "decode",
+    "drawn",
     "encode",
     "fit",
     "init_state",
@@ -69,6 +71,7 @@ __all__ = [
     "on_one_device",
     "on_pmap",
     "ordered_batches",
+    "prompt_loss",
     "read_documents",
     "repeated",
     "split",

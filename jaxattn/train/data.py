@@ -199,14 +199,17 @@ class Drawn:
     In training it runs inside the compiled step, so the data never leave the device; it must be a pure function.
 
     Attributes:
-        draw: (key, rows) -> batch.
+        draw: (key, rows) -> batch; for a curriculum (key, rows, step) -> batch.
         length: Tokens per row, by which speed is measured.
         digest: Says what is drawn, in any words: a run is resumed only with a source that says the same.
+        curriculum: Whether what is drawn depends on the step, an int32 that may be traced. Validation is at the largest
+            step there is, `LAST`: the end of the curriculum.
     """
 
-    draw: Callable[[jax.Array, int], Any]
+    draw: Callable[..., Any]
     length: int
     digest: str
+    curriculum: bool = False
 
 
 def batches(source: Windows, batch_size: int, seed: int = 0) -> grain.DatasetIterator[Batch]:
@@ -235,7 +238,7 @@ def ordered_batches(source: Windows | Drawn, batch_size: int, limit: int | None 
     if isinstance(source, Drawn):
         if limit is None:
             raise ValueError("limit is None but batches are drawn without end: need a number of batches")
-        return (drawn_batch(source.draw, batch_size, 0, VALIDATION, i) for i in range(limit))
+        return (drawn_batch(source, batch_size, 0, VALIDATION, i) for i in range(limit))
     count = len(source) if limit is None else min(len(source), limit * batch_size)
     return _ordered_batches(source, batch_size, [i * len(source) // count for i in range(count)])
 
@@ -252,10 +255,17 @@ def _ordered_batches(source: Windows, batch_size: int, indices: list[int]) -> It
 TRAINING, VALIDATION = 2**32 - 1, 2**32 - 2
 
 
-@partial(jax.jit, static_argnames=("draw", "rows", "seed", "stream"))
-def drawn_batch(draw: Callable[[jax.Array, int], Any], rows: int, seed: int, stream: int, number: Any) -> Any:
-    """Batch `number` of a stream of a seed."""
-    return draw(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), number), rows)
+# The step at which a curriculum is at its end.
+LAST = 2**31 - 1
+
+
+@partial(jax.jit, static_argnames=("source", "rows", "seed", "stream"))
+def drawn_batch(source: Drawn, rows: int, seed: int, stream: int, number: Any) -> Any:
+    """Batch `number` of a stream of a seed, which in training is that of step `number`."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), number)
+    if not source.curriculum:
+        return source.draw(key, rows)
+    return source.draw(key, rows, number if stream == TRAINING else LAST)
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -229,9 +229,8 @@ def _train_step(
         step = make_step(loss_fn, optimizer, accumulate=config.accumulate, axis_name=axis_name)
         if not isinstance(data, Drawn):
             return step
-        draw = data.draw
         return repeated(
-            step, stride, lambda number: drawn_batch(draw, config.batch_size, config.seed, TRAINING, number)
+            step, stride, lambda number: drawn_batch(data, config.batch_size, config.seed, TRAINING, number)
         )
 
     return _on_devices(config.devices, make)

@@ -58,10 +58,10 @@ def test_how_many_steps_run_together_changes_nothing(finished, tmp_path):
 
 
 def test_each_step_has_a_batch_of_its_own():
-    batches = [drawn_batch(draw, ONE.batch_size, ONE.seed, TRAINING, number) for number in range(3)]
+    batches = [drawn_batch(COUNTING, ONE.batch_size, ONE.seed, TRAINING, number) for number in range(3)]
     starts = {tuple(np.asarray(batch["tokens"][:, 0]).tolist()) for batch in batches}
     assert len(starts) == 3
-    other = drawn_batch(draw, ONE.batch_size, ONE.seed + 1, TRAINING, 0)
+    other = drawn_batch(COUNTING, ONE.batch_size, ONE.seed + 1, TRAINING, 0)
     assert (other["tokens"] != batches[0]["tokens"]).any()
 
 
