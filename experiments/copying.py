@@ -2,16 +2,14 @@
 
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from experiments import decoders, recall
 from experiments.experiment import Claim, Curves, Result, at_least, at_most
-from jaxattn import models
+from jaxattn import icl, models
 from jaxattn.train import Drawn, OptimizerConfig
 
 
@@ -111,24 +109,10 @@ CLAIMS = (
 )
 
 
-def copy_batch(key: jax.Array, rows: int, *, length: int, letters: int) -> dict[str, jax.Array]:
-    """Strings s₁ ... s_n, an end mark, and the string again, its letters the targets; as `next_token_loss` takes them.
-
-    Letters are 0 .. letters − 1, drawn independently, and the mark is the token after them.
-    """
-    string = jax.random.randint(key, (rows, length), 0, letters)
-    mark = jnp.full((rows, 1), letters)
-    second = jnp.arange(2 * length) >= length
-    return {
-        "tokens": jnp.concatenate([string, mark, string[:, :-1]], -1),
-        "targets": jnp.where(second, jnp.concatenate([string, string], -1), 0),
-        "weights": jnp.broadcast_to(second.astype(jnp.float32), (rows, 2 * length)),
-    }
-
-
 def task(config: Config) -> Drawn:
-    options = {name: getattr(config, name) for name in ("length", "letters")}
-    return Drawn(partial(copy_batch, **options), 2 * config.length, json.dumps(options))
+    strings = icl.Copying(config.letters, config.length)
+    digest = json.dumps({"length": config.length, "letters": config.letters})
+    return Drawn(lambda key, rows: strings.sample(key, rows).tokens(), 2 * config.length, digest)
 
 
 def mixer(config: Config, start: str) -> models.Mamba2:

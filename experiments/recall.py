@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from experiments import decoders
 from experiments.decoders import OPTIMIZER
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, outside
-from jaxattn import Causal, Elu1Features, IdentityFeatures, TaylorFeatures, Window, models, nn
+from jaxattn import Causal, Elu1Features, IdentityFeatures, TaylorFeatures, Window, icl, models, nn
 from jaxattn.train import Drawn, OptimizerConfig
 
 
@@ -184,45 +183,11 @@ DIFFERENCES = {
 }
 
 
-def recall_batch(
-    key: jax.Array, rows: int, *, pairs: int, length: int, keys: int, values: int, power: float
-) -> dict[str, jax.Array]:
-    """Sequences k₁ v₁ ... k_n v_n, then each key again, its value the target there; as `next_token_loss` takes them.
-
-    Token 0 fills the rest, 1 .. keys are keys, and those after them values. Keys of a row differ, and so do its values.
-    The part after the pairs is cut into slots of two tokens; the n slots that hold a query are drawn without
-    replacement with probability ∝ gap^(power − 1), gap = 1, 2, ... counted from the pairs, as in Zoology.
-    """
-    for_keys, for_values, for_slots = jax.random.split(key, 3)
-
-    def some(key: jax.Array, count: int) -> jax.Array:
-        return jax.random.uniform(key, (rows, count)).argsort(-1)[:, :pairs]
-
-    asked = 1 + some(for_keys, keys)
-    answers = 1 + keys + some(for_values, values)
-    context = jnp.stack([asked, answers], -1).reshape(rows, 2 * pairs)
-    gaps = jnp.arange(1, (length - 2 * pairs) // 2 + 1)
-    # The largest of log-probabilities with Gumbel noise are a draw without replacement.
-    noisy = (power - 1) * jnp.log(gaps) + jax.random.gumbel(for_slots, (rows, len(gaps)))
-    places = 2 * pairs + 2 * noisy.argsort(-1, descending=True)[:, :pairs]
-    row = jnp.arange(rows)[:, None]
-    empty = jnp.zeros((rows, length), jnp.int32)
-    return {
-        "tokens": empty.at[:, : 2 * pairs].set(context).at[row, places].set(asked),
-        "targets": empty.at[row, places].set(answers),
-        "weights": jnp.zeros((rows, length)).at[row, places].set(1.0),
-    }
-
-
 def task(config: Config) -> Drawn:
     """The task of a config. Raises ValueError for pairs that do not fit."""
-    if config.length % 2 or config.length < 4 * config.pairs:
-        raise ValueError(f"length is {config.length} for {config.pairs} pairs: need an even number, 4 per pair or more")
-    for name in ("keys", "values"):
-        if getattr(config, name) < config.pairs:
-            raise ValueError(f"{name} is {getattr(config, name)} for {config.pairs} pairs: need at least as many")
     options = {name: getattr(config, name) for name in ("pairs", "length", "keys", "values", "power")}
-    return Drawn(partial(recall_batch, **options), config.length, json.dumps(options))
+    recall = icl.AssociativeRecall(**options)
+    return Drawn(lambda key, rows: recall.sample(key, rows).tokens(), config.length, json.dumps(options))
 
 
 def build(config: Config, mixer: Mixer, seed: int) -> models.Decoder:

@@ -507,7 +507,7 @@ PAPERS: tuple[Paper, ...] = (
         "Zoology: Measuring and Improving Recall in Efficient Language Models",
         None,
         "2312.04927",
-        ("experiments.recall.recall_batch",),
+        ("jaxattn.icl.AssociativeRecall",),
         ("recall",),
         "multi-query associative recall, the task",
     ),

@@ -17,18 +17,24 @@ from jaxattn.icl.function import (
     ScaledValues,
     SparseLinear,
 )
+from jaxattn.icl.hops import Echo, PointerChasing, RetrievalChain, echo_accuracy, horizon
 from jaxattn.icl.inputs import Fresh, Gaussian, Orthant, Orthogonal, Scaled, Seen, Skewed, Subspace
+from jaxattn.icl.markov import MarkovBayes, MarkovChain
 from jaxattn.icl.predict import Predictor, interleaved, leaks
 from jaxattn.icl.prompt import Prompt, at_inputs, interleave, stack
 from jaxattn.icl.regression import Averaging, LeastSquares, Ridge, Zero
 from jaxattn.icl.risk import Estimate, RiskTable, compare, logistic, mistakes, square
+from jaxattn.icl.sequences import AssociativeRecall, Copying, Lookup, RepeatedBlock, additive_memory_accuracy
 from jaxattn.icl.task import Curriculum, Function, FunctionTask, Inputs, Query
 
 __all__ = [
+    "AssociativeRecall",
     "Averaging",
     "Blocks",
+    "Copying",
     "Curriculum",
     "DecisionTree",
+    "Echo",
     "Estimate",
     "Fresh",
     "Function",
@@ -39,15 +45,21 @@ __all__ = [
     "Linear",
     "LinearSign",
     "Logistic",
+    "Lookup",
+    "MarkovBayes",
+    "MarkovChain",
     "OneOf",
     "Orthant",
     "Orthogonal",
+    "PointerChasing",
     "Pool",
     "Predictor",
     "Prompt",
     "Quadratic",
     "Query",
     "ReluNetwork",
+    "RepeatedBlock",
+    "RetrievalChain",
     "Ridge",
     "RiskTable",
     "Scaled",
@@ -57,8 +69,11 @@ __all__ = [
     "SparseLinear",
     "Subspace",
     "Zero",
+    "additive_memory_accuracy",
     "at_inputs",
     "compare",
+    "echo_accuracy",
+    "horizon",
     "interleave",
     "interleaved",
     "leaks",

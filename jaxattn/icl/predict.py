@@ -48,7 +48,7 @@ def interleaved(model: Callable[[Float[Array, "b t d"]], Num[Array, "b t *m"]]) 
     return predict
 
 
-def leaks(predictor: Callable[..., Any], x: Float[Array, "b n d"], y: Float[Array, "b n *m"]) -> float:
+def leaks(predictor: Callable[..., Any], x: Num[Array, "b n *d"], y: Num[Array, "b n *m"]) -> float:
     """The largest change of any answer ŷ_i when y_i and all that comes after it changes: 0 for a predictor.
 
     Every i is tried; changes are as large as the numbers themselves.
@@ -56,7 +56,7 @@ def leaks(predictor: Callable[..., Any], x: Float[Array, "b n d"], y: Float[Arra
 
     def change(i: Array) -> Array:
         index = jnp.arange(x.shape[1])
-        after_x = (index > i)[:, None]
+        after_x = (index > i).reshape(-1, *(1,) * (x.ndim - 2))
         after_y = (index >= i).reshape(-1, *(1,) * (y.ndim - 2))
         changed = predictor(jnp.where(after_x, x[:, ::-1] + 1, x), jnp.where(after_y, -y[:, ::-1] - 1, y))
         return jnp.abs(changed[:, i] - before[:, i]).max()

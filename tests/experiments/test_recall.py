@@ -49,20 +49,6 @@ def test_tokens_are_keys_values_and_a_filler(batch):
     assert (tokens[:, 10:][~asked[:, 10:]] == 0).all()
 
 
-def test_queries_crowd_behind_the_pairs_unless_the_power_is_one(batch):
-    """Slot g of 11 is drawn first with probability ∝ 1/g (power 0), or 1/11 (power 1)."""
-
-    def share_of_first(power):
-        options = SIZES | {"power": power, "pairs": 1, "length": 24}
-        weights = recall.recall_batch(jax.random.key(1), 4000, **options)["weights"]
-        return float(weights[:, 2].mean())
-
-    harmonic = sum(1 / g for g in range(1, 12))
-    for power, expected in ((0.0, 1 / harmonic), (1.0, 1 / 11)):
-        deviation = (expected * (1 - expected) / 4000) ** 0.5
-        assert abs(share_of_first(power) - expected) < 4 * deviation
-
-
 def test_pairs_that_do_not_fit_are_refused():
     for changes, words in (
         ({"length": 19}, "even number, 4 per pair"),
