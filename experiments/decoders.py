@@ -1,14 +1,15 @@
-"""Trains the small decoders of the experiments: layers of one mixer, on sequences that are drawn in the step."""
+"""Trains the small decoders of the experiments: layers of one mixer, on prompts that are drawn in the step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 from rich.console import Console
 
-from jaxattn import models
-from jaxattn.train import Drawn, OptimizerConfig, TrainConfig, fit, make_optimizer, next_token_loss
+from jaxattn import icl, models
+from jaxattn.train import Drawn, OptimizerConfig, TrainConfig, fit, make_optimizer, next_token_loss, prompt_loss
 from jaxattn.train.loop import Result
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=0.0)
@@ -23,11 +24,29 @@ def build(
     layers: int,
     seed: int,
     feed_forward: models.FeedForward | None = None,
+    inputs: int = 0,
 ) -> models.Decoder:
     """A decoder of `layers` layers, each of the mixer and a feed-forward block, by default of twice the width."""
     layer = models.Layer(mixer, feed_forward or models.FeedForward(hidden=2 * width, kind="gelu"))
-    config = models.DecoderConfig(vocabulary, length, width, [layer] * layers, tied=False)
+    config = models.DecoderConfig(vocabulary, length, width, [layer] * layers, tied=False, inputs=inputs)
     return models.Decoder(config, rngs=nnx.Rngs(seed))
+
+
+def predictor(model: models.Decoder) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """A decoder of vectors as a predictor: it reads interleaved prompts, and its answers are read at the inputs."""
+    return icl.interleaved(lambda tokens: model(tokens)[0])
+
+
+def next_token(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss on a batch of tokens, and what is measured beside it."""
+    logits, *_ = model(batch["tokens"])
+    total, sums = next_token_loss(logits, batch)
+    return total, {name: sums[name] for name in ("weight", "correct")}
+
+
+def answers(loss: icl.Loss) -> Callable[[models.Decoder, icl.Prompt], tuple[jax.Array, dict[str, jax.Array]]]:
+    """The loss on a batch of prompts."""
+    return lambda model, prompt: prompt_loss(lambda _, x, y: predictor(model)(x, y), loss)(None, prompt, None)
 
 
 def train(
@@ -43,6 +62,7 @@ def train(
     run_config: Mapping[str, Any],
     folder: Path,
     console: Console,
+    loss: Callable[[models.Decoder, Any], tuple[jax.Array, dict[str, jax.Array]]] = next_token,
 ) -> tuple[models.Decoder, Result]:
     """(the trained model, what `fit` says of the run), measured on further batches of the same source.
 
@@ -51,9 +71,7 @@ def train(
     graph, params, *rest = nnx.split(model, nnx.Param, ...)
 
     def loss_fn(params, batch, key):
-        logits, *_ = nnx.merge(graph, params, *rest)(batch["tokens"])
-        total, sums = next_token_loss(logits, batch)
-        return total, {name: sums[name] for name in ("weight", "correct")}
+        return loss(nnx.merge(graph, params, *rest), batch)
 
     result = fit(
         loss_fn=loss_fn,

@@ -23,7 +23,7 @@ from jaxattn.icl.markov import MarkovBayes, MarkovChain
 from jaxattn.icl.predict import Predictor, interleaved, leaks
 from jaxattn.icl.prompt import Prompt, at_inputs, interleave, stack
 from jaxattn.icl.regression import Averaging, LeastSquares, Ridge, Zero
-from jaxattn.icl.risk import Estimate, RiskTable, compare, logistic, mistakes, square
+from jaxattn.icl.risk import Estimate, Loss, RiskTable, compare, logistic, mistakes, square
 from jaxattn.icl.sequences import AssociativeRecall, Copying, Lookup, RepeatedBlock, additive_memory_accuracy
 from jaxattn.icl.task import Curriculum, Function, FunctionTask, Inputs, Query
 
@@ -46,6 +46,7 @@ __all__ = [
     "LinearSign",
     "Logistic",
     "Lookup",
+    "Loss",
     "MarkovBayes",
     "MarkovChain",
     "OneOf",

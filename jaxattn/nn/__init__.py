@@ -41,7 +41,7 @@ from jaxattn.nn.mechanisms import (
 )
 from jaxattn.nn.prefix import Prefixed, after_prefix, with_prefix
 from jaxattn.nn.recurrent import Inputs, LearningInputs, LinearInputs, Mechanism, Passed, Past, Recurrent
-from jaxattn.nn.sites import EDITED, SITES, Add, Recorder
+from jaxattn.nn.sites import EDITED, SITES, Add, Put, Recorder
 from jaxattn.nn.state_space import S6, Mamba2, mimetic_initialization
 from jaxattn.nn.titans import MemoryAsContext, memory_as_gate, memory_as_layer
 
@@ -86,6 +86,7 @@ __all__ = [
     "Past",
     "Prefixed",
     "Projections",
+    "Put",
     "RandomFeatureMap",
     "Recorder",
     "Recurrent",

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from jaxattn.core.parts import part
 
@@ -37,6 +38,17 @@ class Add:
 
     def __call__(self, value: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return value + self.vector.astype(value.dtype)
+
+
+@part
+class Put:
+    """An edit: the vector in place of the value where `on`; both broadcast against it, and carry a layer axis first."""
+
+    vector: Float[Array, "..."]
+    on: Bool[Array, "..."]
+
+    def __call__(self, value: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return jnp.where(self.on, self.vector.astype(value.dtype), value)
 
 
 class Recorder:

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jaxtyping import Array, Bool, Float
 from tiny import CONTEXT, FACTOR, MIXED, PLAIN, VOCABULARY, WIDTH, assert_close, decoder, run, shared, tokens
 
-from jaxattn.core.parts import part
 from jaxattn.models import Decoder, DecoderConfig, FoldedDecoder, Layer
-from jaxattn.nn import EDITED, Add
+from jaxattn.nn import EDITED, Add, Put
 
 L = len(MIXED)
 
@@ -46,20 +44,9 @@ def test_what_is_added_at_a_site_is_added_to_the_residual_stream_of_its_layer(si
     assert abs(after["resid"][-1] - before["resid"][-1]).max() > 1e-3
 
 
-@part
-class Put:
-    """An edit of one's own: another value altogether, in the layers that are switched on."""
-
-    vector: Float[Array, "..."]
-    on: Bool[Array, "..."]
-
-    def __call__(self, value):
-        return jnp.where(self.on, self.vector, value)
-
-
 def test_replacing_the_stream_after_the_last_layer_replaces_the_logits():
     model, vector = shared(), drawn(WIDTH)
-    put = Put(jnp.broadcast_to(vector, (L, WIDTH)), jnp.arange(L) == L - 1)
+    put = Put(jnp.broadcast_to(vector, (L, WIDTH)), (jnp.arange(L) == L - 1)[:, None])
     logits, *_ = run(model, tokens(), edits={"resid": put})
     assert_close(logits, jnp.broadcast_to(model.embed.attend(model.final_norm(vector)), logits.shape), 50)
 
