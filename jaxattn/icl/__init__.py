@@ -1,9 +1,11 @@
 """The in-context-learning laboratory: tasks × predictors -> risk curves, held against closed forms.
 
-A **task** draws prompts, a **predictor** answers them, `compare` measures its risk by context length, and `theory` says
-what that risk must be. Tasks, functions, inputs and predictors are parts; a trained model is one more predictor.
+A **task** draws prompts, a **predictor** answers them, `compare` measures its risk by context length, and `theory` and
+`layer_theory` say what that risk must be. Tasks, functions, inputs and predictors are parts; a trained model is one
+more predictor.
 """
 
+from jaxattn.icl.descent import DebiasedDescent, GradientDescent, Newton, Preconditioned
 from jaxattn.icl.function import (
     Blocks,
     DecisionTree,
@@ -20,9 +22,10 @@ from jaxattn.icl.function import (
 from jaxattn.icl.hops import Echo, PointerChasing, RetrievalChain, echo_accuracy, horizon
 from jaxattn.icl.inputs import Fresh, Gaussian, Orthant, Orthogonal, Scaled, Seen, Skewed, Subspace
 from jaxattn.icl.markov import MarkovBayes, MarkovChain
+from jaxattn.icl.network import NetworkByAdam
 from jaxattn.icl.predict import Predictor, interleaved, leaks
 from jaxattn.icl.prompt import Prompt, at_inputs, interleave, stack
-from jaxattn.icl.regression import Averaging, LeastSquares, Ridge, Zero
+from jaxattn.icl.regression import Averaging, Lasso, LeastSquares, Ridge, Zero
 from jaxattn.icl.risk import Estimate, Loss, RiskTable, compare, logistic, mistakes, square
 from jaxattn.icl.sequences import AssociativeRecall, Copying, Lookup, RepeatedBlock, additive_memory_accuracy
 from jaxattn.icl.task import Curriculum, Function, FunctionTask, Inputs, Query
@@ -33,6 +36,7 @@ __all__ = [
     "Blocks",
     "Copying",
     "Curriculum",
+    "DebiasedDescent",
     "DecisionTree",
     "Echo",
     "Estimate",
@@ -40,7 +44,9 @@ __all__ = [
     "Function",
     "FunctionTask",
     "Gaussian",
+    "GradientDescent",
     "Inputs",
+    "Lasso",
     "LeastSquares",
     "Linear",
     "LinearSign",
@@ -49,11 +55,14 @@ __all__ = [
     "Loss",
     "MarkovBayes",
     "MarkovChain",
+    "NetworkByAdam",
+    "Newton",
     "OneOf",
     "Orthant",
     "Orthogonal",
     "PointerChasing",
     "Pool",
+    "Preconditioned",
     "Predictor",
     "Prompt",
     "Quadratic",

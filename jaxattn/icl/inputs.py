@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxattn.core.parts import check_static_int, part
@@ -47,11 +48,12 @@ def check_covariance(owner: str, covariance: Any, dim: int, *, definite: bool = 
         raise ValueError(f"{owner}: covariance has shape {jnp.shape(covariance)}: need ({dim}, {dim})")
     if isinstance(covariance, jax.core.Tracer):
         return
-    matrix = jnp.asarray(covariance, float)
-    size, tolerance = jnp.abs(matrix).max(), dim * jnp.finfo(matrix.dtype).eps
-    if not bool(jnp.abs(matrix - matrix.T).max() <= tolerance * size):
+    # In NumPy: under a transformation JAX would make a tracer of known numbers too.
+    matrix = np.asarray(covariance, jnp.result_type(covariance, float))
+    size, tolerance = np.abs(matrix).max(), dim * np.finfo(matrix.dtype).eps
+    if not np.abs(matrix - matrix.T).max() <= tolerance * size:
         raise ValueError(f"{owner}: covariance is not symmetric")
-    least = float(jnp.linalg.eigvalsh(matrix)[0])
+    least = float(np.linalg.eigvalsh(matrix)[0])
     if least < -tolerance * size:
         raise ValueError(f"{owner}: covariance has the eigenvalue {least:.3g}: need eigenvalues from 0 on")
     if definite and least <= tolerance * size:

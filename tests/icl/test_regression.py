@@ -1,0 +1,259 @@
+"""Predictors of real functions are what they say, do not look ahead, and have the risk that theory states."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxattn import icl
+from jaxattn.icl import theory
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def example(n=12, d=5, seed=0):
+    """One prompt in float64, of which every other example and some more are seen, and a query."""
+    rng = np.random.default_rng(seed)
+    x, y, query = rng.normal(size=(n, d)), rng.normal(size=n), rng.normal(size=d)
+    seen = np.arange(n) % 3 != 1
+    return x, y, seen, query
+
+
+def answer(predictor, x, y, seen, query):
+    return float(predictor.answer(*map(jnp.asarray, (x, y, seen, query))))
+
+
+def test_zero_averaging_and_least_squares_are_their_formulas(x64):
+    x, y, seen, query = example()
+    kept, labels = x[seen], y[seen]
+    assert answer(icl.Zero(), x, y, seen, query) == 0
+    np.testing.assert_allclose(answer(icl.Averaging(), x, y, seen, query), query @ kept.T @ labels / len(labels), 1e-12)
+    least = np.linalg.lstsq(kept, labels, rcond=None)[0]
+    np.testing.assert_allclose(answer(icl.LeastSquares(), x, y, seen, query), query @ least, rtol=1e-12)
+
+
+def test_with_few_examples_least_squares_is_the_shortest_interpolation(x64):
+    x, y, seen, query = example(n=5, d=8)
+    kept, labels = x[seen], y[seen]
+    shortest = kept.T @ np.linalg.solve(kept @ kept.T, labels)
+    np.testing.assert_allclose(answer(icl.LeastSquares(), x, y, seen, query), query @ shortest, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [5, 2])
+def test_ridge_is_the_posterior_mean_also_of_a_singular_prior(x64, rank):
+    """w ~ N(0, C), y = Xw + noise: E[w | y] = C Xᵀ (X C Xᵀ + σ² I)⁻¹ y, in which C is not inverted."""
+    x, y, seen, query = example()
+    half = np.random.default_rng(1).normal(size=(5, rank))
+    covariance, kept = half @ half.T, x[seen]
+    gram = kept @ covariance @ kept.T + 0.3 * np.eye(len(kept))
+    posterior = covariance @ kept.T @ np.linalg.solve(gram, y[seen])
+    ridge = icl.Ridge(0.3, jnp.asarray(covariance))
+    np.testing.assert_allclose(answer(ridge, x, y, seen, query), query @ posterior, rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [3, 6, 12, 30])
+@pytest.mark.parametrize("alpha", [1.0, 0.1, 0.01])
+def test_lasso_meets_the_conditions_of_its_minimum(x64, n, alpha):
+    x, y, seen, _ = example(n=n, d=6)
+    w = np.asarray(icl.Lasso(alpha, sweeps=2000).weights(jnp.asarray(x), jnp.asarray(y), jnp.asarray(seen)))
+    kept, labels = x[seen], y[seen]
+    pull = kept.T @ (labels - kept @ w) / len(labels)
+    np.testing.assert_allclose(pull[w != 0], alpha * np.sign(w[w != 0]), atol=1e-9)
+    assert (abs(pull) <= alpha + 1e-9).all()
+
+
+def test_lasso_on_orthonormal_inputs_is_the_soft_threshold(x64):
+    x = 2 * np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
+    y = np.random.default_rng(1).normal(size=4)
+    w = icl.Lasso(0.2, sweeps=1).weights(jnp.asarray(x), jnp.asarray(y), jnp.ones(4, bool))
+    best = x.T @ y / 4
+    np.testing.assert_allclose(w, np.sign(best) * np.maximum(abs(best) - 0.2, 0), atol=1e-14)
+
+
+def test_gradient_descent_takes_its_steps(x64):
+    x, y, seen, query = example()
+    kept, labels, w = x[seen], y[seen], np.zeros(5)
+    for _ in range(4):
+        w = w + 0.3 * kept.T @ (labels - kept @ w) / len(labels)
+    np.testing.assert_allclose(answer(icl.GradientDescent(0.3, 4), x, y, seen, query), query @ w, rtol=1e-12)
+    once = answer(icl.GradientDescent(0.3), x, y, seen, query)
+    np.testing.assert_allclose(once, 0.3 * answer(icl.Averaging(), x, y, seen, query), rtol=1e-12)
+
+
+def test_gradient_descent_and_newton_tend_to_least_squares_and_ridge(x64):
+    x, y, seen, query = example(n=30)
+    least = answer(icl.LeastSquares(), x, y, seen, query)
+    np.testing.assert_allclose(answer(icl.GradientDescent(0.5, 2000), x, y, seen, query), least, rtol=1e-9)
+    np.testing.assert_allclose(answer(icl.Newton(20), x, y, seen, query), least, rtol=1e-9)
+    ridge = answer(icl.Ridge(0.7), x, y, seen, query)
+    np.testing.assert_allclose(answer(icl.Newton(20, 0.7), x, y, seen, query), ridge, rtol=1e-9)
+    few = example(n=5, d=8)
+    shortest = answer(icl.LeastSquares(), *few)
+    np.testing.assert_allclose(answer(icl.Newton(25), *few), shortest, rtol=1e-7)
+
+
+def test_the_error_of_newton_is_squared_at_each_step(x64):
+    x, y, seen, query = example()
+    kept = x[seen]
+    system = kept.T @ kept + 0.5 * np.eye(5)
+    for steps in (0, 1, 3, 5):
+        error = np.linalg.matrix_power(np.eye(5) - system @ system / (system**2).sum(), 2**steps)
+        inverse = (np.eye(5) - error) @ np.linalg.inv(system)
+        found = answer(icl.Newton(steps, 0.5), x, y, seen, query)
+        np.testing.assert_allclose(found, query @ inverse @ kept.T @ y[seen], rtol=1e-10)
+
+
+@pytest.mark.parametrize("scale", ["context", 7.0])
+def test_preconditioned_steps_are_steps_of_w(x64, scale):
+    x, y, seen, query = example()
+    kept, labels, w = x[seen], y[seen], np.zeros(5)
+    gammas = 0.3 * np.random.default_rng(2).normal(size=(3, 5, 5))
+    for gamma in gammas:
+        w = w + gamma @ kept.T @ (labels - kept @ w) / (len(labels) if scale == "context" else scale)
+    found = answer(icl.Preconditioned(jnp.asarray(gammas), scale=scale), x, y, seen, query)
+    np.testing.assert_allclose(found, query @ w, rtol=1e-10)
+
+
+def test_plain_steps_are_preconditioned_by_the_identity_and_transforms_of_zero_move_nothing(x64):
+    x, y, seen, query = example()
+    gammas = 0.3 * jnp.tile(jnp.eye(5), (3, 1, 1))
+    plain = answer(icl.GradientDescent(0.3, 3), x, y, seen, query)
+    np.testing.assert_allclose(answer(icl.Preconditioned(gammas), x, y, seen, query), plain, rtol=1e-12)
+    still = icl.Preconditioned(gammas, jnp.zeros_like(gammas))
+    np.testing.assert_allclose(answer(still, x, y, seen, query), plain, rtol=1e-12)
+
+
+def test_debiased_descent_ignores_constants_and_is_centred_averaging(x64):
+    x, y, seen, query = example()
+    kept, labels = x[seen], y[seen]
+    value = 0.7 / len(labels) * query @ (kept - kept.mean(0)).T @ labels
+    np.testing.assert_allclose(answer(icl.DebiasedDescent(0.7), x, y, seen, query), value, rtol=1e-12)
+    np.testing.assert_allclose(answer(icl.DebiasedDescent(0.7), x, y + 3, seen, query), value, rtol=1e-11)
+
+
+def test_the_network_learns_its_examples_by_adam():
+    optax = pytest.importorskip("optax")
+    x, y, seen, _ = (jnp.asarray(z) for z in example(n=8, d=3))
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    predictor = icl.NetworkByAdam(hidden=16, steps=20)
+
+    def error(weights):
+        hidden = jax.nn.relu(x @ weights["u"] + weights["b"])
+        return ((hidden @ weights["v"] + weights["c"] - y) ** 2 * seen).sum() / seen.sum()
+
+    weights, adam = predictor.start(3), optax.adam(5e-3)
+    state = adam.init(weights)
+    for _ in range(20):
+        updates, state = adam.update(jax.grad(error)(weights), state)
+        weights = optax.apply_updates(weights, updates)
+    # Twenty steps of 5e-3, each a quotient of sums of float32.
+    trained = predictor.trained(x, y, seen)
+    for name in weights:
+        np.testing.assert_allclose(trained[name], weights[name], atol=1e-4, err_msg=name)
+
+
+PREDICTORS = {
+    "zero": icl.Zero(),
+    "averaging": icl.Averaging(),
+    "least squares": icl.LeastSquares(),
+    "ridge": icl.Ridge(0.5),
+    "lasso": icl.Lasso(0.1, 20),
+    "descent": icl.GradientDescent(0.3, 3),
+    "preconditioned": icl.Preconditioned(0.3 * jnp.ones((2, 4, 4)), 0.1 * jnp.ones((2, 4, 4))),
+    "debiased": icl.DebiasedDescent(0.5),
+    "newton": icl.Newton(5, 0.1),
+    "network": icl.NetworkByAdam(8, steps=3),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_no_predictor_looks_ahead_and_none_knows_anything_at_first(name):
+    prompt = icl.FunctionTask(icl.Linear(), icl.Gaussian(4), 6, noise=0.1).sample(KEY, 3)
+    assert icl.leaks(PREDICTORS[name], prompt.x, prompt.y) == 0
+    answers = PREDICTORS[name](prompt.x, prompt.y)
+    assert answers.shape == prompt.y.shape
+    assert (answers[:, 0] == 0).all()
+    assert jnp.isfinite(answers).all()
+
+
+def test_after_is_the_call_at_those_lengths():
+    prompt = icl.FunctionTask(icl.Linear(), icl.Gaussian(4), 9).sample(KEY, 3)
+    some = icl.Ridge(0.5).after(prompt.x, prompt.y, [7, 2])
+    np.testing.assert_allclose(some, icl.Ridge(0.5)(prompt.x, prompt.y)[:, [7, 2]], rtol=1e-5)
+
+
+def within(estimate, expected, places=slice(None)):
+    """Whether theory is within four standard errors of each mean."""
+    expected = np.asarray(expected, float)
+    mean, error = estimate.mean[places], estimate.error[places]
+    assert (abs(mean - expected) <= 4 * error).all(), f"{mean} ± {error} is not {expected}"
+    assert (error <= 0.1 * expected).all(), "too few prompts to tell"
+
+
+def test_risks_without_noise_are_those_of_theory(x64):
+    """d = 20: least squares is at 15, 10, 1 after 5, 10, 19 examples, averaging at 84, 21, 10.5 after 5, 20, 40."""
+    lengths = (5, 10, 19, 20, 40)
+    task = icl.FunctionTask(icl.Linear(), icl.Gaussian(20), 41)
+    predictors = {"least": icl.LeastSquares(), "averaging": icl.Averaging()}
+    risks = icl.compare(task, predictors, lengths, KEY, batch=512, batches=2).risks
+    assert [theory.ols_excess(20, n) for n in lengths] == [15, 10, 1, 0, 0]
+    assert [theory.averaging_excess(20, n) for n in (5, 20, 40)] == [84, 21, 10.5]
+    within(risks["least"], [15, 10, 1], slice(3))
+    assert (risks["least"].mean[3:] < 1e-12).all()
+    within(risks["averaging"], [theory.averaging_excess(20, n) for n in lengths])
+
+
+def test_risks_of_sparse_functions_are_those_of_theory():
+    """s = 3 of d = 20: averaging at 12.6, 3.15, 1.575, least squares at s (1 − i / d)."""
+    lengths = (5, 10, 20, 40)
+    task = icl.FunctionTask(icl.SparseLinear(3), icl.Gaussian(20), 41)
+    predictors = {"averaging": icl.Averaging(), "least": icl.LeastSquares()}
+    risks = icl.compare(task, predictors, lengths, KEY, batch=512, batches=8).risks
+    expected = [theory.sparse_averaging_excess(20, 3, n) for n in lengths]
+    np.testing.assert_allclose(expected, [12.6, 6.3, 3.15, 1.575])
+    within(risks["averaging"], expected)
+    within(risks["least"], [theory.ols_excess(20, n, psi2=3 / 20) for n in (5, 10)], slice(2))
+
+
+def test_risks_under_noise_are_those_of_theory(x64):
+    """d = 20, noise .5: ridge is at 10.26 and 0.256 after 10 and 40 examples."""
+    lengths = (10, 20, 30, 40)
+    task = icl.FunctionTask(icl.Linear(), icl.Gaussian(20), 41, noise=0.5)
+    steps = {n: theory.gd_step(20, n, 0.25) for n in lengths}
+    predictors = {"ridge": icl.Ridge(0.25), "heavy": icl.Ridge(3.0), "least": icl.LeastSquares()}
+    predictors |= {"descent": icl.GradientDescent(steps[40]), "debiased": icl.DebiasedDescent(0.6)}
+    risks = icl.compare(task, predictors, lengths, KEY, batch=256, batches=4, excess=True).risks
+    within(risks["ridge"], [theory.ridge_excess(20, n, 0.25) for n in lengths])
+    within(risks["heavy"], [theory.ridge_excess(20, n, 0.25, penalty=3.0) for n in lengths])
+    apart = np.array([0, 2, 3])
+    within(risks["least"], [theory.ols_excess(20, n, 0.25) for n in (10, 30, 40)], apart)
+    within(risks["descent"], [theory.gd_excess(20, n, 0.25, step=steps[40]) for n in lengths])
+    within(risks["debiased"], [theory.debiased_gd_excess(20, n, 0.25, step=0.6) for n in lengths])
+    np.testing.assert_allclose([theory.ridge_excess(20, n, 0.25) for n in (10, 40)], [10.26, 0.2559], rtol=1e-3)
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match="Lasso: alpha must be positive, got 0"):
+        icl.Lasso(0)
+    with pytest.raises(ValueError, match="sweeps must be at least 1"):
+        icl.Lasso(1.0, 0)
+    with pytest.raises(ValueError, match="GradientDescent: steps must be at least 1"):
+        icl.GradientDescent(0.1, 0)
+    with pytest.raises(ValueError, match="penalty must not be negative, got -1"):
+        icl.Newton(3, -1)
+    with pytest.raises(ValueError, match=r"gammas has shape \(3,\): need"):
+        icl.Preconditioned(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"transforms has shape \(3, 3\): need \(2, 3, 3\)"):
+        icl.Preconditioned(jnp.ones((2, 3, 3)), jnp.ones((3, 3)))
+    with pytest.raises(TypeError, match="scale must be a number"):
+        icl.Preconditioned(jnp.ones((3, 3)), scale="length")
+    with pytest.raises(ValueError, match="NetworkByAdam: rate must be positive"):
+        icl.NetworkByAdam(rate=0.0)
+    with pytest.raises(ValueError, match="Ridge: penalty must be positive"):
+        icl.Ridge(0.0)
