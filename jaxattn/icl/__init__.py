@@ -5,10 +5,25 @@ A **task** draws prompts, a **predictor** answers them, `compare` measures its r
 more predictor.
 """
 
+from jaxattn.icl.bayes import BayesFinite, GF2Parity, parity_accuracy
+from jaxattn.icl.boolean import (
+    CNF,
+    DNF,
+    Conjunction,
+    Disjunction,
+    IntegerHalfspace,
+    Majority,
+    NearestNeighbour,
+    Parity,
+    SparseDisjunction,
+    SparseParity,
+    SparseThreshold,
+)
 from jaxattn.icl.descent import DebiasedDescent, GradientDescent, Newton, Preconditioned
 from jaxattn.icl.function import (
     Blocks,
     DecisionTree,
+    Finite,
     Linear,
     LinearSign,
     Logistic,
@@ -21,6 +36,7 @@ from jaxattn.icl.function import (
 )
 from jaxattn.icl.hops import Echo, PointerChasing, RetrievalChain, echo_accuracy, horizon
 from jaxattn.icl.inputs import Fresh, Gaussian, Orthant, Orthogonal, Scaled, Seen, Skewed, Subspace
+from jaxattn.icl.learners import GreedyTree, KNearestNeighbours, MajorityLabel
 from jaxattn.icl.markov import MarkovBayes, MarkovChain
 from jaxattn.icl.network import NetworkByAdam
 from jaxattn.icl.predict import Predictor, interleaved, leaks
@@ -29,23 +45,34 @@ from jaxattn.icl.regression import Averaging, Lasso, LeastSquares, Ridge, Zero
 from jaxattn.icl.risk import Estimate, Loss, RiskTable, compare, logistic, mistakes, square
 from jaxattn.icl.sequences import AssociativeRecall, Copying, Lookup, RepeatedBlock, additive_memory_accuracy
 from jaxattn.icl.task import Curriculum, Function, FunctionTask, Inputs, Query
+from jaxattn.icl.teaching import Planted, Signs, Teaching
 
 __all__ = [
+    "CNF",
+    "DNF",
     "AssociativeRecall",
     "Averaging",
+    "BayesFinite",
     "Blocks",
+    "Conjunction",
     "Copying",
     "Curriculum",
     "DebiasedDescent",
     "DecisionTree",
+    "Disjunction",
     "Echo",
     "Estimate",
+    "Finite",
     "Fresh",
     "Function",
     "FunctionTask",
+    "GF2Parity",
     "Gaussian",
     "GradientDescent",
+    "GreedyTree",
     "Inputs",
+    "IntegerHalfspace",
+    "KNearestNeighbours",
     "Lasso",
     "LeastSquares",
     "Linear",
@@ -53,13 +80,18 @@ __all__ = [
     "Logistic",
     "Lookup",
     "Loss",
+    "Majority",
+    "MajorityLabel",
     "MarkovBayes",
     "MarkovChain",
+    "NearestNeighbour",
     "NetworkByAdam",
     "Newton",
     "OneOf",
     "Orthant",
     "Orthogonal",
+    "Parity",
+    "Planted",
     "PointerChasing",
     "Pool",
     "Preconditioned",
@@ -75,9 +107,14 @@ __all__ = [
     "Scaled",
     "ScaledValues",
     "Seen",
+    "Signs",
     "Skewed",
+    "SparseDisjunction",
     "SparseLinear",
+    "SparseParity",
+    "SparseThreshold",
     "Subspace",
+    "Teaching",
     "Zero",
     "additive_memory_accuracy",
     "at_inputs",
@@ -89,6 +126,7 @@ __all__ = [
     "leaks",
     "logistic",
     "mistakes",
+    "parity_accuracy",
     "square",
     "stack",
 ]

@@ -1,14 +1,37 @@
 """Priors over real functions: linear ones, sparse, from a pool, networks, trees, and mixtures of them."""
 
+import abc
+import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxattn.core.parts import check_static_int, part
 from jaxattn.icl.inputs import root
 from jaxattn.icl.task import Function
+
+
+class Finite(Function):
+    """A prior over finitely many functions."""
+
+    @abc.abstractmethod
+    def table(self, dim: int) -> tuple[Any, Float[Array, " f"]]:
+        """The parameters of every function of `dim` coordinates, stacked, and the log of its probability."""
+
+
+def check_count(what: str, count: int, dim: int) -> None:
+    """Raises ValueError for more coordinates than there are."""
+    if count > dim:
+        raise ValueError(f"{what} is {count} of dim {dim}: need at most as many")
+
+
+def choose(what: str, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int, count: int) -> Bool[Array, " d"]:
+    """Random coordinates among the visible ones; all of those where they are fewer. Raises ValueError if dim is."""
+    check_count(what, count, dim)
+    order = jnp.where(jnp.arange(dim) < visible, jax.random.uniform(key, (dim,)), jnp.inf).argsort()
+    return jnp.zeros(dim, bool).at[order[:count]].set(True) & (jnp.arange(dim) < visible)
 
 
 @part
@@ -39,11 +62,8 @@ class SparseLinear(Function):
         check_static_int("SparseLinear", "nonzero", self.nonzero, 1)
 
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
-        if self.nonzero > dim:
-            raise ValueError(f"SparseLinear: nonzero is {self.nonzero} of dim {dim}: need at most as many")
         for_weights, for_places = jax.random.split(key)
-        order = jnp.where(jnp.arange(dim) < visible, jax.random.uniform(for_places, (dim,)), jnp.inf).argsort()
-        chosen = jnp.zeros(dim, bool).at[order[: self.nonzero]].set(True)
+        chosen = choose("SparseLinear: nonzero", for_places, dim, visible, self.nonzero)
         return jnp.where(chosen, jax.random.normal(for_weights, (dim,)), 0)
 
     def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
@@ -51,7 +71,7 @@ class SparseLinear(Function):
 
 
 @part
-class Pool(Function):
+class Pool(Finite):
     """f(x) = w·x with w one of the rows of a finite pool [M, d], each as likely (Raventós et al., 2023)."""
 
     weights: Float[Array, "m d"]
@@ -63,6 +83,9 @@ class Pool(Function):
 
     def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
         return x @ f
+
+    def table(self, dim: int) -> tuple[Float[Array, "m d"], Float[Array, " m"]]:
+        return self.weights, jnp.full(len(self.weights), -math.log(len(self.weights)))
 
 
 @part

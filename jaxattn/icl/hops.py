@@ -35,6 +35,10 @@ class RetrievalChain:
         if self.hops >= self.symbols:
             raise ValueError(f"RetrievalChain: hops is {self.hops} of {self.symbols} symbols: need fewer than symbols")
 
+    @property
+    def length(self) -> int:
+        return 2 * self.symbols + 2
+
     def sample(self, key: PRNGKeyArray, batch: int) -> Prompt:
         x, answer, hops = jax.vmap(self._one)(jax.random.split(key, batch))
         last = jnp.arange(x.shape[1]) == x.shape[1] - 1

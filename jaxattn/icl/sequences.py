@@ -95,6 +95,10 @@ class Copying:
         check_static_int("Copying", "letters", self.letters, 1)
         check_static_int("Copying", "string", self.string, 1)
 
+    @property
+    def length(self) -> int:
+        return 2 * self.string
+
     def sample(self, key: PRNGKeyArray, batch: int) -> Prompt:
         string = jax.random.randint(key, (batch, self.string), 0, self.letters)
         mark = jnp.full((batch, 1), self.letters)

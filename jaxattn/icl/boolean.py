@@ -1,0 +1,341 @@
+"""Priors over Boolean functions {−1, 1}^d -> {−1, 1}, from conjunctions to parities (Bhattamishra et al., 2024).
+
+A set of literals is a vector w in {−1, 0, 1}^d: the literal of coordinate j says x_j = w_j, and there is none where w_j
+is 0. Coordinates that are not visible are in no function.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxattn.core.parts import check_static_int, part
+from jaxattn.icl.function import Finite, check_count, choose
+from jaxattn.icl.task import Function
+from jaxattn.icl.teaching import Plantable, Teachable
+
+MOST_FUNCTIONS = 2**20  # one number each for every example of a prompt
+
+
+def _signs(true: Bool[Array, "*n"]) -> Float[Array, "*n"]:
+    return jnp.where(true, 1.0, -1.0)
+
+
+def _literals(
+    key: PRNGKeyArray, shape: tuple[int, ...], visible: Int[Array, ""] | int, probability: Any, monotone: bool
+) -> Float[Array, "*t d"]:
+    """Each visible coordinate with the given probability, as it is (monotone) or with a random sign."""
+    for_places, for_signs = jax.random.split(key)
+    inside = jax.random.bernoulli(for_places, probability, shape) & (jnp.arange(shape[-1]) < visible)
+    return jnp.where(inside, 1.0 if monotone else jax.random.rademacher(for_signs, shape, float), 0.0)
+
+
+def _all(w: Float[Array, "*t d"], x: Float[Array, "n d"]) -> Bool[Array, "n ..."]:
+    """Whether every literal holds: of none, true."""
+    return x @ w.T >= jnp.abs(w).sum(-1)
+
+
+def _any(w: Float[Array, "*t d"], x: Float[Array, "n d"]) -> Bool[Array, "n ..."]:
+    """Whether some literal holds: of none, false."""
+    return x @ w.T > -jnp.abs(w).sum(-1)
+
+
+def _stacked(owner: str, dim: int, count: int, rows: Iterable) -> Float[Array, "f d"]:
+    """The rows of a table. Raises ValueError, before any is made, if they are too many."""
+    if count > MOST_FUNCTIONS:
+        raise ValueError(f"{owner}: dim is {dim}, for {count} functions: need one with at most 2**20 for their table")
+    return jnp.asarray(np.array(list(rows)), float)
+
+
+def _literal_table(
+    owner: str, dim: int, probability: Any, monotone: bool
+) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
+    """Every set of literals, and its log-probability."""
+    values = (0, 1) if monotone else (-1, 0, 1)
+    w = _stacked(owner, dim, len(values) ** dim, itertools.product(values, repeat=dim))
+    inside = jnp.abs(w).sum(-1)
+    of_places = jax.scipy.special.xlogy(inside, probability) + jax.scipy.special.xlog1py(dim - inside, -probability)
+    return w, of_places - (0 if monotone else inside * jnp.log(2))
+
+
+def _subset_table(owner: str, name: str, dim: int, size: int) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
+    """Every set of `size` coordinates, and its log-probability."""
+    check_count(f"{owner}: {name}", size, dim)
+    count = math.comb(dim, size)
+    subsets = itertools.combinations(range(dim), size)
+    rows = (np.isin(np.arange(dim), subset) for subset in subsets)
+    return _stacked(owner, dim, count, rows), jnp.full(count, -math.log(count))
+
+
+@part
+class Conjunction(Plantable, Teachable, Finite):
+    """1 where every literal of w holds, each coordinate being in w with the given probability; with none, always.
+
+    Planted examples satisfy it. Its lesson is two positive examples, in which the coordinates outside w are all −1 and
+    then all 1, and k negative ones, each with one literal of w flipped: k + 2 examples that leave one conjunction. If
+    it is monotone (no literal negated) the first positive example is enough: k + 1.
+    """
+
+    signs: ClassVar[bool] = True
+    probability: Float[Array, ""] | float = 0.3
+    monotone: bool = False
+
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
+        return _literals(key, (dim,), visible, self.probability, self.monotone)
+
+    def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        return _signs(_all(f, x))
+
+    def pattern(self, f: Float[Array, " d"]) -> Float[Array, " d"]:
+        return f
+
+    def lesson(self, f: Float[Array, " d"]) -> tuple[Float[Array, "m d"], Bool[Array, " m"]]:
+        low, high = jnp.where(f != 0, f, -1), jnp.where(f != 0, f, 1)
+        flipped = jnp.where(jnp.eye(len(f), dtype=bool), -low, low)
+        rows = jnp.concatenate([jnp.stack([low, high]), flipped])
+        return rows, jnp.concatenate([jnp.array([True, not self.monotone]), f != 0])
+
+    def table(self, dim: int) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
+        return _literal_table("Conjunction", dim, self.probability, self.monotone)
+
+
+@part
+class Disjunction(Plantable, Finite):
+    """1 where some literal of w holds, each coordinate being in w with the given probability; with none, never.
+
+    Planted examples falsify it.
+    """
+
+    signs: ClassVar[bool] = True
+    probability: Float[Array, ""] | float = 0.3
+
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
+        return _literals(key, (dim,), visible, self.probability, False)
+
+    def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        return _signs(_any(f, x))
+
+    def pattern(self, f: Float[Array, " d"]) -> Float[Array, " d"]:
+        return -f
+
+    def table(self, dim: int) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
+        return _literal_table("Disjunction", dim, self.probability, False)
+
+
+@part
+class SparseDisjunction(Plantable, Finite):
+    """1 where one of a few random coordinates is 1. Planted examples falsify it."""
+
+    signs: ClassVar[bool] = True
+    literals: int = 4
+
+    def __post_init__(self):
+        check_static_int("SparseDisjunction", "literals", self.literals, 1)
+
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
+        return choose("SparseDisjunction: literals", key, dim, visible, self.literals).astype(float)
+
+    def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        return _signs(_any(f, x))
+
+    def pattern(self, f: Float[Array, " d"]) -> Float[Array, " d"]:
+        return -f
+
+    def table(self, dim: int) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
+        return _subset_table("SparseDisjunction", "literals", dim, self.literals)
+
+
+@part
+class DNF(Plantable, Teachable):
+    """1 where some of a few conjunctions is true, each coordinate being in each term with the given probability.
+
+    Its parameters are the terms [terms, d] and the one that planted examples of this prompt satisfy. The lesson of a
+    monotone DNF: for each term, the example in which the coordinates of the term alone are 1, and then that with one of
+    them dropped after the other.
+
+    Raises ValueError for the lesson of one that is not monotone.
+    """
+
+    signs: ClassVar[bool] = True
+    terms: int = 3
+    probability: Float[Array, ""] | float = 0.2
+    monotone: bool = False
+
+    def __post_init__(self):
+        check_static_int("DNF", "terms", self.terms, 1)
+
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> tuple[Array, Array]:
+        for_terms, for_choice = jax.random.split(key)
+        terms = _literals(for_terms, (self.terms, dim), visible, self.probability, self.monotone)
+        return terms, jax.random.randint(for_choice, (), 0, self.terms)
+
+    def __call__(self, f: tuple[Array, Array], x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        return _signs(_all(f[0], x).any(-1))
+
+    def pattern(self, f: tuple[Array, Array]) -> Float[Array, " d"]:
+        terms, chosen = f
+        return terms[chosen]
+
+    def lesson(self, f: tuple[Array, Array]) -> tuple[Float[Array, "m d"], Bool[Array, " m"]]:
+        if not self.monotone:
+            raise ValueError("DNF: monotone is False: need monotone terms, others have no lesson")
+        terms, _ = f
+        dim = terms.shape[1]
+        holds = 2 * terms - 1
+        dropped = jnp.where(jnp.eye(dim, dtype=bool), -1, holds[:, None])
+        rows = jnp.concatenate([holds[:, None], dropped], 1)
+        belongs = jnp.concatenate([jnp.ones((self.terms, 1), bool), terms != 0], 1)
+        return rows.reshape(-1, dim), belongs.reshape(-1)
+
+
+@part
+class CNF(Plantable):
+    """1 where all of a few disjunctions are true, each coordinate being in each clause with the given probability.
+
+    Its parameters are the clauses [clauses, d] and the one that planted examples of this prompt falsify.
+    """
+
+    signs: ClassVar[bool] = True
+    clauses: int = 3
+    probability: Float[Array, ""] | float = 0.2
+
+    def __post_init__(self):
+        check_static_int("CNF", "clauses", self.clauses, 1)
+
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> tuple[Array, Array]:
+        return DNF(self.clauses, self.probability).draw(key, dim, visible)
+
+    def __call__(self, f: tuple[Array, Array], x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        return _signs(_any(f[0], x).all(-1))
+
+    def pattern(self, f: tuple[Array, Array]) -> Float[Array, " d"]:
+        clauses, chosen = f
+        return -clauses[chosen]
+
+
+@part
+class Majority(Finite):
+    """1 where most coordinates of a random subset are 1, each being in it with the given probability; −1 on a tie."""
+
+    signs: ClassVar[bool] = True
+    probability: Float[Array, ""] | float = 0.3
+
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
+        return _literals(key, (dim,), visible, self.probability, True)
+
+    def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        return _signs(x @ f > 0.5)
+
+    def table(self, dim: int) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
+        return _literal_table("Majority", dim, self.probability, True)
+
+
+@part
+class IntegerHalfspace(Function):
+    """sign(w·x − 1/2) with the weights uniform integers from −most to most."""
+
+    signs: ClassVar[bool] = True
+    most: int = 3
+
+    def __post_init__(self):
+        check_static_int("IntegerHalfspace", "most", self.most, 1)
+
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
+        w = jax.random.randint(key, (dim,), -self.most, self.most + 1)
+        return jnp.where(jnp.arange(dim) < visible, w, 0).astype(float)
+
+    def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        return _signs(x @ f > 0.5)
+
+
+@part
+class SparseThreshold(Function):
+    """sign(w·x − t) with w as that of a `Conjunction` and t uniform in {−5/2, −3/2, −1/2, 1/2, 3/2, 5/2}."""
+
+    signs: ClassVar[bool] = True
+    probability: Float[Array, ""] | float = 0.3
+
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> tuple[Array, Array]:
+        for_weights, for_threshold = jax.random.split(key)
+        threshold = jax.random.randint(for_threshold, (), -3, 3) + 0.5
+        return _literals(for_weights, (dim,), visible, self.probability, False), threshold
+
+    def __call__(self, f: tuple[Array, Array], x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        w, threshold = f
+        return _signs(x @ w > threshold)
+
+
+def _odd(subset: Float[Array, " d"], x: Float[Array, "n d"]) -> Bool[Array, " n"]:
+    return (x > 0).astype(x.dtype) @ subset % 2 == 1
+
+
+@part
+class Parity(Finite):
+    """1 where an odd number of the coordinates of a subset are 1, every subset being as likely."""
+
+    signs: ClassVar[bool] = True
+
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
+        return _literals(key, (dim,), visible, 0.5, True)
+
+    def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        return _signs(_odd(f, x))
+
+    def table(self, dim: int) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
+        return _literal_table("Parity", dim, 0.5, True)
+
+
+@part
+class SparseParity(Finite):
+    """1 where an odd number of a few random coordinates are 1."""
+
+    signs: ClassVar[bool] = True
+    relevant: int = 2
+
+    def __post_init__(self):
+        check_static_int("SparseParity", "relevant", self.relevant, 1)
+
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
+        return choose("SparseParity: relevant", key, dim, visible, self.relevant).astype(float)
+
+    def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        return _signs(_odd(f, x))
+
+    def table(self, dim: int) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
+        return _subset_table("SparseParity", "relevant", dim, self.relevant)
+
+
+@part
+class NearestNeighbour(Function):
+    """The label of the earlier input with the largest cosine, the first of several; the first `start` are random.
+
+    Equal inputs have equal labels from the beginning. A task's `first` should be `start`, as the labels before are
+    noise. Its parameters are the key of those.
+    """
+
+    signs: ClassVar[bool] = True
+    start: int
+
+    def __post_init__(self):
+        check_static_int("NearestNeighbour", "start", self.start, 1)
+
+    def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> PRNGKeyArray:
+        return key
+
+    def __call__(self, f: PRNGKeyArray, x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        index = jnp.arange(len(x))
+        first_equal = (x[:, None] == x).all(-1).argmax(-1)
+        cosine = x @ x.T / jnp.maximum(jnp.linalg.norm(x, axis=-1), jnp.finfo(x.dtype).tiny)
+        nearest = jnp.where(index < index[:, None], cosine, -jnp.inf).argmax(-1)
+        source = jnp.where(index < self.start, first_equal, nearest)
+
+        def step(labels: Array, i: Array) -> tuple[Array, None]:
+            return labels.at[i].set(labels[source[i]]), None
+
+        labels, _ = jax.lax.scan(step, _signs(jax.random.bernoulli(f, shape=(len(x),))), index)
+        return labels
