@@ -92,6 +92,7 @@ from jaxattn.core.measure import (
     TopWeights,
 )
 from jaxattn.core.memory import MemoryState, memory_read, memory_scan
+from jaxattn.core.merged import LinearSelfAttention, SoftmaxHeads
 from jaxattn.core.normalize import (
     Elementwise,
     Elu1,
@@ -168,6 +169,7 @@ __all__ = [
     "LearnedPositions",
     "Lengths",
     "Linear",
+    "LinearSelfAttention",
     "LinearState",
     "Link",
     "Location",
@@ -209,6 +211,7 @@ __all__ = [
     "SoftCap",
     "SoftThreshold",
     "Softmax",
+    "SoftmaxHeads",
     "SoftmaxLink",
     "Sparsemax",
     "SquaredError",

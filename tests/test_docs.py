@@ -437,6 +437,13 @@ def test_memories_decay_and_are_corrected(page):
     assert_close(p.by_hand, delta)
 
 
+def test_a_merged_layer_takes_a_step_of_descent(page):
+    p = page("linear")
+    x, y = np.asarray(p.x[:-1], np.float64), np.asarray(p.y[:-1], np.float64)
+    assert_close(p.by_layer, 0.5 * np.asarray(p.x[-1], np.float64) @ x.T @ y / 8)
+    assert_close(p.by_step, p.by_layer)
+
+
 def test_a_running_softmax_pools_the_values(page):
     p = page("linear")
     weights = np.exp(np.asarray(p.scores, np.float64))[None] * np.tri(p.T)[..., None, None]

@@ -5,6 +5,7 @@ A **task** draws prompts, a **predictor** answers them, `compare` measures its r
 more predictor.
 """
 
+from jaxattn.icl import layer_theory, theory
 from jaxattn.icl.bayes import BayesFinite, GF2Parity, parity_accuracy
 from jaxattn.icl.boolean import (
     CNF,
@@ -18,6 +19,14 @@ from jaxattn.icl.boolean import (
     SparseDisjunction,
     SparseParity,
     SparseThreshold,
+)
+from jaxattn.icl.constructed import (
+    InductionCircuit,
+    debiased_gradient_step,
+    induction_head,
+    one_gradient_step,
+    preconditioned_steps,
+    superposed_gradient_steps,
 )
 from jaxattn.icl.descent import DebiasedDescent, GradientDescent, Newton, Preconditioned
 from jaxattn.icl.function import (
@@ -36,11 +45,22 @@ from jaxattn.icl.function import (
 )
 from jaxattn.icl.hops import Echo, PointerChasing, RetrievalChain, echo_accuracy, horizon
 from jaxattn.icl.inputs import Fresh, Gaussian, Orthant, Orthogonal, Scaled, Seen, Skewed, Subspace
+from jaxattn.icl.layers import LinearLayers, SoftmaxLayer
 from jaxattn.icl.learners import GreedyTree, KNearestNeighbours, MajorityLabel
 from jaxattn.icl.markov import MarkovBayes, MarkovChain
 from jaxattn.icl.network import NetworkByAdam
 from jaxattn.icl.predict import Predictor, interleaved, leaks
 from jaxattn.icl.prompt import Prompt, at_inputs, interleave, stack
+from jaxattn.icl.readout import (
+    EffectiveHeads,
+    diagonality,
+    effective_gamma,
+    effective_heads,
+    effective_kq,
+    effective_ov,
+    homogeneity,
+    pattern_distance,
+)
 from jaxattn.icl.regression import Averaging, Lasso, LeastSquares, Ridge, Zero
 from jaxattn.icl.risk import Estimate, Loss, RiskTable, compare, logistic, mistakes, square
 from jaxattn.icl.sequences import AssociativeRecall, Copying, Lookup, RepeatedBlock, additive_memory_accuracy
@@ -61,6 +81,7 @@ __all__ = [
     "DecisionTree",
     "Disjunction",
     "Echo",
+    "EffectiveHeads",
     "Estimate",
     "Finite",
     "Fresh",
@@ -70,12 +91,14 @@ __all__ = [
     "Gaussian",
     "GradientDescent",
     "GreedyTree",
+    "InductionCircuit",
     "Inputs",
     "IntegerHalfspace",
     "KNearestNeighbours",
     "Lasso",
     "LeastSquares",
     "Linear",
+    "LinearLayers",
     "LinearSign",
     "Logistic",
     "Lookup",
@@ -109,6 +132,7 @@ __all__ = [
     "Seen",
     "Signs",
     "Skewed",
+    "SoftmaxLayer",
     "SparseDisjunction",
     "SparseLinear",
     "SparseParity",
@@ -119,14 +143,28 @@ __all__ = [
     "additive_memory_accuracy",
     "at_inputs",
     "compare",
+    "debiased_gradient_step",
+    "diagonality",
     "echo_accuracy",
+    "effective_gamma",
+    "effective_heads",
+    "effective_kq",
+    "effective_ov",
+    "homogeneity",
     "horizon",
+    "induction_head",
     "interleave",
     "interleaved",
+    "layer_theory",
     "leaks",
     "logistic",
     "mistakes",
+    "one_gradient_step",
     "parity_accuracy",
+    "pattern_distance",
+    "preconditioned_steps",
     "square",
     "stack",
+    "superposed_gradient_steps",
+    "theory",
 ]

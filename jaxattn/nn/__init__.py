@@ -39,6 +39,7 @@ from jaxattn.nn.mechanisms import (
     RetNet,
     ShortConvolution,
 )
+from jaxattn.nn.merged import LinearSelfAttention, SoftmaxHeads
 from jaxattn.nn.prefix import Prefixed, after_prefix, with_prefix
 from jaxattn.nn.recurrent import Inputs, LearningInputs, LinearInputs, Mechanism, Passed, Past, Recurrent
 from jaxattn.nn.sites import EDITED, SITES, Add, Put, Recorder
@@ -72,6 +73,7 @@ __all__ = [
     "LearningInputs",
     "LinearAttention",
     "LinearInputs",
+    "LinearSelfAttention",
     "Linearized",
     "LowRank",
     "Mamba2",
@@ -93,6 +95,7 @@ __all__ = [
     "RelativePositionBias",
     "RetNet",
     "ShortConvolution",
+    "SoftmaxHeads",
     "after_prefix",
     "memory_as_gate",
     "memory_as_layer",

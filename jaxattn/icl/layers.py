@@ -1,0 +1,51 @@
+"""Merged attention layers as predictors: they see the examples as tokens (x_j, y_j), and the question as (x, 0)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxattn.core.merged import LinearSelfAttention, SoftmaxHeads
+from jaxattn.core.parts import part
+from jaxattn.icl.predict import Predictor, shown
+
+
+def _tokens(
+    x: Float[Array, "n d"], y: Float[Array, "n ..."], seen: Bool[Array, " n"], query: Float[Array, " d"]
+) -> tuple[Float[Array, "n e"], Float[Array, " e"]]:
+    """The tokens of the examples, zeros for those not seen, and that of the question."""
+    x, y = shown(x, y, seen)
+    labels = y.reshape(len(y), -1)
+    question = jnp.concatenate([query, jnp.zeros(labels.shape[1], query.dtype)])
+    return jnp.concatenate([x, labels.astype(x.dtype)], -1), question
+
+
+@part
+class LinearLayers(Predictor):
+    """What layers of linear self-attention leave in the label of the question, or minus that.
+
+    Their matrices are [d + m, d + m] for answers of m channels. Their arrays train as they are.
+    """
+
+    layers: tuple[LinearSelfAttention, ...]
+    negate: bool = False
+
+    def answer(self, x, y, seen, query):
+        examples, question = _tokens(x, y, seen, query)
+        z, seen = jnp.concatenate([examples, question[None]]), jnp.append(seen, True)
+        for layer in self.layers:
+            z = layer(z, seen)
+        answer = z[-1, query.shape[0] :].reshape(y.shape[1:])
+        return -answer if self.negate else answer
+
+
+@part
+class SoftmaxLayer(Predictor):
+    """What softmax heads read from the examples for the question (He et al., 2025); 0 without examples.
+
+    `kq` is [H, d + m, d + m] and `ov` [H, d + 1], or [H, m, d + m] for answers of m channels.
+    """
+
+    heads: SoftmaxHeads
+
+    def answer(self, x, y, seen, query):
+        examples, question = _tokens(x, y, seen, query)
+        return self.heads(question[None], examples, seen).reshape(y.shape[1:])

@@ -1,0 +1,110 @@
+"""What the weights of attention say they compute: merged matrices of heads, and how near those are to a pattern."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxattn.core.merged import LinearSelfAttention, SoftmaxHeads
+from jaxattn.core.parts import ratio
+
+
+def effective_kq(
+    query_kernel: Float[Array, "d n h"],
+    key_kernel: Float[Array, "e k h"],
+    scale: Float[Array, ""] | float | None = None,
+) -> Float[Array, "n e d"]:
+    """scale · W_K W_Qᵀ per head: z_jᵀ KQ z_t is the score of key z_j for query z_t. As `SoftmaxHeads.kq`.
+
+    Kernels are [inputs, heads, channels]; query head n reads key head n // (N / K). The scale is H^−½ unless given.
+    Raises ValueError for heads that do not divide, and other numbers of channels.
+    """
+    heads, key_heads = query_kernel.shape[1], key_kernel.shape[1]
+    if heads % key_heads:
+        raise ValueError(f"effective_kq: query_kernel has {heads} heads and key_kernel {key_heads}: need a divisor")
+    if query_kernel.shape[2] != key_kernel.shape[2]:
+        raise ValueError(
+            f"effective_kq: query_kernel has {query_kernel.shape[2]} channels and key_kernel {key_kernel.shape[2]}"
+        )
+    scale = query_kernel.shape[2] ** -0.5 if scale is None else scale
+    keys = jnp.repeat(key_kernel, heads // key_heads, 1)
+    return scale * jnp.einsum("enh,dnh->ned", keys, query_kernel)
+
+
+def effective_ov(value_kernel: Float[Array, "d k v"], out_kernel: Float[Array, "n v m"]) -> Float[Array, "n m d"]:
+    """W_Oᵀ W_Vᵀ per head: OV z_j is what head n writes of a token z_j. As `SoftmaxHeads.ov`.
+
+    `value_kernel` is [inputs, heads, channels], `out_kernel` [heads, channels, outputs].
+    Raises ValueError for heads that do not divide, and other numbers of channels.
+    """
+    heads, value_heads = out_kernel.shape[0], value_kernel.shape[1]
+    if heads % value_heads:
+        raise ValueError(f"effective_ov: out_kernel has {heads} heads and value_kernel {value_heads}: need a divisor")
+    if value_kernel.shape[2] != out_kernel.shape[1]:
+        raise ValueError(
+            f"effective_ov: value_kernel has {value_kernel.shape[2]} channels and out_kernel {out_kernel.shape[1]}"
+        )
+    values = jnp.repeat(value_kernel, heads // value_heads, 1)
+    return jnp.einsum("nvm,dnv->nmd", out_kernel, values)
+
+
+def diagonality(matrix: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
+    """Σ_i M_ii² / Σ_ij M_ij², from 0 to 1: the share of the squared norm on the diagonal. 0 for M = 0.
+
+    A matrix of independent entries has about 1 / d.
+    """
+    diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    return ratio((diagonal**2).sum(-1), (matrix**2).sum((-2, -1)))
+
+
+def homogeneity(matrix: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
+    """The standard deviation of the diagonal over its root mean square, from 0 (a multiple of I) to 1 (mean 0)."""
+    diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    return ratio(diagonal.std(-1), jnp.sqrt((diagonal**2).mean(-1)))
+
+
+def pattern_distance(matrix: Float[Array, "*b r c"], pattern: Float[Array, "*#b r c"]) -> Float[Array, "*b"]:
+    """min_c ‖M − c P‖ / ‖M‖ in the Frobenius norm, from 0 (a multiple of P) to 1 (orthogonal to it). 0 for M = 0."""
+    best = ratio((matrix * pattern).sum((-2, -1)), (pattern**2).sum((-2, -1)) + jnp.zeros(matrix.shape[:-2]))
+    rest = matrix - best[..., None, None] * pattern
+    return ratio(jnp.linalg.norm(rest, axis=(-2, -1)), jnp.linalg.norm(matrix, axis=(-2, -1)))
+
+
+class EffectiveHeads(NamedTuple):
+    """What softmax heads do on tokens (x, y), if KQ = diag(ω I, 0) and OV = (0, μ) (He et al., 2025).
+
+    Attributes:
+        omega: [H], the mean of the diagonal of KQ's block of x.
+        mu: [H], what OV takes from y.
+        offdiagonal: [H], the root mean square of the entries of that block off its diagonal.
+    """
+
+    omega: Float[Array, " h"]
+    mu: Float[Array, " h"]
+    offdiagonal: Float[Array, " h"]
+
+
+def effective_heads(heads: SoftmaxHeads) -> EffectiveHeads:
+    """(ω, μ, off-diagonal) of heads with one output, whose tokens are (x, y).
+
+    Raises ValueError for several outputs, and for x of fewer than two coordinates.
+    """
+    if heads.ov.ndim != 2:
+        raise ValueError(f"effective_heads: ov has shape {heads.ov.shape}: need one output, [H, D]")
+    block = heads.kq[:, :-1, :-1]
+    dim = block.shape[-1]
+    if dim < 2:
+        raise ValueError(f"effective_heads: kq has shape {heads.kq.shape}: need two coordinates of x and y")
+    diagonal = jnp.diagonal(block, axis1=-2, axis2=-1)
+    outside = jnp.where(jnp.eye(dim, dtype=bool), 0, block)
+    rms = jnp.sqrt((outside**2).sum((-2, -1)) / (dim * (dim - 1)))
+    return EffectiveHeads(diagonal.mean(-1), heads.ov[:, -1], rms)
+
+
+def effective_gamma(layer: LinearSelfAttention) -> Float[Array, "d d"]:
+    """Γ = W_PV[y, y] W_KQ[x, x]ᵀ of a layer on tokens (x, y): it adds xᵀ Γ Σ_j y_j x_j / scale to the label of x.
+
+    That is all it does to the label if the rest of W_PV's last row and of W_KQ's last row and column is 0. Layers whose
+    answer is minus the label (`LinearLayers.negate`) have −Γ here.
+    """
+    return layer.pv[-1, -1] * layer.kq[:-1, :-1].T

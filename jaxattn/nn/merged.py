@@ -1,0 +1,91 @@
+"""Owners of merged attention layers: they hold the matrices, and return the part of `core.merged` when called.
+
+Tokens are (x, y) of `features` channels, of which the last `outputs` are y. All raise ValueError for sizes below 1, and
+for as many outputs as features.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxattn.core import merged
+from jaxattn.core.merged import Scale
+from jaxattn.core.parts import check_static_int
+
+
+def _check_sizes(owner: nnx.Module, features: int, outputs: int) -> int:
+    """The number of channels of x."""
+    name = type(owner).__name__
+    check_static_int(name, "outputs", outputs, 1)
+    check_static_int(name, "features", features, 1)
+    if outputs >= features:
+        raise ValueError(f"{name}: outputs is {outputs} of {features} features: need fewer")
+    return features - outputs
+
+
+class LinearSelfAttention(nnx.Module):
+    """Owns W_KQ and W_PV of `LinearSelfAttention`, [features, features].
+
+    Structured, it starts as W_KQ = start · diag(ΘΘᵀ, 0) and W_PV = start · diag(0, I) with a random Θ, ‖ΘΘᵀ‖ = 1: from
+    there gradient flow reaches the best layer (Zhang et al., 2024). Otherwise all entries start N(0, start²), and it
+    often ends in a matrix Γ of rank one (`jaxattn.icl.layer_theory.lsa_rank_one_risk`).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        outputs: int = 1,
+        *,
+        structured: bool = True,
+        start: float = 0.1,
+        scale: Scale = "context",
+        mask_query: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        inputs = _check_sizes(self, features, outputs)
+        self.scale, self.mask_query = scale, mask_query
+        if structured:
+            theta = jax.random.normal(rngs.params(), (inputs, inputs))
+            gram = theta @ theta.T
+            kq = jnp.zeros((features, features)).at[:inputs, :inputs].set(start * gram / jnp.linalg.norm(gram))
+            pv = jnp.diag(jnp.where(jnp.arange(features) < inputs, 0, start))
+        else:
+            kq, pv = (start * jax.random.normal(rngs.params(), (features, features)) for _ in range(2))
+        self.kq, self.pv = nnx.Param(kq), nnx.Param(pv)
+
+    def __call__(self) -> merged.LinearSelfAttention:
+        return merged.LinearSelfAttention(self.kq[...], self.pv[...], self.scale, self.mask_query)
+
+
+class SoftmaxHeads(nnx.Module):
+    """Owns KQ [H, features, features] and OV of `SoftmaxHeads`, [H, features], or [H, outputs, features] for several.
+
+    Otherwise than structured, all entries start N(0, start²) (He et al., 2025). Structured, so do ω_h and μ_h alone, in
+    KQ_h = diag(ω_h I, 0) and OV_h = (0, μ_h), which reads only y.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        features: int,
+        outputs: int = 1,
+        *,
+        structured: bool = False,
+        start: float = 0.1,
+        rngs: nnx.Rngs,
+    ):
+        check_static_int(type(self).__name__, "heads", heads, 1)
+        inputs = _check_sizes(self, features, outputs)
+        kq_shape, ov_shape = (heads, features, features), (heads, outputs, features)
+        if structured:
+            omega = start * jax.random.normal(rngs.params(), (heads, 1, 1))
+            mu = start * jax.random.normal(rngs.params(), (heads, outputs, 1))
+            kq = jnp.zeros(kq_shape).at[:, :inputs, :inputs].set(omega * jnp.eye(inputs))
+            ov = jnp.zeros(ov_shape).at[:, :, inputs:].set(mu * jnp.eye(outputs))
+        else:
+            kq = start * jax.random.normal(rngs.params(), kq_shape)
+            ov = start * jax.random.normal(rngs.params(), ov_shape)
+        self.kq, self.ov = nnx.Param(kq), nnx.Param(ov[:, 0] if outputs == 1 else ov)
+
+    def __call__(self) -> merged.SoftmaxHeads:
+        return merged.SoftmaxHeads(self.kq[...], self.ov[...])
