@@ -219,6 +219,36 @@ PAPERS: tuple[Paper, ...] = (
         "attention and state-space heads side by side, meta tokens, keys shared across layers, windows",
     ),
     Paper(
+        48,
+        "softmax_icl",
+        "In-Context Linear Regression Demystified: Training Dynamics and Mechanistic Interpretability of Multi-Head "
+        "Softmax Attention",
+        2025,
+        "2503.12734",
+        (
+            "jaxattn.icl.DebiasedDescent",
+            "jaxattn.icl.layer_theory.softmax_icl_loss",
+        ),
+        ("tests/icl/test_theory.py",),
+        "several heads as one debiased gradient step",
+    ),
+    Paper(
+        51,
+        "learned_task_vector",
+        "Learning Task Representations from In-Context Learning",
+        2025,
+        "2502.05390",
+        (
+            "jaxattn.nn.Add",
+            "jaxattn.models.Decoder",
+        ),
+        (
+            "task_vectors",
+            "tests/models/test_edits.py",
+        ),
+        "a learned weighting of head outputs, added to the residual stream",
+    ),
+    Paper(
         52,
         "lln",
         "Linear Log-Normal Attention with Unbiased Concentration",
@@ -297,6 +327,23 @@ PAPERS: tuple[Paper, ...] = (
         ("jaxattn.models.FoldedDecoder",),
         ("tests/models/test_folded.py",),
         "a reading of it: top states of a segment enter the next at the bottom; not its phase term",
+    ),
+    Paper(
+        106,
+        "pretraining_tasks",
+        "How Many Pretraining Tasks Are Needed for In-Context Learning of Linear Regression?",
+        2024,
+        "2310.08391",
+        (
+            "jaxattn.icl.layer_theory.task_complexity_bound",
+            "jaxattn.icl.layer_theory.linear_icl_risk",
+            "jaxattn.icl.Preconditioned",
+        ),
+        (
+            "pretraining_tasks",
+            "tests/icl/test_theory.py",
+        ),
+        "the exact risk of one layer, the mean path of its training, and the bound",
     ),
     Paper(
         118,
@@ -500,6 +547,71 @@ PAPERS: tuple[Paper, ...] = (
         ("jaxattn.Additive",),
         (REDUCTIONS,),
         "vᵀ tanh(A q + B k)",
+    ),
+    Paper(
+        None,
+        "garg_icl",
+        "What Can Transformers Learn In-Context? A Case Study of Simple Function Classes",
+        2022,
+        "2208.01066",
+        (
+            "jaxattn.icl.FunctionTask",
+            "jaxattn.icl.compare",
+            "jaxattn.icl.Curriculum",
+        ),
+        (
+            "function_classes",
+            "tests/icl/test_regression.py",
+        ),
+        "tasks, their shifts, and the estimators a model is held against",
+    ),
+    Paper(
+        None,
+        "icl_gradient_descent",
+        "Transformers learn in-context by gradient descent (von Oswald et al.)",
+        2023,
+        "2212.07677",
+        (
+            "jaxattn.icl.GradientDescent",
+            "jaxattn.icl.Preconditioned",
+        ),
+        (
+            "gradient_descent",
+            "tests/icl/test_regression.py",
+        ),
+        "layers as steps, and GD++",
+    ),
+    Paper(
+        None,
+        "preconditioned_icl",
+        "Transformers learn to implement preconditioned gradient descent (Ahn et al.)",
+        2023,
+        "2306.00297",
+        (
+            "jaxattn.icl.Preconditioned",
+            "jaxattn.icl.layer_theory.lsa_optimum",
+        ),
+        (
+            "gradient_descent",
+            "tests/icl/test_theory.py",
+        ),
+        "the best weights in closed form",
+    ),
+    Paper(
+        None,
+        "linear_attention_icl",
+        "Trained transformers learn linear models in-context (Zhang, Frei and Bartlett)",
+        2023,
+        "2306.09927",
+        (
+            "jaxattn.icl.layer_theory.lsa_optimum",
+            "jaxattn.icl.layer_theory.lsa_minimum",
+        ),
+        (
+            "gradient_descent",
+            "tests/icl/test_theory.py",
+        ),
+        "what a structured start is trained to",
     ),
     Paper(
         None,

@@ -1,0 +1,245 @@
+"""Functions learned in context: linear, sparse, trees and networks, beside the estimators made for each of them."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from experiments import decoders
+from experiments.experiment import Claim, Curves, Result, at_least, at_most
+from jaxattn import icl, models
+from jaxattn.icl import FunctionTask, Gaussian
+from jaxattn.train import OptimizerConfig, drawn
+
+
+class Setting(NamedTuple):
+    """A class of functions, and who is asked beside the model: the first baseline is the one it is held against."""
+
+    task: FunctionTask
+    baselines: dict[str, Any]
+
+
+SETTINGS = {
+    "linear": Setting(
+        FunctionTask(icl.Linear(), Gaussian(5), 16, noise=0.5),
+        {"ridge": icl.Ridge(0.25), "least squares": icl.LeastSquares(), "averaging": icl.Averaging()},
+    ),
+    "sparse": Setting(
+        FunctionTask(icl.SparseLinear(2), Gaussian(10), 21),
+        {"lasso 0.01": icl.Lasso(0.01), "lasso 0.1": icl.Lasso(0.1), "least squares": icl.LeastSquares()},
+    ),
+    "tree": Setting(
+        FunctionTask(icl.DecisionTree(3), Gaussian(5), 31),
+        {"greedy tree": icl.GreedyTree(3), "3 nearest": icl.KNearestNeighbours(3)},
+    ),
+    "network": Setting(
+        FunctionTask(icl.ReluNetwork(20), Gaussian(5), 31),
+        {
+            "network": icl.NetworkByAdam(20, steps=200),
+            "least squares": icl.LeastSquares(),
+            "3 nearest": icl.KNearestNeighbours(3),
+        },
+    ),
+}
+
+# Prompts of linear functions that differ from those of the training: examples before the query, and what is changed.
+SHIFTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "none": (10, {}),
+    "skewed inputs": (10, {"inputs": icl.Skewed(5)}),
+    "subspace": (10, {"inputs": icl.Subspace(5, 2)}),
+    "one orthant, query anywhere": (10, {"inputs": icl.Orthant(5), "query": icl.Fresh()}),
+    "query seen before": (10, {"query": icl.Seen()}),
+    "query orthogonal": (3, {"query": icl.Orthogonal()}),
+    "inputs × 2": (10, {"inputs": icl.Scaled(Gaussian(5), 2.0)}),
+    "inputs × 1/2": (10, {"inputs": icl.Scaled(Gaussian(5), 0.5)}),
+    "answers × 2": (10, {"function": icl.ScaledValues(icl.Linear(), 2.0)}),
+    "noise × 2": (10, {"noise": 1.0}),
+}
+
+
+OPTIMIZER = OptimizerConfig(warmup_steps=200, final_fraction=0.0, weight_decay=0.0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A small decoder for each class, trained on fresh prompts, then measured on more of them.
+
+    Attributes:
+        classes: Names in `SETTINGS`.
+        shifts: Names in `SHIFTS`: other prompts that the decoder of linear functions is tried on.
+        width: Width of the model.
+        layers: Number of layers.
+        heads: Heads of a layer.
+        steps: Training steps.
+        batch_size: Prompts per step.
+        eval_every: Steps between measurements in training.
+        prompts: Prompts that the risk is measured on, a multiple of 256.
+        optimizer: The optimiser.
+    """
+
+    classes: tuple[str, ...] = ("linear", "sparse", "tree", "network")
+    shifts: tuple[str, ...] = tuple(SHIFTS)
+    width: int = 64
+    layers: int = 3
+    heads: int = 2
+    steps: int = 10000
+    batch_size: int = 64
+    eval_every: int = 500
+    prompts: int = 4096
+    optimizer: OptimizerConfig = OPTIMIZER
+
+
+QUICK = Config(
+    classes=("linear",),
+    shifts=("inputs × 2",),
+    width=32,
+    layers=2,
+    steps=100,
+    eval_every=50,
+    prompts=256,
+    optimizer=replace(OPTIMIZER, warmup_steps=20),
+)
+PAPER = "garg_icl"
+CLAIMS = (
+    Claim(
+        "A decoder learns linear functions in context: its mean risk over context lengths is within 15 percent of that "
+        "of the Bayes answer, ridge regression.",
+        paper=PAPER,
+        number="linear: mean risk over ridge",
+        confirmed=at_most(1.15),
+        refuted=at_least(2.0),
+    ),
+    Claim(
+        "It learns sparse linear functions nearly as well as the lasso: mean error at most 1.5 times.",
+        paper=PAPER,
+        number="sparse: mean risk over lasso 0.01",
+        confirmed=at_most(1.5),
+    ),
+    Claim(
+        "It makes use of sparsity: at half the dimension its error is below that of least squares.",
+        paper=PAPER,
+        number="sparse: risk over least squares at half the dimension",
+        confirmed=at_most(0.9),
+    ),
+    Claim(
+        "It learns decision trees better than a greedy tree: mean error lower.",
+        paper=PAPER,
+        number="tree: mean risk over greedy tree",
+        confirmed=at_most(1.0),
+    ),
+    Claim(
+        "It learns two-layer networks about as well as a network fitted to each prompt: mean error at most 1.25 times.",
+        paper=PAPER,
+        number="network: mean risk over network",
+        confirmed=at_most(1.25),
+    ),
+    Claim(
+        "Out of distribution, for prompts in one orthant with a query anywhere, its excess risk after 10 examples is "
+        "at most twice that of ridge regression.",
+        paper=PAPER,
+        number="one orthant, query anywhere: excess over ridge",
+        confirmed=at_most(2.0),
+    ),
+    Claim(
+        "It breaks where inputs are larger than in training: at twice the scale its excess risk after 10 examples is "
+        "over 4 times that of ridge regression.",
+        paper=PAPER,
+        number="inputs × 2: excess over ridge",
+        confirmed=at_least(4.0),
+        refuted=at_most(1.5),
+    ),
+)
+
+
+def train(config: Config, name: str, seed: int, folder: Path, console: Console) -> tuple[models.Decoder, Any]:
+    """(the decoder trained on a class of functions, what `fit` says of the run)."""
+    task = SETTINGS[name].task
+    model = decoders.build(
+        models.Attention(heads=config.heads),
+        vocabulary=1,
+        length=2 * task.length,
+        width=config.width,
+        layers=config.layers,
+        seed=seed,
+        feed_forward=models.FeedForward(4 * config.width, "gelu"),
+        inputs=task.inputs.dim,
+    )
+    return decoders.train(
+        model,
+        drawn(task),
+        steps=config.steps,
+        batch_size=config.batch_size,
+        eval_every=config.eval_every,
+        eval_batches=4,
+        optimizer=config.optimizer,
+        seed=seed,
+        run_config={"class": name, "function_classes": asdict(replace(config, classes=(), shifts=(), prompts=0))},
+        folder=folder,
+        console=console,
+        loss=decoders.answers(icl.square),
+    )
+
+
+def shifted(config: Config, model: models.Decoder, seed: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The excess risk of the model of linear functions over that of ridge, for each shift."""
+    numbers, rows = {}, []
+    for name in config.shifts:
+        after, changes = SHIFTS[name]
+        task = replace(SETTINGS["linear"].task, **changes)
+        asked: dict[str, Any] = {"decoder": decoders.predictor(model), "ridge": icl.Ridge(0.25)}
+        options: dict[str, Any] = {"batch": 256, "batches": config.prompts // 256, "excess": True}
+        table = icl.compare(task, asked, [after], jax.random.key(seed), **options)
+        ours, theirs = (float(table.risks[each].mean[0]) for each in asked)
+        numbers[f"{name}: excess over ridge"] = ours / theirs
+        rows.append(
+            {
+                "prompts": name,
+                "examples": after,
+                "excess of the decoder": ours,
+                "of ridge": theirs,
+                "ratio": ours / theirs,
+            }
+        )
+    return numbers, rows
+
+
+def run(config, seed, folder, console):
+    for field, known in (("classes", SETTINGS), ("shifts", SHIFTS)):
+        if unknown := set(getattr(config, field)) - set(known):
+            raise ValueError(f"{field} holds {sorted(unknown)}: need some of {list(known)}")
+    if config.prompts < 256 or config.prompts % 256:
+        raise ValueError(f"prompts is {config.prompts}: need a multiple of 256")
+    numbers: dict[str, float | None] = {claim.number: None for claim in CLAIMS}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    figures = {}
+    for name in config.classes:
+        console.print(f"function_classes: {name}")
+        task, baselines = SETTINGS[name]
+        model, result = train(config, name, seed, folder / name, console)
+        lengths = range(task.length) if name != "network" else range(0, task.length, 5)  # each is a network to fit
+        asked: dict[str, Any] = {"decoder": decoders.predictor(model), **baselines, "zero": icl.Zero()}
+        table = icl.compare(task, asked, lengths, jax.random.key(seed), batch=256, batches=config.prompts // 256)
+        means = {each: float(risk.mean.mean()) for each, risk in table.risks.items()}
+        best, half = next(iter(baselines)), np.searchsorted(table.lengths, task.inputs.dim // 2)
+        numbers[f"{name}: mean risk"] = means["decoder"]
+        numbers[f"{name}: mean risk over {best}"] = means["decoder"] / means[best]
+        if "least squares" in baselines:
+            there = [float(table.risks[each].mean[half]) for each in ("decoder", "least squares")]
+            numbers[f"{name}: risk over least squares at half the dimension"] = there[0] / there[1]
+        some = [0, len(table.lengths) // 4, len(table.lengths) // 2, len(table.lengths) - 1]
+        tables[f"Risk: {name}"] = [
+            {"predictor": each, "mean": means[each]}
+            | {f"after {table.lengths[i]}": float(risk.mean[i]) for i in some}
+            | {"error of the last": float(risk.error[-1])}
+            for each, risk in table.risks.items()
+        ]
+        lines = {each: list(zip(table.lengths, risk.mean.tolist(), strict=True)) for each, risk in table.risks.items()}
+        figures[f"Risk: {name}"] = Curves("examples in the prompt", "risk", lines)
+        figures[f"Learning: {name}"] = Curves("step", "risk", {"decoder": decoders.measured(result, "loss")}, log="y")
+        if name == "linear":
+            ratios, tables["Linear functions out of distribution"] = shifted(config, model, seed)
+            numbers |= ratios
+    return Result(numbers, tables, figures)

@@ -1,0 +1,202 @@
+"""How many tasks a layer of linear attention must be trained on, and how near it then comes to ridge regression."""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from experiments.experiment import Claim, Curves, Result, at_least, at_most, outside
+from jaxattn import icl
+from jaxattn.icl import FunctionTask, Gaussian, layer_theory
+
+
+@dataclass(frozen=True)
+class Config:
+    """Stochastic gradient descent on Γ in ŷ = xᵀ Γ Xᵀy / n, from 0, with one fresh task at each step.
+
+    Inputs have the covariance diag(1, 2^−decay, ..., d^−decay).
+
+    Attributes:
+        dim: Dimension d.
+        context: Examples per task n.
+        noise: Standard deviation of the noise.
+        decay: How fast the eigenvalues of the covariance fall.
+        tasks: Numbers of tasks to train on, ascending; the rate is halved every T / ln T of them.
+        rate: The first learning rate times tr Σ tr C_n.
+        runs: Independent runs for each number of tasks.
+        lengths: Numbers of examples at which the trained layer is used.
+        prompts: Prompts that ridge regression and the layer are measured on, a multiple of 256.
+    """
+
+    dim: int = 20
+    context: int = 40
+    noise: float = 0.5
+    decay: float = 1.5
+    tasks: tuple[int, ...] = (100, 1000, 10000, 40000)
+    rate: float = 0.15
+    runs: int = 16
+    lengths: tuple[int, ...] = (5, 10, 20, 40, 80, 160, 320)
+    prompts: int = 16384
+
+
+QUICK = Config(dim=5, context=10, tasks=(100, 400), runs=8, lengths=(3, 10, 30), prompts=2048)
+PAPER = "pretraining_tasks"
+CLAIMS = (
+    Claim(
+        "The bias of the mean path is a lower bound of the excess risk: at no number of tasks is the mean over runs "
+        "below it by more than 2 standard errors.",
+        paper=PAPER,
+        number="least (excess - bias) / standard error",
+        confirmed=at_least(-2.0),
+        refuted=at_most(-4.0),
+    ),
+    Claim(
+        "Bias and (ψ² tr Σ + σ²) D_eff / T_eff together bound it, with the constant 1.",
+        paper=PAPER,
+        number="largest excess over bias + bound",
+        confirmed=at_most(1.0),
+        refuted=outside(at_most(1.5)),
+    ),
+    Claim(
+        "More tasks are better: the excess falls at every step up in their number.",
+        paper=PAPER,
+        number="largest ratio of one excess to that of fewer tasks",
+        confirmed=at_most(1.0),
+        refuted=outside(at_most(1.0)),
+    ),
+    Claim(
+        "The bound does not count dimensions: D_eff of the most tasks is below a quarter of d².",
+        paper=PAPER,
+        number="effective dimension over d²",
+        confirmed=at_most(0.25),
+    ),
+    Claim(
+        "At the length of training the best layer is nearly Bayes: its excess risk over the noise is at most 1.25 "
+        "times that of ridge regression.",
+        paper=PAPER,
+        number="excess of the best layer over ridge at the length of training",
+        confirmed=at_most(1.25),
+        refuted=at_least(1.5),
+    ),
+    Claim(
+        "At other lengths it is not: at the longest its excess is over twice that of the layer which is best there.",
+        paper=PAPER,
+        number="excess at the longest over that of the best layer for it",
+        confirmed=at_least(2.0),
+        refuted=at_most(1.1),
+    ),
+    Claim(
+        "The formula of the risk at any length is exact: largest distance from simulation in standard errors.",
+        paper=PAPER,
+        number="largest distance of formula and simulation",
+        confirmed=at_most(4.0),
+        refuted=outside(at_most(6.0)),
+    ),
+)
+
+
+def setting(config: Config) -> tuple[FunctionTask, Float[Array, "d d"]]:
+    """(the task, of the length of training and its query; the covariance of its inputs)."""
+    covariance = jnp.diag(jnp.arange(1.0, config.dim + 1) ** -config.decay)
+    inputs = Gaussian(config.dim, covariance)
+    return FunctionTask(icl.Linear(), inputs, config.context + 1, noise=config.noise), covariance
+
+
+@partial(jax.jit, static_argnames="runs")
+def descend(key: PRNGKeyArray, task: FunctionTask, rates: Float[Array, " t"], runs: int) -> Float[Array, "r d d"]:
+    """Γ after a task per rate, Γ ← Γ − g (ŷ − y) x (Xᵀy / n)ᵀ, in independent runs."""
+
+    def step(gammas: Float[Array, "r d d"], inputs: tuple[Array, Array]) -> tuple[Array, None]:
+        number, rate = inputs
+        prompts = task.sample(jax.random.fold_in(key, number), runs)
+        query, moment = prompts.x[:, -1], jnp.einsum("rnd,rn->rd", prompts.x[:, :-1], prompts.y[:, :-1])
+        moment = moment / (task.length - 1)
+        wrong = jnp.einsum("rd,rde,re->r", query, gammas, moment) - prompts.y[:, -1]
+        return gammas - rate * wrong[:, None, None] * query[:, :, None] * moment[:, None], None
+
+    dim = task.inputs.dim
+    return jax.lax.scan(step, jnp.zeros((runs, dim, dim)), (jnp.arange(len(rates)), rates))[0]
+
+
+def run(config, seed, folder, console):
+    if list(config.tasks) != sorted(set(config.tasks)) or len(config.tasks) < 2:
+        raise ValueError(f"tasks is {config.tasks}: need two numbers or more, ascending")
+    if config.context not in config.lengths:
+        raise ValueError(f"lengths is {config.lengths}: need {config.context} among them, the length of training")
+    task, covariance = setting(config)
+    given = covariance, config.context, config.noise**2
+    rate = config.rate / float(jnp.trace(covariance) * jnp.trace(layer_theory.moment_matrix(*given)))
+    least, best = float(layer_theory.lsa_minimum(*given)), layer_theory.lsa_optimum(*given)
+    rows, key = [], jax.random.key(seed)
+    for number, count in enumerate(config.tasks):
+        console.print(f"pretraining_tasks: {count} tasks")
+        rates = layer_theory.halving_rates(rate, count)
+        gammas = descend(jax.random.fold_in(key, number), task, rates, config.runs)
+        excess = np.array([float(layer_theory.linear_icl_risk(gamma, *given)) - least for gamma in gammas])
+        rows.append(
+            {
+                "tasks": count,
+                "excess": float(excess.mean()),
+                "standard error": float(excess.std(ddof=1) / math.sqrt(config.runs)),
+                "bias": float(layer_theory.mean_path_bias(rates, *given)),
+                "bound": float(layer_theory.task_complexity_bound(rate, count, *given)),
+                "effective dimension": float(layer_theory.effective_dimension(rate, count, *given)),
+            }
+        )
+    after, risks = lengths(config, task, covariance, best, key)
+    at = config.lengths.index(config.context)
+    excesses = [row["excess"] for row in rows]
+    numbers = {
+        "least (excess - bias) / standard error": min((x["excess"] - x["bias"]) / x["standard error"] for x in rows),
+        "largest excess over bias + bound": max(row["excess"] / (row["bias"] + row["bound"]) for row in rows),
+        "largest ratio of one excess to that of fewer tasks": max(b / a for a, b in itertools.pairwise(excesses)),
+        "effective dimension over d²": rows[-1]["effective dimension"] / config.dim**2,
+        "excess of the best layer over ridge at the length of training": after[at]["layer"] / after[at]["ridge"],
+        "excess at the longest over that of the best layer for it": after[-1]["layer"] / after[-1]["best layer there"],
+        "largest distance of formula and simulation": risks,
+    }
+    by_tasks = {name: [(row["tasks"], row[name]) for row in rows] for name in ("excess", "bias")}
+    by_tasks["bias + bound"] = [(row["tasks"], row["bias"] + row["bound"]) for row in rows]
+    by_length = {name: [(x["examples"], x[name]) for x in after] for name in ("layer", "best layer there", "ridge")}
+    return Result(
+        numbers,
+        {"Excess risk by the number of tasks": rows, "Excess risk over the noise by the number of examples": after},
+        {
+            "Excess risk by tasks": Curves("tasks", "excess risk", by_tasks, log="xy"),
+            "Excess risk by length": Curves("examples", "excess risk over the noise", by_length, log="xy"),
+        },
+    )
+
+
+def lengths(
+    config: Config, task: FunctionTask, covariance: Float[Array, "d d"], gamma: Float[Array, "d d"], key: PRNGKeyArray
+) -> tuple[list[dict[str, float]], float]:
+    """What the layer that is best at the length of training, the best at each length, and ridge do after so many
+    examples; and the largest distance of formula and simulation for the first, in standard errors."""
+    noise2 = config.noise**2
+    asked = {"layer": icl.Preconditioned(gamma), "ridge": icl.Ridge(noise2)}
+    options: dict[str, Any] = {"batch": 256, "batches": config.prompts // 256, "excess": True}
+    table = icl.compare(replace(task, query=None), asked, config.lengths, key, **options)
+    rows, distances = [], []
+    for number, count in enumerate(config.lengths):
+        simulated, formula = (
+            table.risks["layer"],
+            float(layer_theory.linear_icl_risk(gamma, covariance, count, noise2)) - noise2,
+        )
+        distances.append(abs(float(simulated.mean[number]) - formula) / float(simulated.error[number]))
+        rows.append(
+            {
+                "examples": count,
+                "layer": formula,
+                "layer, simulated": float(simulated.mean[number]),
+                "best layer there": float(layer_theory.lsa_minimum(covariance, count, noise2)) - noise2,
+                "ridge": float(table.risks["ridge"].mean[number]),
+            }
+        )
+    return rows, max(distances)
