@@ -20,6 +20,7 @@ from jaxattn.icl.boolean import (
     SparseParity,
     SparseThreshold,
 )
+from jaxattn.icl.bursts import ClassTable, ItemLabels, NearestItem
 from jaxattn.icl.constructed import (
     InductionCircuit,
     debiased_gradient_step,
@@ -74,6 +75,7 @@ __all__ = [
     "Averaging",
     "BayesFinite",
     "Blocks",
+    "ClassTable",
     "Conjunction",
     "Copying",
     "Curriculum",
@@ -94,6 +96,7 @@ __all__ = [
     "InductionCircuit",
     "Inputs",
     "IntegerHalfspace",
+    "ItemLabels",
     "KNearestNeighbours",
     "Lasso",
     "LeastSquares",
@@ -107,6 +110,7 @@ __all__ = [
     "MajorityLabel",
     "MarkovBayes",
     "MarkovChain",
+    "NearestItem",
     "NearestNeighbour",
     "NetworkByAdam",
     "Newton",
