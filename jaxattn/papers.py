@@ -225,11 +225,8 @@ PAPERS: tuple[Paper, ...] = (
         "Softmax Attention",
         2025,
         "2503.12734",
-        (
-            "jaxattn.icl.DebiasedDescent",
-            "jaxattn.icl.layer_theory.softmax_icl_loss",
-        ),
-        ("tests/icl/test_theory.py",),
+        ("jaxattn.SoftmaxHeads", "jaxattn.icl.DebiasedDescent", "jaxattn.icl.layer_theory.softmax_icl_loss"),
+        ("softmax_regression", "tests/icl/test_theory.py", "tests/icl/test_constructed.py"),
         "several heads as one debiased gradient step",
     ),
     Paper(

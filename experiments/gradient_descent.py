@@ -1,0 +1,221 @@
+"""Linear self-attention as gradient descent: one trained layer against its closed form, and layers against steps."""
+
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+from rich.console import Console
+
+from experiments import predictors
+from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, outside, within
+from jaxattn import LinearSelfAttention, icl
+from jaxattn.icl import FunctionTask, Gaussian, layer_theory, readout
+from jaxattn.train import OptimizerConfig
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, final_fraction=0.0, weight_decay=0.0, beta2=0.999)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Layers of linear self-attention, trained on prompts of linear functions w·x with w ~ N(0, I).
+
+    Attributes:
+        dim: Dimension d.
+        context: Examples in a prompt n, for one layer.
+        noise: Standard deviation of the noise, for one layer.
+        steps: Training steps.
+        batch_size: Prompts per step.
+        starts: Random starts in which every weight is free.
+        depths: Numbers of layers.
+        deep_context: Examples in a prompt for several layers, without noise.
+        prompts: Prompts that risks are measured on, a multiple of 4096.
+        optimizer: The optimiser.
+    """
+
+    dim: int = 5
+    context: int = 10
+    noise: float = 0.5
+    steps: int = 3000
+    batch_size: int = 512
+    starts: int = 3
+    depths: tuple[int, ...] = (1, 2, 3, 4)
+    deep_context: int = 20
+    prompts: int = 2**20
+    optimizer: OptimizerConfig = OPTIMIZER
+
+
+QUICK = Config(steps=200, batch_size=64, starts=0, depths=(1,), prompts=16384)
+CLAIMS = (
+    Claim(
+        "A layer trained from a structured start on isotropic inputs has the least risk that any such layer has.",
+        paper="linear_attention_icl",
+        number="isotropic: risk over the minimum",
+        confirmed=within(0.99, 1.005),
+        refuted=outside(within(0.97, 1.02)),
+    ),
+    Claim(
+        "So it has on inputs whose covariance is not.",
+        paper="linear_attention_icl",
+        number="anisotropic: risk over the minimum",
+        confirmed=within(0.99, 1.005),
+        refuted=outside(within(0.97, 1.02)),
+    ),
+    Claim(
+        "Its weights are then those of one step of preconditioned gradient descent: Γ is Γ* within 3 percent.",
+        paper="linear_attention_icl",
+        number="anisotropic: distance of Γ",
+        confirmed=at_most(0.03),
+        refuted=at_least(0.1),
+    ),
+    Claim(
+        "One step of gradient descent on isotropic inputs: Γ is a multiple of the identity within 3 percent.",
+        paper="icl_gradient_descent",
+        number="isotropic: distance of Γ from a multiple of I",
+        confirmed=at_most(0.03),
+        refuted=at_least(0.1),
+    ),
+    Claim(
+        "Each layer is a step: with tuned steps, 4 layers leave at most a tenth of the excess risk that 1 leaves.",
+        paper="icl_gradient_descent",
+        number="steps: excess of 4 layers over 1",
+        confirmed=at_most(0.1),
+        refuted=at_least(0.5),
+    ),
+    Claim(
+        "Layers that also move the inputs (GD++) are faster: 2 of them leave less than 3 layers of plain steps.",
+        paper="icl_gradient_descent",
+        number="excess of 2 layers of GD++ over 3 of steps",
+        confirmed=at_most(1.0),
+        refuted=at_least(1.5),
+    ),
+    Claim(
+        "For x ~ N(0, Σ) and w ~ N(0, Σ⁻¹) the layers of a trained stack are preconditioned by Σ⁻¹: each Γ is a "
+        "multiple of it within 10 percent.",
+        paper="preconditioned_icl",
+        number="preconditioned: largest distance of a Γ from a multiple of Σ⁻¹",
+        confirmed=at_most(0.1),
+        refuted=at_least(0.5),
+    ),
+)
+
+
+def rotated(key: PRNGKeyArray, dim: int) -> Float[Array, "d d"]:
+    """A covariance with the eigenvalues 1, 1/2, ..., 1/d in a random basis."""
+    basis = jax.random.orthogonal(key, dim)
+    return (basis / jnp.arange(1.0, dim + 1)) @ basis.T
+
+
+def start(key: PRNGKeyArray, dim: int, free: bool) -> icl.LinearLayers:
+    """One layer whose weights are all random, or all zeros but for W_PV[y, y] = s and W_KQ[x, x] = s Θ Θᵀ.
+
+    Both have s = 0.1 for the size of their numbers. The second is the start of Zhang et al. (2024).
+    """
+    width, size = dim + 1, 0.1
+    if free:
+        kq, pv = size * jax.random.normal(key, (2, width, width))
+    else:
+        theta = jax.random.normal(key, (dim, dim)) / dim**0.5
+        kq = jnp.zeros((width, width)).at[:dim, :dim].set(size * theta @ theta.T)
+        pv = jnp.zeros((width, width)).at[-1, -1].set(size)
+    return icl.LinearLayers((LinearSelfAttention(kq, pv),))
+
+
+def fitted(config: Config, task: FunctionTask, params: Any, build: Any, name: str, seed: int, *where: Any) -> Any:
+    """(the trained params, the risk at every measurement); build(params) is the predictor, asked for the last x."""
+    record = {"gradient_descent": asdict(replace(config, prompts=0, depths=(), starts=0))}
+    given = config.optimizer, config.steps, config.batch_size
+    return predictors.train(task, params, build, name, seed, record, *given, *where)
+
+
+def one_layer(config: Config, seed: int, folder: Path, console: Console) -> Result:
+    """A layer against the closed form of the best one, for two covariances and two kinds of start."""
+    key = jax.random.key(seed)
+    numbers: dict[str, float | None] = {}
+    rows: list[dict[str, Any]] = []
+    learning: dict[str, Any] = {}
+    maps: dict[str, Any] = {}
+    kinds = [("isotropic", False, 0), ("anisotropic", False, 0)]
+    for kind, free, number in [*kinds, *(("anisotropic", True, number) for number in range(config.starts))]:
+        covariance = jnp.eye(config.dim) if kind == "isotropic" else rotated(jax.random.fold_in(key, 1), config.dim)
+        inputs, given = Gaussian(config.dim, covariance), (covariance, config.context, config.noise**2)
+        task = FunctionTask(icl.Linear(), inputs, config.context + 1, noise=config.noise)
+        name = f"{kind}, free start {number}" if free else kind
+        console.print(f"gradient_descent: {name}")
+        begun = start(jax.random.fold_in(key, 2 + number), config.dim, free)
+        layer, learning[name] = fitted(config, task, begun, lambda layer: layer, name, seed, folder, console)
+        mean, error = predictors.risk(task, layer, config.prompts, seed)
+        gamma, best = readout.effective_gamma(layer.layers[0]), layer_theory.lsa_optimum(*given)
+        least, rank_one = float(layer_theory.lsa_minimum(*given)), float(layer_theory.lsa_rank_one_risk(*given))
+        distance = float(jnp.linalg.norm(gamma - best) / jnp.linalg.norm(best))
+        row = {"training": name, "risk": mean, "standard error": error, "minimum": least, "best of rank one": rank_one}
+        rows.append(row | {"distance of Γ": distance})
+        if not free:
+            numbers[f"{kind}: risk over the minimum"] = mean / least
+            numbers[f"{kind}: distance of Γ"] = distance
+            maps |= {f"{kind}: Γ": jnp.abs(gamma).tolist(), f"{kind}: Γ*": jnp.abs(best).tolist()}
+        if kind == "isotropic":
+            numbers["isotropic: distance of Γ from a multiple of I"] = float(
+                readout.pattern_distance(gamma, jnp.eye(config.dim))
+            )
+    stuck = [abs(row["risk"] / row["best of rank one"] - 1) < 0.01 for row in rows if "free" in row["training"]]
+    numbers["free starts at the best of rank one"] = float(sum(stuck))
+    curves = Curves("step", "risk", learning)
+    return Result(numbers, {"One layer": rows}, {"Training one layer": curves, "Weights |Γ|": Maps(maps)})
+
+
+def steps(params: dict[str, Array], dim: int) -> icl.LinearLayers:
+    """Layers that take steps of the given sizes, and move the inputs by the given factors if there are some."""
+    moves = None if "moves" not in params else params["moves"][:, None, None] * jnp.eye(dim)
+    return icl.preconditioned_steps(params["steps"][:, None, None] * jnp.eye(dim), moves)
+
+
+def layers(config: Config, seed: int, folder: Path, console: Console) -> Result:
+    """Stacks of layers: tuned steps, with and without moving the inputs; and matrices that learn a covariance."""
+    numbers: dict[str, float | None] = {"steps: excess of 4 layers over 1": None}
+    numbers["excess of 2 layers of GD++ over 3 of steps"] = None
+    task = FunctionTask(icl.Linear(), Gaussian(config.dim), config.deep_context + 1)
+    rows: list[dict[str, Any]] = []
+    excess, build = {}, partial(steps, dim=config.dim)
+    for kind in ("steps", "GD++"):
+        for depth in config.depths:
+            if kind == "GD++" and depth == 1:
+                continue  # what the last layer moves is not read
+            console.print(f"gradient_descent: {depth} layers, {kind}")
+            params = {"steps": jnp.full(depth, 0.5)} | ({"moves": jnp.zeros(depth)} if kind == "GD++" else {})
+            name = f"{kind} {depth}"
+            params, _ = fitted(config, task, params, build, name, seed, folder, console)
+            excess[kind, depth], error = predictors.risk(task, build(params), config.prompts, seed)
+            row = {"layers": depth, "kind": kind, "excess": excess[kind, depth], "standard error": error}
+            rows.append(row | {f"{each} learned": " ".join(f"{x:.3g}" for x in params[each]) for each in params})
+    if {("steps", 1), ("steps", 4)} <= excess.keys():
+        numbers["steps: excess of 4 layers over 1"] = excess["steps", 4] / excess["steps", 1]
+    if {("steps", 3), ("GD++", 2)} <= excess.keys():
+        numbers["excess of 2 layers of GD++ over 3 of steps"] = excess["GD++", 2] / excess["steps", 3]
+    numbers["one tuned step over its closed form"] = None
+    if ("steps", 1) in excess:
+        closed = float(layer_theory.lsa_minimum(jnp.eye(config.dim), config.deep_context))
+        numbers["one tuned step over its closed form"] = excess["steps", 1] / closed
+
+    covariance = rotated(jax.random.fold_in(jax.random.key(seed), 1), config.dim)
+    inverse = jnp.linalg.inv(covariance)
+    task = FunctionTask(icl.Linear(covariance=inverse), Gaussian(config.dim, covariance), config.deep_context + 1)
+    begun = jnp.tile(0.2 * jnp.eye(config.dim), (2, 1, 1))
+    gammas, _ = fitted(config, task, begun, icl.preconditioned_steps, "preconditioned", seed, folder, console)
+    distances = readout.pattern_distance(gammas, inverse)
+    numbers["preconditioned: largest distance of a Γ from a multiple of Σ⁻¹"] = float(distances.max())
+    numbers["preconditioned: distance of Σ⁻¹ from a multiple of I"] = float(
+        readout.pattern_distance(inverse, jnp.eye(config.dim))
+    )
+    lines = {kind: [(d, excess[kind, d]) for d in config.depths if (kind, d) in excess] for kind in ("steps", "GD++")}
+    return Result(numbers, {"Layers": rows}, {"Excess by layers": Curves("layers", "excess risk", lines, log="y")})
+
+
+def run(config, seed, folder, console):
+    one, several = one_layer(config, seed, folder, console), layers(config, seed, folder, console)
+    return Result(
+        {**one.numbers, **several.numbers}, {**one.tables, **several.tables}, {**one.figures, **several.figures}
+    )

@@ -1,0 +1,73 @@
+"""Trains predictors that are parts, such as merged attention layers, to answer the last question of fresh prompts."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jaxattn import icl
+from jaxattn.train import OptimizerConfig, TrainConfig, drawn, fit, make_optimizer, prompt_loss
+
+BATCH = 4096  # prompts that a risk is measured on at a time
+
+
+def train(
+    task: icl.FunctionTask,
+    params: Any,
+    build: Callable[[Any], icl.Predictor],
+    name: str,
+    seed: int,
+    record: Mapping[str, Any],
+    optimizer: OptimizerConfig,
+    steps: int,
+    batch_size: int,
+    folder: Path,
+    console: Console,
+) -> tuple[Any, list[tuple[float, float]]]:
+    """(the params after training, (step, risk) at 10 measurements), build(params) being the predictor.
+
+    Raises ValueError for steps that are no multiple of 10, and KeyboardInterrupt if it was stopped: it goes on when
+    called again.
+    """
+    if steps < 10 or steps % 10:
+        raise ValueError(f"steps is {steps}: need a multiple of 10")
+    last, every = [task.length - 1], steps // 10
+    result = fit(
+        loss_fn=prompt_loss(lambda params, x, y: build(params).after(x, y, last), icl.square, last),
+        params=params,
+        optimizer=make_optimizer(optimizer, steps),
+        train_data=drawn(task),
+        validation_data=drawn(task),
+        config=TrainConfig(
+            steps=steps,
+            batch_size=batch_size,
+            eval_every=every,
+            eval_batches=4,
+            save_every=every,
+            keep=1,
+            log_every=every,
+            seed=seed,
+        ),
+        run_config={"name": name, **record},
+        folder=folder / name.replace(" ", "_"),
+        console=console,
+    )
+    if not result.complete:
+        raise KeyboardInterrupt
+    return result.params, [(x["step"], x["validation_loss"]) for x in result.history if "validation_loss" in x]
+
+
+def risk(
+    task: icl.FunctionTask, predictor: icl.Predictor, prompts: int, seed: int, *, excess: bool = False
+) -> tuple[float, float]:
+    """(E (ŷ − y)² of the last answer, its standard error), over so many prompts.
+
+    Raises ValueError for prompts that are no multiple of `BATCH`.
+    """
+    if prompts < BATCH or prompts % BATCH:
+        raise ValueError(f"prompts is {prompts}: need a multiple of {BATCH}")
+    options: dict[str, Any] = {"batch": BATCH, "batches": prompts // BATCH, "excess": excess}
+    measured = icl.compare(task, {"": predictor}, [task.length - 1], jax.random.key(seed), **options).risks[""]
+    return float(measured.mean[0]), float(measured.error[0])
