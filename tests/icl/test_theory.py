@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import integrate
 
-from jaxattn import icl
+from jaxattn import SoftmaxHeads, icl
 from jaxattn.icl import layer_theory, theory, wishart
 from jaxattn.icl.wishart import eigenvalue_mean
 
@@ -209,6 +209,21 @@ def test_the_rank_one_risk_is_that_of_the_best_matrix_of_rank_one():
     np.testing.assert_allclose(ends.min(), layer_theory.lsa_rank_one_risk(SKEWED, 10, 0.25), rtol=1e-6)
 
 
+def test_the_scale_decides_about_other_lengths():
+    """Best at N = 20 without noise: at M = 100 the excess is .44 divided by M and 44.9 divided by N (3.2 at 40)."""
+    gamma = layer_theory.lsa_optimum(np.eye(5), 20)
+    divided = [layer_theory.linear_icl_risk(gamma, np.eye(5), m) for m in (40, 100)]
+    constant = [layer_theory.linear_icl_risk(m / 20 * gamma, np.eye(5), m) for m in (40, 100)]
+    np.testing.assert_allclose(divided[1], 0.444, atol=5e-4)
+    np.testing.assert_allclose(constant, [3.225, 44.94], atol=5e-3)
+    task = icl.FunctionTask(icl.Linear(), icl.Gaussian(5), 101)
+    predictors = {"divided": icl.Preconditioned(gamma), "constant": icl.Preconditioned(gamma, scale=20.0)}
+    risks = icl.compare(task, predictors, [40, 100], KEY, batch=1024, batches=2).risks
+    for j in (0, 1):
+        within(risks["divided"].mean[j], risks["divided"].error[j], divided[j])
+        within(risks["constant"].mean[j], risks["constant"].error[j], constant[j])
+
+
 # Pretraining by stochastic gradient descent.
 
 SPECTRUM = np.diag(np.arange(1.0, 21) ** -1.5)
@@ -289,6 +304,24 @@ def test_the_best_one_head_and_two_heads():
     risks = [layer_theory.softmax_icl_loss(w * pair, total / 2 / w * pair, 5, 40, 0.1) for w in (0.1, 0.01, 0.001)]
     assert risks[0] > risks[1] > risks[2] > infimum
     np.testing.assert_allclose(risks[2], infimum, rtol=1e-5)
+
+
+def test_the_loss_of_softmax_heads_is_right_in_large_dimension():
+    """One head at its best and two near theirs, d 40 and L 320: the formula is 5% off at most, an e between them."""
+    d, n = 40, 320
+    omega, mu, loss = layer_theory.one_head_optimum(d, n, 0.1)
+    infimum = layer_theory.two_head_infimum(d, n, 0.1)
+    settings = {"one": ([omega], [mu]), "two": ([0.02, -0.02], (1.1 - infimum) / 0.04 * np.array([1, -1]))}
+    predictors = {}
+    for name, (omegas, mus) in settings.items():
+        diagonal = np.append(np.ones(d), 0)
+        kq = np.asarray(omegas)[:, None, None] * np.diag(diagonal)
+        ov = np.asarray(mus)[:, None] * (1 - diagonal)
+        predictors[name] = icl.SoftmaxLayer(SoftmaxHeads(jnp.asarray(kq), jnp.asarray(ov)))
+    task = icl.FunctionTask(icl.Linear(d**-0.5), icl.Gaussian(d), n + 1, noise=0.1**0.5)
+    risks = icl.compare(task, predictors, [n], KEY, batch=512, batches=4, excess=True).risks
+    for name, expected in (("one", loss - 0.1), ("two", infimum - 0.1)):
+        within(risks[name].mean[0], risks[name].error[0], expected, 4 + 0.05 * expected / risks[name].error[0])
 
 
 def test_gradients_reach_the_noise_and_the_prior():
