@@ -32,11 +32,11 @@ SETTINGS = {
         {"lasso 0.01": icl.Lasso(0.01), "lasso 0.1": icl.Lasso(0.1), "least squares": icl.LeastSquares()},
     ),
     "tree": Setting(
-        FunctionTask(icl.DecisionTree(3), Gaussian(5), 31),
+        FunctionTask(icl.DecisionTree(3), Gaussian(5), 21),
         {"greedy tree": icl.GreedyTree(3), "3 nearest": icl.KNearestNeighbours(3)},
     ),
     "network": Setting(
-        FunctionTask(icl.ReluNetwork(20), Gaussian(5), 31),
+        FunctionTask(icl.ReluNetwork(20), Gaussian(5), 21),
         {
             "network": icl.NetworkByAdam(20, steps=200),
             "least squares": icl.LeastSquares(),
@@ -85,7 +85,7 @@ class Config:
     width: int = 64
     layers: int = 3
     heads: int = 2
-    steps: int = 10000
+    steps: int = 8000
     batch_size: int = 64
     eval_every: int = 500
     prompts: int = 4096

@@ -194,6 +194,19 @@ PAPERS: tuple[Paper, ...] = (
         "its edit of the weights; not its choice of heads",
     ),
     Paper(
+        40,
+        "retrieval_depth",
+        "Mechanism and Emergence of Stacked Attention Heads in Multi-Layer Transformers",
+        2025,
+        "2411.12118",
+        (
+            "jaxattn.icl.RetrievalChain",
+            "jaxattn.icl.horizon",
+        ),
+        ("tests/icl/test_sequences.py",),
+        "the task, and how many hops so many layers can follow",
+    ),
+    Paper(
         45,
         "pattern_injection",
         "Human Guided Exploitation of Interpretable Attention Patterns",
@@ -358,6 +371,25 @@ PAPERS: tuple[Paper, ...] = (
         "learned features, their distillation from softmax, and the conversion of a trained decoder",
     ),
     Paper(
+        119,
+        "boolean_icl",
+        "Understanding In-Context Learning in Transformers and LLMs by Learning to Learn Discrete Functions",
+        2024,
+        None,
+        (
+            "jaxattn.icl.Conjunction",
+            "jaxattn.icl.Teaching",
+            "jaxattn.icl.BayesFinite",
+            "jaxattn.icl.GF2Parity",
+        ),
+        (
+            "boolean_functions",
+            "tests/icl/test_boolean.py",
+            "tests/icl/test_bayes.py",
+        ),
+        "its classes of functions, teaching sequences, and the optimal learners",
+    ),
+    Paper(
         121,
         "performer",
         "Rethinking Attention with Performers",
@@ -436,6 +468,16 @@ PAPERS: tuple[Paper, ...] = (
         "causal, as a memory with per-channel decay, over all tokens, and with a window as one more latent",
     ),
     Paper(
+        147,
+        "abrupt_icl",
+        "The mechanistic basis of data dependence and abrupt learning in an in-context classification task",
+        2024,
+        "2312.03002",
+        ("jaxattn.icl.ItemLabels",),
+        ("tests/icl/test_bursts.py",),
+        "the task, and who knows the context or the classes",
+    ),
+    Paper(
         152,
         "moba",
         "MoBA: Mixture of Block Attention for Long-Context LLMs",
@@ -454,6 +496,23 @@ PAPERS: tuple[Paper, ...] = (
         ("jaxattn.KeyBias",),
         (REDUCTIONS,),
         "an importance per key, added to the log-weights",
+    ),
+    Paper(
+        162,
+        "induction_heads",
+        "In-context Learning and Induction Heads",
+        2022,
+        "2209.11895",
+        (
+            "jaxattn.icl.induction_head",
+            "jaxattn.icl.MarkovChain",
+            "jaxattn.icl.RepeatedBlock",
+        ),
+        (
+            "tests/icl/test_constructed.py",
+            "tests/icl/test_sequences.py",
+        ),
+        "the circuit as weights written by hand, and its tasks",
     ),
     Paper(
         163,

@@ -46,6 +46,34 @@ def read(weights, value):
     return np.einsum("nts,snv->tnv", weights, np.asarray(value, np.float64))
 
 
+# icl.md
+
+
+def test_simulated_risks_are_the_exact_ones(page):
+    p = page("icl")
+    for name, exact in p.exact.items():
+        mean, error = p.table.risks[name]
+        assert (abs(mean - np.asarray(exact, np.float64)) <= 4 * error).all(), name
+
+
+def test_layers_are_steps_and_the_circuit_continues_what_it_saw(page):
+    p = page("icl")
+    assert_close(p.by_layers, p.by_steps)
+    # Two heads are one step up to ω², and rounding errors are 1 / ω times as large.
+    np.testing.assert_allclose(p.by_heads, p.by_formula, rtol=0, atol=0.02 * abs(np.asarray(p.by_formula)).max())
+    assert p.continued[-1].argmax() == 2
+
+
+def test_the_task_of_the_page_and_its_model_are_measured(page):
+    p = page("icl")
+    largest = np.random.default_rng(0).standard_normal((10**6, 3)).max(-1)  # of a random sign: its mean square remains
+    mean, error = p.always_0.risks["zero"]
+    assert abs(mean[0] - (largest**2).mean()) <= 4 * error[0]
+    assert set(np.asarray(p.drawn_prompts.hidden).tolist()) <= {-1.0, 1.0}
+    assert p.result.complete
+    assert p.learned.risks["decoder"].mean.shape == (8,)
+
+
 # attend.md
 
 

@@ -1,0 +1,45 @@
+"""Boolean functions: accuracy is that of the learners, and a quick run measures what its claims are about."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import boolean_functions
+from experiments.boolean_functions import CLAIMS, CONJUNCTION, QUICK, SETTINGS, accuracy
+from jaxattn import icl
+
+QUIET = Console(quiet=True)
+
+
+def test_parities_are_learned_at_the_rate_at_which_inputs_span_the_space():
+    """The optimal learner is right with probability 1/2 + 1/2 E 2^(rank − d), within 4 standard errors of it."""
+    task, learners = SETTINGS["parity"]
+    prompts = 2048
+    measured = accuracy(task, {"GF(2)": learners["GF(2)"]}, prompts, 0)["GF(2)"]
+    for examples in (0, 6, 10, 12, 24):
+        expected = icl.parity_accuracy(examples, 10)
+        assert abs(measured[examples] - expected) <= 4 * np.sqrt(expected * (1 - expected) / prompts) + 1e-6
+
+
+def test_the_optimal_learner_of_conjunctions_is_above_the_nearest_neighbour():
+    measured = accuracy(CONJUNCTION, SETTINGS["conjunction"].learners, 512, 0)
+    assert (measured["Bayes"] >= measured["nearest neighbour"] - 0.1).all()
+    assert measured["Bayes"][24] > measured["nearest neighbour"][24] + 0.05
+
+
+def test_the_quick_run_measures_what_it_trains(tmp_path):
+    result = boolean_functions.run(QUICK, 0, tmp_path, QUIET)
+    assert result.numbers["conjunction: softmax: largest gap to Bayes after 16 or more"] > -0.03
+    assert result.numbers["parity: softmax: accuracy at the end"] is None
+    assert {claim.number for claim in CLAIMS} <= set(result.numbers)
+    learners = {row["learner"] for row in result.tables["Accuracy"]}
+    assert learners == {"softmax", "(Bayes)", "(nearest neighbour)"}
+
+
+def test_runs_that_do_not_exist_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"runs holds \['parity: LSTM'\]"):
+        boolean_functions.run(dataclasses.replace(QUICK, runs=("parity: LSTM",)), 0, tmp_path, QUIET)
+    with pytest.raises(ValueError, match="prompts is 300"):
+        boolean_functions.run(dataclasses.replace(QUICK, prompts=300), 0, tmp_path, QUIET)
