@@ -22,6 +22,10 @@ def main(arguments: list[str] | None = None) -> None:
                 _list(console)
             case "run":
                 _run(options, shlex.join(["python", "-m", "experiments", *given]), console)
+            case "keep":
+                for name in options.name:
+                    report.keep(options.folder / experiment.load(name).name, options.place / name)
+                    console.print(f"kept {options.place / name}", soft_wrap=True)
             case "report":
                 console.print(Markdown(report.write_index(options.folder)))
     except (ValueError, OSError, FloatingPointError) as error:
@@ -45,7 +49,10 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], dest="changes", metavar="FIELD=VALUE", help="another value; repeatable"
     )
     collect = commands.add_parser("report", help="write all reports anew, and one index of every claim")
-    for command in (run, collect):
+    keep = commands.add_parser("keep", help="copy the reports of runs at full size to where they are kept")
+    keep.add_argument("name", nargs="+", help="experiments, as `list` names them")
+    keep.add_argument("--place", type=Path, default=Path("docs/results"), help="to here (default: docs/results)")
+    for command in (run, collect, keep):
         command.add_argument("--folder", type=Path, default=Path("results"), help="where results go (default: results)")
     return parser
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -113,6 +114,20 @@ def write_index(root: Path) -> str:
     text = "\n".join(parts)
     write(root / "README.md", text)
     return text
+
+
+def keep(folder: Path, place: Path) -> None:
+    """Copy the report of a run, its numbers and its figures to `place`, without seeds and checkpoints.
+
+    Raises ValueError for a folder without a report.
+    """
+    if not (folder / "report.md").exists():
+        raise ValueError(f"there is no report in {folder}: run the experiment first")
+    place.mkdir(parents=True, exist_ok=True)
+    for old in place.glob("*.png"):  # figures that are no longer drawn
+        old.unlink()
+    for file in (folder / "report.md", folder / "results.json", *sorted(folder.glob("*.png"))):
+        shutil.copyfile(file, place / file.name)
 
 
 def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -304,6 +304,19 @@ def test_run_and_report_from_the_shell(toy, tmp_path, capsys, monkeypatch):
     assert "seeds is 0" in fails(capsys, "run", "toy", "--seeds", 0, "--folder", tmp_path / "none")
 
 
+def test_a_report_is_kept_without_seeds_and_checkpoints(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("experiments.experiment.load", lambda name: toy)
+    run, place = tmp_path / "results" / "toy", tmp_path / "kept"
+    assert "run the experiment first" in fails(capsys, "keep", "toy", "--folder", tmp_path, "--place", place)
+    go(toy, run)
+    (place / "toy").mkdir(parents=True)
+    (place / "toy" / "no_longer_drawn.png").touch()
+    main(["keep", "toy", "--folder", str(tmp_path / "results"), "--place", str(place)])
+    kept = {file.name for file in (place / "toy").iterdir()}
+    assert kept == {"report.md", "results.json", *(file.name for file in run.glob("*.png"))}
+    assert (place / "toy" / "report.md").read_text() == (run / "report.md").read_text()
+
+
 # The experiments there are
 
 
