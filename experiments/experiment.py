@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from matplotlib.figure import Figure
 
-from jaxattn.viz.figure import COLOURS, WEIGHTS, panels
+from jaxattn.viz.figure import COLOURS, STYLES, WEIGHTS, panels
 
 FOLDER = Path(__file__).parent
 
@@ -132,7 +132,7 @@ class Curves:
                     if y is not None:
                         at.setdefault(x, []).append(y)
             xs = sorted(at)
-            colour, style = COLOURS[number % len(COLOURS)], ("-", "--", ":")[number // len(COLOURS) % 3]
+            colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
             means = [sum(at[x]) / len(at[x]) for x in xs]
             alone = len(xs) == 1
             label = f"_{name}" if alone else name

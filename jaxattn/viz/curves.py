@@ -1,11 +1,13 @@
-"""Curves over training steps."""
+"""Curves over training steps, and over the number of examples in a prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxattn.viz.figure import COLOURS
+from jaxattn.viz.figure import COLOURS, STYLES
 
 
 def show_curves(
@@ -23,11 +25,34 @@ def show_curves(
             if points:
                 described = f"{name}, validation {points[-1][1]:.3f}" if "marker" in style else None
                 axes.plot(*zip(*points, strict=True), color=colour, markersize=4, label=described, **style)
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.set(xlabel="step", ylabel=label)
+    _plain(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, title="dots: validation; thin: training")
     return figure
+
+
+def show_risks(
+    lengths: Sequence[int], risks: Mapping[str, tuple[Any, Any]], label: str = "risk", log: bool = False
+) -> Figure:
+    """Risk by the number of examples: a line for each mean, in a band of two standard errors to either side.
+
+    risks: name -> (means, standard errors), each as long as `lengths`: those of `icl.RiskTable.risks`.
+    """
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, (mean, error)) in enumerate(risks.items()):
+        mean, error = np.asarray(mean), np.asarray(error)
+        colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+        axes.plot(lengths, mean, style, color=colour, marker="o", markersize=3, label=name)
+        axes.fill_between(lengths, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="examples in the prompt", ylabel=label, yscale="log" if log else "linear")
+    _plain(axes)
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

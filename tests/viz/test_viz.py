@@ -143,6 +143,18 @@ def test_curves_show_the_points_of_the_log():
     assert [line.get_xydata().tolist() for line in lines] == [[[1, 8], [2, 4]], [[2, 5]]]
 
 
+def test_risks_are_lines_in_bands_of_two_standard_errors():
+    axes = viz.show_risks([0, 5, 10], {"a": ([3, 2, 1], [0.5, 0.25, 0]), "b": ([1, 1, 1], [0, 0, 0])}).axes[0]
+    assert [line.get_xydata().tolist() for line in axes.get_lines()] == [
+        [[0, 3], [5, 2], [10, 1]],
+        [[0, 1], [5, 1], [10, 1]],
+    ]
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {(0.0, 2.0), (0.0, 4.0), (5.0, 1.5), (5.0, 2.5)} <= set(map(tuple, band.tolist()))
+    assert axes.get_yscale() == "linear"
+    assert viz.show_risks([1], {"a": ([1], [0])}, log=True).axes[0].get_yscale() == "log"
+
+
 def test_equal_figures_are_equal_files(tmp_path):
     files = [viz.save(viz.show_mask(Causal(), 8), tmp_path / "deep" / name) for name in ("a.png", "b.png")]
     assert files[0].read_bytes() == files[1].read_bytes()
