@@ -34,7 +34,7 @@ def build(
 
 def predictor(model: models.Decoder) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """A decoder of vectors as a predictor: it reads interleaved prompts, and its answers are read at the inputs."""
-    return icl.interleaved(lambda tokens: model(tokens)[0])
+    return icl.interleaved(lambda tokens: model(tokens)[0], model.config.context)
 
 
 def next_token(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:

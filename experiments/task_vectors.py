@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from experiments import function_classes
+from experiments import decoders, function_classes
 from experiments.experiment import Claim, Curves, Result, at_least, at_most
 from jaxattn import icl, models, nn
 
@@ -158,7 +158,7 @@ def run(config, seed, folder, console):
         return nn.Put(streams, jnp.broadcast_to((jnp.arange(layers) == layer)[:, None], streams.shape))
 
     best = int(np.argmin([float(measure(*fit, instead(layer, streams))) for layer in range(layers)]))
-    in_context = jax.jit(lambda x, y: icl.interleaved(lambda tokens: model(tokens)[0])(x, y))
+    in_context = jax.jit(decoders.predictor(model))
     with_examples = [in_context(x, y)[:, -1] for x, y in zip(prompts.x, prompts.y, strict=True)]
     rows: list[dict[str, Any]] = []
     for name, (heads, streams, _, test, _) in seen.items():

@@ -43,10 +43,19 @@ def shown(x: Array, y: Array, seen: Bool[Array, " n"]) -> tuple[Array, Array]:
     return jnp.where(seen[:, None], x, 0), jnp.where(seen.reshape(-1, *(1,) * (y.ndim - 1)), y, 0)
 
 
-def interleaved(model: Callable[[Float[Array, "b t d"]], Num[Array, "b t *m"]]) -> Callable[..., Num[Array, "b n *m"]]:
-    """A causal model of interleaved prompts as a predictor: what it says at x_i is its answer."""
+def interleaved(
+    model: Callable[[Float[Array, "b t d"]], Num[Array, "b t *m"]], context: int | None = None
+) -> Callable[..., Num[Array, "b n *m"]]:
+    """A causal model of interleaved prompts as a predictor: what it says at x_i is its answer.
+
+    Called on prompts of more than `context` tokens, two for each example, if that is given, it raises ValueError.
+    """
 
     def predict(x: Float[Array, "b n d"], y: Float[Array, "b n *m"]) -> Num[Array, "b n *m"]:
+        if context is not None and 2 * x.shape[1] > context:
+            raise ValueError(
+                f"x has {x.shape[1]} examples, {2 * x.shape[1]} tokens: the model is made for at most {context}"
+            )
         said = at_inputs(model(interleave(x, y)))
         return said.reshape(y.shape) if said.size == y.size else said
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from jaxattn.viz.figure import COLOURS, STYLES
 
@@ -47,6 +48,7 @@ def show_risks(
         axes.plot(lengths, mean, style, color=colour, marker="o", markersize=3, label=name)
         axes.fill_between(lengths, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="examples in the prompt", ylabel=label, yscale="log" if log else "linear")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(axes)
     axes.legend(frameon=False, fontsize="small")
     return figure

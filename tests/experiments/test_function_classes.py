@@ -39,6 +39,8 @@ def test_every_predictor_is_measured_at_every_length(quick):
 def test_a_decoder_answers_from_the_past_alone(model):
     prompt = icl.FunctionTask(icl.Linear(), icl.Gaussian(5), 6).sample(jax.random.key(0), 2)
     assert icl.leaks(jax.jit(decoders.predictor(model)), prompt.x, prompt.y) <= 200 * EPS
+    with pytest.raises(ValueError, match="x has 7 examples, 14 tokens: the model is made for at most 12"):
+        decoders.predictor(model)(jnp.zeros((1, 7, 5)), jnp.zeros((1, 7)))
 
 
 def test_classes_and_shifts_that_do_not_exist_are_refused(tmp_path):
