@@ -9,7 +9,7 @@ from flax import nnx
 from rich.console import Console
 
 from jaxattn import icl, models
-from jaxattn.train import Drawn, OptimizerConfig, TrainConfig, fit, make_optimizer, next_token_loss, prompt_loss
+from jaxattn.train import Drawn, OptimizerConfig, TrainConfig, drawn, fit, make_optimizer, next_token_loss, prompt_loss
 from jaxattn.train.loop import Result
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=0.0)
@@ -96,6 +96,49 @@ def train(
     if not result.complete:
         raise KeyboardInterrupt
     return nnx.merge(graph, result.params, *rest), result
+
+
+def learn(
+    task: icl.FunctionTask,
+    mixer: models.Mixer,
+    loss: icl.Loss,
+    *,
+    width: int,
+    layers: int,
+    steps: int,
+    batch_size: int,
+    eval_every: int,
+    optimizer: OptimizerConfig,
+    seed: int,
+    run_config: Mapping[str, Any],
+    folder: Path,
+    console: Console,
+) -> tuple[models.Decoder, Result]:
+    """`train` for a decoder of vectors on prompts of a task, with feed-forward blocks of 4 times the width."""
+    model = build(
+        mixer,
+        vocabulary=1,
+        length=2 * task.length,
+        width=width,
+        layers=layers,
+        seed=seed,
+        feed_forward=models.FeedForward(4 * width, "gelu"),
+        inputs=task.inputs.dim,
+    )
+    return train(
+        model,
+        drawn(task),
+        steps=steps,
+        batch_size=batch_size,
+        eval_every=eval_every,
+        eval_batches=4,
+        optimizer=optimizer,
+        seed=seed,
+        run_config=run_config,
+        folder=folder,
+        console=console,
+        loss=answers(loss),
+    )
 
 
 def measured(result: Result, name: str) -> list[tuple[float, float]]:

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from experiments import decoders
 from experiments.experiment import Claim, Curves, Result, at_least, at_most
 from jaxattn import icl, models
 from jaxattn.icl import FunctionTask, Gaussian
-from jaxattn.train import OptimizerConfig, drawn
+from jaxattn.train import OptimizerConfig
 
 
 class Setting(NamedTuple):
@@ -156,30 +155,20 @@ CLAIMS = (
 
 def train(config: Config, name: str, seed: int, folder: Path, console: Console) -> tuple[models.Decoder, Any]:
     """(the decoder trained on a class of functions, what `fit` says of the run)."""
-    task = SETTINGS[name].task
-    model = decoders.build(
+    return decoders.learn(
+        SETTINGS[name].task,
         models.Attention(heads=config.heads),
-        vocabulary=1,
-        length=2 * task.length,
+        icl.square,
         width=config.width,
         layers=config.layers,
-        seed=seed,
-        feed_forward=models.FeedForward(4 * config.width, "gelu"),
-        inputs=task.inputs.dim,
-    )
-    return decoders.train(
-        model,
-        drawn(task),
         steps=config.steps,
         batch_size=config.batch_size,
         eval_every=config.eval_every,
-        eval_batches=4,
         optimizer=config.optimizer,
         seed=seed,
         run_config={"class": name, "function_classes": asdict(replace(config, classes=(), shifts=(), prompts=0))},
-        folder=folder,
+        folder=folder / name,
         console=console,
-        loss=decoders.answers(icl.square),
     )
 
 
@@ -223,11 +212,12 @@ def run(config, seed, folder, console):
         asked: dict[str, Any] = {"decoder": decoders.predictor(model), **baselines, "zero": icl.Zero()}
         table = icl.compare(task, asked, lengths, jax.random.key(seed), batch=256, batches=config.prompts // 256)
         means = {each: float(risk.mean.mean()) for each, risk in table.risks.items()}
-        best, half = next(iter(baselines)), np.searchsorted(table.lengths, task.inputs.dim // 2)
+        best, half = next(iter(baselines)), task.inputs.dim // 2
         numbers[f"{name}: mean risk"] = means["decoder"]
         numbers[f"{name}: mean risk over {best}"] = means["decoder"] / means[best]
-        if "least squares" in baselines:
-            there = [float(table.risks[each].mean[half]) for each in ("decoder", "least squares")]
+        if "least squares" in baselines and half in table.lengths:
+            at = table.lengths.index(half)
+            there = [float(table.risks[each].mean[at]) for each in ("decoder", "least squares")]
             numbers[f"{name}: risk over least squares at half the dimension"] = there[0] / there[1]
         some = [0, len(table.lengths) // 4, len(table.lengths) // 2, len(table.lengths) - 1]
         tables[f"Risk: {name}"] = [

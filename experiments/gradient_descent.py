@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 from rich.console import Console
 
 from experiments import predictors
 from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, outside, within
-from jaxattn import LinearSelfAttention, icl
+from jaxattn import icl, nn
 from jaxattn.icl import FunctionTask, Gaussian, layer_theory, readout
 from jaxattn.train import OptimizerConfig
 
@@ -79,7 +80,7 @@ CLAIMS = (
         refuted=at_least(0.1),
     ),
     Claim(
-        "Each layer is a step: with tuned steps, 4 layers leave at most a tenth of the excess risk that 1 leaves.",
+        "Deeper is better, as more steps are: with tuned steps, 4 layers leave at most a tenth of the excess of 1.",
         paper="icl_gradient_descent",
         number="steps: excess of 4 layers over 1",
         confirmed=at_most(0.1),
@@ -91,6 +92,21 @@ CLAIMS = (
         number="excess of 2 layers of GD++ over 3 of steps",
         confirmed=at_most(1.0),
         refuted=at_least(1.5),
+    ),
+    Claim(
+        "Two layers with every weight free come to what two tuned layers of GD++ do: their excess is at most 1.1 times "
+        "as large.",
+        paper="icl_gradient_descent",
+        number="excess of 2 trained layers over 2 of GD++",
+        confirmed=at_most(1.1),
+        refuted=at_least(2.0),
+    ),
+    Claim(
+        "And they answer alike: the mean square of the difference is at most a tenth of their excess risk.",
+        paper="icl_gradient_descent",
+        number="difference of 2 trained layers and 2 of GD++",
+        confirmed=at_most(0.1),
+        refuted=at_least(1.0),
     ),
     Claim(
         "For x ~ N(0, Σ) and w ~ N(0, Σ⁻¹) the layers of a trained stack are preconditioned by Σ⁻¹: each Γ is a "
@@ -109,19 +125,12 @@ def rotated(key: PRNGKeyArray, dim: int) -> Float[Array, "d d"]:
     return (basis / jnp.arange(1.0, dim + 1)) @ basis.T
 
 
-def start(key: PRNGKeyArray, dim: int, free: bool) -> icl.LinearLayers:
-    """One layer whose weights are all random, or all zeros but for W_PV[y, y] = s and W_KQ[x, x] = s Θ Θᵀ.
-
-    Both have s = 0.1 for the size of their numbers. The second is the start of Zhang et al. (2024).
-    """
-    width, size = dim + 1, 0.1
-    if free:
-        kq, pv = size * jax.random.normal(key, (2, width, width))
-    else:
-        theta = jax.random.normal(key, (dim, dim)) / dim**0.5
-        kq = jnp.zeros((width, width)).at[:dim, :dim].set(size * theta @ theta.T)
-        pv = jnp.zeros((width, width)).at[-1, -1].set(size)
-    return icl.LinearLayers((LinearSelfAttention(kq, pv),))
+def start(key: PRNGKeyArray, dim: int, structured: bool, layers: int = 1) -> icl.LinearLayers:
+    """Layers as `nn.LinearSelfAttention` starts them."""
+    rngs = nnx.Rngs(params=key)
+    return icl.LinearLayers(
+        tuple(nn.LinearSelfAttention(dim + 1, structured=structured, rngs=rngs)() for _ in range(layers))
+    )
 
 
 def fitted(config: Config, task: FunctionTask, params: Any, build: Any, name: str, seed: int, *where: Any) -> Any:
@@ -145,7 +154,7 @@ def one_layer(config: Config, seed: int, folder: Path, console: Console) -> Resu
         task = FunctionTask(icl.Linear(), inputs, config.context + 1, noise=config.noise)
         name = f"{kind}, free start {number}" if free else kind
         console.print(f"gradient_descent: {name}")
-        begun = start(jax.random.fold_in(key, 2 + number), config.dim, free)
+        begun = start(jax.random.fold_in(key, 2 + number), config.dim, structured=not free)
         layer, learning[name] = fitted(config, task, begun, lambda layer: layer, name, seed, folder, console)
         mean, error = predictors.risk(task, layer, config.prompts, seed)
         gamma, best = readout.effective_gamma(layer.layers[0]), layer_theory.lsa_optimum(*given)
@@ -162,7 +171,7 @@ def one_layer(config: Config, seed: int, folder: Path, console: Console) -> Resu
                 readout.pattern_distance(gamma, jnp.eye(config.dim))
             )
     stuck = [abs(row["risk"] / row["best of rank one"] - 1) < 0.01 for row in rows if "free" in row["training"]]
-    numbers["free starts at the best of rank one"] = float(sum(stuck))
+    numbers["free starts at the best of rank one"] = float(sum(stuck)) if stuck else None
     curves = Curves("step", "risk", learning)
     return Result(numbers, {"One layer": rows}, {"Training one layer": curves, "Weights |Γ|": Maps(maps)})
 
@@ -180,6 +189,7 @@ def layers(config: Config, seed: int, folder: Path, console: Console) -> Result:
     task = FunctionTask(icl.Linear(), Gaussian(config.dim), config.deep_context + 1)
     rows: list[dict[str, Any]] = []
     excess, build = {}, partial(steps, dim=config.dim)
+    tuned: icl.LinearLayers | None = None
     for kind in ("steps", "GD++"):
         for depth in config.depths:
             if kind == "GD++" and depth == 1:
@@ -190,11 +200,26 @@ def layers(config: Config, seed: int, folder: Path, console: Console) -> Result:
             params, _ = fitted(config, task, params, build, name, seed, folder, console)
             excess[kind, depth], error = predictors.risk(task, build(params), config.prompts, seed)
             row = {"layers": depth, "kind": kind, "excess": excess[kind, depth], "standard error": error}
+            tuned = build(params) if name == "GD++ 2" else tuned
             rows.append(row | {f"{each} learned": " ".join(f"{x:.3g}" for x in params[each]) for each in params})
     if {("steps", 1), ("steps", 4)} <= excess.keys():
         numbers["steps: excess of 4 layers over 1"] = excess["steps", 4] / excess["steps", 1]
     if {("steps", 3), ("GD++", 2)} <= excess.keys():
         numbers["excess of 2 layers of GD++ over 3 of steps"] = excess["GD++", 2] / excess["steps", 3]
+    for name in ("excess of 2 trained layers over 2 of GD++", "difference of 2 trained layers and 2 of GD++"):
+        numbers[name] = None
+    if tuned is not None:
+        console.print("gradient_descent: 2 layers, every weight free")
+        # A step leaves y_j − w·x_j in the labels of the examples, and −w·x in that of the question: the sign is turned.
+        turned = tuple(replace(x, kq=-x.kq) for x in start(jax.random.key(seed), config.dim, True, layers=2).layers)
+        begun = icl.LinearLayers(turned, negate=True)
+        free, _ = fitted(config, task, begun, lambda layers: layers, "free 2", seed, folder, console)
+        mean, error = predictors.risk(task, free, config.prompts, seed)
+        asked = task.sample(jax.random.key(seed), 65536)
+        one, other = (each.after(asked.x, asked.y, [config.deep_context]) for each in (free, tuned))
+        rows.append({"layers": 2, "kind": "every weight free", "excess": mean, "standard error": error})
+        numbers["excess of 2 trained layers over 2 of GD++"] = mean / excess["GD++", 2]
+        numbers["difference of 2 trained layers and 2 of GD++"] = float(((one - other) ** 2).mean()) / mean
     numbers["one tuned step over its closed form"] = None
     if ("steps", 1) in excess:
         closed = float(layer_theory.lsa_minimum(jnp.eye(config.dim), config.deep_context))
@@ -203,8 +228,8 @@ def layers(config: Config, seed: int, folder: Path, console: Console) -> Result:
     covariance = rotated(jax.random.fold_in(jax.random.key(seed), 1), config.dim)
     inverse = jnp.linalg.inv(covariance)
     task = FunctionTask(icl.Linear(covariance=inverse), Gaussian(config.dim, covariance), config.deep_context + 1)
-    begun = jnp.tile(0.2 * jnp.eye(config.dim), (2, 1, 1))
-    gammas, _ = fitted(config, task, begun, icl.preconditioned_steps, "preconditioned", seed, folder, console)
+    small = jnp.tile(0.2 * jnp.eye(config.dim), (2, 1, 1))
+    gammas, _ = fitted(config, task, small, icl.preconditioned_steps, "preconditioned", seed, folder, console)
     distances = readout.pattern_distance(gammas, inverse)
     numbers["preconditioned: largest distance of a Γ from a multiple of Σ⁻¹"] = float(distances.max())
     numbers["preconditioned: distance of Σ⁻¹ from a multiple of I"] = float(

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from flax import nnx
 
 from experiments import predictors
 from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, outside, within
-from jaxattn import SoftmaxHeads, icl
+from jaxattn import icl, nn
 from jaxattn.icl import FunctionTask, Gaussian, layer_theory, readout, theory
 from jaxattn.train import OptimizerConfig
 
@@ -134,21 +134,19 @@ CLAIMS = (
 )
 
 
-def start(key: PRNGKeyArray, heads: int, dim: int, outputs: int, size: float) -> icl.SoftmaxLayer:
-    """Heads whose weights are all N(0, size²), on tokens of dim + outputs channels."""
-    width = dim + outputs
-    kq = size * jax.random.normal(key, (heads, width, width))
-    shape = (heads, width) if outputs == 1 else (heads, outputs, width)
-    return icl.SoftmaxLayer(SoftmaxHeads(kq, size * jax.random.normal(jax.random.fold_in(key, 1), shape)))
-
-
 def run(config, seed, folder, console):
+    if not config.heads or min(config.heads + config.two_heads) < 1:
+        raise ValueError(
+            f"heads is {config.heads}, two_heads {config.two_heads}: need numbers from 1 on, and some heads"
+        )
     record = {"softmax_regression": asdict(replace(config, prompts=0, lengths=(), heads=(), two_heads=()))}
     key, given = jax.random.key(seed), (config.optimizer, config.steps, config.batch_size, folder, console)
 
     def trained(name: str, task: FunctionTask, heads: int, outputs: int = 1) -> tuple[icl.SoftmaxLayer, Any]:
         console.print(f"softmax_regression: {name}")
-        begun = start(jax.random.fold_in(key, heads), heads, task.inputs.dim, outputs, config.size)
+        rngs = nnx.Rngs(params=jax.random.fold_in(key, heads))
+        width = task.inputs.dim + outputs
+        begun = icl.SoftmaxLayer(nn.SoftmaxHeads(heads, width, outputs, start=config.size, rngs=rngs)())
         return predictors.train(task, begun, lambda layer: layer, name, seed, record, *given)
 
     numbers: dict[str, float | None] = {claim.number: None for claim in CLAIMS}

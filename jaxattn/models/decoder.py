@@ -82,15 +82,14 @@ class Decoder(nnx.Module):
         edits: site of `nn.EDITED` -> a part that is called on the value there, [B, T, D], and says what to go on with;
         its arrays carry a leading layer axis, so that each layer has its own.
 
-        Raises ValueError for unknown sites, and if a site's shape differs between layers.
+        Raises ValueError for unknown sites, edits without a layer axis, and if a site's shape differs between layers.
         """
         given, inputs = f"{tokens.dtype}{list(tokens.shape)}", self.config.inputs
         if inputs and (not jnp.issubdtype(tokens.dtype, jnp.floating) or tokens.shape[2:] != (inputs,)):
             raise TypeError(f"tokens must be vectors [batch, length, {inputs}], got {given}")
         if not inputs and (not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2):
             raise TypeError(f"tokens must be integers [batch, length], got {given}")
-        if unknown := set(edits) - set(EDITED):
-            raise ValueError(f"edits names {sorted(unknown)}: need some of {list(EDITED)}")
+        self._check_edits(edits)
         tap = Recorder(record)
         x = tap("embed", self.embed(tokens))
         if self.meta is None:
@@ -147,6 +146,17 @@ class Decoder(nnx.Module):
             states.append(new_state)
             recorded.append(records)
         return x, None if state is None else tuple(states), _join(recorded)
+
+    def _check_edits(self, edits: Mapping[str, Any]) -> None:
+        if unknown := set(edits) - set(EDITED):
+            raise ValueError(f"edits names {sorted(unknown)}: need some of {list(EDITED)}")
+        for site, edit in edits.items():
+            for leaf in jax.tree.leaves(edit):
+                shape = getattr(leaf, "shape", repr(leaf))
+                if shape[:1] != (sum(self.lengths),):
+                    raise ValueError(
+                        f"edits[{site!r}] has a leaf {shape}: need a part of arrays, {sum(self.lengths)} layers first"
+                    )
 
     def init_state(self, batch: int, capacity: int) -> Any:
         """What decoding sequences of at most `capacity` tokens starts from: a pytree, one entry per run of layers."""

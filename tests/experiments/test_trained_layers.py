@@ -22,12 +22,12 @@ def prompt():
 
 
 def test_a_structured_start_reads_labels_by_a_positive_matrix_and_nothing_else(prompt):
-    layer = gradient_descent.start(jax.random.key(1), 3, free=False)
+    layer = gradient_descent.start(jax.random.key(1), 3, structured=True)
     gamma = readout.effective_gamma(layer.layers[0])
     assert (jnp.linalg.eigvalsh(gamma) > 0).all()
     expected = icl.Preconditioned(gamma)(prompt.x, prompt.y)
     np.testing.assert_allclose(layer(prompt.x, prompt.y), expected, rtol=0, atol=50 * EPS * abs(expected).max())
-    free = gradient_descent.start(jax.random.key(1), 3, free=True).layers[0]
+    free = gradient_descent.start(jax.random.key(1), 3, structured=False).layers[0]
     assert (free.kq != 0).all()
     assert (free.pv != 0).all()
 
@@ -51,7 +51,8 @@ def test_the_quick_run_of_linear_layers_measures_what_it_says(tmp_path):
     assert [row["training"] for row in rows] == ["isotropic", "anisotropic"]
     assert all(row["risk"] > row["minimum"] - 4 * row["standard error"] for row in rows)
     assert all(row["best of rank one"] > row["minimum"] for row in rows)
-    assert result.numbers["one tuned step over its closed form"] == pytest.approx(1, abs=0.1)
+    assert result.numbers["one tuned step over its closed form"] > 1 - 4 * result.tables["Layers"][0]["standard error"]
+    assert result.numbers["free starts at the best of rank one"] is None
     assert {claim.number for claim in gradient_descent.CLAIMS} <= set(result.numbers)
 
 
@@ -69,7 +70,7 @@ def test_the_quick_run_of_softmax_heads_measures_what_it_says(tmp_path):
 def test_a_finished_training_is_not_run_again_and_another_one_is_refused(tmp_path):
     config = dataclasses.replace(gradient_descent.QUICK, steps=10)
     task = icl.FunctionTask(icl.Linear(), icl.Gaussian(2), 4)
-    begun = gradient_descent.start(jax.random.key(0), 2, free=False)
+    begun = gradient_descent.start(jax.random.key(0), 2, structured=True)
 
     def trained(config):
         return gradient_descent.fitted(config, task, begun, lambda layer: layer, "one", 0, tmp_path, QUIET)
@@ -84,5 +85,7 @@ def test_a_finished_training_is_not_run_again_and_another_one_is_refused(tmp_pat
 def test_sizes_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(ValueError, match="steps is 15: need a multiple of 10"):
         gradient_descent.run(dataclasses.replace(gradient_descent.QUICK, steps=15), 0, tmp_path, QUIET)
+    with pytest.raises(ValueError, match=r"heads is \(\)"):
+        softmax_regression.run(dataclasses.replace(softmax_regression.QUICK, heads=()), 0, tmp_path, QUIET)
     with pytest.raises(ValueError, match="prompts is 100"):
         predictors.risk(icl.FunctionTask(icl.Linear(), icl.Gaussian(2), 4), icl.Zero(), 100, 0)

@@ -77,6 +77,17 @@ def test_a_site_that_takes_no_edits_is_refused():
         run(shared(), tokens(), edits={"weights": Add(jnp.zeros((L, WIDTH)))})
 
 
+@pytest.mark.parametrize("vector", [jnp.zeros(WIDTH), jnp.zeros((L + 1, WIDTH)), jnp.zeros(())])
+def test_an_edit_has_a_vector_for_every_layer(vector):
+    with pytest.raises(ValueError, match=r"edits\['resid'\] has a leaf .*: need a part of arrays, 4 layers first"):
+        shared()(tokens(), edits={"resid": Add(vector)})
+
+
+def test_a_function_is_no_edit():
+    with pytest.raises(ValueError, match=r"edits\['resid'\] has a leaf"):
+        shared()(tokens(), edits={"resid": lambda x: x})
+
+
 def test_a_layer_without_feed_forward_is_its_mixer_alone():
     model = decoder([dataclasses.replace(PLAIN, feed_forward=None)])
     logits, _, records = run(model, tokens(), record=("embed", "attn_out", "mlp_out", "resid"))
