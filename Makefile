@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
