@@ -34,7 +34,8 @@ class LinearSelfAttention:
             divides by the number of those it sees.
         mask_query: The query is no key; with "running", no token is its own.
 
-    Raises ValueError for matrices that are not square of one size, and for any other scale.
+    Raises ValueError for matrices that are not square of one size, and for any other scale; TypeError for a scale that
+    is no Python number, such as an array: it is part of the compiled program.
     """
 
     kq: Float[Array, "d d"]
@@ -46,12 +47,14 @@ class LinearSelfAttention:
         shapes = jnp.shape(self.kq), jnp.shape(self.pv)
         if len(shapes[0]) != 2 or shapes[0][0] != shapes[0][1] or shapes[0] != shapes[1]:
             raise ValueError(f"LinearSelfAttention: kq and pv are {shapes[0]} and {shapes[1]}: need [D, D] and [D, D]")
-        if self.scale not in get_args(get_args(Scale)[0]):
-            if isinstance(self.scale, str):
-                raise ValueError(
-                    f"LinearSelfAttention: scale is {self.scale!r}: need 'context', 'running' or a positive number"
-                )
+        needed = "need 'context', 'running' or a positive Python number"
+        if isinstance(self.scale, str):
+            if self.scale not in get_args(get_args(Scale)[0]):
+                raise ValueError(f"LinearSelfAttention: scale is {self.scale!r}: {needed}")
+        elif isinstance(self.scale, int | float):
             check_positive("LinearSelfAttention", "scale", self.scale)
+        else:
+            raise TypeError(f"LinearSelfAttention: scale is {self.scale!r}: {needed}")
 
     def __call__(self, z: Float[Array, "*b t d"], seen: Bool[Array, "*#b t"] | None = None) -> Float[Array, "*b t d"]:
         """The tokens after the layer. Those not `seen` are no keys; all are seen if not given.
@@ -68,7 +71,7 @@ class LinearSelfAttention:
             counts = jnp.cumsum(keys, -1) - (keys if self.mask_query else 0)
         else:
             counts = (seen & ~last).sum(-1, keepdims=True)
-        scale = self.scale if isinstance(self.scale, int | float) else jnp.maximum(counts, 1)[..., None]
+        scale = jnp.maximum(counts, 1)[..., None] if isinstance(self.scale, str) else self.scale
         return z + (sums[..., 0, :] / scale).astype(z.dtype)
 
 

@@ -213,6 +213,11 @@ def check_range(name: str, x: Any, allowed: Callable[[np.ndarray], np.ndarray], 
         raise ValueError(f"{name} holds {numbers[~fine].ravel()[0]}: need numbers {wanted}")
 
 
+def check_probability(name: str, x: Any) -> None:
+    """Raises ValueError where the numbers are known and not all from 0 to 1."""
+    check_range(name, x, lambda p: (p >= 0) & (p <= 1), "from 0 to 1")
+
+
 def take_pairs(table: Array, query: Int[Array, "..."], key: Int[Array, "..."], grid: int, fill: Any) -> Array:
     """out[..., n, g] = table[..., n, query, key], or `fill` outside the table [..., 1 or N, P, R]."""
     rows, columns = table.shape[-2:]

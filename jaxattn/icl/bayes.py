@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxattn.core.parts import check_static_int, part
+from jaxattn.core.parts import check_range, check_static_int, part
 from jaxattn.icl.function import Finite
 from jaxattn.icl.predict import Predictor
 from jaxattn.icl.task import Function, FunctionTask
-from jaxattn.icl.teaching import Plantable, Planted, Teaching
+from jaxattn.icl.teaching import Plantable, Planted, Signs, Teaching
 
 
 @part
@@ -31,7 +31,8 @@ class BayesFinite(Predictor):
         noise: Standard deviation of the answers, or the probability that a sign is flipped.
         planted: How inputs are planted, if they are.
 
-    Raises ValueError for real values without noise, TypeError for planted inputs of functions without a pattern.
+    Raises ValueError for real values without noise, and for planted inputs that are not `Signs` where nothing is
+    planted: only of those the likelihood is known. TypeError for planted inputs of functions without a pattern.
     """
 
     function: Function
@@ -41,21 +42,26 @@ class BayesFinite(Predictor):
     planted: Planted | None = None
 
     def __post_init__(self):
-        if not self.function.signs and isinstance(self.noise, int | float) and not self.noise > 0:
-            raise ValueError(f"BayesFinite: noise is {self.noise}: need some, for functions with real values")
+        if not self.function.signs:
+            check_range("BayesFinite: noise", self.noise, lambda x: x > 0, "above 0, for functions with real values")
         if self.planted is not None and not isinstance(self.function, Plantable):
             raise TypeError(f"BayesFinite: planted is given but {type(self.function).__name__} has no pattern")
+        if self.planted is not None and not isinstance(self.planted.inputs, Signs):
+            raise ValueError(f"BayesFinite: planted has the inputs {type(self.planted.inputs).__name__}: need Signs")
 
     @classmethod
     def of(cls, task: FunctionTask) -> "BayesFinite":
         """The optimal learner of a task with finitely many functions, all of whose coordinates are visible.
 
-        Raises TypeError for a prior that is not finite, and ValueError for inputs that teach their function.
+        Raises TypeError for a prior that is not finite, and ValueError for inputs that teach their function or are
+        planted among others than `Signs`, for `visible`, and for a `Pool` of another dimension.
         """
         if not isinstance(task.function, Finite):
             raise TypeError(f"BayesFinite: {type(task.function).__name__} has no table: need a Finite function")
         if isinstance(task.inputs, Teaching):
             raise ValueError("BayesFinite: inputs is Teaching: need inputs with a likelihood, such as Planted")
+        if task.visible is not None:
+            raise ValueError(f"BayesFinite: visible is {task.visible}: need a task that shows all coordinates, None")
         parameters, log_prior = task.function.table(task.inputs.dim)
         planted = task.inputs if isinstance(task.inputs, Planted) else None
         return cls(task.function, parameters, log_prior, task.noise, planted)

@@ -1,7 +1,8 @@
 """Priors over Boolean functions {−1, 1}^d -> {−1, 1}, from conjunctions to parities (Bhattamishra et al., 2024).
 
 A set of literals is a vector w in {−1, 0, 1}^d: the literal of coordinate j says x_j = w_j, and there is none where w_j
-is 0. Coordinates that are not visible are in no function.
+is 0. Coordinates that are not visible are in no function. A probability that is known and not from 0 to 1 raises
+ValueError.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxattn.core.parts import check_static_int, part
+from jaxattn.core.parts import check_probability, check_static_int, part
 from jaxattn.icl.function import Finite, check_count, choose
 from jaxattn.icl.task import Function
 from jaxattn.icl.teaching import Plantable, Teachable
@@ -85,6 +86,9 @@ class Conjunction(Plantable, Teachable, Finite):
     probability: Float[Array, ""] | float = 0.3
     monotone: bool = False
 
+    def __post_init__(self):
+        check_probability("Conjunction: probability", self.probability)
+
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
         return _literals(key, (dim,), visible, self.probability, self.monotone)
 
@@ -113,6 +117,9 @@ class Disjunction(Plantable, Finite):
 
     signs: ClassVar[bool] = True
     probability: Float[Array, ""] | float = 0.3
+
+    def __post_init__(self):
+        check_probability("Disjunction: probability", self.probability)
 
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
         return _literals(key, (dim,), visible, self.probability, False)
@@ -168,6 +175,7 @@ class DNF(Plantable, Teachable):
 
     def __post_init__(self):
         check_static_int("DNF", "terms", self.terms, 1)
+        check_probability("DNF: probability", self.probability)
 
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> tuple[Array, Array]:
         for_terms, for_choice = jax.random.split(key)
@@ -206,6 +214,7 @@ class CNF(Plantable):
 
     def __post_init__(self):
         check_static_int("CNF", "clauses", self.clauses, 1)
+        check_probability("CNF: probability", self.probability)
 
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> tuple[Array, Array]:
         return DNF(self.clauses, self.probability).draw(key, dim, visible)
@@ -224,6 +233,9 @@ class Majority(Finite):
 
     signs: ClassVar[bool] = True
     probability: Float[Array, ""] | float = 0.3
+
+    def __post_init__(self):
+        check_probability("Majority: probability", self.probability)
 
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
         return _literals(key, (dim,), visible, self.probability, True)
@@ -259,6 +271,9 @@ class SparseThreshold(Function):
 
     signs: ClassVar[bool] = True
     probability: Float[Array, ""] | float = 0.3
+
+    def __post_init__(self):
+        check_probability("SparseThreshold: probability", self.probability)
 
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> tuple[Array, Array]:
         for_weights, for_threshold = jax.random.split(key)

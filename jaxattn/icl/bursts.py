@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxattn.core.parts import check_static_int, part
+from jaxattn.core.parts import check_probability, check_range, check_static_int, part
 from jaxattn.icl.prompt import Prompt
 
 
@@ -37,6 +37,8 @@ class ItemLabels:
         exponent: How skewed the frequencies of the classes are.
         shift: Class k has label k + shift mod L in these sequences.
         absent: Whether the class of the query is kept out of the context.
+        label_noise: The probability that the label shown with an item is replaced by a uniform one of the L (also the
+            same again), each on its own. Neither the answer nor `hidden` changes.
 
     Raises ValueError for a burst that is no divisor, for sizes and probabilities out of range, and for vectors whose
     lengths differ.
@@ -53,6 +55,7 @@ class ItemLabels:
     exponent: Float[Array, ""] | float = 0.0
     shift: Int[Array, ""] | int = 0
     absent: bool = False
+    label_noise: Float[Array, ""] | float = 0.0
 
     def __post_init__(self):
         if self.means.ndim != 2 or self.labels.ndim != 2 or self.means.shape[1] != self.labels.shape[1]:
@@ -64,9 +67,9 @@ class ItemLabels:
             raise ValueError(f"ItemLabels: burst is {self.burst} for {self.items} items: need a divisor of it")
         if self.most is not None:
             check_static_int("ItemLabels", "most", self.most, self.items)
-        for name in ("bursty", "novel"):
-            if isinstance(value := getattr(self, name), int | float) and not 0 <= value <= 1:
-                raise ValueError(f"ItemLabels: {name} must be from 0 to 1, got {value}")
+        for name in ("bursty", "novel", "label_noise"):
+            check_probability(f"ItemLabels: {name}", getattr(self, name))
+        check_range("ItemLabels: noise", self.noise, lambda x: x >= 0, "from 0 on")
         if self.absent and len(self.means) < 2:
             raise ValueError("ItemLabels: means holds one class: need two or more where the query's is absent")
 
@@ -122,7 +125,10 @@ class ItemLabels:
         labels = jnp.where(novel, jax.random.randint(keys[6], (count,), 0, len(self.labels)), known)
         off = self.noise * jax.random.normal(keys[7], (count, dim)) / dim**0.5
         items = (means[takes] + off) / jnp.sqrt(1 + self.noise**2)
-        content = jnp.stack([items, self.labels[labels[takes]]], 1).reshape(2 * count, dim)[:-1]
+        for_whether, for_which = jax.random.split(keys[9])
+        wrong = jax.random.bernoulli(for_whether, self.label_noise, (count,))
+        said = jnp.where(wrong, jax.random.randint(for_which, (count,), 0, len(self.labels)), labels[takes])
+        content = jnp.stack([items, self.labels[said]], 1).reshape(2 * count, dim)[:-1]
         start = jax.random.randint(keys[8], (), 0, self.positions - self.length + 1)
         places = jax.nn.one_hot(start + jnp.arange(self.length), self.positions)
         return jnp.concatenate([places, content], -1), jnp.where(novel, -1, classes)[takes], labels[takes]

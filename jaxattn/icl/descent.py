@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxattn.core.parts import check_positive, check_static_int, part, ratio
+from jaxattn.core.parts import check_positive, check_range, check_static_int, part, ratio
 from jaxattn.icl.predict import Predictor, shown
 
 Scale = Literal["context"] | float
@@ -117,8 +117,7 @@ class Newton(Predictor):
 
     def __post_init__(self):
         check_static_int("Newton", "steps", self.steps, 0)
-        if isinstance(self.penalty, int | float) and self.penalty < 0:
-            raise ValueError(f"Newton: penalty must not be negative, got {self.penalty}")
+        check_range("Newton: penalty", self.penalty, lambda x: x >= 0, "from 0 on")
 
     def answer(self, x, y, seen, query):
         x, y = shown(x, y, seen)

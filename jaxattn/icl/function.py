@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxattn.core.parts import check_static_int, part
-from jaxattn.icl.inputs import root
+from jaxattn.icl.inputs import check_covariance, check_dimension, root
 from jaxattn.icl.task import Function
 
 
@@ -36,14 +36,24 @@ def choose(what: str, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int
 
 @part
 class Linear(Function):
-    """f(x) = w·x with w ~ N(0, scale² C); C [d, d] is the identity if not given."""
+    """f(x) = w·x with w ~ N(0, scale² C); C [d, d] is the identity if not given.
+
+    Raises ValueError for what is no covariance (where its numbers are known), and when drawn in another dimension.
+    """
 
     scale: Float[Array, ""] | float = 1.0
     covariance: Float[Array, "d d"] | None = None
 
+    def __post_init__(self):
+        if self.covariance is not None:
+            check_covariance("Linear", self.covariance)
+
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
         w = self.scale * jax.random.normal(key, (dim,))
-        return w if self.covariance is None else root(self.covariance).astype(w.dtype) @ w
+        if self.covariance is None:
+            return w
+        check_dimension("Linear", self.covariance, dim)
+        return root(self.covariance).astype(w.dtype) @ w
 
     def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
         return x @ f
@@ -77,15 +87,19 @@ class Pool(Finite):
     weights: Float[Array, "m d"]
 
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
-        if self.weights.ndim != 2 or self.weights.shape[1] != dim:
-            raise ValueError(f"Pool: weights has shape {self.weights.shape}: need [M, {dim}]")
+        self._check(dim)
         return self.weights[jax.random.randint(key, (), 0, len(self.weights))]
 
     def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
         return x @ f
 
     def table(self, dim: int) -> tuple[Float[Array, "m d"], Float[Array, " m"]]:
+        self._check(dim)
         return self.weights, jnp.full(len(self.weights), -math.log(len(self.weights)))
+
+    def _check(self, dim: int) -> None:
+        if self.weights.ndim != 2 or self.weights.shape[1] != dim:
+            raise ValueError(f"Pool: weights has shape {self.weights.shape}: need [M, {dim}]")
 
 
 @part

@@ -39,13 +39,14 @@ def root(covariance: Float[Array, "d d"]) -> Float[Array, "d d"]:
     return (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T
 
 
-def check_covariance(owner: str, covariance: Any, dim: int, *, definite: bool = False) -> None:
-    """Raises ValueError unless this is a covariance [dim, dim], without eigenvalues of 0 if it must be definite.
+def check_covariance(owner: str, covariance: Any, dim: int | None = None) -> None:
+    """Raises ValueError unless this is a covariance [dim, dim], or without `dim` one of any dimension.
 
     Numbers that are traced are not looked at.
     """
-    if jnp.shape(covariance) != (dim, dim):
-        raise ValueError(f"{owner}: covariance has shape {jnp.shape(covariance)}: need ({dim}, {dim})")
+    if dim is None:
+        dim = jnp.shape(covariance)[0] if jnp.ndim(covariance) else 0
+    check_dimension(owner, covariance, dim)
     if isinstance(covariance, jax.core.Tracer):
         return
     # In NumPy: under a transformation JAX would make a tracer of known numbers too.
@@ -56,8 +57,12 @@ def check_covariance(owner: str, covariance: Any, dim: int, *, definite: bool = 
     least = float(np.linalg.eigvalsh(matrix)[0])
     if least < -tolerance * size:
         raise ValueError(f"{owner}: covariance has the eigenvalue {least:.3g}: need eigenvalues from 0 on")
-    if definite and least <= tolerance * size:
-        raise ValueError(f"{owner}: covariance is singular (an eigenvalue of {least:.3g}): need eigenvalues above 0")
+
+
+def check_dimension(owner: str, covariance: Any, dim: int) -> None:
+    """Raises ValueError unless this is [dim, dim]."""
+    if jnp.shape(covariance) != (dim, dim):
+        raise ValueError(f"{owner}: covariance has shape {jnp.shape(covariance)}: need ({dim}, {dim})")
 
 
 @part

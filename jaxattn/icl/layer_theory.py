@@ -18,10 +18,10 @@ from jaxattn.icl.theory import Number, check_setting
 Matrix = Float[Array, "d d"]
 
 
-def _check(owner: str, covariance: Any, n: int, sigma2: Any, psi2: Any, *, definite: bool = False) -> None:
+def _check(owner: str, covariance: Any, n: int, sigma2: Any, psi2: Any) -> None:
     dim = jnp.shape(covariance)[0] if jnp.ndim(covariance) else 0
     check_setting(owner, dim, n, sigma2, psi2, least=1)
-    check_covariance(owner, covariance, dim, definite=definite)
+    check_covariance(owner, covariance, dim)
 
 
 def moment_matrix(covariance: Matrix, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Matrix:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxattn.core.parts import check_positive, check_static_int, part, ratio
-from jaxattn.icl.inputs import root
+from jaxattn.core.parts import check_positive, check_range, check_static_int, part, ratio
+from jaxattn.icl.inputs import check_covariance, check_dimension, root
 from jaxattn.icl.predict import Predictor, shown
 
 
@@ -45,7 +45,8 @@ class Ridge(Predictor):
     With penalty = σ²/ψ² it is the Bayes answer for w ~ N(0, ψ² C) under noise of variance σ². C is the identity if not
     given. It is computed as C^½ (C^½ XᵀX C^½ + penalty)⁻¹ C^½ Xᵀ y, so C may be singular.
 
-    Raises ValueError for a penalty that is not positive (for none, `LeastSquares`).
+    Raises ValueError for a penalty that is not positive (for none, `LeastSquares`) and for what is no covariance, where
+    their numbers are known, and when it answers in another dimension.
     """
 
     penalty: Float[Array, ""] | float
@@ -53,10 +54,14 @@ class Ridge(Predictor):
 
     def __post_init__(self):
         check_positive("Ridge", "penalty", self.penalty)
+        check_range("Ridge: penalty", self.penalty, lambda x: x > 0, "above 0")
+        if self.covariance is not None:
+            check_covariance("Ridge", self.covariance)
 
     def answer(self, x, y, seen, query):
         x, y = shown(x, y, seen)
         if self.covariance is not None:
+            check_dimension("Ridge", self.covariance, x.shape[1])
             half = root(self.covariance).astype(x.dtype)
             x, query = x @ half, query @ half
         gram = x.T @ x + self.penalty * jnp.eye(x.shape[1], dtype=x.dtype)
@@ -83,6 +88,7 @@ class Lasso(Predictor):
 
     def __post_init__(self):
         check_positive("Lasso", "alpha", self.alpha)
+        check_range("Lasso: alpha", self.alpha, lambda x: x > 0, "above 0")
         check_static_int("Lasso", "sweeps", self.sweeps, 1)
 
     def weights(self, x: Float[Array, "n d"], y: Float[Array, " n"], seen: Bool[Array, " n"]) -> Float[Array, " d"]:

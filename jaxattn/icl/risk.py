@@ -70,8 +70,11 @@ def compare(
     risk less the variance of the noise. For a task with its own query, prompts of every length are drawn by themselves.
 
     Raises ValueError for no lengths or negative ones, and for fewer than two prompts; what is not a predictor raises
-    what its call does.
+    what its call does. TypeError for a task without `with_length`, whose prompts have one length: those of tokens and
+    of items do not ask after every number of examples.
     """
+    if not hasattr(task, "with_length"):
+        raise TypeError(f"task is {type(task).__name__}: need one with with_length(length), such as FunctionTask")
     lengths = tuple(int(length) for length in lengths)
     if not lengths or min(lengths) < 0:
         raise ValueError(f"lengths is {list(lengths)}: need numbers of examples, from 0 on")

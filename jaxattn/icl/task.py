@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxattn.core.parts import check_static_int, part
+from jaxattn.core.parts import check_range, check_static_int, part
 from jaxattn.icl.prompt import Prompt
 
 
@@ -66,7 +67,8 @@ class FunctionTask:
         visible: Coordinates of x from this one on are 0 (a curriculum over dimensions); all are visible if not given.
         points: Answers from this one on do not count (a curriculum over lengths); all count if not given.
 
-    Raises ValueError for a length below 1, for `first` outside the prompt, and for noise out of range.
+    Raises ValueError for a length below 1, for `first` outside the prompt, for noise out of range where it is known,
+    for integers `visible` outside 1 to dim, and for integers `points` after which no answer counts or past the length.
     """
 
     function: Function
@@ -83,10 +85,17 @@ class FunctionTask:
         check_static_int("FunctionTask", "first", self.first, 0)
         if self.first >= self.length:
             raise ValueError(f"FunctionTask: first is {self.first} but length is {self.length}: need an index below it")
-        if isinstance(self.noise, int | float):
-            most = 0.5 if self.function.signs else float("inf")
-            if not 0 <= self.noise <= most:
-                raise ValueError(f"FunctionTask: noise must be from 0 to {most:g}, got {self.noise}")
+        most = 0.5 if self.function.signs else float("inf")
+        check_range("FunctionTask: noise", self.noise, lambda x: (x >= 0) & (x <= most), f"from 0 to {most:g}")
+        for name, low, high in (("visible", 1, self.inputs.dim), ("points", self.fewest_points, self.length)):
+            given = getattr(self, name)
+            if isinstance(given, int | np.integer) and not low <= given <= high:
+                raise ValueError(f"FunctionTask: {name} is {given}: need a number from {low} to {high}")
+
+    @property
+    def fewest_points(self) -> int:
+        """The least `points` with which an answer counts: one past the first, or with a query, the last."""
+        return self.first + 1 if self.query is None else self.length
 
     def sample(self, key: PRNGKeyArray, batch: int) -> Prompt:
         """A batch of prompts; `hidden` holds the parameters of their functions."""
@@ -102,14 +111,15 @@ class FunctionTask:
         visible = dim if self.visible is None else self.visible
         f = self.function.draw(for_function, dim, visible)
         x = self.inputs.draw(for_inputs, self.length, self.function, f)
+        shown = jnp.arange(dim) < visible
+        x = jnp.where(shown, x, 0)
         index = jnp.arange(self.length)
         weights = jnp.where(index >= self.first, 1.0, 0.0)
         if self.query is not None:
-            x = x.at[-1].set(self.query.draw(for_query, x[:-1]))
+            x = x.at[-1].set(jnp.where(shown, self.query.draw(for_query, x[:-1]), 0))
             weights = jnp.where(index == self.length - 1, weights, 0)
         if self.points is not None:
             weights = jnp.where(index < self.points, weights, 0)
-        x = jnp.where(jnp.arange(dim) < visible, x, 0)
         clean = self.function(f, x)
         if self.function.signs:
             y = jnp.where(jax.random.bernoulli(for_noise, self.noise, clean.shape), -clean, clean)
@@ -128,6 +138,9 @@ class Curriculum:
         every: Steps from one stage to the next.
         dims: (d₀, Δd); the whole dimension from the start if not given.
         points: (n₀, Δn); the whole length from the start if not given.
+
+    Raises ValueError for starts out of range: the first `dims` are from 1 to d, and of the first `points`, up to N, one
+    must count: more than the task's `first`, and all of them if it has a query.
     """
 
     task: FunctionTask
@@ -137,9 +150,13 @@ class Curriculum:
 
     def __post_init__(self):
         check_static_int("Curriculum", "every", self.every, 1)
-        for name, most in (("dims", self.task.inputs.dim), ("points", self.task.length)):
-            if (given := getattr(self, name)) is not None and not (1 <= given[0] <= most and given[1] >= 0):
-                raise ValueError(f"Curriculum: {name} is {given}: need a start from 1 to {most} and steps from 0 on")
+        for name, low, high in (
+            ("dims", 1, self.task.inputs.dim),
+            ("points", self.task.fewest_points, self.task.length),
+        ):
+            if (given := getattr(self, name)) is not None and not (low <= given[0] <= high and given[1] >= 0):
+                wanted = f"a start from {low} to {high} and steps from 0 on"
+                raise ValueError(f"Curriculum: {name} is {given}: need {wanted}")
 
     def at(self, step: Int[Array, ""] | int) -> FunctionTask:
         """The task at a step, which may be traced."""

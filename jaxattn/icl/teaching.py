@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jaxattn.core.parts import check_static_int, part
+from jaxattn.core.parts import check_probability, check_static_int, part
 from jaxattn.icl.task import Function, Inputs
 
 
@@ -20,7 +20,11 @@ class Plantable(Function):
 
 
 class Teachable(Function):
-    """A prior over functions that can be taught: few examples leave only one of them."""
+    """A prior over functions that can be taught: few examples leave only one of them.
+
+    Of a `DNF` this holds if no term contains another. Where one does, the examples that should show each of its
+    coordinates to matter are positive through the smaller term, and several functions may be left.
+    """
 
     @abc.abstractmethod
     def lesson(self, f: Any) -> tuple[Float[Array, "m d"], Bool[Array, " m"]]:
@@ -52,8 +56,7 @@ class Planted(Inputs):
     probability: Float[Array, ""] | float = 0.3
 
     def __post_init__(self):
-        if isinstance(self.probability, int | float) and not 0 <= self.probability <= 1:
-            raise ValueError(f"Planted: probability must be from 0 to 1, got {self.probability}")
+        check_probability("Planted: probability", self.probability)
 
     @property
     def dim(self) -> int:  # type: ignore[override]

@@ -19,18 +19,21 @@ from jaxattn.train.step import LossFunction
 def drawn(task: Any) -> Drawn:
     """Fresh prompts of a task, or of a curriculum, as `fit` takes them; validation prompts are of the curriculum's end.
 
-    Raises TypeError for what is neither.
+    The numbers of the task are part of the digest by which a run is resumed, so it must be a pytree of arrays and
+    numbers, as parts are. Raises TypeError for what is neither a task nor a curriculum, and for any other leaf.
     """
+    if not hasattr(task, "at") and not hasattr(task, "sample"):
+        raise TypeError(f"task is {task!r}: need one with sample(key, batch), or a curriculum with at(step)")
     leaves, structure = jax.tree.flatten(task)
     content = hashlib.sha256(str(structure).encode())
     for leaf in leaves:
+        if not isinstance(leaf, jax.Array | np.ndarray | np.number | np.bool_ | int | float | complex):
+            raise TypeError(f"task holds {leaf!r}: need a registered pytree (such as a part) of arrays and numbers")
         content.update(np.asarray(leaf).tobytes())
     digest = f"{type(task).__name__} {content.hexdigest()[:16]}"
     if hasattr(task, "at"):
         grow = task.at
         return Drawn(lambda key, rows, step: grow(step).sample(key, rows), task.task.length, digest, curriculum=True)
-    if not hasattr(task, "sample"):
-        raise TypeError(f"task is {task!r}: need one with sample(key, batch), or a curriculum with at(step)")
     return Drawn(lambda key, rows: task.sample(key, rows), task.length, digest)
 
 

@@ -122,3 +122,6 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    for scale in (np.float32(100), jnp.array(100.0), None):
+        with pytest.raises(TypeError, match=r"scale is .*: need 'context', 'running' or a positive Python number"):
+            LinearSelfAttention(square, square, scale)

@@ -180,7 +180,11 @@ def test_optimal_learners_look_at_the_past_alone(task, predictor):
 def test_what_cannot_be_is_refused():
     table = icl.Parity().table(3)
     for make, error, words in (
-        (lambda: icl.BayesFinite(icl.Linear(), jnp.ones((2, 3)), jnp.zeros(2)), ValueError, "noise is 0.0: need some"),
+        (
+            lambda: icl.BayesFinite(icl.Linear(), jnp.ones((2, 3)), jnp.zeros(2)),
+            ValueError,
+            "noise holds 0.0: need numbers above",
+        ),
         (
             lambda: icl.BayesFinite(icl.Parity(), *table, 0.0, icl.Planted(icl.Signs(3))),
             TypeError,
@@ -195,6 +199,21 @@ def test_what_cannot_be_is_refused():
             lambda: icl.BayesFinite.of(dataclasses.replace(CONJUNCTIONS, inputs=icl.Teaching(icl.Signs(6)))),
             ValueError,
             "inputs is Teaching: need inputs with a likelihood",
+        ),
+        (
+            lambda: icl.BayesFinite.of(dataclasses.replace(CONJUNCTIONS, inputs=icl.Planted(icl.Gaussian(6)))),
+            ValueError,
+            "planted has the inputs Gaussian: need Signs",
+        ),
+        (
+            lambda: icl.BayesFinite.of(dataclasses.replace(CONJUNCTIONS, visible=3)),
+            ValueError,
+            "visible is 3: need a task that shows all coordinates",
+        ),
+        (
+            lambda: icl.BayesFinite.of(icl.FunctionTask(icl.Pool(jnp.ones((2, 3))), icl.Gaussian(4), 5, 0.5)),
+            ValueError,
+            r"weights has shape \(2, 3\): need \[M, 4\]",
         ),
         (lambda: icl.parity_accuracy(-1, 3), ValueError, "examples must be at least 0, got -1"),
     ):

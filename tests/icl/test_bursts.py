@@ -131,6 +131,20 @@ def test_test_sequences_are_what_their_names_say():
         np.testing.assert_array_equal(labels, classes % 16)
 
 
+def test_labels_of_the_context_are_wrong_as_often_as_they_should_be():
+    """A label is replaced with probability p by a uniform one: it is another with p (1 − 1 / L), each as likely."""
+    clean, noisy = drawn(TASK), drawn(dataclasses.replace(TASK, label_noise=0.4))
+    np.testing.assert_array_equal(noisy.y, clean.y)
+    np.testing.assert_array_equal(noisy.hidden, clean.hidden)
+    vectors = np.asarray(TASK.labels)
+    shown = (noisy.x[:, 1::2, 21:] @ vectors.T - (vectors**2).sum(-1) / 2).argmax(-1)
+    off = (shown - noisy.hidden[1][:, :-1]) % 16
+    shares = np.bincount(off.ravel(), minlength=16)[1:] / off.size
+    assert abs(shares.sum() - 0.4 * 15 / 16) < 4 * deviation(0.4 * 15 / 16, off.size)
+    # 15 shares, so that one beyond 4 deviations comes once in a thousand.
+    assert (np.abs(shares - 0.4 / 16) < 4 * deviation(0.4 / 16, off.size)).all()
+
+
 @pytest.mark.parametrize("burst", [1, 4])
 def test_a_label_of_the_context_is_right_once_in_how_many_there_are(burst):
     labels = drawn(dataclasses.replace(TASK, burst=burst).in_context()).hidden[1]
@@ -160,8 +174,10 @@ def test_arrays_are_leaves_and_sizes_are_not():
         ({"burst": 3}, "burst is 3 for 8 items: need a divisor of it"),
         ({"most": 7}, "most must be at least 8, got 7"),
         ({"items": 0}, "items must be at least 1, got 0"),
-        ({"bursty": 1.5}, r"bursty must be from 0 to 1, got 1\.5"),
-        ({"novel": -0.5}, r"novel must be from 0 to 1, got -0\.5"),
+        ({"bursty": 1.5}, r"bursty holds 1\.5: need numbers from 0 to 1"),
+        ({"novel": -0.5}, r"novel holds -0\.5: need numbers from 0 to 1"),
+        ({"label_noise": 2.0}, r"label_noise holds 2\.0: need numbers from 0 to 1"),
+        ({"noise": -1.0}, r"noise holds -1\.0: need numbers from 0 on"),
         ({"labels": jnp.ones((4, 3))}, r"means has shape \(64, 31\) and labels \(4, 3\)"),
         ({"means": jnp.ones((1, 31)), "absent": True}, "means holds one class"),
     ],

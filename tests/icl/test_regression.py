@@ -245,7 +245,7 @@ def test_errors_name_the_argument():
         icl.Lasso(1.0, 0)
     with pytest.raises(ValueError, match="GradientDescent: steps must be at least 1"):
         icl.GradientDescent(0.1, 0)
-    with pytest.raises(ValueError, match="penalty must not be negative, got -1"):
+    with pytest.raises(ValueError, match="Newton: penalty holds -1: need numbers from 0 on"):
         icl.Newton(3, -1)
     with pytest.raises(ValueError, match=r"gammas has shape \(3,\): need"):
         icl.Preconditioned(jnp.ones(3))
@@ -257,3 +257,31 @@ def test_errors_name_the_argument():
         icl.NetworkByAdam(rate=0.0)
     with pytest.raises(ValueError, match="Ridge: penalty must be positive"):
         icl.Ridge(0.0)
+    for number in (np.float32(-1), jnp.array(-1.0)):
+        with pytest.raises(ValueError, match=r"Ridge: penalty holds -1\.0: need numbers above 0"):
+            icl.Ridge(number)
+        with pytest.raises(ValueError, match=r"Lasso: alpha holds -1\.0: need numbers above 0"):
+            icl.Lasso(number)
+        with pytest.raises(ValueError, match=r"Newton: penalty holds -1\.0: need numbers from 0 on"):
+            icl.Newton(3, number)
+    for covariance, words in (
+        (-jnp.eye(2), "Ridge: covariance has the eigenvalue -1: need eigenvalues from 0 on"),
+        (jnp.array([[1.0, 0.5], [0.0, 1.0]]), "Ridge: covariance is not symmetric"),
+        (jnp.ones(3), r"Ridge: covariance has shape \(3,\): need \(3, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            icl.Ridge(0.5, covariance)
+    with pytest.raises(ValueError, match=r"Ridge: covariance has shape \(2, 2\): need \(3, 3\)"):
+        icl.Ridge(0.5, jnp.eye(2))(jnp.ones((1, 4, 3)), jnp.ones((1, 4)))
+
+
+def test_numbers_that_are_traced_are_not_looked_at():
+    made = jax.vmap(
+        lambda number, matrix: jnp.stack([icl.Ridge(number, matrix).penalty, icl.Newton(1, number).penalty])
+    )
+    assert (made(-jnp.ones(2), -jnp.ones((2, 3, 3))) == -1).all()
+
+
+def test_what_has_no_other_length_is_not_compared():
+    with pytest.raises(TypeError, match=r"task is Copying: need one with with_length\(length\), such as FunctionTask"):
+        icl.compare(icl.Copying(letters=4, string=3), {"zero": icl.Zero()}, [1], KEY)

@@ -189,6 +189,20 @@ def test_queries_are_fresh_seen_or_orthogonal():
     assert (fresh.weights == jnp.array([0, 0, 1])).all()
 
 
+def test_an_orthogonal_query_is_orthogonal_among_the_visible_coordinates():
+    """And 0, to rounding, once the context spans them."""
+    prompt = drawn(length=3, visible=3, query=icl.Orthogonal(), batch=200)
+    query = prompt.x[:, -1]
+    assert (prompt.x[..., 3:] == 0).all()
+    assert (jnp.linalg.norm(query, axis=-1) > 0).mean() > 0.9
+    products = np.einsum("bnd,bd->bn", prompt.x[:, :-1], query)
+    norms = np.linalg.norm(prompt.x[:, :-1], axis=-1) * np.linalg.norm(query, axis=-1)[:, None]
+    # The complement is cut out in float32 and rescaled by at most 1e3 (`Orthogonal`).
+    assert (abs(products) <= 1e3 * 4 * np.finfo(np.float32).eps * norms).all()
+    spanned = drawn(length=4, visible=3, query=icl.Orthogonal(), batch=50).x[:, -1]
+    assert (jnp.linalg.norm(spanned, axis=-1) <= 1e3 * 4 * np.finfo(np.float32).eps).all()
+
+
 # Tasks.
 
 
@@ -218,9 +232,30 @@ def test_errors_name_the_argument():
     for call, message in (
         (lambda: icl.FunctionTask(linear, gaussian, 0), "length must be at least 1"),
         (lambda: icl.FunctionTask(linear, gaussian, 3, first=3), "first is 3 but length is 3"),
-        (lambda: icl.FunctionTask(linear, gaussian, 3, noise=-0.1), "noise must be from 0 to inf"),
-        (lambda: icl.FunctionTask(icl.LinearSign(), gaussian, 3, noise=0.6), "noise must be from 0 to 0.5, got 0.6"),
+        (lambda: icl.FunctionTask(linear, gaussian, 3, noise=-0.1), "noise holds -0.1: need numbers from 0 to inf"),
+        (
+            lambda: icl.FunctionTask(icl.LinearSign(), gaussian, 3, noise=0.6),
+            "noise holds 0.6: need numbers from 0 to 0.5",
+        ),
+        (lambda: icl.FunctionTask(linear, gaussian, 3, noise=jnp.array(-0.5)), "noise holds -0.5: need numbers from 0"),
+        (lambda: icl.FunctionTask(linear, gaussian, 3, visible=-2), "visible is -2: need a number from 1 to 4"),
+        (lambda: icl.FunctionTask(linear, gaussian, 3, visible=5), "visible is 5: need a number from 1 to 4"),
+        (lambda: icl.FunctionTask(linear, gaussian, 3, points=0), "points is 0: need a number from 1 to 3"),
+        (lambda: icl.FunctionTask(linear, gaussian, 3, points=99), "points is 99: need a number from 1 to 3"),
+        (lambda: icl.FunctionTask(linear, gaussian, 3, first=1, points=1), "points is 1: need a number from 2 to 3"),
         (lambda: icl.Curriculum(icl.FunctionTask(linear, gaussian, 3), 5, dims=(5, 1)), r"dims is \(5, 1\)"),
+        (
+            lambda: icl.Curriculum(icl.FunctionTask(linear, gaussian, 9, first=4), 5, points=(4, 1)),
+            r"points is \(4, 1\): need a start from 5 to 9",
+        ),
+        (
+            lambda: icl.Curriculum(icl.FunctionTask(linear, gaussian, 9, query=icl.Fresh()), 5, points=(4, 1)),
+            r"points is \(4, 1\): need a start from 9 to 9",
+        ),
+        (lambda: icl.Linear(covariance=-jnp.eye(2)), "Linear: covariance has the eigenvalue -1"),
+        (lambda: icl.Linear(covariance=jnp.array([[1.0, 0.5], [0.0, 1.0]])), "Linear: covariance is not symmetric"),
+        (lambda: icl.Linear(covariance=jnp.ones(())), r"Linear: covariance has shape \(\)"),
+        (lambda: icl.Linear(covariance=jnp.eye(3)).draw(KEY, 4, 4), r"has shape \(3, 3\): need \(4, 4\)"),
         (lambda: icl.Gaussian(2, jnp.eye(3)), r"covariance has shape \(3, 3\): need \(2, 2\)"),
         (lambda: icl.Gaussian(2, -jnp.eye(2)), "need eigenvalues from 0 on"),
         (lambda: icl.Subspace(3, 4), "dimensions is 4 of dim 3"),

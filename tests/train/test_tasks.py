@@ -100,3 +100,16 @@ def test_a_digest_says_what_is_drawn():
 def test_what_is_no_task_is_refused():
     with pytest.raises(TypeError, match="need one with sample"):
         drawn(icl.Linear())
+
+
+def test_what_has_no_content_to_resume_by_is_refused():
+    """A plain object is a leaf, which would be told from others by its address."""
+
+    class Plain:
+        length = N
+
+        def sample(self, key, batch):
+            return TASK.sample(key, batch)
+
+    with pytest.raises(TypeError, match="need a registered pytree"):
+        drawn(Plain())
