@@ -49,7 +49,10 @@ def test_free_entries_start_gaussian(owner):
 
 @pytest.mark.parametrize("owner", ["linear", "softmax"])
 def test_training_lowers_the_risk(owner):
-    """To within a tenth of the best one-layer risk from 0, in 300 steps on fresh prompts."""
+    """To within a tenth of the best one-layer risk, in 300 steps on fresh prompts, from more than three times as much.
+
+    That of two softmax heads is that of the best debiased step, to which they tend as their scores get small.
+    """
     if owner == "linear":
         module = nn.LinearSelfAttention(4, start=0.3, rngs=nnx.Rngs(0))
     else:
@@ -57,25 +60,29 @@ def test_training_lowers_the_risk(owner):
     task = icl.FunctionTask(icl.Linear(3**-0.5), icl.Gaussian(3), 13)
     graph, weights = nnx.split(module)
 
-    def risk(weights, key):
+    def errors(weights, key, prompts):
         part = nnx.merge(graph, weights)()
         predictor = icl.LinearLayers((part,)) if owner == "linear" else icl.SoftmaxLayer(part)
-        prompt = task.sample(key, 256)
-        return ((predictor.after(prompt.x, prompt.y, [12])[:, 0] - prompt.y[:, -1]) ** 2).mean()
+        prompt = task.sample(key, prompts)
+        return (predictor.after(prompt.x, prompt.y, [12])[:, 0] - prompt.y[:, -1]) ** 2
 
     @jax.jit
     def train(weights):
         def step(weights, key):
-            slope = jax.grad(risk)(weights, key)
+            slope = jax.grad(lambda w: errors(w, key, 256).mean())(weights)
             return jax.tree.map(lambda w, g: w - 0.1 * g, weights, slope), None
 
         return jax.lax.scan(step, weights, jax.random.split(jax.random.key(1), 300))[0]
 
-    best = icl.theory.gd_excess(3, 12, psi2=1 / 3) if owner == "linear" else None
-    after = float(jax.jit(risk)(train(weights), jax.random.key(2)))
-    before = float(jax.jit(risk)(weights, jax.random.key(2)))
-    assert after < 0.6 * before
-    assert best is None or after < 1.25 * best
+    excess = icl.theory.gd_excess if owner == "linear" else icl.theory.debiased_gd_excess
+    best = excess(3, 12, psi2=1 / 3)
+    measured = jax.jit(errors, static_argnums=2)
+    before, after = (np.asarray(measured(w, jax.random.key(2), 20000)) for w in (weights, train(weights)))
+    error = after.std() / 20000**0.5
+    assert before.mean() > 3 * best
+    assert after.mean() < 1.1 * best + 4 * error
+    if owner == "linear":  # the best of all one-layer risks, from below; softmax may come under its limit
+        assert after.mean() > best - 4 * error
 
 
 def test_errors_name_the_argument():
