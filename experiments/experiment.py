@@ -157,9 +157,17 @@ class Curves:
 
 @dataclass(frozen=True)
 class Maps:
-    """Matrices of (query, key) pairs, as data: title -> rows. The picture is that of the first seed."""
+    """Matrices, as data: title -> rows. The picture is that of the first seed.
+
+    Attributes:
+        panels: The rows of each matrix, by its title.
+        y: What rows are.
+        x: What columns are.
+    """
 
     panels: Mapping[str, Sequence[Sequence[float]]]
+    y: str = "query position"
+    x: str = "key position"
 
     @staticmethod
     def draw(seeds: Sequence[Maps]) -> Figure:
@@ -169,6 +177,8 @@ class Maps:
         for axes, (title, matrix) in zip(places, drawn.items(), strict=True):
             axes.imshow(matrix, cmap=WEIGHTS, vmin=0)
             axes.set_title(title, fontsize="small")
+            axes.set_ylabel(seeds[0].y if axes.get_ylabel() else "")
+            axes.set_xlabel(seeds[0].x if axes.get_xlabel() else "")
         return figure
 
 

@@ -173,7 +173,11 @@ def one_layer(config: Config, seed: int, folder: Path, console: Console) -> Resu
     stuck = [abs(row["risk"] / row["best of rank one"] - 1) < 0.01 for row in rows if "free" in row["training"]]
     numbers["free starts at the best of rank one"] = float(sum(stuck)) if stuck else None
     curves = Curves("step", "risk", learning)
-    return Result(numbers, {"One layer": rows}, {"Training one layer": curves, "Weights |Γ|": Maps(maps)})
+    return Result(
+        numbers,
+        {"One layer": rows},
+        {"Training one layer": curves, "Weights |Γ|": Maps(maps, y="channel", x="channel")},
+    )
 
 
 def steps(params: dict[str, Array], dim: int) -> icl.LinearLayers:

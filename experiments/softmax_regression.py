@@ -226,6 +226,6 @@ def run(config, seed, folder, console):
             "Training": Curves("step", "risk", learning, log="y"),
             "Heads": Curves("ω", "μ", scatter),
             "Risk by length": Curves("examples", "risk", by_length, log="xy"),
-            "Merged matrices": Maps(maps),
+            "Merged matrices": Maps(maps, y="channel of the key", x="channel of the query"),
         },
     )

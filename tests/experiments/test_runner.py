@@ -270,6 +270,17 @@ def test_a_wrong_field_or_value_is_named(change, words):
     assert "\n" not in str(error.value)
 
 
+def test_the_axes_of_maps_say_what_they_are():
+    both = {"one": np.eye(2).tolist(), "two": np.eye(2).tolist()}
+    for maps, y, x in (
+        (Maps(both), "query position", "key position"),
+        (Maps(both, y="row", x="column"), "row", "column"),
+    ):
+        axes = Maps.draw([maps]).axes
+        assert {each.get_ylabel() for each in axes} == {y, ""}
+        assert {each.get_xlabel() for each in axes} == {x}
+
+
 # The command line
 
 
