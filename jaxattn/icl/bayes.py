@@ -58,8 +58,10 @@ class BayesFinite(Predictor):
         """
         if not isinstance(task.function, Finite):
             raise TypeError(f"BayesFinite: {type(task.function).__name__} has no table: need a Finite function")
-        if isinstance(task.inputs, Teaching):
-            raise ValueError("BayesFinite: inputs is Teaching: need inputs with a likelihood, such as Planted")
+        of_function = isinstance(getattr(task.inputs, "inputs", None), Planted | Teaching)
+        if of_function or isinstance(task.inputs, Teaching):
+            kind = type(task.inputs).__name__
+            raise ValueError(f"BayesFinite: inputs is {kind}: need inputs with a likelihood, such as Planted")
         if task.visible is not None:
             raise ValueError(f"BayesFinite: visible is {task.visible}: need a task that shows all coordinates, None")
         parameters, log_prior = task.function.table(task.inputs.dim)
