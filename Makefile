@@ -1,6 +1,7 @@
 # Everything runs in a virtual environment of its own; `make demo` and `make test` build it first.
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?= tests
 BIN = $(VENV)/bin
 
 .PHONY: demo test check format figures clean
@@ -9,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

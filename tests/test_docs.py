@@ -467,8 +467,8 @@ def test_memories_decay_and_are_corrected(page):
 
 def test_a_merged_layer_takes_a_step_of_descent(page):
     p = page("linear")
-    x, y = np.asarray(p.x[:-1], np.float64), np.asarray(p.y[:-1], np.float64)
-    assert_close(p.by_layer, 0.5 * np.asarray(p.x[-1], np.float64) @ x.T @ y / 8)
+    x, y = np.asarray(p.inputs[:-1], np.float64), np.asarray(p.labels[:-1], np.float64)
+    assert_close(p.by_layer, 0.5 * np.asarray(p.inputs[-1], np.float64) @ x.T @ y / 8)
     assert_close(p.by_step, p.by_layer)
 
 
