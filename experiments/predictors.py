@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from experiments import decoders
 from jaxattn import icl
 from jaxattn.train import OptimizerConfig, TrainConfig, drawn, fit, make_optimizer, prompt_loss
 
@@ -56,7 +57,7 @@ def train(
     )
     if not result.complete:
         raise KeyboardInterrupt
-    return result.params, [(x["step"], x["validation_loss"]) for x in result.history if "validation_loss" in x]
+    return result.params, decoders.measured(result, "loss")
 
 
 def risk(
