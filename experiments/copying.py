@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments import decoders, recall
-from experiments.experiment import Claim, Curves, Result, at_least, at_most
+from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn import icl, models
 from jaxattn.train import Drawn, OptimizerConfig
 
@@ -147,8 +147,7 @@ def copying(config: Config, start: str, seed: int, folder, console) -> list[tupl
 
 
 def run(config, seed, folder, console):
-    if unknown := set(config.tasks) - {"copying", "recall"}:
-        raise ValueError(f"tasks holds {sorted(unknown)}: need 'copying', 'recall' or both")
+    check_names("tasks", config.tasks, ("copying", "recall"))
     numbers: dict[str, Any] = dict.fromkeys(
         (
             *(f"copying, {start}: accuracy" for start in STARTS),

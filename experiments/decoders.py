@@ -1,6 +1,7 @@
 """Trains the small decoders of the experiments: layers of one mixer, on prompts that are drawn in the step."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from jaxattn import icl, models
 from jaxattn.train import Drawn, OptimizerConfig, TrainConfig, drawn, fit, make_optimizer, next_token_loss, prompt_loss
 from jaxattn.train.loop import Result
+from jaxattn.train.step import LossFunction
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=0.0)
 
@@ -53,6 +55,24 @@ def train(
     model: models.Decoder,
     source: Drawn,
     *,
+    loss: Callable[[models.Decoder, Any], tuple[jax.Array, dict[str, jax.Array]]] = next_token,
+    **options: Any,
+) -> tuple[models.Decoder, Result]:
+    """(the trained model, what `fit` says of the run), as `train_params` does with these options."""
+    graph, params, *rest = nnx.split(model, nnx.Param, ...)
+
+    def loss_fn(params, batch, key):
+        return loss(nnx.merge(graph, params, *rest), batch)
+
+    result = train_params(loss_fn, params, source, **options)
+    return nnx.merge(graph, result.params, *rest), result
+
+
+def train_params(
+    loss_fn: LossFunction,
+    params: Any,
+    source: Drawn,
+    *,
     steps: int,
     batch_size: int,
     eval_every: int,
@@ -62,17 +82,11 @@ def train(
     run_config: Mapping[str, Any],
     folder: Path,
     console: Console,
-    loss: Callable[[models.Decoder, Any], tuple[jax.Array, dict[str, jax.Array]]] = next_token,
-) -> tuple[models.Decoder, Result]:
-    """(the trained model, what `fit` says of the run), measured on further batches of the same source.
+) -> Result:
+    """What `fit` says of a run that is measured on further batches of the same source.
 
     Raises KeyboardInterrupt if it was stopped: it goes on from its checkpoint when called again.
     """
-    graph, params, *rest = nnx.split(model, nnx.Param, ...)
-
-    def loss_fn(params, batch, key):
-        return loss(nnx.merge(graph, params, *rest), batch)
-
     result = fit(
         loss_fn=loss_fn,
         params=params,
@@ -95,50 +109,66 @@ def train(
     )
     if not result.complete:
         raise KeyboardInterrupt
-    return nnx.merge(graph, result.params, *rest), result
+    return result
 
 
-def learn(
-    task: icl.FunctionTask,
-    mixer: models.Mixer,
-    loss: icl.Loss,
-    *,
-    width: int,
-    layers: int,
-    steps: int,
-    batch_size: int,
-    eval_every: int,
-    optimizer: OptimizerConfig,
-    seed: int,
-    run_config: Mapping[str, Any],
-    folder: Path,
-    console: Console,
-) -> tuple[models.Decoder, Result]:
-    """`train` for a decoder of vectors on prompts of a task, with feed-forward blocks of 4 times the width."""
-    model = build(
-        mixer,
-        vocabulary=1,
-        length=2 * task.length,
-        width=width,
-        layers=layers,
-        seed=seed,
-        feed_forward=models.FeedForward(4 * width, "gelu"),
-        inputs=task.inputs.dim,
-    )
-    return train(
-        model,
-        drawn(task),
-        steps=steps,
-        batch_size=batch_size,
-        eval_every=eval_every,
-        eval_batches=4,
-        optimizer=optimizer,
-        seed=seed,
-        run_config=run_config,
-        folder=folder,
-        console=console,
-        loss=answers(loss),
-    )
+@dataclass(frozen=True)
+class Learner:
+    """A decoder of vectors, with feed-forward blocks of 4 times its width, and how it is trained on prompts.
+
+    Attributes:
+        width: Width of the model.
+        layers: Number of layers.
+        steps: Training steps.
+        batch_size: Prompts per step.
+        eval_every: Steps between measurements in training.
+        optimizer: The optimiser.
+    """
+
+    width: int = 64
+    layers: int = 3
+    steps: int = 2000
+    batch_size: int = 64
+    eval_every: int = 200
+    optimizer: OptimizerConfig = OPTIMIZER
+
+    def learn(
+        self,
+        task: icl.FunctionTask | icl.Curriculum,
+        mixer: models.Mixer,
+        loss: icl.Loss,
+        *,
+        seed: int,
+        run_config: Mapping[str, Any],
+        folder: Path,
+        console: Console,
+    ) -> tuple[models.Decoder, Result]:
+        """(the decoder trained on a task, or along a curriculum, what `fit` says of the run)."""
+        end = task.task if isinstance(task, icl.Curriculum) else task
+        model = build(
+            mixer,
+            vocabulary=1,
+            length=2 * end.length,
+            width=self.width,
+            layers=self.layers,
+            seed=seed,
+            feed_forward=models.FeedForward(4 * self.width, "gelu"),
+            inputs=end.inputs.dim,
+        )
+        return train(
+            model,
+            drawn(task),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            eval_every=self.eval_every,
+            eval_batches=4,
+            optimizer=self.optimizer,
+            seed=seed,
+            run_config=run_config,
+            folder=folder,
+            console=console,
+            loss=answers(loss),
+        )
 
 
 def measured(result: Result, name: str) -> list[tuple[float, float]]:

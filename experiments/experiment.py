@@ -238,6 +238,14 @@ def load(name: str) -> Experiment:
     return Experiment(name, known[name], module.Config(), module.QUICK, module.CLAIMS, module.run)
 
 
+def check_names(field: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError, with the nearest known name or all of them, if a field of a config holds another."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{field} holds {name!r}{nearest(name, known)}")
+
+
 def nearest(name: str, known: Iterable[str] | Mapping[str, Any]) -> str:
     """What to say after an unknown name: the nearest one, or all."""
     close = difflib.get_close_matches(name, list(known), n=1)

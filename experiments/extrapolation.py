@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most
+from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn import models
 from jaxattn.train import Drawn, OptimizerConfig
 
@@ -167,8 +167,7 @@ def halves(config: Config, x: list[float]) -> list[float]:
 
 
 def run(config, seed, folder, console):
-    if unknown := set(config.mixers) - set(MIXERS):
-        raise ValueError(f"mixers holds {sorted(unknown)}: need some of {list(MIXERS)}")
+    check_names("mixers", config.mixers, MIXERS)
     numbers: dict[str, float | None] = {}
     for name in MIXERS:
         numbers |= {f"{name}: loss grown at {times} times the length": None for times in TIMES[1:]}

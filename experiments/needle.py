@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most
+from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn import Window, models
 from jaxattn.train import Drawn, OptimizerConfig
 
@@ -164,8 +164,7 @@ def accuracy(config: Config, model: models.Decoder, times: int, seed: int) -> fl
 
 
 def run(config, seed, folder, console):
-    if unknown := set(config.mixers) - set(MIXERS):
-        raise ValueError(f"mixers holds {sorted(unknown)}: need some of {list(MIXERS)}")
+    check_names("mixers", config.mixers, MIXERS)
     found: dict[str, dict[int, float]] = {}
     rows: list[dict[str, Any]] = []
     learning = {}

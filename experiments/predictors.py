@@ -9,7 +9,7 @@ from rich.console import Console
 
 from experiments import decoders
 from jaxattn import icl
-from jaxattn.train import OptimizerConfig, TrainConfig, drawn, fit, make_optimizer, prompt_loss
+from jaxattn.train import OptimizerConfig, drawn, prompt_loss
 
 BATCH = 4096  # prompts that a risk is measured on at a time
 
@@ -35,28 +35,20 @@ def train(
     if steps < 10 or steps % 10:
         raise ValueError(f"steps is {steps}: need a multiple of 10")
     last, every = [task.length - 1], steps // 10
-    result = fit(
-        loss_fn=prompt_loss(lambda params, x, y: build(params).after(x, y, last), icl.square, last),
-        params=params,
-        optimizer=make_optimizer(optimizer, steps),
-        train_data=drawn(task),
-        validation_data=drawn(task),
-        config=TrainConfig(
-            steps=steps,
-            batch_size=batch_size,
-            eval_every=every,
-            eval_batches=4,
-            save_every=every,
-            keep=1,
-            log_every=every,
-            seed=seed,
-        ),
+    result = decoders.train_params(
+        prompt_loss(lambda params, x, y: build(params).after(x, y, last), icl.square, last),
+        params,
+        drawn(task),
+        steps=steps,
+        batch_size=batch_size,
+        eval_every=every,
+        eval_batches=4,
+        optimizer=optimizer,
+        seed=seed,
         run_config={"name": name, **record},
         folder=folder / name.replace(" ", "_"),
         console=console,
     )
-    if not result.complete:
-        raise KeyboardInterrupt
     return result.params, decoders.measured(result, "loss")
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from experiments import decoders
 from experiments.decoders import OPTIMIZER
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, outside
+from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names, outside
 from jaxattn import Causal, Elu1Features, IdentityFeatures, TaylorFeatures, Window, icl, models, nn
 from jaxattn.train import Drawn, OptimizerConfig
 
@@ -227,8 +227,7 @@ def train(config, mixer, seed, folder, console) -> tuple[list[tuple[float, float
 
 
 def run(config, seed, folder, console):
-    if unknown := set(config.mixers) - set(MIXERS):
-        raise ValueError(f"mixers holds {sorted(unknown)}: need some of {list(MIXERS)}")
+    check_names("mixers", config.mixers, MIXERS)
     numbers: dict[str, float | None] = {}
     for name in MIXERS:
         numbers |= {f"{name}: accuracy": None, f"{name}: steps to 95 percent": None}

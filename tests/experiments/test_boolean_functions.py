@@ -43,7 +43,7 @@ def test_the_quick_run_measures_what_it_trains(tmp_path):
 
 
 def test_runs_that_do_not_exist_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"runs holds \['parity: LSTM'\]"):
-        boolean_functions.run(dataclasses.replace(QUICK, runs=("parity: LSTM",)), 0, tmp_path, QUIET)
+    with pytest.raises(ValueError, match="runs holds 'parity: softmaxx': did you mean 'parity: softmax'"):
+        boolean_functions.run(dataclasses.replace(QUICK, runs=("parity: softmaxx",)), 0, tmp_path, QUIET)
     with pytest.raises(ValueError, match="prompts is 300"):
         boolean_functions.run(dataclasses.replace(QUICK, prompts=300), 0, tmp_path, QUIET)

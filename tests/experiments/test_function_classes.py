@@ -34,6 +34,25 @@ def test_every_predictor_is_measured_at_every_length(quick):
     assert quick.numbers["tree: mean risk over greedy tree"] is None
 
 
+def test_a_curriculum_has_grown_to_the_whole_task_at_half_of_the_training():
+    task = function_classes.SETTINGS["sparse"].task
+    lessons = function_classes.lessons("sparse, growing", 8000)
+    start, half = lessons.at(0), lessons.at(4000)
+    assert (start.visible, start.points) == (4, 8)
+    assert (half.visible, half.points) == (task.inputs.dim, task.length)
+    assert function_classes.lessons("sparse", 8000) is task
+
+
+def test_every_shift_is_of_a_class_and_differs_from_its_training():
+    for name, (setting, examples, changes) in function_classes.SHIFTS.items():
+        task = function_classes.SETTINGS[setting].task
+        shifted = dataclasses.replace(task, **changes)
+        assert (shifted == task) == name.endswith("none")
+        prompts = jax.eval_shape(lambda task=shifted: task.sample(jax.random.key(0), 2))
+        assert prompts.x.shape == (2, task.length, task.inputs.dim)
+        assert examples < task.length
+
+
 def test_a_decoder_answers_from_the_past_alone(model):
     prompt = icl.FunctionTask(icl.Linear(), icl.Gaussian(5), 6).sample(jax.random.key(0), 2)
     assert icl.leaks(jax.jit(decoders.predictor(model)), prompt.x, prompt.y) <= 200 * EPS
@@ -43,7 +62,7 @@ def test_a_decoder_answers_from_the_past_alone(model):
 
 def test_classes_and_shifts_that_do_not_exist_are_refused(tmp_path):
     for field in ("classes", "shifts"):
-        with pytest.raises(ValueError, match=f"{field} holds"):
+        with pytest.raises(ValueError, match=f"{field} holds 'linaer'"):
             function_classes.run(dataclasses.replace(QUICK, **{field: ("linaer",)}), 0, tmp_path, Console(quiet=True))
     with pytest.raises(ValueError, match="prompts is 100"):
         function_classes.run(dataclasses.replace(QUICK, prompts=100), 0, tmp_path, Console(quiet=True))

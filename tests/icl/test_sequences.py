@@ -47,6 +47,13 @@ def test_every_key_is_asked_for_once_and_the_target_is_what_followed_it():
         assert [pairs[token] for token in tokens[places]] == targets[places].tolist()
 
 
+def test_tokens_are_keys_values_and_a_filler():
+    prompt = drawn(RECALL)
+    assert set(prompt.x[:, 0:10:2].ravel()) == set(range(1, 10))
+    assert set(prompt.x[:, 1:10:2].ravel()) == set(range(10, 16))
+    assert (prompt.x[:, 10:][prompt.weights[:, 10:] == 0] == 0).all()
+
+
 def test_queries_crowd_behind_the_pairs_unless_the_power_is_one():
     """Slot g of 11 is drawn first with probability ∝ 1/g (power 0), or 1/11 (power 1)."""
     harmonic = sum(1 / g for g in range(1, 12))
