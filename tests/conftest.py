@@ -1,4 +1,4 @@
-"""Every test sees 8 simulated CPU devices; compiled programs are kept between runs."""
+"""Every test sees 8 simulated CPU devices; compiled programs are kept for later runs, of this checkout and others."""
 
 import gc
 import os
@@ -9,9 +9,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 
-cache = pathlib.Path(__file__).parent.parent / ".cache" / f"jax-{jax.__version__}"
-jax.config.update("jax_compilation_cache_dir", str(cache))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+if jax.config.jax_compilation_cache_dir is None:
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(caches / "jaxattn-tests" / f"jax-{jax.__version__}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
 
 
 @pytest.fixture(autouse=True, scope="module")
