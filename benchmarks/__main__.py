@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--length", nargs="+", type=int, help="only these T = S, and decoding only where --cache says")
     parser.add_argument("--cache", nargs="+", type=int, help="decoding at these S, and T = S only where --length says")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="only these dtypes")
+    parser.add_argument("--no-resident", action="store_true", help="no peak memory, which takes a process per call")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"), help="folder of the report")
     arguments = parser.parse_args()
     lengths, cache_lengths = ([256], [512]) if arguments.quick else (LENGTHS, CACHE_LENGTHS)
@@ -76,8 +77,9 @@ def main() -> None:
         lengths, cache_lengths = arguments.length or [], arguments.cache or []
     chosen = settings(lengths, cache_lengths, arguments.dtype)
     console = Console()
+    budget, resident = (2.0, False) if arguments.quick else (60.0, not arguments.no_resident)
     with console.status("") as status:
-        results = run(arguments.case, chosen, 2.0 if arguments.quick else 60.0, not arguments.quick, status.update)
+        results = run(arguments.case, chosen, budget, resident, status.update)
     report.write(arguments.output, *results)
     console.print(f"wrote {arguments.output / 'report.md'}")
 
