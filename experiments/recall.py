@@ -53,7 +53,7 @@ MIXERS = {
     "RWKV-7": Mixer(models.RWKV7(heads=2)),
     "Latte": Mixer(models.Latte(heads=2, latents=16, convolution=3)),
     "TTT": Mixer(models.TTT(heads=2, inner_batch=8, convolution=3)),
-    "Titans": Mixer(models.NeuralMemory(heads=2, hidden=(32,), inner_batch=8, convolution=3)),
+    "Titans": Mixer(models.NeuralMemory(heads=2, hidden=(32,), max_rate=0.02, inner_batch=8, convolution=3)),
 }
 
 

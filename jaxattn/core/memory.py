@@ -69,7 +69,9 @@ def memory_scan(
         query, key: [..., T, N, K], in general of norm 1. No scale is applied.
         value: [..., T, N, V].
         rate: θ >= 0, the step size: a number, or an array that broadcasts to [..., T, N], like the next three. For a
-            matrix, `SquaredError()` and inner_batch 1 steps are stable below 1 / ‖k‖².
+            matrix and `SquaredError()` steps are stable whatever the tokens while θ ‖k‖² · inner_batch is at most 1,
+            and with momentum on one key that repeats up to 1 − η. A network has no such bound: where steps are too long
+            for it, it diverges until what is read is not finite.
         log_decay: log(1 − α) <= 0, −inf to forget everything: the retention of Titans and Miras. None keeps all.
         log_momentum: log η <= 0, −inf for none at that token. None keeps no S.
         row_rate: r >= 0, another factor on what the inner batch has changed so far when token t reads it: out_t is

@@ -24,6 +24,8 @@ class NeuralMemory(nnx.Module):
     hidden: the widths between K and V, () for a matrix. loss, link: Yaad is `Huber(1.0)`, Moneta `LpError(3.0)` with
     `LqMirror(4.0)`, Memora `SoftmaxLink()`, all without momentum and with `normalize` and `residual` (Miras, 2025).
     inner_batch: **part of the model**, as in `memory_scan`. documents: at most so many are packed in a row.
+    max_rate: where steps are too long, most easily on tokens that repeat, a memory diverges until what is read is not
+    finite: then lower it, or `normalize`. See `rate` of `memory_scan` for the bound that a matrix has.
     """
 
     def __init__(

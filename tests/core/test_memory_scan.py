@@ -323,6 +323,26 @@ def test_no_momentum_is_a_closed_momentum_gate(x64):
     assert other.momentum is None
 
 
+@pytest.mark.parametrize("momentum", [None, 0.5, 0.9])
+@pytest.mark.parametrize("inner_batch", [1, 8])
+def test_steps_are_stable_up_to_their_bound_on_tokens_that_repeat(momentum, inner_batch, x64):
+    """One key of norm 1 again and again, all of whose values are 0: at θ · inner_batch = 1 − η what it reads is never
+    larger than what it started with; at 4 times that, without momentum, every inner batch makes it 7 times as large."""
+    key, value = np.zeros((200, 1, 3)), np.zeros((200, 1, 2))
+    key[..., 0] = 1
+    eta = momentum or 0.0
+    gates = {} if momentum is None else {"log_momentum": np.log(momentum)}
+
+    def read(times):
+        rate = times * (1 - eta) / inner_batch
+        memory = MatrixMemory(jnp.ones((1, 3, 2)))
+        return abs(memory_scan(memory, key, key, value, rate=rate, inner_batch=inner_batch, **gates)[0]).max()
+
+    assert read(1) <= 1 + 1e-9
+    if momentum is None:
+        np.testing.assert_allclose(read(4), 7.0 ** (200 // inner_batch), rtol=1e-6)
+
+
 def test_reading_the_start_sees_no_token_of_its_own_inner_batch(x64):
     memory, given, _ = arrays("momentum")
     out, _ = memory_scan(memory, **given, inner_batch=B, read="start")
