@@ -14,6 +14,12 @@ from jaxattn.icl.task import Function, FunctionTask
 from jaxattn.icl.teaching import Plantable, Planted, Signs, Teaching
 
 
+def _wraps_planted(inputs: Any) -> bool:
+    """Whether inputs are made, in one step or several, from others that tell of the function."""
+    inner = getattr(inputs, "inputs", None)
+    return isinstance(inner, Planted | Teaching) or (inner is not None and _wraps_planted(inner))
+
+
 @part
 class BayesFinite(Predictor):
     """E[f(x) | examples] over F functions: Σ_f softmax_f(log prior + log-likelihood of the examples) f(x).
@@ -58,8 +64,7 @@ class BayesFinite(Predictor):
         """
         if not isinstance(task.function, Finite):
             raise TypeError(f"BayesFinite: {type(task.function).__name__} has no table: need a Finite function")
-        of_function = isinstance(getattr(task.inputs, "inputs", None), Planted | Teaching)
-        if of_function or isinstance(task.inputs, Teaching):
+        if _wraps_planted(task.inputs) or isinstance(task.inputs, Teaching):
             kind = type(task.inputs).__name__
             raise ValueError(f"BayesFinite: inputs is {kind}: need inputs with a likelihood, such as Planted")
         if task.visible is not None:

@@ -206,6 +206,13 @@ def test_what_cannot_be_is_refused():
             "inputs is Scaled: need inputs with a likelihood",
         ),
         (
+            lambda: icl.BayesFinite.of(
+                dataclasses.replace(CONJUNCTIONS, inputs=icl.Scaled(icl.Scaled(CONJUNCTIONS.inputs, 2.0), 0.5))
+            ),
+            ValueError,
+            "inputs is Scaled: need inputs with a likelihood",
+        ),
+        (
             lambda: icl.BayesFinite.of(dataclasses.replace(CONJUNCTIONS, inputs=icl.Planted(icl.Gaussian(6)))),
             ValueError,
             "planted has the inputs Gaussian: need Signs",
