@@ -22,30 +22,24 @@ class Setting(NamedTuple):
     learners: dict[str, Any]
 
 
+def enumerated(task: FunctionTask) -> Setting:
+    """A class that is small enough to weigh every function, with its optimal learner and the nearest neighbour."""
+    return Setting(task, {"Bayes": icl.BayesFinite.of(task), "nearest neighbour": icl.KNearestNeighbours(1)})
+
+
 CONJUNCTION = FunctionTask(icl.Conjunction(), Planted(Signs(6), 0.3), 25)
 UNTAUGHT = replace(CONJUNCTION, inputs=Planted(Signs(6), 0.4))  # the examples that come after a lesson
-DISJUNCTION = FunctionTask(icl.Disjunction(), Planted(Signs(6), 0.3), 25)
-MAJORITY = FunctionTask(icl.Majority(), Signs(6), 25)
-SPARSE_PARITY = FunctionTask(icl.SparseParity(2), Signs(10), 25)
 SETTINGS = {
-    "conjunction": Setting(
-        CONJUNCTION, {"Bayes": icl.BayesFinite.of(CONJUNCTION), "nearest neighbour": icl.KNearestNeighbours(1)}
-    ),
+    "conjunction": enumerated(CONJUNCTION),
     "taught conjunction": Setting(
         replace(CONJUNCTION, inputs=Teaching(UNTAUGHT.inputs)), {"nearest neighbour": icl.KNearestNeighbours(1)}
     ),
-    "disjunction": Setting(
-        DISJUNCTION, {"Bayes": icl.BayesFinite.of(DISJUNCTION), "nearest neighbour": icl.KNearestNeighbours(1)}
-    ),
+    "disjunction": enumerated(FunctionTask(icl.Disjunction(), Planted(Signs(6), 0.3), 25)),
     "DNF": Setting(
         FunctionTask(icl.DNF(), Planted(Signs(6), 0.35), 25), {"nearest neighbour": icl.KNearestNeighbours(1)}
     ),
-    "majority": Setting(
-        MAJORITY, {"Bayes": icl.BayesFinite.of(MAJORITY), "nearest neighbour": icl.KNearestNeighbours(1)}
-    ),
-    "sparse parity": Setting(
-        SPARSE_PARITY, {"Bayes": icl.BayesFinite.of(SPARSE_PARITY), "nearest neighbour": icl.KNearestNeighbours(1)}
-    ),
+    "majority": enumerated(FunctionTask(icl.Majority(), Signs(6), 25)),
+    "sparse parity": enumerated(FunctionTask(icl.SparseParity(2), Signs(10), 25)),
     "parity": Setting(
         FunctionTask(icl.Parity(), Signs(10), 25),
         {"GF(2)": icl.GF2Parity(), "nearest neighbour": icl.KNearestNeighbours(1)},
