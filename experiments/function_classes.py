@@ -188,7 +188,7 @@ def train(config: Config, name: str, seed: int, folder: Path, console: Console) 
         icl.square,
         seed=seed,
         run_config={"class": name, "function_classes": asdict(replace(config, classes=(), shifts=(), prompts=0))},
-        folder=folder / name,
+        folder=folder / name.replace(", ", "_"),
         console=console,
     )
 
@@ -232,7 +232,7 @@ def run(config, seed, folder, console):
     for name in config.classes:
         console.print(f"function_classes: {name}")
         task, baselines, _ = SETTINGS[name]
-        model, result = train(config, name, seed, folder / name, console)
+        model, result = train(config, name, seed, folder, console)
         lengths = range(task.length) if name != "network" else range(0, task.length, 5)  # each is a network to fit
         asked: dict[str, Any] = {"decoder": decoders.predictor(model), **baselines, "zero": icl.Zero()}
         table = icl.compare(task, asked, lengths, jax.random.key(seed), batch=256, batches=config.prompts // 256)

@@ -133,7 +133,7 @@ def run(config, seed, folder, console):
         raise ValueError(
             f"top is {config.top}, tasks {config.tasks}, prompts {config.prompts}: need 1, 2 and 2 or more"
         )
-    model, _ = function_classes.train(config.model, "linear", seed, folder / "linear", console)
+    model, _ = function_classes.train(config.model, "linear", seed, folder, console)
     measure = jax.jit(lambda queries, truth, edit: error(model, queries, truth, edit).mean())
     for_these, for_others = jax.random.split(jax.random.key(seed))
     seen: dict[str, tuple[Any, ...]] = {}
