@@ -27,8 +27,7 @@ class BayesFinite(Predictor):
     It is softmax attention whose keys are functions. With Gaussian noise the log-likelihood is −(y − f(x))² / (2σ²):
     for a pool of linear functions this is the dMMSE predictor of Raventós et al. (2023). With values ±1 it is the log
     of 1 − noise where y is f(x) and of noise where not, and the sign of the answer is the optimal label. Where inputs
-    are planted, they tell of the function too, also the one that is asked about. If no function is left, the answer
-    is 0.
+    are planted, they tell of the function too. If no function is left, the answer is 0.
 
     Attributes:
         function: What the parameters are of.
@@ -36,6 +35,7 @@ class BayesFinite(Predictor):
         log_prior: [F] log-probabilities, up to a constant.
         noise: Standard deviation of the answers, or the probability that a sign is flipped.
         planted: How inputs are planted, if they are.
+        query_planted: Whether the input that is asked about is planted like the others, and so tells of the function.
 
     Raises ValueError for real values without noise, and for planted inputs that are not `Signs` where nothing is
     planted: only of those the likelihood is known. TypeError for planted inputs of functions without a pattern.
@@ -46,6 +46,7 @@ class BayesFinite(Predictor):
     log_prior: Float[Array, " f"]
     noise: Float[Array, ""] | float = 0.0
     planted: Planted | None = None
+    query_planted: bool = True
 
     def __post_init__(self):
         if not self.function.signs:
@@ -71,7 +72,7 @@ class BayesFinite(Predictor):
             raise ValueError(f"BayesFinite: visible is {task.visible}: need a task that shows all coordinates, None")
         parameters, log_prior = task.function.table(task.inputs.dim)
         planted = task.inputs if isinstance(task.inputs, Planted) else None
-        return cls(task.function, parameters, log_prior, task.noise, planted)
+        return cls(task.function, parameters, log_prior, task.noise, planted, query_planted=task.query is None)
 
     def answer(self, x, y, seen, query):
         values = jax.vmap(self.function, (0, None))(self.parameters, x)
@@ -83,7 +84,9 @@ class BayesFinite(Predictor):
         if self.planted is not None:
             patterns = jax.vmap(cast(Plantable, self.function).pattern)(self.parameters)
             of_inputs = jax.vmap(self.planted.log_likelihood, (None, 0))
-            total += jnp.where(seen, of_inputs(x, patterns), 0).sum(-1) + of_inputs(query[None], patterns)[:, 0]
+            total += jnp.where(seen, of_inputs(x, patterns), 0).sum(-1)
+            if self.query_planted:
+                total += of_inputs(query[None], patterns)[:, 0]
         some = total.max() > -jnp.inf
         posterior = jnp.where(some, jax.nn.softmax(jnp.where(some, total, 0)), 0)
         return posterior.astype(values.dtype) @ jax.vmap(self.function, (0, None))(self.parameters, query[None])[:, 0]

@@ -32,7 +32,8 @@ def _literals(
 ) -> Float[Array, "*t d"]:
     """Each visible coordinate with the given probability, as it is (monotone) or with a random sign."""
     for_places, for_signs = jax.random.split(key)
-    inside = jax.random.bernoulli(for_places, probability, shape) & (jnp.arange(shape[-1]) < visible)
+    inside = jax.random.bernoulli(for_places, jnp.asarray(probability, float), shape)
+    inside &= jnp.arange(shape[-1]) < visible
     return jnp.where(inside, 1.0 if monotone else jax.random.rademacher(for_signs, shape, float), 0.0)
 
 
@@ -46,10 +47,14 @@ def _any(w: Float[Array, "*t d"], x: Float[Array, "n d"]) -> Bool[Array, "n ..."
     return x @ w.T > -jnp.abs(w).sum(-1)
 
 
-def _stacked(owner: str, dim: int, count: int, rows: Iterable) -> Float[Array, "f d"]:
-    """The rows of a table. Raises ValueError, before any is made, if they are too many."""
+def _check_size(owner: str, dim: int, count: int) -> None:
     if count > MOST_FUNCTIONS:
         raise ValueError(f"{owner}: dim is {dim}, for {count} functions: need one with at most 2**20 for their table")
+
+
+def _stacked(owner: str, dim: int, count: int, rows: Iterable) -> Float[Array, "f d"]:
+    """The rows of a table. Raises ValueError, before any is made, if they are too many."""
+    _check_size(owner, dim, count)
     return jnp.asarray(np.array(list(rows)), float)
 
 
@@ -64,6 +69,23 @@ def _literal_table(
     return w, of_places - (0 if monotone else inside * jnp.log(2))
 
 
+def _products(
+    owner: str, dim: int, *tables: tuple[Array, Float[Array, " f"]]
+) -> tuple[list[Array], Float[Array, " p"]]:
+    """Every choice of one row from each of several tables: (the rows of each, the sum of their log-probabilities)."""
+    sizes = tuple(len(log_prior) for _, log_prior in tables)
+    _check_size(owner, dim, math.prod(sizes))
+    chosen = list(zip(tables, jnp.unravel_index(jnp.arange(math.prod(sizes)), sizes), strict=True))
+    total = jnp.stack([log_prior[i] for (_, log_prior), i in chosen]).sum(0)
+    return [rows[i] for (rows, _), i in chosen], total
+
+
+def _uniform(values: Iterable[float]) -> tuple[Float[Array, " f"], Float[Array, " f"]]:
+    """A table of numbers that are as likely."""
+    values = jnp.asarray(list(values))
+    return values, jnp.full(len(values), -math.log(len(values)))
+
+
 def _subset_table(owner: str, name: str, dim: int, size: int) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
     """Every set of `size` coordinates, and its log-probability."""
     check_count(f"{owner}: {name}", size, dim)
@@ -71,6 +93,16 @@ def _subset_table(owner: str, name: str, dim: int, size: int) -> tuple[Float[Arr
     subsets = itertools.combinations(range(dim), size)
     rows = (np.isin(np.arange(dim), subset) for subset in subsets)
     return _stacked(owner, dim, count, rows), jnp.full(count, -math.log(count))
+
+
+def _table_of_terms(
+    owner: str, dim: int, terms: int, probability: Any, monotone: bool
+) -> tuple[tuple[Float[Array, "f t d"], Int[Array, " f"]], Float[Array, " f"]]:
+    """Every sequence of so many sets of literals with each of them chosen, and its log-probability."""
+    _check_size(owner, dim, terms * (2 if monotone else 3) ** (dim * terms))
+    each = _literal_table(owner, dim, probability, monotone)
+    (*rows, chosen), log_prior = _products(owner, dim, *[each] * terms, _uniform(range(terms)))
+    return (jnp.stack(rows, 1), chosen), log_prior
 
 
 @part
@@ -158,7 +190,7 @@ class SparseDisjunction(Plantable, Finite):
 
 
 @part
-class DNF(Plantable, Teachable):
+class DNF(Plantable, Teachable, Finite):
     """1 where some of a few conjunctions is true, each coordinate being in each term with the given probability.
 
     Its parameters are the terms [terms, d] and the one that planted examples of this prompt satisfy. The lesson of a
@@ -200,9 +232,12 @@ class DNF(Plantable, Teachable):
         belongs = jnp.concatenate([jnp.ones((self.terms, 1), bool), terms != 0], 1)
         return rows.reshape(-1, dim), belongs.reshape(-1)
 
+    def table(self, dim: int) -> tuple[tuple[Array, Array], Float[Array, " f"]]:
+        return _table_of_terms("DNF", dim, self.terms, self.probability, self.monotone)
+
 
 @part
-class CNF(Plantable):
+class CNF(Plantable, Finite):
     """1 where all of a few disjunctions are true, each coordinate being in each clause with the given probability.
 
     Its parameters are the clauses [clauses, d] and the one that planted examples of this prompt falsify.
@@ -226,6 +261,9 @@ class CNF(Plantable):
         clauses, chosen = f
         return -clauses[chosen]
 
+    def table(self, dim: int) -> tuple[tuple[Array, Array], Float[Array, " f"]]:
+        return _table_of_terms("CNF", dim, self.clauses, self.probability, False)
+
 
 @part
 class Majority(Finite):
@@ -248,7 +286,7 @@ class Majority(Finite):
 
 
 @part
-class IntegerHalfspace(Function):
+class IntegerHalfspace(Finite):
     """sign(w·x − 1/2) with the weights uniform integers from −most to most."""
 
     signs: ClassVar[bool] = True
@@ -264,9 +302,15 @@ class IntegerHalfspace(Function):
     def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
         return _signs(x @ f > 0.5)
 
+    def table(self, dim: int) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
+        values = range(-self.most, self.most + 1)
+        count = len(values) ** dim
+        w = _stacked("IntegerHalfspace", dim, count, itertools.product(values, repeat=dim))
+        return w, jnp.full(count, -math.log(count))
+
 
 @part
-class SparseThreshold(Function):
+class SparseThreshold(Finite):
     """sign(w·x − t) with w as that of a `Conjunction` and t uniform in {−5/2, −3/2, −1/2, 1/2, 3/2, 5/2}."""
 
     signs: ClassVar[bool] = True
@@ -283,6 +327,11 @@ class SparseThreshold(Function):
     def __call__(self, f: tuple[Array, Array], x: Float[Array, "n d"]) -> Float[Array, " n"]:
         w, threshold = f
         return _signs(x @ w > threshold)
+
+    def table(self, dim: int) -> tuple[tuple[Array, Array], Float[Array, " f"]]:
+        weights = _literal_table("SparseThreshold", dim, self.probability, False)
+        (w, threshold), log_prior = _products("SparseThreshold", dim, weights, _uniform(np.arange(-3, 3) + 0.5))
+        return (w, threshold), log_prior
 
 
 def _odd(subset: Float[Array, " d"], x: Float[Array, "n d"]) -> Bool[Array, " n"]:

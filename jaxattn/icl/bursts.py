@@ -105,13 +105,13 @@ class ItemLabels:
         x, classes, labels = jax.vmap(self._one)(jax.random.split(key, batch))
         last = jnp.arange(self.length) == self.length - 1
         y = jnp.where(last, labels[:, -1:], 0)
-        return Prompt(x, y, jnp.broadcast_to(last.astype(jnp.float32), y.shape), y, (classes, labels))
+        return Prompt(x, y, jnp.broadcast_to(last.astype(float), y.shape), y, (classes, labels))
 
     def _one(self, key: PRNGKeyArray) -> tuple[Float[Array, "t p"], Int[Array, " n"], Int[Array, " n"]]:
         keys = jax.random.split(key, 10)
         count, dim = self.items + 1, self.means.shape[1]
-        bursty = jax.random.bernoulli(keys[0], self.bursty)
-        novel = bursty & jax.random.bernoulli(keys[1], self.novel)
+        bursty = jax.random.bernoulli(keys[0], jnp.asarray(self.bursty, float))
+        novel = bursty & jax.random.bernoulli(keys[1], jnp.asarray(self.novel, float))
         # Each item takes one of N + 1 classes: its own, or that of its burst.
         bursts = jax.random.permutation(keys[2], jnp.arange(self.items) // self.burst)
         of_query = bursts[jax.random.randint(keys[3], (), 0, self.items)]
@@ -120,15 +120,15 @@ class ItemLabels:
             takes = takes.at[-1].set(self.items)
         classes = self._classes(keys[4], count)
         fresh = jax.random.normal(keys[5], (count, dim)) / dim**0.5
-        means = jnp.where(novel, fresh, self.means[classes])
+        means = jnp.where(novel, fresh, jnp.asarray(self.means)[classes])
         known = (classes + self.shift) % len(self.labels)
         labels = jnp.where(novel, jax.random.randint(keys[6], (count,), 0, len(self.labels)), known)
         off = self.noise * jax.random.normal(keys[7], (count, dim)) / dim**0.5
         items = (means[takes] + off) / jnp.sqrt(1 + self.noise**2)
         for_whether, for_which = jax.random.split(keys[9])
-        wrong = jax.random.bernoulli(for_whether, self.label_noise, (count,))
+        wrong = jax.random.bernoulli(for_whether, jnp.asarray(self.label_noise, float), (count,))
         said = jnp.where(wrong, jax.random.randint(for_which, (count,), 0, len(self.labels)), labels[takes])
-        content = jnp.stack([items, self.labels[said]], 1).reshape(2 * count, dim)[:-1]
+        content = jnp.stack([items, jnp.asarray(self.labels)[said]], 1).reshape(2 * count, dim)[:-1]
         start = jax.random.randint(keys[8], (), 0, self.positions - self.length + 1)
         places = jax.nn.one_hot(start + jnp.arange(self.length), self.positions)
         return jnp.concatenate([places, content], -1), jnp.where(novel, -1, classes)[takes], labels[takes]

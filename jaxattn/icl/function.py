@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxattn.core.parts import check_static_int, part
 from jaxattn.icl.inputs import check_covariance, check_dimension, root
 from jaxattn.icl.task import Function
+from jaxattn.icl.teaching import Plantable
 
 
 class Finite(Function):
@@ -88,7 +89,7 @@ class Pool(Finite):
 
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
         self._check(dim)
-        return self.weights[jax.random.randint(key, (), 0, len(self.weights))]
+        return jnp.asarray(self.weights)[jax.random.randint(key, (), 0, len(self.weights))]
 
     def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, " n"]:
         return x @ f
@@ -98,8 +99,9 @@ class Pool(Finite):
         return self.weights, jnp.full(len(self.weights), -math.log(len(self.weights)))
 
     def _check(self, dim: int) -> None:
-        if self.weights.ndim != 2 or self.weights.shape[1] != dim:
-            raise ValueError(f"Pool: weights has shape {self.weights.shape}: need [M, {dim}]")
+        shape = jnp.shape(self.weights)
+        if len(shape) != 2 or shape[1] != dim:
+            raise ValueError(f"Pool: weights has shape {shape}: need [M, {dim}]")
 
 
 @part
@@ -225,11 +227,14 @@ class ScaledValues(Function):
 
 
 @part
-class OneOf(Function):
+class OneOf(Plantable):
     """A mixture: each prompt's function is drawn from one of several priors, with the given probabilities.
 
-    Its parameters are (index of the prior, parameters drawn from each). Raises ValueError for no functions,
-    probabilities that are not as many or do not sum to 1, and values ±1 mixed with real ones.
+    Its parameters are (index of the prior, parameters drawn from each). Planted examples follow the pattern of the one
+    that was drawn.
+
+    Raises ValueError for no functions, probabilities that are not as many or do not sum to 1, and values ±1 mixed with
+    real ones or numbers with vectors; TypeError for the pattern of functions without one.
     """
 
     functions: tuple[Function, ...]
@@ -256,4 +261,16 @@ class OneOf(Function):
 
     def __call__(self, f: tuple[Array, tuple], x: Float[Array, "n d"]) -> Float[Array, "n ..."]:
         index, parameters = f
-        return jnp.stack([each(p, x) for each, p in zip(self.functions, parameters, strict=True)])[index]
+        values = [each(p, x) for each, p in zip(self.functions, parameters, strict=True)]
+        if len({each.shape for each in values}) > 1:
+            raise ValueError(f"OneOf: functions has values of shapes {[each.shape[1:] for each in values]}: need one")
+        return jnp.stack(values)[index]
+
+    def pattern(self, f: tuple[Array, tuple]) -> Float[Array, " d"]:
+        index, parameters = f
+        patterns = []
+        for each, p in zip(self.functions, parameters, strict=True):
+            if not isinstance(each, Plantable):
+                raise TypeError(f"OneOf: {type(each).__name__} has no pattern: need Plantable functions")
+            patterns.append(each.pattern(p))
+        return jnp.stack(patterns)[index]

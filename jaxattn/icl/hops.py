@@ -43,7 +43,7 @@ class RetrievalChain:
         x, answer, hops = jax.vmap(self._one)(jax.random.split(key, batch))
         last = jnp.arange(x.shape[1]) == x.shape[1] - 1
         y = jnp.where(last, answer[:, None], 0)
-        return Prompt(x, y, jnp.broadcast_to(last.astype(jnp.float32), x.shape), y, hops)
+        return Prompt(x, y, jnp.broadcast_to(last.astype(float), x.shape), y, hops)
 
     def _one(self, key: PRNGKeyArray) -> tuple[Int[Array, " t"], Int[Array, ""], Int[Array, ""]]:
         for_map, for_order, for_hops, for_query = jax.random.split(key, 4)
@@ -89,8 +89,10 @@ def echo_accuracy(symbols: int, hops: int) -> float:
     """P(π^h(q) = q) for a uniform permutation of n symbols: the share of 1 .. n that divides h.
 
     The cycle of a symbol is of every length from 1 to n with probability 1/n, and h steps end where they began if it
-    divides h: 1/n for one hop, 2/n for two.
+    divides h: 1/n for one hop, 2/n for two. Raises ValueError for no symbols, and for fewer than no hops.
     """
+    check_static_int("echo_accuracy", "symbols", symbols, 1)
+    check_static_int("echo_accuracy", "hops", hops, 0)
     return sum(hops % cycle == 0 for cycle in range(1, symbols + 1)) / symbols
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxattn.core.parts import check_static_int, part
+from jaxattn.core.parts import check_static_int, part, ratio
 from jaxattn.icl.task import Function, Inputs, Query
 
 
@@ -15,8 +15,8 @@ from jaxattn.icl.task import Function, Inputs, Query
 class Gaussian(Inputs):
     """x ~ N(mean, Σ), independent; Σ [d, d] is the identity and the mean [d] is 0 if not given.
 
-    Raises ValueError for a covariance of another shape, or (where its numbers are known) one that is not symmetric
-    with eigenvalues from 0 on.
+    Raises ValueError for a mean of another shape, and for a covariance of another shape, or (where its numbers are
+    known) one that is not symmetric with eigenvalues from 0 on. A singular one is legal: x stays in its range.
     """
 
     dim: int
@@ -27,16 +27,36 @@ class Gaussian(Inputs):
         check_static_int("Gaussian", "dim", self.dim, 1)
         if self.covariance is not None:
             check_covariance("Gaussian", self.covariance, self.dim)
+        _check_vector("Gaussian: mean", self.mean, self.dim)
 
     def draw(self, key: PRNGKeyArray, length: int, function: Function, f: Any) -> Float[Array, "n d"]:
         z = jax.random.normal(key, (length, self.dim))
         return self.mean + (z if self.covariance is None else z @ root(self.covariance).astype(z.dtype))
 
 
+def _check_vector(name: str, vector: Any, dim: int) -> None:
+    """Raises ValueError unless this is a number or a vector of so many."""
+    if jnp.shape(vector) not in ((), (dim,)):
+        raise ValueError(f"{name} has shape {jnp.shape(vector)}: need ({dim},)")
+
+
+@jax.custom_jvp
 def root(covariance: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """Σ^½, the symmetric root of a covariance, which may be singular."""
+    """Σ^½, the symmetric root of a covariance, which may be singular and have eigenvalues that are equal.
+
+    Its derivative solves R dR + dR R = dΣ: dR_ij = dΣ_ij / (√λ_i + √λ_j) in the eigenbasis, and 0 where both are 0.
+    """
     values, vectors = jnp.linalg.eigh(covariance)
     return (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T
+
+
+@root.defjvp
+def _(primals, tangents):
+    (covariance,), (change,) = primals, tangents
+    values, vectors = jnp.linalg.eigh(covariance)
+    roots = jnp.sqrt(jnp.maximum(values, 0))
+    inside = vectors.T @ ((change + change.T) / 2) @ vectors
+    return (vectors * roots) @ vectors.T, vectors @ ratio(inside, roots[:, None] + roots) @ vectors.T
 
 
 def check_covariance(owner: str, covariance: Any, dim: int | None = None) -> None:
@@ -125,11 +145,14 @@ class Orthant(Inputs):
 
 @part
 class Scaled(Inputs):
-    """x = scale · x' + shift with x' of other inputs."""
+    """x = scale · x' + shift with x' of other inputs. Raises ValueError for a shift of another shape."""
 
     inputs: Inputs
     scale: Float[Array, ""] | float = 1.0
     shift: Float[Array, " d"] | float = 0.0
+
+    def __post_init__(self):
+        _check_vector("Scaled: shift", self.shift, self.dim)
 
     @property
     def dim(self) -> int:  # type: ignore[override]

@@ -8,6 +8,7 @@ All raise ValueError for dimensions below 1, negative variances, and matrices th
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -94,17 +95,19 @@ def mean_path_bias(
     psi2: Number = 1.0,
     start: Matrix | None = None,
 ) -> Float[Array, ""]:
-    """The excess risk of E Γ_T, exact: Σ_ij λ_i c_j Π_t (1 − g_t λ_i c_j)² (Γ_0 − Γ*)_ij² in the eigenbasis of Σ.
+    """The excess risk of E Γ_T, exact: tr(Σ D_T C_n D_Tᵀ) with D_t = D_{t−1} − g_t Σ D_{t−1} C_n and D_0 = Γ_0 − Γ*.
 
-    E Γ_t − Γ* is multiplied by (1 − g_t λ_i c_j) at each task, with λ, c the eigenvalues of Σ and C_n. Since risks are
-    convex the mean excess of Γ_T is never less. Γ_0 is 0 unless given.
+    In the eigenbasis of Σ it is Σ_ij λ_i c_j Π_t (1 − g_t λ_i c_j)² (Γ_0 − Γ*)_ij², with λ, c the eigenvalues of Σ and
+    C_n. Since risks are convex the mean excess of Γ_T is never less. Γ_0 is 0 unless given.
     """
-    offset = lsa_optimum(covariance, n, sigma2, psi2)
-    offset = offset if start is None else offset - start
-    values, vectors = jnp.linalg.eigh(covariance)
-    curvature = values[:, None] * _moments_of(values, n, sigma2, psi2)
-    shrunk = jnp.prod(1 - rates[:, None, None] * curvature, axis=0) * (vectors.T @ offset @ vectors)
-    return (curvature * shrunk**2).sum()
+    optimum, moments = (f(covariance, n, sigma2, psi2) for f in (lsa_optimum, moment_matrix))
+    offset = -optimum if start is None else start - optimum
+
+    def after(offset: Matrix, rate: Array) -> tuple[Matrix, None]:
+        return offset - rate * covariance @ offset @ moments, None
+
+    offset, _ = jax.lax.scan(after, offset, rates)
+    return jnp.trace(covariance @ offset @ moments @ offset.T)
 
 
 def _moments_of(values: Float[Array, " d"], n: int, sigma2: Any, psi2: Any) -> Float[Array, " d"]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxattn.core.parts import check_static_int, part
-from jaxattn.icl.predict import Predictor
+from jaxattn.icl.predict import Predictor, check_single
 
 
 @part
@@ -44,6 +44,7 @@ class MajorityLabel(Predictor):
     """The sign of the sum of the labels ±1, whatever x is: 0 on a tie."""
 
     def answer(self, x, y, seen, query):
+        check_single("MajorityLabel", y)
         return jnp.sign(jnp.where(seen, y, 0).sum())
 
 
@@ -66,6 +67,7 @@ class GreedyTree(Predictor):
         check_static_int("GreedyTree", "depth", self.depth, 0)
 
     def answer(self, x, y, seen, query):
+        check_single("GreedyTree", y)
         here = seen
         for _ in range(self.depth):
             split = _best_split(x, y, here) if self.threshold is None else _best_at(self.threshold, x, y, here)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxattn.core.parts import check_positive, check_static_int, part
-from jaxattn.icl.predict import Predictor, shown
+from jaxattn.core.parts import check_positive, check_range, check_static_int, part
+from jaxattn.icl.predict import Predictor, check_single, shown
 
 
 @part
@@ -26,6 +26,7 @@ class NetworkByAdam(Predictor):
         check_static_int("NetworkByAdam", "hidden", self.hidden, 1)
         check_static_int("NetworkByAdam", "steps", self.steps, 1)
         check_positive("NetworkByAdam", "rate", self.rate)
+        check_range("NetworkByAdam: rate", self.rate, lambda x: x > 0, "above 0")
 
     def start(self, dim: int) -> dict[str, Array]:
         """The weights before training."""
@@ -61,6 +62,7 @@ class NetworkByAdam(Predictor):
         return weights
 
     def answer(self, x, y, seen, query):
+        check_single("NetworkByAdam", y)
         return jnp.where(seen.any(), network(self.trained(x, y, seen), query), 0)
 
 

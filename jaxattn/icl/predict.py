@@ -32,8 +32,16 @@ class Predictor(abc.ABC):
     def after(
         self, x: Float[Array, "b n d"], y: Float[Array, "b n *m"], lengths: Sequence[int]
     ) -> Float[Array, "b l *m"]:
-        """The answers after those numbers of examples alone, `self(x, y)[:, lengths]`, at their share of the cost."""
-        last = jnp.asarray(lengths)
+        """The answers after those numbers of examples alone, `self(x, y)[:, lengths]`, at their share of the cost.
+
+        Raises ValueError for numbers below 0, and for N or more: there is no question after the last.
+        """
+        if not all(0 <= length < x.shape[1] for length in lengths):
+            raise ValueError(f"lengths is {list(lengths)}: need numbers from 0 to {x.shape[1] - 1}, one below the x")
+        if not x.shape[1]:
+            return y
+        x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)
+        last = jnp.asarray(lengths, int)
         seen = jnp.arange(x.shape[1]) < last[:, None]
         return jax.vmap(lambda x, y: jax.vmap(lambda seen, i: self.answer(x, y, seen, x[i]))(seen, last))(x, y)
 
@@ -41,6 +49,12 @@ class Predictor(abc.ABC):
 def shown(x: Array, y: Array, seen: Bool[Array, " n"]) -> tuple[Array, Array]:
     """The examples, with zeros for those that are not seen: they drop out of XᵀX and Xᵀy."""
     return jnp.where(seen[:, None], x, 0), jnp.where(seen.reshape(-1, *(1,) * (y.ndim - 1)), y, 0)
+
+
+def check_single(owner: str, y: Array) -> None:
+    """Raises ValueError for answers of several channels."""
+    if y.ndim > 1:
+        raise ValueError(f"{owner}: the answers have shape {y.shape[1:]}: need numbers")
 
 
 def interleaved(

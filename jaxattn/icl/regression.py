@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxattn.core.parts import check_positive, check_range, check_static_int, part, ratio
 from jaxattn.icl.inputs import check_covariance, check_dimension, root
-from jaxattn.icl.predict import Predictor, shown
+from jaxattn.icl.predict import Predictor, check_single, shown
 
 
 @part
@@ -43,7 +43,8 @@ class Ridge(Predictor):
     """ŷ = ŵ·x with ŵ = argmin Σ_j (y_j − w·x_j)² + penalty · wᵀ C⁻¹ w = (XᵀX + penalty C⁻¹)⁻¹ Xᵀ y.
 
     With penalty = σ²/ψ² it is the Bayes answer for w ~ N(0, ψ² C) under noise of variance σ². C is the identity if not
-    given. It is computed as C^½ (C^½ XᵀX C^½ + penalty)⁻¹ C^½ Xᵀ y, so C may be singular.
+    given, and may be singular: it is the least squares of X C^½ and of d more examples √penalty e_k whose answer is 0,
+    by a QR decomposition, which does not square the condition number. So small penalties may be asked for too.
 
     Raises ValueError for a penalty that is not positive (for none, `LeastSquares`) and for what is no covariance, where
     their numbers are known, and when it answers in another dimension.
@@ -64,8 +65,9 @@ class Ridge(Predictor):
             check_dimension("Ridge", self.covariance, x.shape[1])
             half = root(self.covariance).astype(x.dtype)
             x, query = x @ half, query @ half
-        gram = x.T @ x + self.penalty * jnp.eye(x.shape[1], dtype=x.dtype)
-        return query @ jax.scipy.linalg.solve(gram, x.T @ y, assume_a="pos")
+        penalty = jnp.maximum(jnp.asarray(self.penalty, x.dtype), jnp.finfo(x.dtype).tiny)
+        q, r = jnp.linalg.qr(jnp.concatenate([x, jnp.sqrt(penalty) * jnp.eye(x.shape[1], dtype=x.dtype)]))
+        return query @ jax.scipy.linalg.solve_triangular(r, q[: len(x)].T @ y)
 
 
 @part
@@ -107,4 +109,5 @@ class Lasso(Predictor):
         return jax.lax.fori_loop(0, self.sweeps, sweep, jnp.zeros_like(target))
 
     def answer(self, x, y, seen, query):
+        check_single("Lasso", y)
         return query @ self.weights(x, y, seen)

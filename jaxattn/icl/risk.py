@@ -1,6 +1,7 @@
 """Risk curves: how wrong predictors are on a task, by the number of examples they have seen, with standard errors."""
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -69,13 +70,19 @@ def compare(
     All predictors answer the same prompts. With `excess` the truth is the answer without noise: E (ŷ − f(x))², the
     risk less the variance of the noise. For a task with its own query, prompts of every length are drawn by themselves.
 
-    Raises ValueError for no lengths or negative ones, and for fewer than two prompts; what is not a predictor raises
-    what its call does. TypeError for a task without `with_length`, whose prompts have one length: those of tokens and
-    of items do not ask after every number of examples.
+    Raises ValueError for no lengths or negative ones, for those where an answer of the task does not count, for fewer
+    than two prompts, and for answers of another shape than the truth; what is not a predictor raises what its call
+    does. TypeError for lengths that are no integers, predictors without names, and a task without `with_length`, whose
+    prompts have one length: those of tokens and of items do not ask after every number of examples.
     """
     if not hasattr(task, "with_length"):
         raise TypeError(f"task is {type(task).__name__}: need one with with_length(length), such as FunctionTask")
-    lengths = tuple(int(length) for length in lengths)
+    if not isinstance(predictors, Mapping):
+        raise TypeError(f"predictors is a {type(predictors).__name__}: need a mapping of names to predictors")
+    try:
+        lengths = tuple(operator.index(length) for length in lengths)
+    except TypeError:
+        raise TypeError(f"lengths is {lengths!r}: need integers") from None
     if not lengths or min(lengths) < 0:
         raise ValueError(f"lengths is {list(lengths)}: need numbers of examples, from 0 on")
     if batch < 1 or batches < 1 or batch * batches < 2:
@@ -85,6 +92,10 @@ def compare(
     measured: dict[str, list[np.ndarray]] = {name: [] for name in predictors}
     for group in [lengths] if together else [(length,) for length in lengths]:
         longer = task.with_length(max(group) + 1)
+        weights = jax.jit(lambda key, longer=longer: longer.sample(key, batch).weights)(keys[0])
+        counts = set(np.flatnonzero((np.asarray(weights) > 0).all(0)))
+        if idle := sorted(set(group) - counts):
+            raise ValueError(f"lengths holds {idle[0]}: not every answer of {type(task).__name__} counts there")
 
         def losses(predictor: Callable[..., Any], key: PRNGKeyArray, longer=longer, group=group) -> Array:
             prompt: Prompt = longer.sample(key, batch)
@@ -92,9 +103,10 @@ def compare(
             if isinstance(predictor, Predictor):
                 answers = predictor.after(prompt.x, prompt.y, group)
             else:
-                answers = predictor(prompt.x, prompt.y)[:, list(group)]
-            if answers.shape != truth.shape:
-                raise ValueError(f"a predictor answers {answers.shape} where the answers are {truth.shape}")
+                answers = predictor(prompt.x, prompt.y)
+                if answers.shape != prompt.y.shape:
+                    raise ValueError(f"a predictor answers {answers.shape} where the answers are {prompt.y.shape}")
+                answers = answers[:, list(group)]
             each = loss(answers, truth)
             return jnp.stack([each.mean(0), ((each - each.mean(0)) ** 2).sum(0)])
 

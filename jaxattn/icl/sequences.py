@@ -43,7 +43,8 @@ class AssociativeRecall:
     random_fill: bool = False
 
     def __post_init__(self):
-        check_static_int("AssociativeRecall", "pairs", self.pairs, 1)
+        for name in ("pairs", "length", "keys", "values"):
+            check_static_int("AssociativeRecall", name, getattr(self, name), 1)
         if self.length % 2 or self.length < 4 * self.pairs:
             given = f"length is {self.length} for {self.pairs} pairs"
             raise ValueError(f"AssociativeRecall: {given}: need an even number, 4 per pair or more")
@@ -56,7 +57,7 @@ class AssociativeRecall:
         for_keys, for_values, for_slots = jax.random.split(key, 3)
 
         def some(key: PRNGKeyArray, count: int) -> Int[Array, "b n"]:
-            return jax.random.uniform(key, (batch, count)).argsort(-1)[:, : self.pairs]
+            return jax.random.uniform(key, (batch, count)).argsort(-1)[:, : self.pairs].astype(jnp.int32)
 
         asked = 1 + some(for_keys, self.keys)
         answers = 1 + self.keys + some(for_values, self.values)
@@ -107,7 +108,7 @@ class Copying:
         return Prompt(
             x=jnp.concatenate([string, mark, string[:, :-1]], -1),
             y=targets,
-            weights=jnp.broadcast_to(second.astype(jnp.float32), targets.shape),
+            weights=jnp.broadcast_to(second.astype(float), targets.shape),
             clean=targets,
         )
 
@@ -148,7 +149,7 @@ class RepeatedBlock:
         index = jnp.arange(self.length)
         string = jnp.take_along_axis(block, index % period, 1)
         x = jnp.pad(string[:, :-1], ((0, 0), (1, 0)), constant_values=self.letters)
-        return Prompt(x, string, (index > period).astype(jnp.float32), string, period[:, 0])
+        return Prompt(x, string, (index > period).astype(float), string, period[:, 0])
 
 
 @part

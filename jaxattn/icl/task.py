@@ -102,8 +102,8 @@ class FunctionTask:
         return jax.vmap(self._one)(jax.random.split(key, batch))
 
     def with_length(self, length: int) -> "FunctionTask":
-        """The same task with prompts of another length."""
-        return dataclasses.replace(self, length=length)
+        """The same task with prompts of another length, all of whose `points` count."""
+        return dataclasses.replace(self, length=length, points=None)
 
     def _one(self, key: PRNGKeyArray) -> Prompt:
         for_function, for_inputs, for_query, for_noise = jax.random.split(key, 4)
@@ -122,7 +122,7 @@ class FunctionTask:
             weights = jnp.where(index < self.points, weights, 0)
         clean = self.function(f, x)
         if self.function.signs:
-            y = jnp.where(jax.random.bernoulli(for_noise, self.noise, clean.shape), -clean, clean)
+            y = jnp.where(jax.random.bernoulli(for_noise, jnp.asarray(self.noise, float), clean.shape), -clean, clean)
         else:
             y = clean + self.noise * jax.random.normal(for_noise, clean.shape, clean.dtype)
         return Prompt(x, y, weights, clean, f)

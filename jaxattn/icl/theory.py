@@ -68,8 +68,9 @@ def ridge_excess(
 ) -> Float[Array, ""]:
     """`Ridge(penalty)`: E Σ_k (psi2 penalty² + sigma2 λ_k) / (λ_k + penalty)² over the eigenvalues λ of XᵀX.
 
-    Exact for every n and d (`wishart.py`); to ten digits for penalties above 1e−4. The penalty unless given is
-    sigma2 / psi2, that of the Bayes answer: then it is sigma2 E tr (XᵀX + penalty)⁻¹, the least risk of all predictors.
+    Exact for every n and d (`wishart.py`): to ten digits in float64 for penalties above 1e−4, to six in float32. The
+    penalty unless given is sigma2 / psi2, that of the Bayes answer: then it is sigma2 E tr (XᵀX + penalty)⁻¹, the least
+    risk of all predictors.
     Raises ValueError for a penalty that is not positive (for none, `ols_excess`).
     """
     check_setting("ridge_excess", d, n, sigma2, psi2)

@@ -55,6 +55,20 @@ def test_bayes_of_conjunctions_has_its_known_accuracy_and_beats_a_neighbour():
     assert (neighbour.mean - bayes.mean > 4 * (neighbour.error + bayes.error))[2:].all()
 
 
+def test_a_query_that_is_not_planted_tells_nothing_of_the_function():
+    """p(w) p(x_1 | w) p(y_1 | w, x_1), without p(x_2 | w), in plain Python."""
+    task = icl.FunctionTask(icl.Conjunction(0.4), icl.Planted(icl.Signs(3), 0.25), 2, query=icl.Fresh())
+    x = np.array([[1.0, 1.0, -1.0], [-1.0, 1.0, 1.0]])
+    total = mean = 0.0
+    for w in itertools.product((-1, 0, 1), repeat=3):
+        size = sum(each != 0 for each in w)
+        first, second = (all(row[j] == w[j] for j in range(3) if w[j]) for row in x)
+        posterior = 0.6 ** (3 - size) * 0.2**size * (0.75 / 8 + 0.25 * first / 2 ** (3 - size)) * first
+        total, mean = total + posterior, mean + posterior * (1 if second else -1)
+    answers = ANSWER(icl.BayesFinite.of(task), jnp.asarray(x)[None], jnp.ones((1, 2)))
+    assert answers[0, 1] == pytest.approx(mean / total, abs=140 * EPS)
+
+
 def test_bayes_that_does_not_know_of_planting_is_worse():
     knowing = icl.BayesFinite.of(CONJUNCTIONS)
     table = mistakes(CONJUNCTIONS, {"knows": knowing, "not": dataclasses.replace(knowing, planted=None)}, (0,))
@@ -72,7 +86,17 @@ def test_bayes_of_sparse_parity_has_its_known_accuracy():
         assert abs(1 - mean - known) < 4 * 2**0.5 * error + 0.0005
 
 
-@pytest.mark.parametrize("function", [icl.Disjunction(0.5), icl.SparseDisjunction(2), icl.Majority(0.5)])
+@pytest.mark.parametrize(
+    "function",
+    [
+        icl.Disjunction(0.5),
+        icl.SparseDisjunction(2),
+        icl.Majority(0.5),
+        icl.SparseThreshold(0.5),
+        icl.IntegerHalfspace(1),
+        icl.DNF(2, 0.4, monotone=True),
+    ],
+)
 def test_bayes_is_right_about_its_own_mistakes(function):
     """The probability of a mistake that it states, (1 − |E f(x)|) / 2, is how often it is wrong."""
     task = icl.FunctionTask(function, icl.Signs(4), 7, noise=0.1)

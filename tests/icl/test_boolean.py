@@ -218,6 +218,22 @@ def test_noise_flips_labels_as_often_as_it_says():
     assert abs(flipped - 0.2) < 4 * (0.2 * 0.8 / prompt.y.size) ** 0.5
 
 
+@pytest.mark.parametrize("function", [icl.Conjunction(1), icl.DNF(2, 1), icl.Majority(0), icl.Parity()])
+def test_probabilities_may_be_integers(function):
+    prompt = drawn(function, icl.Planted(icl.Signs(4), 1) if isinstance(function, icl.DNF) else icl.Signs(4), noise=0)
+    np.testing.assert_array_equal(prompt.y, prompt.clean)
+
+
+def test_a_mixture_is_planted_with_the_pattern_of_the_one_that_was_drawn():
+    """Where all examples are planted, conjunctions are always true and disjunctions never."""
+    prompt = drawn(icl.OneOf((icl.Conjunction(), icl.Disjunction())), icl.Planted(icl.Signs(4), 1.0))
+    index, _ = prompt.hidden
+    np.testing.assert_array_equal(prompt.y, np.broadcast_to(np.where(index == 0, 1, -1)[:, None], prompt.y.shape))
+    assert {0, 1} == set(np.asarray(index).tolist())
+    with pytest.raises(TypeError, match="OneOf: Parity has no pattern: need Plantable functions"):
+        drawn(icl.OneOf((icl.Conjunction(), icl.Parity())), icl.Planted(icl.Signs(4)))
+
+
 def test_every_table_holds_its_whole_prior():
     """Probabilities that sum to 1, and draws that follow them.
 
@@ -231,11 +247,19 @@ def test_every_table_holds_its_whole_prior():
         (icl.Majority(), 4),
         (icl.Parity(), 4),
         (icl.SparseParity(), 5),
+        (icl.IntegerHalfspace(2), 3),
+        (icl.SparseThreshold(0.4), 2),
+        (icl.DNF(2, 0.4), 2),
+        (icl.DNF(2, 0.4, monotone=True), 3),
+        (icl.CNF(2, 0.4), 2),
     ):
-        table, log_prior = (np.asarray(each) for each in function.table(dim))
+        # What a function is, as one vector: the parameters are one array or several.
+        flat = jax.vmap(lambda f: jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(f)]))
+        parameters, log_prior = function.table(dim)
+        table, log_prior = np.asarray(flat(parameters)), np.asarray(log_prior)
         assert np.exp(log_prior).sum() == pytest.approx(1, abs=len(table) * EPS)
         draws = jax.vmap(lambda key: function.draw(key, dim, dim))(jax.random.split(jax.random.key(3), 4000))  # noqa: B023
-        shares = (np.asarray(draws)[:, None] == table).all(-1).mean(0)
+        shares = (np.asarray(flat(draws))[:, None] == table).all(-1).mean(0)
         chances = np.exp(log_prior)
         count = len(table)
         chi = 4000 * ((shares - chances) ** 2 / chances).sum()
@@ -266,6 +290,10 @@ def test_what_cannot_be_is_refused():
         drawn(icl.DNF(), icl.Teaching(icl.Signs(4)))
     with pytest.raises(ValueError, match="dim is 28, for 22876792454961 functions: need one with at most"):
         icl.Conjunction().table(28)
+    with pytest.raises(ValueError, match="DNF: dim is 6, for 1162261467 functions: need one with at most"):
+        icl.DNF().table(6)
+    with pytest.raises(ValueError, match="IntegerHalfspace: dim is 8, for 5764801 functions: need one with at most"):
+        icl.IntegerHalfspace().table(8)
     for make, words in (
         (lambda: icl.Planted(icl.Signs(4), 1.5), r"Planted: probability holds 1\.5: need numbers from 0 to 1"),
         (lambda: icl.Signs(0), "dim must be at least 1, got 0"),

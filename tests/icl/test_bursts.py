@@ -168,6 +168,13 @@ def test_arrays_are_leaves_and_sizes_are_not():
     assert jax.tree.structure(dataclasses.replace(TASK, burst=2)) != jax.tree.structure(TASK)
 
 
+def test_probabilities_may_be_integers_and_vectors_those_of_numpy():
+    integers = {"bursty": 1, "novel": 1, "noise": 0, "label_noise": 0}
+    task = dataclasses.replace(TASK, means=np.asarray(TASK.means), labels=np.asarray(TASK.labels), **integers)
+    floats = dataclasses.replace(TASK, **{name: float(value) for name, value in integers.items()})
+    np.testing.assert_array_equal(SAMPLE(task, jax.random.key(0), 4).x, SAMPLE(floats, jax.random.key(0), 4).x)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

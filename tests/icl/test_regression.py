@@ -57,6 +57,37 @@ def test_ridge_is_the_posterior_mean_also_of_a_singular_prior(x64, rank):
     np.testing.assert_allclose(answer(ridge, x, y, seen, query), query @ posterior, rtol=1e-9)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1e-4, 1e-8, 1e-20, 1e-40])
+def test_ridge_of_small_penalties_is_finite_and_right(penalty):
+    """12 examples in 20 dimensions, in float32: a backward stable solution of the system with the rows √penalty e_k.
+
+    Its error is within a small multiple of ε κ ‖w‖ ‖x‖, κ the condition number on the range; outside, the perturbation
+    ε s_max ‖w‖ of the rows below is divided by their size at least √penalty, but not by less than rounding's own
+    ε s_max. Then w changes by no more than its own length.
+    """
+    eps = float(np.finfo(np.float32).eps)
+    x, y, seen, _ = example(12, 20)
+    seen[:] = True
+    left, s, right = np.linalg.svd(x, full_matrices=False)
+    w = right.T @ (s / (s**2 + penalty) * (left.T @ y))
+    given = (jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32), jnp.asarray(seen))
+    for column in np.eye(20, dtype=np.float32):
+        found = float(icl.Ridge(penalty).answer(*given, jnp.asarray(column)))
+        worst = min(1.0, 20 * eps * s[0] / penalty**0.5) + 20 * eps * s[0] / s[-1]
+        assert abs(found - column @ w) <= worst * np.linalg.norm(w)
+    slopes = jax.grad(lambda x: icl.Ridge(penalty).answer(x, *given[1:], jnp.ones(20)))(given[0])
+    assert jnp.isfinite(slopes).all()
+
+
+def test_newton_stays_where_it_came_to_whatever_rounding_leaves():
+    """5 examples in 8 dimensions, float32: what rounding leaves where no example reaches would double at each step."""
+    x, y, seen, query = example(n=5, d=8)
+    few = [jnp.asarray(each, jnp.float32) for each in (x, y)]
+    there, later = (float(icl.Newton(steps).answer(*few, seen, jnp.asarray(query, jnp.float32))) for steps in (25, 500))
+    least = answer(icl.LeastSquares(), x, y, seen, query)
+    np.testing.assert_allclose([there, later], least, rtol=1e-4)
+
+
 @pytest.mark.parametrize("n", [3, 6, 12, 30])
 @pytest.mark.parametrize("alpha", [1.0, 0.1, 0.01])
 def test_lasso_meets_the_conditions_of_its_minimum(x64, n, alpha):
@@ -251,13 +282,21 @@ def test_errors_name_the_argument():
         icl.Preconditioned(jnp.ones(3))
     with pytest.raises(ValueError, match=r"transforms has shape \(3, 3\): need \(2, 3, 3\)"):
         icl.Preconditioned(jnp.ones((2, 3, 3)), jnp.ones((3, 3)))
-    with pytest.raises(TypeError, match="scale must be a number"):
+    with pytest.raises(ValueError, match="scale is 'length': need 'context' or a positive number"):
         icl.Preconditioned(jnp.ones((3, 3)), scale="length")
     with pytest.raises(ValueError, match="NetworkByAdam: rate must be positive"):
         icl.NetworkByAdam(rate=0.0)
     with pytest.raises(ValueError, match="Ridge: penalty must be positive"):
         icl.Ridge(0.0)
+    several = icl.FunctionTask(icl.Blocks(2), icl.Gaussian(4), 3).sample(KEY, 1)
+    for predictor in (icl.Lasso(0.1), icl.GreedyTree(2), icl.MajorityLabel(), icl.NetworkByAdam(2)):
+        with pytest.raises(ValueError, match=r"the answers have shape \(2,\): need numbers"):
+            predictor(several.x, several.y)
     for number in (np.float32(-1), jnp.array(-1.0)):
+        with pytest.raises(ValueError, match=r"Preconditioned: scale holds -1\.0: need numbers above 0"):
+            icl.Preconditioned(jnp.eye(2), scale=number)
+        with pytest.raises(ValueError, match=r"NetworkByAdam: rate holds -1\.0: need numbers above 0"):
+            icl.NetworkByAdam(rate=number)
         with pytest.raises(ValueError, match=r"Ridge: penalty holds -1\.0: need numbers above 0"):
             icl.Ridge(number)
         with pytest.raises(ValueError, match=r"Lasso: alpha holds -1\.0: need numbers above 0"):
@@ -280,6 +319,48 @@ def test_numbers_that_are_traced_are_not_looked_at():
         lambda number, matrix: jnp.stack([icl.Ridge(number, matrix).penalty, icl.Newton(1, number).penalty])
     )
     assert (made(-jnp.ones(2), -jnp.ones((2, 3, 3))) == -1).all()
+
+
+def test_only_answers_that_count_are_compared():
+    late = icl.FunctionTask(icl.NearestNeighbour(5), icl.Signs(4), 12, first=5)
+    zero = {"zero": icl.Zero()}
+    with pytest.raises(ValueError, match="lengths holds 3: not every answer of FunctionTask counts there"):
+        icl.compare(late, zero, [3, 8], KEY)
+    blocks = icl.RepeatedBlock(letters=6, length=10, shortest=2, longest=4)
+    with pytest.raises(ValueError, match="lengths holds 4: not every answer of RepeatedBlock counts there"):
+        icl.compare(blocks, zero, [4, 8], KEY)
+    grown = icl.FunctionTask(icl.Linear(), icl.Gaussian(2), 41, points=11)
+    whole = icl.FunctionTask(icl.Linear(), icl.Gaussian(2), 6)
+    one, other = (icl.compare(task, zero, [5], KEY, batch=4, batches=1).risks["zero"] for task in (grown, whole))
+    np.testing.assert_array_equal(one.mean, other.mean)
+
+
+def test_what_cannot_be_compared_is_refused():
+    task = icl.FunctionTask(icl.Linear(), icl.Gaussian(2), 6)
+    for predictor in (lambda x, y: icl.interleave(x, y)[..., 0], lambda x, y: y[:, :1]):
+        with pytest.raises(ValueError, match=r"a predictor answers \(4, \d+\) where the answers are \(4, 6\)"):
+            icl.compare(task, {"wrong": predictor}, [2, 5], KEY, batch=4)
+    with pytest.raises(TypeError, match=r"lengths is \[2\.7\]: need integers"):
+        icl.compare(task, {"zero": icl.Zero()}, [2.7], KEY)
+    with pytest.raises(TypeError, match="predictors is a list: need a mapping of names to predictors"):
+        icl.compare(task, [icl.Zero()], [2], KEY)
+    prompt = task.sample(KEY, 2)
+    for lengths in ([6], [-1]):
+        with pytest.raises(ValueError, match=r"lengths is \[-?\d\]: need numbers from 0 to 5, one below the x"):
+            icl.Ridge(0.1).after(prompt.x, prompt.y, lengths)
+    assert icl.Ridge(0.1)(prompt.x[:, :0], prompt.y[:, :0]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("name", ["least", "ridge", "neighbours"])
+def test_inputs_may_be_integers(name):
+    predictor = {
+        "least": icl.LeastSquares(),
+        "ridge": icl.Ridge(0.1),
+        "neighbours": icl.KNearestNeighbours(1, "cosine"),
+    }
+    x = jax.random.rademacher(KEY, (2, 6, 3), int)
+    y = x.sum(-1).astype(float)
+    np.testing.assert_array_equal(predictor[name](x, y), predictor[name](x.astype(float), y))
 
 
 def test_what_has_no_other_length_is_not_compared():

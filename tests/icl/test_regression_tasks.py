@@ -130,6 +130,25 @@ def test_mixtures_draw_each_prior_as_often_as_they_say():
 # Inputs.
 
 
+@pytest.mark.parametrize("values", [(1.0, 1.0, 1.0), (2.0, 0.5, 0.5), (1.0, 0.25, 0.0)])
+def test_the_root_has_a_derivative_where_eigenvalues_are_equal(values):
+    """d(R R) = dΣ, along a change that keeps the range of Σ: of equal eigenvalues there are no derivatives alone."""
+    with jax.enable_x64(True):
+        basis = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+        covariance = basis @ np.diag(values) @ basis.T
+        change = np.random.default_rng(1).normal(size=(3, 3))
+        inside = basis @ np.diag(np.sign(values)) @ basis.T
+        change = inside @ (change + change.T) @ inside
+        root, moved = jax.jvp(icl.inputs.root, (jnp.asarray(covariance),), (jnp.asarray(change),))
+        np.testing.assert_allclose(root @ root, covariance, atol=1e-12)
+        np.testing.assert_allclose(root @ moved + moved @ root, change, atol=1e-12)
+
+
+def test_numbers_of_numpy_and_integers_are_taken_too():
+    prompt = drawn(icl.Pool(np.eye(4)), noise=0, batch=3)
+    np.testing.assert_array_equal(prompt.y, prompt.clean)
+
+
 def test_gaussian_inputs_have_the_moments_given():
     half = np.random.default_rng(0).normal(size=(4, 4)) / 2
     mean = np.array([1.0, 0, -2, 3])
@@ -257,6 +276,9 @@ def test_errors_name_the_argument():
         (lambda: icl.Linear(covariance=jnp.ones(())), r"Linear: covariance has shape \(\)"),
         (lambda: icl.Linear(covariance=jnp.eye(3)).draw(KEY, 4, 4), r"has shape \(3, 3\): need \(4, 4\)"),
         (lambda: icl.Gaussian(2, jnp.eye(3)), r"covariance has shape \(3, 3\): need \(2, 2\)"),
+        (lambda: icl.Gaussian(1, mean=jnp.ones(3)), r"Gaussian: mean has shape \(3,\): need \(1,\)"),
+        (lambda: icl.Scaled(gaussian, shift=jnp.ones(3)), r"Scaled: shift has shape \(3,\): need \(4,\)"),
+        (lambda: drawn(icl.OneOf((linear, icl.Blocks(2)))), r"OneOf: functions has values of shapes \[\(\), \(2,\)\]"),
         (lambda: icl.Gaussian(2, -jnp.eye(2)), "need eigenvalues from 0 on"),
         (lambda: icl.Subspace(3, 4), "dimensions is 4 of dim 3"),
         (lambda: icl.Pool(jnp.ones((3, 5))).draw(KEY, 4, 4), r"weights has shape \(3, 5\): need \[M, 4\]"),

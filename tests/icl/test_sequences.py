@@ -289,6 +289,13 @@ def test_a_predictor_of_tokens_that_looks_ahead_leaks():
         (lambda: icl.MarkovChain(states=3, length=4, order=-1), "order must be at least 0, got -1"),
         (lambda: icl.MarkovBayes(states=3, concentration=0.0), r"concentration must be positive, got 0\.0"),
         (lambda: icl.RetrievalChain(symbols=3, hops=3), "hops is 3 of 3 symbols: need fewer than symbols"),
+        (
+            lambda: icl.MarkovChain(3, 4, concentration=jnp.array(-1.0)),
+            r"concentration holds -1\.0: need numbers above",
+        ),
+        (lambda: icl.MarkovBayes(3, concentration=jnp.array(-1.0)), r"concentration holds -1\.0: need numbers above 0"),
+        (lambda: icl.echo_accuracy(0, 1), "symbols must be at least 1, got 0"),
+        (lambda: icl.echo_accuracy(5, -3), "hops must be at least 0, got -3"),
         (lambda: icl.horizon(-1), "layers must be at least 0, got -1"),
     ],
 )

@@ -273,17 +273,17 @@ def test_one_task_per_step_takes_the_stated_path():
     assert mean <= biases[0] + bounds[0] + 2 * error
 
 
-def test_the_mean_path_is_a_recurrence_of_matrices():
-    """E Δ ← E Δ − g Σ (E Δ) C, multiplied out, from a start of its own, in a basis that is not the axes."""
+def test_the_mean_path_shrinks_each_entry_in_the_eigenbasis():
+    """Σ_ij λ_i c_j Π_t (1 − g_t λ_i c_j)² (Γ_0 − Γ*)_ij², from a start of its own, in a basis that is not the axes."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(4, 4)))[0]
-    covariance = jnp.asarray(basis @ np.diag([1.0, 0.5, 0.3, 0.1]) @ basis.T)
+    values = np.array([1.0, 0.5, 0.3, 0.1])
+    covariance = jnp.asarray(basis @ np.diag(values) @ basis.T)
     start, rates = jnp.asarray(rng.normal(size=(4, 4))), layer_theory.halving_rates(0.3, 50)
-    moments = layer_theory.moment_matrix(covariance, 10, 0.25, 2.0)
-    offset = start - layer_theory.lsa_optimum(covariance, 10, 0.25, 2.0)
-    for rate in rates:
-        offset = offset - rate * covariance @ offset @ moments
-    expected = jnp.trace(covariance @ offset @ moments @ offset.T)
+    moments = np.diag(basis.T @ layer_theory.moment_matrix(covariance, 10, 0.25, 2.0) @ basis)
+    offset = basis.T @ (start - layer_theory.lsa_optimum(covariance, 10, 0.25, 2.0)) @ basis
+    curvature = np.outer(values, moments)
+    expected = (curvature * (np.prod([1 - rate * curvature for rate in rates], axis=0) * offset) ** 2).sum()
     bias = layer_theory.mean_path_bias(rates, covariance, 10, 0.25, 2.0, start)
     np.testing.assert_allclose(bias, expected, rtol=1e-9)
 
@@ -336,6 +336,15 @@ def test_gradients_reach_the_noise_and_the_prior():
     for function in (theory.ridge_excess, theory.gd_excess, theory.ols_excess, theory.debiased_gd_excess):
         ahead, behind = function(4, 9, 0.5 + 1e-5, 0.7), function(4, 9, 0.5 - 1e-5, 0.7)
         np.testing.assert_allclose(jax.grad(function, 2)(4, 9, 0.5, 0.7), (ahead - behind) / 2e-5, rtol=1e-6)
+    even = jnp.eye(3)  # all of whose eigenvalues are equal: of the eigenvectors there is no derivative
+    for function in (
+        lambda covariance: theory.ridge_excess_spectral(covariance, 9, 0.5, 0.7),
+        lambda covariance: layer_theory.lsa_minimum(covariance, 9, 0.5, 0.7),
+        lambda covariance: layer_theory.mean_path_bias(jnp.full(4, 0.1), covariance, 9, 0.5, 0.7),
+    ):
+        ahead, behind = function((1 + 1e-5) * even), function((1 - 1e-5) * even)
+        slope = jnp.trace(jax.grad(function)(even))
+        np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-6)
     slope = jax.grad(theory.ridge_excess_spectral, 2)(SKEWED, 9, 0.5, 0.7)
     ahead, behind = (theory.ridge_excess_spectral(SKEWED, 9, s, 0.7) for s in (0.5 + 1e-5, 0.5 - 1e-5))
     np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-6)
