@@ -150,8 +150,10 @@ class Curves:
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize="small")
+        if count := len(axes.get_legend_handles_labels()[0]):
+            # Many names would hide the lines.
+            holder, place = (figure, "outside right upper") if count > 8 else (axes, "best")
+            holder.legend(frameon=False, fontsize="small", loc=place)
         return figure
 
 
