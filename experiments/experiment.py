@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from jaxattn.viz.figure import COLOURS, STYLES, WEIGHTS, panels
@@ -121,10 +122,12 @@ class Curves:
     def draw(seeds: Sequence[Curves]) -> Figure:
         """The mean of each line over the seeds, in a band from the smallest to the largest.
 
-        A line of one point has its name beside it, the others in the legend.
+        A line of one point has its name beside it, the others in the legend. A linear y axis ends below peaks that
+        would flatten all else.
         """
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes, first = figure.subplots(), seeds[0]
+        drawn: list[float] = []
         for number, name in enumerate(dict.fromkeys(name for seed in seeds for name in seed.lines)):
             at: dict[float, list[float]] = {}
             for seed in seeds:
@@ -134,6 +137,7 @@ class Curves:
             xs = sorted(at)
             colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
             means = [sum(at[x]) / len(at[x]) for x in xs]
+            drawn += means
             alone = len(xs) == 1
             label = f"_{name}" if alone else name
             axes.plot(xs, means, color=colour, linestyle=style, marker="o", markersize=3, label=label)
@@ -147,13 +151,19 @@ class Curves:
         axes.set(xlabel=first.x, ylabel=first.y)
         axes.set_xscale("log" if "x" in first.log else "linear")
         axes.set_yscale("log" if "y" in first.log else "linear")
+        if drawn and "y" not in first.log:
+            least, most = min(drawn), 1.5 * float(np.quantile(drawn, 0.9))
+            if max(drawn) > 3 * most > 0:
+                axes.set_ylim(least - 0.05 * (most - least), most)
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         if count := len(axes.get_legend_handles_labels()[0]):
             # Many names would hide the lines.
-            holder, place = (figure, "outside right upper") if count > 8 else (axes, "best")
-            holder.legend(frameon=False, fontsize="small", loc=place)
+            if count > 8:
+                figure.legend(frameon=False, fontsize="small", loc="outside right upper")
+            else:
+                axes.legend(frameon=False, fontsize="small")
         return figure
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#2f5d8a", "#c8553d", "#4f8a4b", "#8a5fa8", "#b8862b", "#4a8f98")
-STYLES = ("-", "--", ":")  # after the last colour the first comes again, in the next style
+STYLES = ("-", "--", ":", "-.")  # after the last colour the first comes again, in the next style
 WEIGHTS = "Blues"
 # Of signed numbers, the same shade for the same size: less than nothing is red, more is blue.
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#8f2d1a", COLOURS[1], "#f4f3ee", COLOURS[0], "#16324f"])
