@@ -130,8 +130,9 @@ class MildDecay(NamedTuple):
         into = np.tri(size + 1, size, -1)
         # One exponential with several readers: XLA would work out one with a single reader while it transposes, slowly.
         sums = _sums(np.concatenate([into, -into[1:]]), log_decay)
-        # No sum is that large, but those of a chunk that forgets much and, under `vmap`, is worked out for nothing.
-        factors = jnp.exp(jnp.minimum(sums, MILD))
+        # No sum is that large, but those of a chunk that forgets much and, under `vmap`, is worked out for nothing. The
+        # bound is out of reach: at it the derivative would be wrong.
+        factors = jnp.exp(jnp.minimum(sums, MILD + 1))
         return cls(factors[..., : size + 1, :, :], factors[..., size + 1 :, :, :])
 
     def rows(self, x: Array, before: bool = False) -> Side:

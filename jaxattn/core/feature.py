@@ -112,7 +112,8 @@ class Elu1Features(Features):
 
 
 def _elu1(x: Array) -> Array:
-    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+    # Not exp(min(x, 0)), whose derivative at 0 is one half of what it should be.
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
 @part

@@ -3,11 +3,11 @@
 Each keeps a sum or a softplus where the plain formula would take the log of a number near 0 or 1.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from jaxattn.core.parts import check_range
 
 
 def retention(heads: int) -> Float[Array, " n"]:
@@ -24,18 +24,21 @@ def softplus_decay(a_log: Float[Array, "..."], step: Float[Array, "..."]) -> Flo
     return -jnp.exp(a_log) * jax.nn.softplus(step)
 
 
-def bounded_decay(x: Float[Array, "..."], floor: float) -> Float[Array, "..."]:
+def bounded_decay(x: Float[Array, "..."], floor: Float[Array, "..."] | float) -> Float[Array, "..."]:
     """floor σ(x), between floor and 0: −e^{−1/2} in RWKV-7 (Peng et al., 2025), −5 in Kimi Linear (2025).
 
     Raises ValueError for floor >= 0.
     """
-    if not floor < 0:
-        raise ValueError(f"floor must be below 0, got {floor}")
+    check_range("floor", floor, lambda x: x < 0, "below 0")
     return floor * jax.nn.sigmoid(x)
 
 
 def lower_bounded_decay(x: Float[Array, "..."], bound: Float[Array, "..."] | float) -> Float[Array, "..."]:
-    """log(γ + (1 − γ) σ(x)) for the lower bound γ in [0, 1) of the forget gate. HGRN-2 (Qin et al., 2024)."""
+    """log(γ + (1 − γ) σ(x)) for the lower bound γ in [0, 1) of the forget gate. HGRN-2 (Qin et al., 2024).
+
+    Raises ValueError for a bound outside that.
+    """
+    check_range("bound", bound, lambda x: (x >= 0) & (x < 1), "from 0 to below 1")
     bound = jnp.asarray(bound, jnp.result_type(x))
     safe = jnp.where(bound > 0, bound, 1)
     log_bound = jnp.where(bound > 0, jnp.log(safe), -jnp.inf)
@@ -85,5 +88,6 @@ def _logaddexp(a: Array, b: Array) -> Array:
 
 
 def inverse_softplus(x: Float[Array, "..."] | float) -> Float[Array, "..."]:
-    """log(e^x − 1) for x > 0: the bias for which softplus starts at x."""
-    return jnp.log(jnp.expm1(x)) if not isinstance(x, float) else jnp.asarray(math.log(math.expm1(x)))
+    """log(e^x − 1) for x > 0: the bias for which softplus starts at x. Raises ValueError for x that is not positive."""
+    check_range("x", x, lambda x: x > 0, "above 0")
+    return x + jnp.log(-jnp.expm1(-jnp.asarray(x, float)))

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxattn.core.decay import decay_matrix, ends
 from jaxattn.core.inner import InnerLoss, Link, Memory
+from jaxattn.core.parts import vary_like
 from jaxattn.core.score import precision, product
 
 FastRead = Literal["auto", "dual", "materialize", "start"]
@@ -130,6 +131,7 @@ def _gradients(
         return out, tuple(inputs[i] for i in range(len(weights)))
 
     taps = tuple(jnp.zeros((*key.shape[:-1], w.shape[-1]), w.dtype) for w in weights)
+    taps = vary_like(taps, (key, value, weights))  # or `shard_map` would add their slopes up over the devices
     prediction, pull, inputs = jax.vjp(tapped, taps, has_aux=True)
     return inputs, pull(loss.gradient(prediction, value).astype(prediction.dtype))[0]
 

@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.parts import check_range, check_segments, ratio
+from jaxattn.core.parts import check_range, check_segments, ratio, vary_like
 from jaxattn.core.recurrence import CHUNK, Delta, Erase, Read, StateMap, Tokens, chunks, steps, tree, whole_map
 from jaxattn.core.score import accumulator, product
 
@@ -79,7 +80,7 @@ def linear_attention(
         form = "step" if length == 1 else "chunk"
     if form == "parallel":
         chunk = 1 << (length - 1).bit_length()
-    return _attention(given, read, form, chunk or CHUNK)
+    return _attention(given, read, form, int(chunk or CHUNK))
 
 
 def linear_step(
@@ -93,14 +94,26 @@ def linear_step(
     bonus: Float[Array, "n k"] | None = None,
     read: Literal["post", "pre"] = "post",
 ) -> tuple[Float[Array, "*b n v"], LinearState]:
-    """One token of `linear_attention`, without the time axis: what decoding costs, whatever came before."""
+    """One token of `linear_attention`, without the time axis: what decoding costs, whatever came before.
+
+    Raises as that; ValueError for read="all", which one token does not have.
+    """
+    if read not in ("post", "pre"):
+        raise ValueError(f"read is {read!r}: need one of post, pre")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not hasattr(x, "shape") or len(x.shape) < 2:
+            raise ValueError(f"{name} has shape {np.shape(x)}: need [..., heads, channels]")
+
+    def timed(x: Any, axis: int) -> Any:
+        """With a time axis; what has no place for one is left for the checks to name."""
+        return jnp.expand_dims(x, axis) if hasattr(x, "shape") and len(x.shape) >= -1 - axis else x
 
     if isinstance(erase, Delta):
-        erase = Delta(jnp.expand_dims(erase.beta, -2))
+        erase = Delta(timed(erase.beta, -2))
     elif isinstance(erase, Erase):
-        erase = Erase(jnp.expand_dims(erase.read, -3), jnp.expand_dims(erase.write, -3))
-    if log_decay is not None and log_decay.ndim > 1:
-        log_decay = jnp.expand_dims(log_decay, -2 if log_decay.ndim < key.ndim else -3)
+        erase = Erase(timed(erase.read, -3), timed(erase.write, -3))
+    if log_decay is not None and jnp.ndim(log_decay) > 1:
+        log_decay = timed(log_decay, -2 if jnp.ndim(log_decay) < key.ndim else -3)
     out, state = linear_attention(
         *(jnp.expand_dims(x, -3) for x in (query, key, value)),
         log_decay=log_decay,
@@ -149,7 +162,7 @@ def state_map(
     """
     given = _Given(key, key, value, log_decay, erase)
     _check(given, "post", "chunk", chunk)
-    return _state_map(given, chunk or CHUNK)
+    return _state_map(given, int(chunk or CHUNK))
 
 
 def append_one(value: Float[Array, "*b v"]) -> Float[Array, "*b v+1"]:
@@ -198,8 +211,9 @@ def _attention(given: _Given, read: Read, form: Form, chunk: int) -> tuple[Array
 def _state_map(given: _Given, chunk: int) -> StateMap:
     tokens, *_ = _prepare(given, "post")
     whole = whole_map(tokens, chunk)
-    batch = given.key.shape[:-3]
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[x.ndim - whole.add.ndim - 3 :]), whole)
+    batch, states = given.key.shape[:-3], whole.add.shape[-3:]
+    through = states[:-1] if whole.is_diagonal else (*states[:-1], states[-2])
+    return StateMap(whole.through.reshape(*batch, *through), whole.add.reshape(*batch, *states))
 
 
 def _prepare(given: _Given, read: Read) -> tuple[Tokens, Array, Array, int]:
@@ -216,8 +230,7 @@ def _prepare(given: _Given, read: Read) -> tuple[Tokens, Array, Array, int]:
     states = math.lcm(*(x.shape[-2] for x in jax.tree.leaves((key, value, log_decay, erase))))
     heads = max(states, query.shape[-2])
     if bonus is not None:
-        keys = _repeat(key, heads) if query.shape[-2] == heads else key
-        bonus = (query.astype(dtype) * bonus * keys).sum(-1, keepdims=True)
+        bonus = (_repeat(query, heads).astype(dtype) * bonus * _repeat(key, heads)).sum(-1, keepdims=True)
 
     segment = jnp.zeros(batch, jnp.int32) if state is None else state.segment
     if segment_ids is not None:
@@ -247,7 +260,8 @@ def _prepare(given: _Given, read: Read) -> tuple[Tokens, Array, Array, int]:
     query, bonus = jax.tree.map(per_query, (query, bonus))
     shape = (*batch, states, channels, value.shape[-1])
     memory = jnp.zeros(shape, dtype) if state is None else state.memory.reshape(shape).astype(dtype)
-    return Tokens(query, key, value, log_decay, erase, bonus), memory, segment, heads
+    tokens = Tokens(query, key, value, log_decay, erase, bonus)
+    return tokens, vary_like(memory, tokens), segment, heads
 
 
 def _check(given: _Given, read: Read, form: Form, chunk: int | None) -> None:
@@ -311,7 +325,7 @@ def _check(given: _Given, read: Read, form: Form, chunk: int | None) -> None:
     if read == "all" and (segment_ids is not None or bonus is not None):
         raise ValueError("read='all' is the state after the last token: it takes no segment_ids and no bonus")
     if chunk is not None and (
-        not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1 or chunk & (chunk - 1)
+        not isinstance(chunk, int | np.integer) or isinstance(chunk, bool) or chunk < 1 or chunk & (chunk - 1)
     ):
         raise ValueError(f"chunk is {chunk!r}: need a power of two, such as {CHUNK}")
     if segment_ids is not None:
@@ -320,11 +334,16 @@ def _check(given: _Given, read: Read, form: Form, chunk: int | None) -> None:
         shape = (*lead[:-1], states, channels, value.shape[-1])
         if not isinstance(state, LinearState):
             raise TypeError(f"state must be a LinearState, got {type(state).__name__}")
+        for name, x in zip(state._fields, state, strict=True):
+            if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+                raise TypeError(f"state has {name} of type {type(x).__name__}: need an array")
         if state.memory.shape != shape or state.segment.shape != lead[:-1]:
             came = f"memory {state.memory.shape} and segment {state.segment.shape}"
             raise ValueError(f"state has {came}: need {shape} and {lead[:-1]}")
         if state.memory.dtype not in (jnp.float32, jnp.float64):
             raise TypeError(f"state has dtype {state.memory.dtype}: a memory is kept in float32 or float64")
+        if not jnp.issubdtype(state.segment.dtype, jnp.integer):
+            raise TypeError(f"state has a segment of dtype {state.segment.dtype}: need integers")
 
 
 def _repeat(x: Array, heads: int) -> Array:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.core.inner import Identity, InnerLoss, Link, Memory, SquaredError
 from jaxattn.core.inner_batch import Batch, FastRead, Weights, learn
-from jaxattn.core.parts import check_fields, check_range, check_segments, check_static_int
+from jaxattn.core.parts import check_fields, check_range, check_segments, check_static_int, vary_like
 from jaxattn.core.score import accumulator, product
 
 PerToken = Float[Array, "..."] | float
@@ -118,13 +118,12 @@ def memory_read(
 
     state: what that token left; None reads where the memory starts. Raises as `memory_scan`.
     """
-    if not isinstance(memory, Memory):
-        raise TypeError(f"memory must be a Memory, got {memory!r}")
-    if not hasattr(query, "shape") or len(query.shape) < 3 or 0 in query.shape:
-        raise ValueError(f"query has shape {np.shape(query)}: need [..., length, heads, channels], none of them empty")
+    _check_kinds(("memory", memory, Memory), ("link", link, Link))
+    _check_tokens("query", query)
+    _check_memory(memory, query, None)
     batch = query.shape[:-3]
     if state is not None:
-        _check_state(state, memory, batch, state.momentum is not None)
+        _check_state(state, memory, batch, None)
     dual = memory.fast_weights if state is None else state.dual
     dtype = accumulator(query, *dual)
     weights = [link(jnp.broadcast_to(w, (*batch, *w.shape[-3:])).astype(dtype)) for w in dual]
@@ -199,6 +198,7 @@ def _memory(given: _Given, inner_batch: int, read: FastRead) -> tuple[Array, Mem
 
     body = partial(learn, memory, loss, link, initial, read, dtype, size)
     carry = jax.tree.map(lambda x: x.astype(dtype), (state.start, state.dual, state.momentum))
+    carry = vary_like(carry, batches)
     carry, out = jax.lax.scan(jax.checkpoint(body), carry, batches)
     out = jnp.moveaxis(out, 0, -4)[..., :size, :].swapaxes(-3, -2)
     out = place.out_of(out.reshape(*out.shape[:-4], -1, *out.shape[-2:]))
@@ -256,17 +256,9 @@ class _Places(NamedTuple):
 def _check(given: _Given, inner_batch: int, read: FastRead) -> None:
     """Raises for every call that could not mean anything, before any of it is traced."""
     memory, loss, link, query, key, value, *_, state, segment_ids, lengths = given
-    for name, of, kind in (("memory", memory, Memory), ("loss", loss, InnerLoss), ("link", link, Link)):
-        if not isinstance(of, kind):
-            raise TypeError(f"{name} must be a {kind.__name__}, got {of!r}")
-        check_fields(name, of)
+    _check_kinds(("memory", memory, Memory), ("loss", loss, InnerLoss), ("link", link, Link))
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"{name} must be an array, got {type(x).__name__}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} has dtype {x.dtype}: need floating point")
-        if len(x.shape) < 3 or 0 in x.shape:
-            raise ValueError(f"{name} has shape {x.shape}: need [..., length, heads, channels], none of them empty")
+        _check_tokens(name, x)
         if x.shape[:-1] != query.shape[:-1]:
             raise ValueError(f"{name} has batch, length and heads {x.shape[:-1]} but query has {query.shape[:-1]}")
     *batch, length, _, _ = query.shape
@@ -286,6 +278,8 @@ def _check(given: _Given, inner_batch: int, read: FastRead) -> None:
         _check_gate(name, gate, query.shape[:-1], lambda x: x <= 0, "at most 0: the log of a factor")
     if state is not None:
         _check_state(state, memory, tuple(batch), given.log_momentum is not None)
+        wanted = f"below {inner_batch}: it comes from another inner_batch"
+        check_range("state: seen", state.seen, lambda x: (x >= 0) & (x < inner_batch), wanted)
     if segment_ids is not None:
         check_segments(segment_ids, (*batch, length))
         _, _, misplaced = _starts(given, tuple(batch), length, inner_batch)
@@ -305,8 +299,24 @@ def _check(given: _Given, inner_batch: int, read: FastRead) -> None:
             raise ValueError(f"lengths must be from 0 to {length}, got {np.asarray(lengths).tolist()}")
 
 
-def _check_memory(memory: Memory, key: Array, value: Array) -> None:
-    """Runs the network on shapes alone."""
+def _check_kinds(*given: tuple[str, Any, type]) -> None:
+    for name, of, kind in given:
+        if not isinstance(of, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {of!r}")
+        check_fields(name, of)
+
+
+def _check_tokens(name: str, x: Any) -> None:
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} has dtype {x.dtype}: need floating point")
+    if len(x.shape) < 3 or 0 in x.shape:
+        raise ValueError(f"{name} has shape {x.shape}: need [..., length, heads, channels], none of them empty")
+
+
+def _check_memory(memory: Memory, key: Array, value: Array | None) -> None:
+    """Runs the network on shapes alone; without a value any width of what it returns is right."""
     heads, name = key.shape[-2], type(memory).__name__
     used: list[int] = []
 
@@ -322,7 +332,7 @@ def _check_memory(memory: Memory, key: Array, value: Array) -> None:
     found = jax.eval_shape(lambda x: memory(linear, x), given).shape
     if sorted(used) != list(range(len(memory.fast_weights))):
         raise ValueError(f"{name} uses fast weights {used}: need each of {len(memory.fast_weights)} exactly once")
-    if found[-1] != value.shape[-1]:
+    if value is not None and found[-1] != value.shape[-1]:
         raise ValueError(f"{name} returns {found[-1]} channels but value has {value.shape[-1]}: need the same")
 
 
@@ -337,10 +347,11 @@ def _check_gate(name: str, x: Any, shape: tuple, allowed: Callable[[Any], Any], 
     check_range(name, x, allowed, wanted)
 
 
-def _check_state(state: Any, memory: Memory, batch: tuple, has_momentum: bool) -> None:
+def _check_state(state: Any, memory: Memory, batch: tuple, has_momentum: bool | None) -> None:
+    """has_momentum: whether the state must hold one; None if it may."""
     if not isinstance(state, MemoryState):
         raise TypeError(f"state must be a MemoryState, got {type(state).__name__}")
-    if (state.momentum is not None) != has_momentum:
+    if has_momentum is not None and (state.momentum is not None) != has_momentum:
         holds = "a" if state.momentum is not None else "no"
         raise ValueError(f"state holds {holds} momentum: need log_momentum if and only if it does")
     shapes = [(*batch, *w.shape) for w in memory.fast_weights]
@@ -354,5 +365,7 @@ def _check_state(state: Any, memory: Memory, batch: tuple, has_momentum: bool) -
             if x.dtype not in (jnp.float32, jnp.float64):
                 raise TypeError(f"state has dtype {x.dtype}: a memory is kept in float32 or float64")
     for name, x in (("seen", state.seen), ("segment", state.segment)):
+        if not hasattr(x, "shape") or not jnp.issubdtype(x.dtype, jnp.integer):
+            raise TypeError(f"state has {name} {x!r}: need an array of integers")
         if tuple(x.shape) != batch:
             raise ValueError(f"state has {name} of shape {x.shape}: need {batch}")

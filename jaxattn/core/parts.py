@@ -152,6 +152,26 @@ def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple:
     return result, ratio(dx, total) - result * ratio(d_total, total)
 
 
+def mesh_axes(tree: Any) -> frozenset[str]:
+    """The mesh axes over which some leaf differs between devices, inside `jax.shard_map`; else none."""
+    return frozenset[str]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
+
+
+def vary(tree: Any, axes: frozenset[str]) -> Any:
+    """The same arrays, typed as differing over these mesh axes, as a loop's carry and a cotangent have to be."""
+
+    def cast(x: Array) -> Array:
+        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def vary_like(tree: Any, like: Any) -> Any:
+    """`vary` over the axes over which `like` differs."""
+    return vary(tree, mesh_axes(like))
+
+
 def largest(
     x: Array, visible: Bool[Array, "*#b #n t s"] | None, k: int
 ) -> tuple[Bool[Array, "*b n t s"], Int[Array, "*b n t k"]]:
@@ -196,11 +216,16 @@ def positions_fit(positions: tuple[int, ...], batch: tuple[int, ...], length: in
 
 def check_segments(segment_ids: Any, shape: tuple[int, ...]) -> None:
     """Raises unless these are integers that broadcast to `shape`, [..., T], and do not decrease along T where known."""
+    if not hasattr(segment_ids, "shape"):
+        raise TypeError(f"segment_ids must be an array, got {type(segment_ids).__name__}")
     if not jnp.issubdtype(jnp.result_type(segment_ids), jnp.integer):
         raise TypeError(f"segment_ids must be integers, got {jnp.result_type(segment_ids)}")
     if not positions_fit(tuple(segment_ids.shape), tuple(shape[:-1]), shape[-1]):
         raise ValueError(f"segment_ids has shape {segment_ids.shape}: need [..., {shape[-1]}] that fits {shape}")
-    if not isinstance(segment_ids, jax.core.Tracer) and (np.diff(np.asarray(segment_ids)) < 0).any():
+    if isinstance(segment_ids, jax.core.Tracer):
+        return
+    ids = np.asarray(segment_ids)
+    if (ids[..., 1:] < ids[..., :-1]).any():
         raise ValueError("segment_ids decreases along the tokens: need segments one after the other")
 
 

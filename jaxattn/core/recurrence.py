@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxattn.core.decay import MILD, ChannelDecay, Decay, HeadDecay, MildDecay, NoDecay, heads, unit_lower_inverse
-from jaxattn.core.parts import part
+from jaxattn.core.parts import part, vary_like
 from jaxattn.core.score import accumulator, product
 
 Read = Literal["post", "pre", "all"]
@@ -184,13 +184,13 @@ def _maps(given: _Chunk) -> StateMap:
     channels, width = key.shape[-1], value.shape[-1]
     shape = (*key.shape[:-3], states, channels)
     if erase is None:
-        add, _ = _walk(given, jnp.zeros((*shape, width), dtype), "post")
+        add, _ = _walk(given, vary_like(jnp.zeros((*shape, width), dtype), tokens), "post")
         kept = 1.0 if log_decay is None else jnp.exp(log_decay.astype(dtype).sum(-3))
         return StateMap(jnp.broadcast_to(kept, shape).astype(dtype), add)
     start = jnp.broadcast_to(jnp.eye(channels, width + channels, width, dtype), (*shape, width + channels))
     nothing = jnp.zeros((*value.shape[:-1], channels), value.dtype)
     tokens = tokens._replace(value=jnp.concatenate([value, nothing], -1), bonus=None)
-    after, _ = _walk(given._replace(tokens=tokens), start, "post")
+    after, _ = _walk(given._replace(tokens=tokens), vary_like(start, tokens), "post")
     return StateMap(after[..., width:], after[..., :width])
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxattn.core.call import Call
 from jaxattn.core.dense import read, weigh
-from jaxattn.core.tiled import vary_like
+from jaxattn.core.parts import vary_like
 
 # A block of queries has at most so many rows, and scores, over all heads and batch entries, of at most so many bytes.
 # Of 16 to 512 rows, 64 to 128 were fastest at T = 2048 and within a third of it at 8192 (8 heads, two CPU cores).

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.core.call import Call
 from jaxattn.core.mask import visible
-from jaxattn.core.parts import cotangent, inexact_leaves
+from jaxattn.core.parts import cotangent, inexact_leaves, mesh_axes, vary, vary_like
 from jaxattn.core.schedule import Block, Kinds, Schedule, blocks_for, choose_block, fit, schedule
 from jaxattn.core.score import accumulator, grouped_matmul, mapped_scores, matmul, one_batch_axis
 
@@ -100,26 +100,6 @@ def _pad(x: Any, axis: int, length: int, fill: int = 0) -> Any:
     xp: Any = np if isinstance(x, np.ndarray) else jnp
     widths = [(0, length - n if i == x.ndim + axis else 0) for i, n in enumerate(x.shape)]
     return xp.pad(x, widths, constant_values=fill)
-
-
-def _axes(tree: Any) -> frozenset[str]:
-    """The mesh axes over which some leaf differs between devices, inside `jax.shard_map`; else none."""
-    return frozenset[str]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
-
-
-def _vary(tree: Any, axes: frozenset[str]) -> Any:
-    """The same arrays, typed as differing over these mesh axes, as a loop's carry and a cotangent have to be."""
-
-    def cast(x: Array) -> Array:
-        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
-
-
-def vary_like(tree: Any, like: Any) -> Any:
-    """`_vary` over the axes over which `like` differs."""
-    return _vary(tree, _axes(like))
 
 
 def _queries(plan: Plan, learned: Learned, given: Given, row: Any) -> tuple[Array, Array]:
@@ -203,7 +183,7 @@ def _sums(plan: Plan, learned: Learned, given: Given, row: Any) -> Sums:
         start = Sums(
             jnp.zeros((*rows, learned.value.shape[-1]), dtype), jnp.zeros(rows, dtype), jnp.full(rows, -jnp.inf, dtype)
         )
-        start = _vary(start, _axes((learned, given)))
+        start = vary(start, mesh_axes((learned, given)))
     sums = _over_keys(plan, learned, given, row, visit, start)
     return sums._replace(reference=jnp.where(jnp.isneginf(sums.reference), 0, sums.reference))
 
@@ -229,7 +209,7 @@ def _forward(plan: Plan, learned: Learned, given: Given, keep: bool) -> tuple[Ar
         return _put(out, out_row.swapaxes(-2, -3), start, -3), _put(lse, lse_row, start, -1), kept
 
     count = length // plan.block.queries
-    return jax.lax.fori_loop(0, count, one_query_tile, _vary(carry, _axes((learned, given))))
+    return jax.lax.fori_loop(0, count, one_query_tile, vary(carry, mesh_axes((learned, given))))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -314,7 +294,7 @@ def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Arr
 
         d_query = None
         if not plan.kinds.single:
-            d_query = _vary(jnp.zeros(query.shape, dtype), _axes((learned, given)))
+            d_query = vary(jnp.zeros(query.shape, dtype), mesh_axes((learned, given)))
         d_query, *carry = _over_keys(plan, learned, given, row, visit, (d_query, *carry, d_leaves, d_bias_leaves))
         return _put(d_all_queries, d_query.swapaxes(-2, -3), start, -3), *carry
 
@@ -341,7 +321,7 @@ def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Arr
         zeros(bias_leaves),
     )
     count = learned.query.shape[-3] // size
-    carry = jax.lax.fori_loop(0, count, one_query_tile, _vary(carry, _axes((learned, given, cotangents))))
+    carry = jax.lax.fori_loop(0, count, one_query_tile, vary(carry, mesh_axes((learned, given, cotangents))))
     d_query, d_key, d_value, d_leaves, d_bias_leaves = carry
     d_score, *d_others = cotangent((score, *others), d_leaves)
     gradient = Learned(
@@ -403,6 +383,6 @@ def tiled(
     )
     positions = _pad(call.query_positions, -2, queries, fill=-1), _pad(call.key_positions, -1, keys, fill=-1)
     given = Given(call.mask, *jax.tree.map(jnp.asarray, (*positions, active)))
-    learned = _vary(jax.tree.map(jnp.asarray, learned), _axes((learned, given)))
+    learned = vary(jax.tree.map(jnp.asarray, learned), mesh_axes((learned, given)))
     out, lse = _attention(Plan(chosen, kinds, heads_first, call.value.dtype), learned, given)
     return out[..., : lengths[0], :, :], lse.swapaxes(-1, -2)[..., : lengths[0], :], {}

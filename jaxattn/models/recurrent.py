@@ -44,7 +44,8 @@ class LinearAttention(_Spec):
     gate: Literal["silu", "sigmoid"] | None = None
 
     def __post_init__(self):
-        if isinstance(self.feature_map, Features) and jax.tree.leaves(self.feature_map):
+        leaves = jax.tree.leaves(self.feature_map) if isinstance(self.feature_map, Features) else []
+        if any(hasattr(leaf, "shape") for leaf in leaves):
             raise ValueError("feature_map of a spec holds no arrays: give what makes a module, such as nn.HedgehogMap")
 
 

@@ -17,7 +17,7 @@ from jaxattn.core.normalize import Softmax
 from jaxattn.core.position import RotaryScaling, rotary, rotary_channels
 from jaxattn.core.score import Dot
 from jaxattn.nn.mechanisms import ShortConvolution
-from jaxattn.nn.recurrent import Past, segments_of
+from jaxattn.nn.recurrent import Past, may_be_padded, segments_of
 from jaxattn.nn.sites import SITES, Recorder
 
 
@@ -303,12 +303,14 @@ class MultiHeadAttention(nnx.Module):
         if segments is not None and held:
             raise ValueError("mask has documents and a state is given: need one or the other under a convolution")
         seen = jnp.broadcast_to(True if positions is None else positions >= 0, x.shape[:2])
-        return Past(held, seen if segments is None else seen & (segments >= 0), segments)
+        seen = seen if segments is None else seen & (segments >= 0)
+        return Past(held, seen, segments, padded=may_be_padded(positions))
 
     def _convolved(self, name: str, x: Float[Array, "b t c"], past: Past | None) -> Float[Array, "b t c"]:
         if not self.convolution:
             return x
-        return self.convolution[name](name, x, Past({}, jnp.ones(x.shape[:2], bool), None) if past is None else past)
+        past = Past({}, jnp.ones(x.shape[:2], bool), None, padded=False) if past is None else past
+        return self.convolution[name](name, x, past)
 
     def _split(self, x: Array, heads: int) -> Array:
         return x.reshape(*x.shape[:-1], heads, self.head_dim)

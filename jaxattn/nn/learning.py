@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxattn.core.inner import Identity, InnerLoss, Link, MLPMemory, SquaredError
+from jaxattn.core.parts import check_static_int
 from jaxattn.nn.mechanisms import Gate, HeadOutput, Projections, head_dim_of, unit
 from jaxattn.nn.recurrent import LearningInputs
 
@@ -50,6 +51,9 @@ class NeuralMemory(nnx.Module):
         channels = head_dim_of(features, heads)
         if not max_rate > 0:
             raise ValueError(f"max_rate must be positive, got {max_rate}")
+        check_static_int("NeuralMemory", "inner_batch", inner_batch, 1)
+        for width in hidden:
+            check_static_int("NeuralMemory", "hidden", width, 1)
         self.in_features, self.max_rate, self.momentum = features, max_rate, momentum
         self.normalize, self.residual = normalize, residual
         self.inner_batch, self.documents = inner_batch, documents
@@ -101,6 +105,7 @@ class TTT(nnx.Module):
         self.base_rate = (0.1 if deep else 1.0) if base_rate is None else base_rate
         if not self.base_rate > 0:
             raise ValueError(f"base_rate must be positive, got {base_rate}")
+        check_static_int("TTT", "inner_batch", inner_batch, 1)
         self.inner_batch, self.documents = inner_batch, documents
         sizes = dict.fromkeys(("query", "key", "value"), (heads, channels))
         self.project = Projections(features, sizes, convolution, dtype, rngs)

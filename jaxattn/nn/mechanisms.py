@@ -44,14 +44,20 @@ class ShortConvolution(nnx.Module):
 
     def __call__(self, name: str, x: Float[Array, "b t c"], past: Past) -> Float[Array, "b t c"]:
         weight = self.weight[...].astype(x.dtype)
-        lags = past.lags(name, x, len(weight))
-        return nnx.silu(sum((w * lag for w, lag in zip(weight, lags, strict=True)), jnp.zeros((), x.dtype)))
+
+        def convolved(lags: list[Array]) -> Array:
+            return sum((w * lag for w, lag in zip(weight, lags, strict=True)), jnp.zeros((), x.dtype))
+
+        return nnx.silu(past.lags(name, x, len(weight), convolved))
 
 
 class Projections(nnx.Module):
     """q, k, v = heads of W x, each after a short convolution if `convolution` is its width (0: none)."""
 
     def __init__(self, features: int, sizes: dict[str, tuple[int, int]], convolution: int, dtype: Any, rngs: nnx.Rngs):
+        for name, size in sizes.items():
+            if min(size) < 1:
+                raise ValueError(f"{name} has {size[0]} heads of {size[1]} channels: need at least 1 of each")
         self.sizes = tuple(sizes.items())
         self.linear = nnx.Dict({name: linear_map(features, n * h, dtype, rngs) for name, (n, h) in sizes.items()})
         self.convolution = nnx.Dict(

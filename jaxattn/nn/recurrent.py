@@ -5,12 +5,14 @@ holds the parameters. What it needs of earlier tokens besides the memory, such a
 asks of `Past`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxattn.core.attend import attend
 from jaxattn.core.inner import Identity, InnerLoss, Link, Memory, SquaredError
@@ -153,13 +155,22 @@ class LearningInputs(NamedTuple):
 class Past:
     """What is carried from earlier tokens, by name: `held` before this call, `kept` after it.
 
-    Tokens that are not `seen` (padding) are as if they were not there; `starts` marks the first token of a document in
-    a packed row (None: nothing is packed).
+    Tokens that are not `seen` (padding) are as if they were not there, and with `padded` they may be anywhere in the
+    row, else only at its end. `starts` marks the first token of a document in a packed row (None: nothing is packed).
     """
 
-    def __init__(self, held: dict[str, Array], seen: Bool[Array, "b t"], segments: Int[Array, "b t"] | None):
+    def __init__(
+        self,
+        held: dict[str, Array],
+        seen: Bool[Array, "b t"],
+        segments: Int[Array, "b t"] | None,
+        *,
+        padded: bool = True,
+    ):
         self.held, self.seen, self.segments = held, seen, segments
         self.kept: dict[str, Array] = {}
+        self.padded = padded and seen.shape[1] > 1
+        self._rank = jnp.cumsum(seen, -1) - 1
 
     @property
     def starts(self) -> Bool[Array, "b t"] | None:
@@ -167,21 +178,24 @@ class Past:
 
     def places(self, positions: Int[Array, "b t"]) -> Int[Array, "b t"]:
         """The place of each token in its document, from 0."""
-        starts = self.starts
-        if starts is None:
-            return jnp.maximum(positions, 0)
-        index = jnp.arange(self.seen.shape[1])
-        return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-    def lags(self, name: str, x: Float[Array, "b t c"], width: int) -> list[Float[Array, "b t c"]]:
-        """x as it was 0, 1, ..., width − 1 tokens ago; zeros before the sequence or document began."""
-        length = x.shape[1]
-        whole = self._continued(name, jnp.where(self.seen[..., None], x, 0), width - 1)
-        lagged = [whole[:, width - 1 - lag : width - 1 - lag + length] for lag in range(width)]
         if self.segments is None:
-            return lagged
-        same = [self.segments == earlier(self.segments, lag, -1) for lag in range(width)]
-        return [jnp.where(each[..., None], y, 0) for each, y in zip(same, lagged, strict=True)]
+            return jnp.maximum(positions, 0)
+        segments, index = self._together(self.segments, -1), jnp.arange(self.seen.shape[1])
+        starts = segments != earlier(segments, 1, -1)
+        return self._apart(index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1))
+
+    def lags(self, name: str, x: Float[Array, "b t c"], width: int, use: Callable[[list[Array]], Any] = list) -> Any:
+        """What `use` makes of x as it was 0, 1, ..., width − 1 tokens ago, a token at a time; zeros before the sequence
+        or document began."""
+        length = x.shape[1]
+        x = self._together(jnp.where(self.seen[..., None], x, 0))
+        whole = self._continued(name, x, width - 1)
+        lagged = [whole[:, width - 1 - lag : width - 1 - lag + length] for lag in range(width)]
+        if self.segments is not None:
+            segments = self._together(self.segments, -1)
+            same = [segments == earlier(segments, lag, -1) for lag in range(width)]
+            lagged = [jnp.where(each[..., None], y, 0) for each, y in zip(same, lagged, strict=True)]
+        return jax.tree.map(self._apart, use(lagged))
 
     def attend_near(
         self,
@@ -193,23 +207,46 @@ class Past:
     ) -> Float[Array, "b t n v"]:
         """Softmax attention of each token to the last `window` of its document, itself included."""
         before, length = window - 1, query.shape[1]
-        there = self._continued(f"{name}.there", self.seen[..., None].astype(jnp.int32), before)[..., 0] > 0
+        query, key, value, seen = map(self._together, (query, key, value, self.seen))
+        there = self._continued(f"{name}.there", seen[..., None].astype(jnp.int32), before)[..., 0] > 0
         at = jnp.where(there, jnp.arange(before + length), -1)
         key, value = self._continued(f"{name}.key", key, before), self._continued(f"{name}.value", value, before)
         mask: Mask = Window(before)
         if self.segments is not None:
-            mask = mask & Documents(jnp.pad(self.segments, ((0, 0), (before, 0)), constant_values=-1))
-        return attend(query, key, value, mask=mask, query_positions=at[:, before:], key_positions=at)
+            segments = self._together(self.segments, -1)
+            mask = mask & Documents(jnp.pad(segments, ((0, 0), (before, 0)), constant_values=-1))
+        return self._apart(attend(query, key, value, mask=mask, query_positions=at[:, before:], key_positions=at))
+
+    def _together(self, x: Shaped[Array, "b t ..."], fill: int = 0) -> Shaped[Array, "b t ..."]:
+        """x of the tokens that are seen, one behind the other, and what fills the row after them."""
+        if not self.padded:
+            return x
+        place = jnp.where(self.seen, self._rank, x.shape[1])
+        return jnp.full_like(x, fill).at[jnp.arange(x.shape[0])[:, None], place].set(x, mode="drop")
+
+    def _apart(self, x: Shaped[Array, "b t ..."]) -> Shaped[Array, "b t ..."]:
+        """The inverse of `_together`: the places of what is not seen hold anything finite."""
+        if not self.padded:
+            return x
+        return jnp.take_along_axis(x, jnp.maximum(self._rank, 0).reshape(*self._rank.shape, *(1,) * (x.ndim - 2)), 1)
 
     def _continued(self, name: str, x: Float[Array, "b t ..."], count: int) -> Float[Array, "b count+t ..."]:
-        """x behind the last `count` entries before it, zeros where there were none; those of this call are kept."""
-        batch, length = x.shape[:2]
+        """x, together, behind the last `count` entries before it, zeros where there were none; those of this call are
+        kept."""
+        batch = x.shape[0]
         held = self.held.get(name, jnp.zeros((batch, count, *x.shape[2:]), x.dtype))
         whole = jnp.concatenate([held.astype(x.dtype), x], 1)
-        end = jnp.where(self.seen, jnp.arange(1, length + 1), 0).max(-1)  # tokens up to the last that is there
+        end = self.seen.sum(-1)
         last = (end[:, None] + jnp.arange(count)).reshape(batch, count, *(1,) * (x.ndim - 2))
         self.kept[name] = jnp.take_along_axis(whole, last, 1).astype(held.dtype)
         return whole
+
+
+def may_be_padded(positions: Int[Array, "#b t"] | None) -> bool:
+    """Whether some are −1, or where they are not known, may be: without them every token is there."""
+    if positions is None or isinstance(positions, jax.core.Tracer):
+        return positions is not None
+    return bool((np.asarray(positions) < 0).any())
 
 
 class Mechanism(Protocol):
@@ -263,11 +300,12 @@ class Recurrent(nnx.Module):
         if segments is not None and state is not None:
             raise ValueError("mask has documents and a state is given: need one or the other")
         after = 0 if state is None else state["position"][:, None]
+        padded = may_be_padded(positions)
         positions = after + jnp.arange(length) if positions is None else positions
         positions = jnp.broadcast_to(positions, (batch, length))
         seen = positions >= 0 if segments is None else (positions >= 0) & (segments >= 0)
 
-        past = Past({} if state is None else state["past"], seen, segments)
+        past = Past({} if state is None else state["past"], seen, segments, padded=padded)
         inputs, rest = self.mechanism.inputs(x, positions, past)
         if getattr(inputs, "read", "post") == "all" and (mask is not None or state is not None):
             given = "mask" if state is None else "state"

@@ -158,7 +158,7 @@ class MemoryAsContext(nnx.Module):
         return jnp.broadcast_to(persistent, (batch, *persistent.shape))
 
     def _inputs(self, x: Float[Array, "b t d"], seen: Bool[Array, "b t"]) -> tuple[Any, Any]:
-        return self.memory.inputs(x, jnp.where(seen, 0, -1), Past({}, seen, None))
+        return self.memory.inputs(x, jnp.where(seen, 0, -1), Past({}, seen, None, padded=False))
 
     def _recall(self, x: Float[Array, "b t d"], memory: MemoryState) -> Float[Array, "b t d"]:
         inputs, rest = self._inputs(x, jnp.ones(x.shape[:2], bool))

@@ -225,6 +225,13 @@ def test_gradients_at_zero_and_where_channels_are_equal_are_finite(features):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((phi_psi, pull(phi_psi))))
 
 
+def test_elu_plus_one_has_slope_one_at_zero():
+    """As it has from both sides."""
+    x = jnp.array([-1e-6, 0.0, 1e-6]).reshape(3, 1, 1)
+    slopes = jax.grad(lambda x: Elu1Features()(x, x)[0].sum())(x)
+    np.testing.assert_allclose(slopes, 1, atol=2e-6)
+
+
 @EVERY
 def test_fields_are_what_annotations_say(features):
     check_fields("features", features)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from jaxattn import (
@@ -71,6 +73,7 @@ CASES = {
     "erase per channel": mechanism(log_decay=decays(T, N, K), erase=erasure(), bonus=normal(N, K)),
     "grouped queries": mechanism(4, log_decay=decays(T, N), erase=strength()),
     "shared keys": mechanism(1, 1, 4, log_decay=decays(T, 4), bonus=normal(4, K)),
+    "fewer queries": mechanism(2, 2, 4, bonus=normal(4, K)),
     "grouped values": mechanism(2, 2, 4, log_decay=decays(T, 2, K), erase=strength(4)),
 }
 
@@ -234,6 +237,49 @@ def test_batches_are_their_entries_and_vmap_is_a_batch():
     assert_close(out, jax.vmap(lambda given: run(**given)[0])(batch), 1e-5)
     for index, each in enumerate((given, other)):
         assert_close((out[index], state.memory[index]), (run(**each)[0], run(**each)[1].memory), 1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["nothing", "per token", "per channel", "delta", "erase per channel"])
+def test_shard_map_over_the_batch(name, form):
+    """Each device has one batch entry; nothing is said of how the memory that both start from varies."""
+    given, options = arrays({k: x for k, x in CASES[name].items() if k != "bonus"}, jnp.float32)
+    ids = jnp.asarray(SEGMENTS)
+    batch = jax.tree.map(lambda x: jnp.stack([x, jnp.roll(x, 5, 0)]), given)
+
+    def total(given, where):
+        out, state = linear_attention(**given, **options, segment_ids=ids, form=form, chunk=4)
+        return jax.lax.psum(jnp.sin(out).sum() + jnp.sin(state.memory).sum(), where)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    slopes = jax.grad(partial(total, where="data"))
+    sharded = jax.shard_map(slopes, mesh=mesh, in_specs=(P("data"),), out_specs=P("data"))
+    assert_close(jax.jit(sharded)(batch), jax.jit(jax.grad(partial(total, where=())))(batch), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["nothing", "per channel", "erase per token"])
+def test_maps_of_batches_are_those_of_their_entries(name):
+    given, _ = arrays({k: x for k, x in CASES[name].items() if k not in ("query", "bonus", "read")}, jnp.float32)
+    batch = jax.tree.map(lambda x: jnp.stack([x, jnp.roll(x, 5, 0), 0.9 * x])[:, None], given)
+    whole = jax.jit(partial(state_map, chunk=4))(**batch)
+    each = jax.vmap(jax.vmap(lambda given: state_map(**given, chunk=4)))(batch)
+    assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, each)
+    assert_close(whole, each, 1e-5)
+
+
+@pytest.mark.parametrize(("length", "strength"), [(32, 2.0), (64, 1.0), (16, 4.0)])
+def test_gradients_are_right_where_a_chunk_forgets_just_as_much_as_is_mild(length, strength, x64):
+    """A total log decay of exactly −64."""
+    key, value, query = (jnp.asarray(normal(length, 1, size)) for size in (K, V, K))
+
+    def slope(form):
+        def loss(log_decay):
+            return jnp.sin(linear_attention(query, key, value, log_decay=log_decay, form=form, chunk=length)[0]).sum()
+
+        return jax.jit(jax.grad(loss))(jnp.full((length, 1, K), -strength))
+
+    assert length * strength == MILD
+    assert_close(slope("chunk"), slope("step"))
 
 
 def test_one_token_at_a_time_is_the_recurrence(x64):
@@ -421,6 +467,11 @@ STATE = LinearState(jnp.zeros((2, N, K, K)), jnp.zeros(2, jnp.int32))
         ({"form": "fast"}, ValueError, "form is 'fast': need one of auto, parallel, chunk, step, associative"),
         ({"chunk": 0}, ValueError, "chunk is 0: need a power of two"),
         ({"chunk": 48}, ValueError, "chunk is 48: need a power of two"),
+        ({"chunk": np.int64(48)}, ValueError, "chunk is .*48.*: need a power of two"),
+        ({"segment_ids": np.array([2, 2, 1, 1, 0], np.uint32)}, ValueError, "segment_ids decreases along the tokens"),
+        ({"segment_ids": [0, 0, 0, 1, 1]}, TypeError, "segment_ids must be an array, got list"),
+        ({"state": STATE._replace(segment=0)}, TypeError, "state has segment of type int: need an array"),
+        ({"state": STATE._replace(segment=jnp.zeros(2))}, TypeError, "segment of dtype float32: need integers"),
         ({"segment_ids": jnp.array([0, 1, 0, 1, 1])}, ValueError, "segment_ids decreases along the tokens"),
         ({"segment_ids": jnp.zeros(4, int)}, ValueError, r"segment_ids has shape \(4,\): need \[..., 5\]"),
         ({"segment_ids": jnp.zeros(5)}, TypeError, "segment_ids must be integers, got float32"),
@@ -433,3 +484,23 @@ STATE = LinearState(jnp.zeros((2, N, K, K)), jnp.zeros(2, jnp.int32))
 def test_calls_that_mean_nothing_are_refused(change, error, message):
     with pytest.raises(error, match=message):
         linear_attention(**({"query": ONES, "key": ONES, "value": ONES} | change))
+
+
+def test_segments_of_narrow_integers_may_be_far_apart():
+    ids = np.array([-100, -100, 0, 100, 100], np.int8)
+    out, _ = linear_attention(ONES, ONES, ONES, segment_ids=ids, chunk=np.int64(4))
+    np.testing.assert_array_equal(out, linear_attention(ONES, ONES, ONES, segment_ids=ids.astype(int))[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"log_decay": -0.1}, TypeError, "log_decay must be an array, got float"),
+        ({"query": jnp.ones(K)}, ValueError, r"query has shape \(4,\): need \[..., heads, channels\]"),
+        ({"erase": Delta(jnp.ones(()))}, ValueError, r"Delta.beta has shape \(\): need"),
+        ({"read": "all"}, ValueError, "read is 'all': need one of post, pre"),
+    ],
+)
+def test_steps_that_mean_nothing_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        linear_step(**({"query": ONES[:, 0], "key": ONES[:, 0], "value": ONES[:, 0]} | change))

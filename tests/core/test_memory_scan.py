@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from jaxattn import (
@@ -30,6 +32,7 @@ from jaxattn import (
     SoftThreshold,
     SquaredError,
     linear_attention,
+    memory_read,
     memory_scan,
     part,
 )
@@ -234,6 +237,25 @@ def test_a_sequence_may_be_split_anywhere_and_read_token_by_token(name, x64):
         out.append(piece)
         assert state.seen == b % B
     assert_close((jnp.concatenate(out), state), (whole, end))
+
+
+@pytest.mark.parametrize("name", ["titans", "memora"])
+def test_shard_map_over_the_batch(name):
+    """Each device has one batch entry and both have the memory, whose gradients are summed."""
+    memory, given, options = arrays(name, jnp.float32)
+    batch = jax.tree.map(lambda x: jnp.stack([x, jnp.roll(x, 5, 0)]), given)
+
+    def total(memory, given, where):
+        out, state = memory_scan(memory, **given, **options, inner_batch=B)
+        return jax.lax.psum(sum(jnp.sin(x).sum() for x in (out, *state.dual)), where)
+
+    def slopes(where):
+        return jax.grad(partial(total, where=where), argnums=(0, 1))
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    shards = P(), P("data")
+    sharded = jax.shard_map(slopes("data"), mesh=mesh, in_specs=shards, out_specs=shards)
+    assert_close(jax.jit(sharded)(memory, batch), jax.jit(slopes(()))(memory, batch), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["titans", "ttt", "memora"])
@@ -613,12 +635,29 @@ class Twice(Memory):
         ({"state": STATE._replace(dual=(WEIGHT[0],))}, ValueError, r"dual of shapes \[\(2, 3, 3\)\]: need"),
         ({"state": STATE._replace(seen=jnp.int32(0))}, ValueError, r"seen of shape \(\): need \(2,\)"),
         ({"state": jax.tree.map(lambda x: x.astype(jnp.bfloat16), STATE)}, TypeError, "state has dtype bfloat16"),
+        ({"state": STATE._replace(seen=jnp.array([1, 7]))}, ValueError, "seen holds 7: need numbers below 2: it comes"),
+        ({"state": STATE._replace(seen=jnp.zeros(2))}, TypeError, "state has seen .*: need an array of integers"),
     ],
 )
 def test_calls_that_mean_nothing_are_refused(change, error, message):
     given = {"memory": SQUARE, "query": ONES, "key": ONES, "value": ONES, "rate": 0.1, "inner_batch": 2}
     with pytest.raises(error, match=message):
         memory_scan(**(given | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": ONES.astype(int)}, TypeError, "query has dtype int32: need floating point"),
+        ({"query": jnp.ones((2, 5, 3, K))}, ValueError, r"fast weight 0 has shape \(2, 3, 3\): need \[3, 3, out\]"),
+        ({"query": ONES[..., :2]}, ValueError, r"fast weight 0 has shape \(2, 3, 3\): need \[2, 2, out\]"),
+        ({"link": 3}, TypeError, "link must be a Link, got 3"),
+        ({"state": 1}, TypeError, "state must be a MemoryState, got int"),
+    ],
+)
+def test_reads_that_mean_nothing_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        memory_read(**({"memory": SQUARE, "query": ONES} | change))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,19 @@ import pytest
 from flax import nnx
 from mixers import B, D, N, T, X, alone, assert_close, build, run, start
 
-from jaxattn import Causal, Documents, Huber, SoftmaxLink, TaylorFeatures, Window, models, nn
+from jaxattn import (
+    Causal,
+    Documents,
+    Huber,
+    LogNormalFeatures,
+    SoftmaxLink,
+    StandardizedFeatures,
+    TaylorFeatures,
+    UnitFeatures,
+    Window,
+    models,
+    nn,
+)
 from jaxattn.core.gate import (
     bounded_decay,
     inverse_softplus,
@@ -82,6 +94,64 @@ def test_packed_documents_are_separate_runs_and_the_future_is_not_seen(name):
     changed = jnp.stack(alone(mixer, *X.at[:, 6:].multiply(-2)))
     np.testing.assert_array_equal(changed[:, :6], whole[:, :6])
     assert (changed[:, 6:] != whole[:, 6:]).any()
+
+
+@pytest.mark.parametrize(
+    "feature_map", [UnitFeatures(), StandardizedFeatures(TaylorFeatures(2, scale=1.0)), LogNormalFeatures(2.0, 2.0)]
+)
+def test_maps_with_plain_numbers_stand_in_a_spec(feature_map):
+    spec = models.LinearAttention(heads=N, feature_map=feature_map, key_dim=4)
+    config = models.DecoderConfig(vocabulary=5, context=T, width=D, layers=[models.Layer(spec)] * 2)
+    decoder = models.Decoder(config, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(T)[None] % 5
+    whole, _, _ = nnx.jit(lambda decoder, tokens: decoder(tokens))(decoder, tokens)
+    (first, state, _), piece = decoder(tokens[:, :6], state=decoder.init_state(1, T)), tokens[:, 6:]
+    assert_close(jnp.concatenate([first, decoder(piece, state=state)[0]], 1), whole)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (models.Latte(heads=N, latents=0), "query has 2 heads of 0 channels: need at least 1 of each"),
+        (models.DeltaNet(heads=N, key_dim=0), "query has 2 heads of 0 channels"),
+        (models.RetNet(heads=N, value_dim=0), "value has 2 heads of 0 channels"),
+        (models.TTT(heads=N, inner_batch=0), "TTT: inner_batch must be at least 1, got 0"),
+        (models.NeuralMemory(heads=N, hidden=(0,)), "NeuralMemory: hidden must be at least 1, got 0"),
+    ],
+)
+def test_sizes_of_nothing_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        spec.build(D, jnp.float32, nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_padding_is_not_there_wherever_it_stands(name):
+    """In front, in gaps, and in packed documents; what it holds does not matter."""
+    mixer = build(SPECS[name])
+    places = [[-1, -1, 0, 1, 2, -1, 3, -1, -1, 4, 5], [0, -1, 1, 2, 3, 4, -1, -1, -1, 5, 6]]
+    seen, positions = np.array(places) >= 0, jnp.array(places)
+    x = jnp.where(seen[..., None], X, 1e3)
+    y, _, _ = run(mixer, x, positions=positions)
+    first, second = alone(mixer, x[0][seen[0]], x[1][seen[1]])
+    assert_close(y[0][seen[0]], first)
+    assert_close(y[1][seen[1]], second)
+    documents = np.array([[0] * 6 + [1] * 5] * 2)
+    within = jnp.array([[-1, -1, 0, 1, 2, -1, 0, -1, -1, 1, 2], [0, -1, 1, 2, 3, 4, -1, -1, -1, 0, 1]])
+    y, _, _ = run(mixer, x, positions=within, mask=Documents(jnp.asarray(documents)))
+    for row in range(2):
+        pieces = [x[row][seen[row] & (documents[row] == each)] for each in range(2)]
+        assert_close(y[row][seen[row]], jnp.concatenate(alone(mixer, *pieces)))
+
+
+@pytest.mark.parametrize("name", ["deltanet", "rwkv7", "latte macchiato", "convolution", "ttt"])
+def test_padding_between_two_calls_is_not_there(name):
+    mixer = build(SPECS[name])
+    _, state, _ = run(mixer, X[:, :5], state=start(mixer, B, T))
+    places = jnp.array([[-1, -1, 5, 6, 7], [-1, 5, -1, 6, 7]])
+    x = jnp.take_along_axis(X, jnp.maximum(places, 0)[..., None], 1)
+    y, _, _ = run(mixer, x, positions=places, state=state)
+    for row, whole in enumerate(alone(mixer, *X)):
+        assert_close(y[row][places[row] >= 0], whole[5:8])
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -261,8 +331,17 @@ def test_gates_are_the_formulas_and_stay_in_their_range():
         value, slope = jax.vmap(jax.value_and_grad(lambda x, gate=gate: gate(0.0, x)))(x)
         assert (value <= 0).all()
         assert np.isfinite(slope).all()
-    with pytest.raises(ValueError, match=r"floor must be below 0, got 1\.0"):
-        bounded_decay(x, 1.0)
+    np.testing.assert_allclose(inverse_softplus(jnp.array([1e-6, 89.0, 800.0])), [np.log(1e-6), 89, 800], rtol=1e-5)
+    floors = jnp.array([-1.0, -5.0])
+    np.testing.assert_allclose(bounded_decay(jnp.zeros(2), floors), floors / 2)
+    for call, message in (
+        (lambda: bounded_decay(x, 1.0), r"floor holds 1\.0: need numbers below 0"),
+        (lambda: lower_bounded_decay(x, 1.5), r"bound holds 1\.5: need numbers from 0 to below 1"),
+        (lambda: lower_bounded_decay(x, -0.5), r"bound holds -0\.5: need numbers from 0 to below 1"),
+        (lambda: inverse_softplus(-1.0), r"x holds -1\.0: need numbers above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_a_running_softmax_does_not_depend_on_a_constant_and_takes_missing_tokens():
