@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.parts import check_range, check_segments, ratio, vary_like
+from jaxattn.core.parts import check_floating, check_range, check_segments, check_tokens, ratio, vary_like
 from jaxattn.core.recurrence import CHUNK, Delta, Erase, Read, StateMap, Tokens, chunks, steps, tree, whole_map
 from jaxattn.core.score import accumulator, product
 
@@ -276,16 +276,11 @@ def _check(given: _Given, read: Read, form: Form, chunk: int | None) -> None:
         gates = {"log_decay": log_decay}
     else:
         raise TypeError(f"erase must be Delta(beta), Erase(read, write) or None, got {type(erase).__name__}")
-    for name, x in (arrays | gates | {"bonus": bonus}).items():
-        if x is None and name in ("log_decay", "bonus"):
-            continue
-        if x is None or not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"{name} must be an array, got {type(x).__name__}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} has dtype {x.dtype}: need floating point")
+    for name, x in (gates | {"bonus": bonus}).items():
+        if x is not None or name not in ("log_decay", "bonus"):
+            check_floating(name, x)
     for name, x in arrays.items():
-        if len(x.shape) < 3 or 0 in x.shape:
-            raise ValueError(f"{name} has shape {x.shape}: need [..., length, heads, channels], none of them empty")
+        check_tokens(name, x)
         if x.shape[:-2] != query.shape[:-2]:
             raise ValueError(f"{name} has batch and length {x.shape[:-2]} but query has {query.shape[:-2]}")
     if query.shape[-1] != key.shape[-1]:

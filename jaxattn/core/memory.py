@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.core.inner import Identity, InnerLoss, Link, Memory, SquaredError
 from jaxattn.core.inner_batch import Batch, FastRead, Weights, learn
-from jaxattn.core.parts import check_fields, check_range, check_segments, check_static_int, vary_like
+from jaxattn.core.parts import check_fields, check_range, check_segments, check_static_int, check_tokens, vary_like
 from jaxattn.core.score import accumulator, product
 
 PerToken = Float[Array, "..."] | float
@@ -119,7 +119,7 @@ def memory_read(
     state: what that token left; None reads where the memory starts. Raises as `memory_scan`.
     """
     _check_kinds(("memory", memory, Memory), ("link", link, Link))
-    _check_tokens("query", query)
+    check_tokens("query", query)
     _check_memory(memory, query, None)
     batch = query.shape[:-3]
     if state is not None:
@@ -258,7 +258,7 @@ def _check(given: _Given, inner_batch: int, read: FastRead) -> None:
     memory, loss, link, query, key, value, *_, state, segment_ids, lengths = given
     _check_kinds(("memory", memory, Memory), ("loss", loss, InnerLoss), ("link", link, Link))
     for name, x in (("query", query), ("key", key), ("value", value)):
-        _check_tokens(name, x)
+        check_tokens(name, x)
         if x.shape[:-1] != query.shape[:-1]:
             raise ValueError(f"{name} has batch, length and heads {x.shape[:-1]} but query has {query.shape[:-1]}")
     *batch, length, _, _ = query.shape
@@ -304,15 +304,6 @@ def _check_kinds(*given: tuple[str, Any, type]) -> None:
         if not isinstance(of, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {of!r}")
         check_fields(name, of)
-
-
-def _check_tokens(name: str, x: Any) -> None:
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} has dtype {x.dtype}: need floating point")
-    if len(x.shape) < 3 or 0 in x.shape:
-        raise ValueError(f"{name} has shape {x.shape}: need [..., length, heads, channels], none of them empty")
 
 
 def _check_memory(memory: Memory, key: Array, value: Array | None) -> None:

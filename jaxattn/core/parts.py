@@ -129,6 +129,12 @@ def check_positive(owner: str, name: str, value: Any) -> None:
         raise TypeError(f"{owner}: {name} must be a number or an array, got {value!r}")
 
 
+def check_all_positive(owner: str, name: str, value: Any) -> None:
+    """As `check_positive`, and raises ValueError for arrays whose numbers are known and not all positive."""
+    check_positive(owner, name, value)
+    check_range(f"{owner}: {name}", value, lambda x: x > 0, "above 0")
+
+
 @jax.custom_jvp
 def ratio(x: Array, total: Array) -> Array:
     """x / total, and 0 where total is 0, or so small that its reciprocal is out of range (`in_range`).
@@ -227,6 +233,21 @@ def check_segments(segment_ids: Any, shape: tuple[int, ...]) -> None:
     ids = np.asarray(segment_ids)
     if (ids[..., 1:] < ids[..., :-1]).any():
         raise ValueError("segment_ids decreases along the tokens: need segments one after the other")
+
+
+def check_floating(name: str, x: Any) -> None:
+    """Raises TypeError for what is no array of floating-point numbers."""
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} has dtype {x.dtype}: need floating point")
+
+
+def check_tokens(name: str, x: Any) -> None:
+    """Raises unless these are floating point, [..., length, heads, channels]."""
+    check_floating(name, x)
+    if len(x.shape) < 3 or 0 in x.shape:
+        raise ValueError(f"{name} has shape {x.shape}: need [..., length, heads, channels], none of them empty")
 
 
 def check_range(name: str, x: Any, allowed: Callable[[np.ndarray], np.ndarray], wanted: str) -> None:

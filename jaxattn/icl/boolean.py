@@ -74,8 +74,9 @@ def _products(
 ) -> tuple[list[Array], Float[Array, " p"]]:
     """Every choice of one row from each of several tables: (the rows of each, the sum of their log-probabilities)."""
     sizes = tuple(len(log_prior) for _, log_prior in tables)
-    _check_size(owner, dim, math.prod(sizes))
-    chosen = list(zip(tables, jnp.unravel_index(jnp.arange(math.prod(sizes)), sizes), strict=True))
+    count = math.prod(sizes)
+    _check_size(owner, dim, count)
+    chosen = list(zip(tables, jnp.unravel_index(jnp.arange(count), sizes), strict=True))
     total = jnp.stack([log_prior[i] for (_, log_prior), i in chosen]).sum(0)
     return [rows[i] for (rows, _), i in chosen], total
 
@@ -99,7 +100,6 @@ def _table_of_terms(
     owner: str, dim: int, terms: int, probability: Any, monotone: bool
 ) -> tuple[tuple[Float[Array, "f t d"], Int[Array, " f"]], Float[Array, " f"]]:
     """Every sequence of so many sets of literals with each of them chosen, and its log-probability."""
-    _check_size(owner, dim, terms * (2 if monotone else 3) ** (dim * terms))
     each = _literal_table(owner, dim, probability, monotone)
     (*rows, chosen), log_prior = _products(owner, dim, *[each] * terms, _uniform(range(terms)))
     return (jnp.stack(rows, 1), chosen), log_prior

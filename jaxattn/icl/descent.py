@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxattn.core.parts import check_positive, check_range, check_static_int, part, ratio
+from jaxattn.core.parts import check_all_positive, check_range, check_static_int, part, ratio
 from jaxattn.icl.predict import Predictor, shown
+from jaxattn.icl.regression import pseudo_inverse
 
 Scale = Literal["context"] | float
 """What a sum over examples is divided by: their number, or a constant (often that of training)."""
@@ -71,8 +72,7 @@ class Preconditioned(Predictor):
             if self.scale != "context":
                 raise ValueError(f"Preconditioned: scale is {self.scale!r}: need 'context' or a positive number")
             return
-        check_positive("Preconditioned", "scale", self.scale)
-        check_range("Preconditioned: scale", self.scale, lambda x: x > 0, "above 0")
+        check_all_positive("Preconditioned", "scale", self.scale)
 
     def answer(self, x, y, seen, query):
         dim = query.shape[-1]
@@ -127,7 +127,7 @@ class Newton(Predictor):
     def answer(self, x, y, seen, query):
         x, y = shown(x, y, seen)
         system = x.T @ x + self.penalty * jnp.eye(x.shape[1], dtype=x.dtype)
-        inside = jnp.linalg.pinv(x, rtol=max(x.shape) * float(jnp.finfo(x.dtype).eps)) @ x
+        inside = pseudo_inverse(x) @ x
         inverse = inside @ ratio(system, (system**2).sum())
         inverse = jax.lax.fori_loop(0, self.steps, lambda _, m: inside @ (2 * m - m @ system @ m), inverse)
         return query @ inverse @ (x.T @ y)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxattn.core.parts import check_positive, check_range, check_static_int, part
+from jaxattn.core.parts import check_all_positive, check_static_int, part
 from jaxattn.icl.prompt import Prompt
 
 
@@ -29,8 +29,7 @@ class MarkovChain:
         check_static_int("MarkovChain", "states", self.states, 1)
         check_static_int("MarkovChain", "length", self.length, 1)
         check_static_int("MarkovChain", "order", self.order, 0)
-        check_positive("MarkovChain", "concentration", self.concentration)
-        check_range("MarkovChain: concentration", self.concentration, lambda x: x > 0, "above 0")
+        check_all_positive("MarkovChain", "concentration", self.concentration)
 
     def with_length(self, length: int) -> "MarkovChain":
         """The same task with prompts of another length."""
@@ -75,8 +74,7 @@ class MarkovBayes:
     def __post_init__(self):
         check_static_int("MarkovBayes", "states", self.states, 1)
         check_static_int("MarkovBayes", "order", self.order, 0)
-        check_positive("MarkovBayes", "concentration", self.concentration)
-        check_range("MarkovBayes: concentration", self.concentration, lambda x: x > 0, "above 0")
+        check_all_positive("MarkovBayes", "concentration", self.concentration)
 
     def __call__(self, x: Int[Array, "b t"], y: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         index = jnp.arange(x.shape[1])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxattn.core.parts import check_positive, check_range, check_static_int, part
+from jaxattn.core.parts import check_all_positive, check_static_int, part
 from jaxattn.icl.predict import Predictor, check_single, shown
 
 
@@ -25,8 +25,7 @@ class NetworkByAdam(Predictor):
     def __post_init__(self):
         check_static_int("NetworkByAdam", "hidden", self.hidden, 1)
         check_static_int("NetworkByAdam", "steps", self.steps, 1)
-        check_positive("NetworkByAdam", "rate", self.rate)
-        check_range("NetworkByAdam: rate", self.rate, lambda x: x > 0, "above 0")
+        check_all_positive("NetworkByAdam", "rate", self.rate)
 
     def start(self, dim: int) -> dict[str, Array]:
         """The weights before training."""

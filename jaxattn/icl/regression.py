@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxattn.core.parts import check_positive, check_range, check_static_int, part, ratio
+from jaxattn.core.parts import check_all_positive, check_static_int, part, ratio
 from jaxattn.icl.inputs import check_covariance, check_dimension, root
 from jaxattn.icl.predict import Predictor, check_single, shown
 
@@ -35,7 +35,12 @@ class LeastSquares(Predictor):
 
     def answer(self, x, y, seen, query):
         x, y = shown(x, y, seen)
-        return query @ (jnp.linalg.pinv(x, rtol=max(x.shape) * float(jnp.finfo(x.dtype).eps)) @ y)
+        return query @ (pseudo_inverse(x) @ y)
+
+
+def pseudo_inverse(x: Float[Array, "n d"]) -> Float[Array, "d n"]:
+    """X⁺; singular values below max(N, d) · ε of the largest count as 0."""
+    return jnp.linalg.pinv(x, rtol=max(x.shape) * float(jnp.finfo(x.dtype).eps))
 
 
 @part
@@ -54,8 +59,7 @@ class Ridge(Predictor):
     covariance: Float[Array, "d d"] | None = None
 
     def __post_init__(self):
-        check_positive("Ridge", "penalty", self.penalty)
-        check_range("Ridge: penalty", self.penalty, lambda x: x > 0, "above 0")
+        check_all_positive("Ridge", "penalty", self.penalty)
         if self.covariance is not None:
             check_covariance("Ridge", self.covariance)
 
@@ -89,8 +93,7 @@ class Lasso(Predictor):
     sweeps: int = 200
 
     def __post_init__(self):
-        check_positive("Lasso", "alpha", self.alpha)
-        check_range("Lasso: alpha", self.alpha, lambda x: x > 0, "above 0")
+        check_all_positive("Lasso", "alpha", self.alpha)
         check_static_int("Lasso", "sweeps", self.sweeps, 1)
 
     def weights(self, x: Float[Array, "n d"], y: Float[Array, " n"], seen: Bool[Array, " n"]) -> Float[Array, " d"]:

@@ -28,6 +28,10 @@ class _Spec(Mixer):
         return type(self).mechanism(features, dtype=dtype, rngs=rngs, **options)
 
 
+def _holds_arrays(parts: Any) -> bool:
+    return any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(parts))
+
+
 @dataclass(frozen=True)
 class LinearAttention(_Spec):
     """Attention by features; see `nn.LinearAttention`. feature_map: a part without arrays, or what makes a module from
@@ -44,8 +48,7 @@ class LinearAttention(_Spec):
     gate: Literal["silu", "sigmoid"] | None = None
 
     def __post_init__(self):
-        leaves = jax.tree.leaves(self.feature_map) if isinstance(self.feature_map, Features) else []
-        if any(hasattr(leaf, "shape") for leaf in leaves):
+        if isinstance(self.feature_map, Features) and _holds_arrays(self.feature_map):
             raise ValueError("feature_map of a spec holds no arrays: give what makes a module, such as nn.HedgehogMap")
 
 
@@ -156,7 +159,7 @@ class NeuralMemory(_Spec):
 
     def __post_init__(self):
         object.__setattr__(self, "hidden", tuple(self.hidden))  # hashable, also when it came as a list
-        if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves((self.loss, self.link))):
+        if _holds_arrays((self.loss, self.link)):
             raise ValueError("loss and link of a spec hold no arrays: need plain numbers")
 
 

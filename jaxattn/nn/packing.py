@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 Carry = TypeVar("Carry")
 
@@ -26,7 +26,7 @@ class Layout(NamedTuple):
 
     def put(self, x: Float[Array, "b t ..."]) -> Float[Array, "b s ..."]:
         """x in its slots, zeros in the others."""
-        return _scatter(x, self.place, self.ids.shape[1])
+        return scatter(x, self.place, self.ids.shape[1])
 
     def take(self, x: Float[Array, "b s ..."]) -> Float[Array, "b t ..."]:
         """x of each token's slot. Rows that lost a document are NaN."""
@@ -51,11 +51,11 @@ def layout(
     slots = align * (-(-length // align) + documents * (-(-prefix // align) + (align > 1)))
     place = (jnp.cumsum(opens, -1) - 1) * align + within % align
     has = seen & (place < slots)
-    begins = _scatter(start, jnp.where(start & has, place - within, slots), slots)
+    begins = scatter(start, jnp.where(start & has, place - within, slots), slots)
     slot = jnp.arange(slots)
     ids, inside = jnp.cumsum(begins, -1), slot - jax.lax.cummax(jnp.where(begins, slot, 0), axis=1)
     place = jnp.where(has, place, slots)
-    filled = _scatter(seen, place, slots) | ((ids > 0) & (inside < prefix))
+    filled = scatter(seen, place, slots) | ((ids > 0) & (inside < prefix))
     return Layout(place, ids, inside, filled, (seen & ~has).any(-1))
 
 
@@ -110,6 +110,10 @@ def earlier(x: Int[Array, "b t"], lag: int, fill: int) -> Int[Array, "b t"]:
     return jnp.pad(x, ((0, 0), (lag, 0)), constant_values=fill)[:, : x.shape[1]]
 
 
-def _scatter(x: Array, place: Int[Array, "b t"], slots: int) -> Array:
+def scatter(
+    x: Shaped[Array, "b t ..."], place: Int[Array, "b t"], slots: int, fill: int = 0
+) -> Shaped[Array, "b s ..."]:
+    """x in rows of so many slots, each token at its place, or nowhere for a place after the last; `fill` elsewhere."""
     rows = jnp.arange(x.shape[0])[:, None]
-    return jnp.zeros((x.shape[0], slots, *x.shape[2:]), x.dtype).at[rows, place].set(x, mode="drop")
+    empty = jnp.full((x.shape[0], slots, *x.shape[2:]), fill, x.dtype)
+    return empty.at[rows, place].set(x, mode="drop")

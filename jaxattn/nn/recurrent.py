@@ -20,7 +20,7 @@ from jaxattn.core.linear import Form, linear_attention, mixing_matrix
 from jaxattn.core.mask import And, Causal, Documents, Mask, Window
 from jaxattn.core.memory import memory_scan
 from jaxattn.core.recurrence import Delta, Erase, Read
-from jaxattn.nn.packing import earlier, in_order, layout
+from jaxattn.nn.packing import earlier, in_order, layout, scatter
 from jaxattn.nn.sites import Recorder
 
 
@@ -169,8 +169,8 @@ class Past:
     ):
         self.held, self.seen, self.segments = held, seen, segments
         self.kept: dict[str, Array] = {}
-        self.padded = padded and seen.shape[1] > 1
-        self._rank = jnp.cumsum(seen, -1) - 1
+        # The place of each token among those that are there, if any may be missing before it.
+        self._rank = jnp.cumsum(seen, -1) - 1 if padded and seen.shape[1] > 1 else None
 
     @property
     def starts(self) -> Bool[Array, "b t"] | None:
@@ -219,14 +219,14 @@ class Past:
 
     def _together(self, x: Shaped[Array, "b t ..."], fill: int = 0) -> Shaped[Array, "b t ..."]:
         """x of the tokens that are seen, one behind the other, and what fills the row after them."""
-        if not self.padded:
+        if self._rank is None:
             return x
-        place = jnp.where(self.seen, self._rank, x.shape[1])
-        return jnp.full_like(x, fill).at[jnp.arange(x.shape[0])[:, None], place].set(x, mode="drop")
+        length = x.shape[1]
+        return scatter(x, jnp.where(self.seen, self._rank, length), length, fill)
 
     def _apart(self, x: Shaped[Array, "b t ..."]) -> Shaped[Array, "b t ..."]:
         """The inverse of `_together`: the places of what is not seen hold anything finite."""
-        if not self.padded:
+        if self._rank is None:
             return x
         return jnp.take_along_axis(x, jnp.maximum(self._rank, 0).reshape(*self._rank.shape, *(1,) * (x.ndim - 2)), 1)
 
