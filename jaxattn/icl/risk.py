@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Num, PRNGKeyArray
 from jaxattn.icl.predict import Predictor
 from jaxattn.icl.prompt import Prompt
 
-Loss = Callable[[Num[Array, "b n *m"], Num[Array, "b n *m"]], Float[Array, "b n"]]
-"""(answers, truth) -> the loss of each."""
+Loss = Callable[[Num[Array, "b n *k"], Num[Array, "b n *m"]], Float[Array, "b n"]]
+"""(answers, truth) -> the loss of each: those below for numbers and signs, and for tokens, whose answers are logits,
+such as `optax.softmax_cross_entropy_with_integer_labels`."""
 
 
 class Estimate(NamedTuple):
@@ -40,18 +41,29 @@ class RiskTable(NamedTuple):
 
 
 def square(answers: Float[Array, "b n *m"], truth: Float[Array, "b n *m"]) -> Float[Array, "b n"]:
-    """(ŷ − y)², summed over the channels of an answer."""
+    """(ŷ − y)², summed over the channels of an answer. Raises ValueError for other shapes of ŷ than of y."""
+    _check_alike("square", answers, truth)
     return ((answers - truth) ** 2).reshape(*truth.shape[:2], -1).sum(-1)
 
 
 def mistakes(answers: Float[Array, "b n"], truth: Float[Array, "b n"]) -> Float[Array, "b n"]:
-    """The probability of a wrong sign: 1 where it is wrong, 1/2 where the answer is 0. Accuracy is 1 less this."""
+    """The probability of a wrong sign: 1 where it is wrong, 1/2 where the answer is 0. Accuracy is 1 less this.
+
+    Raises ValueError for other shapes of ŷ than of y.
+    """
+    _check_alike("mistakes", answers, truth)
     return 0.5 * jnp.abs(jnp.sign(answers) - jnp.sign(truth))
 
 
 def logistic(answers: Float[Array, "b n"], truth: Float[Array, "b n"]) -> Float[Array, "b n"]:
-    """log(1 + exp(−ŷ y)) for y = ±1: ŷ is the log of the odds that y is 1."""
+    """log(1 + exp(−ŷ y)) for y = ±1: ŷ is the log of the odds that y is 1. Raises ValueError for other shapes."""
+    _check_alike("logistic", answers, truth)
     return jax.nn.softplus(-answers * truth)
+
+
+def _check_alike(loss: str, answers: Array, truth: Array) -> None:
+    if answers.shape != truth.shape:
+        raise ValueError(f"{loss}: answers has shape {answers.shape} and truth {truth.shape}: need the same")
 
 
 def compare(
@@ -69,11 +81,12 @@ def compare(
 
     All predictors answer the same prompts. With `excess` the truth is the answer without noise: E (ŷ − f(x))², the
     risk less the variance of the noise. For a task with its own query, prompts of every length are drawn by themselves.
+    A task of tokens with an answer at every position, such as `MarkovChain`, takes a loss of tokens.
 
     Raises ValueError for no lengths or negative ones, for those where an answer of the task does not count, for fewer
-    than two prompts, and for answers of another shape than the truth; what is not a predictor raises what its call
-    does. TypeError for lengths that are no integers, predictors without names, and a task without `with_length`, whose
-    prompts have one length: those of tokens and of items do not ask after every number of examples.
+    than two prompts, and for answers that the loss does not take; what is not a predictor raises what its call does.
+    TypeError for lengths that are no integers, predictors without names, and a task without `with_length`, whose
+    prompts have one length.
     """
     if not hasattr(task, "with_length"):
         raise TypeError(f"task is {type(task).__name__}: need one with with_length(length), such as FunctionTask")
@@ -104,10 +117,12 @@ def compare(
                 answers = predictor.after(prompt.x, prompt.y, group)
             else:
                 answers = predictor(prompt.x, prompt.y)
-                if answers.shape != prompt.y.shape:
+                if answers.shape[:2] != prompt.y.shape[:2]:
                     raise ValueError(f"a predictor answers {answers.shape} where the answers are {prompt.y.shape}")
                 answers = answers[:, list(group)]
             each = loss(answers, truth)
+            if each.shape != truth.shape[:2]:
+                raise ValueError(f"loss gives {each.shape} of answers {answers.shape}: need {truth.shape[:2]}")
             return jnp.stack([each.mean(0), ((each - each.mean(0)) ** 2).sum(0)])
 
         for name, predictor in predictors.items():

@@ -340,6 +340,11 @@ def test_what_cannot_be_compared_is_refused():
     for predictor in (lambda x, y: icl.interleave(x, y)[..., 0], lambda x, y: y[:, :1]):
         with pytest.raises(ValueError, match=r"a predictor answers \(4, \d+\) where the answers are \(4, 6\)"):
             icl.compare(task, {"wrong": predictor}, [2, 5], KEY, batch=4)
+    for loss in (icl.square, icl.mistakes, icl.logistic):
+        with pytest.raises(ValueError, match=rf"{loss.__name__}: answers has shape \(4, 1, 1\) and truth \(4, 1\)"):
+            icl.compare(task, {"column": lambda x, y: y[..., None]}, [5], KEY, batch=4, loss=loss)
+    with pytest.raises(ValueError, match=r"loss gives \(4,\) of answers \(4, 2\): need \(4, 2\)"):
+        icl.compare(task, {"zero": icl.Zero()}, [2, 5], KEY, batch=4, loss=lambda *given: icl.square(*given).sum(1))
     with pytest.raises(TypeError, match=r"lengths is \[2\.7\]: need integers"):
         icl.compare(task, {"zero": icl.Zero()}, [2.7], KEY)
     with pytest.raises(TypeError, match="predictors is a list: need a mapping of names to predictors"):

@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxattn import icl
@@ -204,6 +205,24 @@ def test_bayes_loses_least_at_every_position_and_the_unigram_is_on_the_way():
         gain = loss(order) - bayes
         assert gain.mean() > 4 * gain.mean(-1).std() / 1500**0.5
         assert (gain.mean(0) >= -4 * gain.std(0) / 1500**0.5).all()
+
+
+def test_risk_of_tokens_is_the_cross_entropy_of_every_position_alone():
+    """After 0 states all V are alike: log V. After one its row has not been seen: log V too.
+
+    Later it is what the predictor loses there on prompts drawn anew, within 4 standard errors.
+    """
+    lengths = (0, 1, 7, 23)
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    asked = {"Bayes": icl.MarkovBayes(3), "unigram": icl.MarkovBayes(3, order=0)}
+    risks = icl.compare(CHAIN, asked, lengths, jax.random.key(1), batch=128, batches=8, loss=loss).risks
+    np.testing.assert_allclose(risks["Bayes"].mean[:2], np.log(3), rtol=1e-6)
+    prompt = drawn(CHAIN, 1000)
+    for name, predictor in asked.items():
+        each = -np.take_along_axis(answered(predictor, prompt), prompt.y[..., None], -1)[..., 0][:, list(lengths)]
+        error = np.hypot(risks[name].error, each.std(0) / 1000**0.5)
+        assert (np.abs(risks[name].mean - each.mean(0)) <= 4 * error + 1e-6).all()
+    assert risks["Bayes"].mean[3] < risks["unigram"].mean[3] < np.log(3)
 
 
 @pytest.mark.parametrize("single_cycle", [False, True])
