@@ -19,15 +19,9 @@ def effective_kq(
     Kernels are [inputs, heads, channels]; query head n reads key head n // (N / K). The scale is H^−½ unless given.
     Raises ValueError for heads that do not divide, and other numbers of channels.
     """
-    heads, key_heads = query_kernel.shape[1], key_kernel.shape[1]
-    if heads % key_heads:
-        raise ValueError(f"effective_kq: query_kernel has {heads} heads and key_kernel {key_heads}: need a divisor")
-    if query_kernel.shape[2] != key_kernel.shape[2]:
-        raise ValueError(
-            f"effective_kq: query_kernel has {query_kernel.shape[2]} channels and key_kernel {key_kernel.shape[2]}"
-        )
-    scale = query_kernel.shape[2] ** -0.5 if scale is None else scale
-    keys = jnp.repeat(key_kernel, heads // key_heads, 1)
+    _, heads, channels = query_kernel.shape
+    keys = _for_all("effective_kq", "key_kernel", key_kernel, "query_kernel", heads, channels)
+    scale = channels**-0.5 if scale is None else scale
     return scale * jnp.einsum("enh,dnh->ned", keys, query_kernel)
 
 
@@ -37,15 +31,21 @@ def effective_ov(value_kernel: Float[Array, "d k v"], out_kernel: Float[Array, "
     `value_kernel` is [inputs, heads, channels], `out_kernel` [heads, channels, outputs].
     Raises ValueError for heads that do not divide, and other numbers of channels.
     """
-    heads, value_heads = out_kernel.shape[0], value_kernel.shape[1]
-    if heads % value_heads:
-        raise ValueError(f"effective_ov: out_kernel has {heads} heads and value_kernel {value_heads}: need a divisor")
-    if value_kernel.shape[2] != out_kernel.shape[1]:
-        raise ValueError(
-            f"effective_ov: value_kernel has {value_kernel.shape[2]} channels and out_kernel {out_kernel.shape[1]}"
-        )
-    values = jnp.repeat(value_kernel, heads // value_heads, 1)
+    heads, channels, _ = out_kernel.shape
+    values = _for_all("effective_ov", "value_kernel", value_kernel, "out_kernel", heads, channels)
     return jnp.einsum("nvm,dnv->nmd", out_kernel, values)
+
+
+def _for_all(
+    owner: str, name: str, kernel: Float[Array, "d k c"], other: str, heads: int, channels: int
+) -> Float[Array, "d n c"]:
+    """The kernel of shared heads, repeated for all N heads of the other kernel."""
+    _, shared, own = kernel.shape
+    if heads % shared:
+        raise ValueError(f"{owner}: {other} has {heads} heads and {name} {shared}: need a divisor")
+    if own != channels:
+        raise ValueError(f"{owner}: {other} has {channels} channels and {name} {own}: need the same")
+    return jnp.repeat(kernel, heads // shared, 1)
 
 
 def diagonality(matrix: Float[Array, "*b d d"]) -> Float[Array, "*b"]:

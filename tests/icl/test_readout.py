@@ -110,12 +110,18 @@ def test_errors_name_the_argument():
             lambda: icl.effective_kq(jnp.ones((4, 3, 2)), jnp.ones((4, 2, 2))),
             "query_kernel has 3 heads and key_kernel 2",
         ),
-        (lambda: icl.effective_kq(jnp.ones((4, 2, 3)), jnp.ones((4, 2, 2))), "3 channels and key_kernel 2"),
+        (
+            lambda: icl.effective_kq(jnp.ones((4, 2, 3)), jnp.ones((4, 2, 2))),
+            "3 channels and key_kernel 2: need the same",
+        ),
         (
             lambda: icl.effective_ov(jnp.ones((4, 2, 3)), jnp.ones((3, 3, 4))),
             "has 3 heads and value_kernel 2",
         ),
-        (lambda: icl.effective_ov(jnp.ones((4, 2, 3)), jnp.ones((2, 2, 4))), "3 channels and out_kernel 2"),
+        (
+            lambda: icl.effective_ov(jnp.ones((4, 2, 3)), jnp.ones((2, 2, 4))),
+            "2 channels and value_kernel 3: need the same",
+        ),
         (lambda: icl.effective_heads(icl.superposed_gradient_steps(2, 2, 0.1).heads), "need one output"),
         (lambda: icl.effective_heads(icl.debiased_gradient_step(1, 0.1).heads), "need two coordinates"),
     ):
