@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxattn.core.parts import check_probability, check_static_int, part
 from jaxattn.icl.function import Finite, check_count, choose
-from jaxattn.icl.task import Function
+from jaxattn.icl.task import Function, happens
 from jaxattn.icl.teaching import Plantable, Teachable
 
 MOST_FUNCTIONS = 2**20  # one number each for every example of a prompt
@@ -32,7 +32,7 @@ def _literals(
 ) -> Float[Array, "*t d"]:
     """Each visible coordinate with the given probability, as it is (monotone) or with a random sign."""
     for_places, for_signs = jax.random.split(key)
-    inside = jax.random.bernoulli(for_places, jnp.asarray(probability, float), shape)
+    inside = happens(for_places, probability, shape)
     inside &= jnp.arange(shape[-1]) < visible
     return jnp.where(inside, 1.0 if monotone else jax.random.rademacher(for_signs, shape, float), 0.0)
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxattn.core.parts import check_probability, check_range, check_static_int, part
 from jaxattn.icl.prompt import Prompt
+from jaxattn.icl.task import happens
 
 
 @part
@@ -110,8 +111,8 @@ class ItemLabels:
     def _one(self, key: PRNGKeyArray) -> tuple[Float[Array, "t p"], Int[Array, " n"], Int[Array, " n"]]:
         keys = jax.random.split(key, 10)
         count, dim = self.items + 1, self.means.shape[1]
-        bursty = jax.random.bernoulli(keys[0], jnp.asarray(self.bursty, float))
-        novel = bursty & jax.random.bernoulli(keys[1], jnp.asarray(self.novel, float))
+        bursty = happens(keys[0], self.bursty)
+        novel = bursty & happens(keys[1], self.novel)
         # Each item takes one of N + 1 classes: its own, or that of its burst.
         bursts = jax.random.permutation(keys[2], jnp.arange(self.items) // self.burst)
         of_query = bursts[jax.random.randint(keys[3], (), 0, self.items)]
@@ -126,7 +127,7 @@ class ItemLabels:
         off = self.noise * jax.random.normal(keys[7], (count, dim)) / dim**0.5
         items = (means[takes] + off) / jnp.sqrt(1 + self.noise**2)
         for_whether, for_which = jax.random.split(keys[9])
-        wrong = jax.random.bernoulli(for_whether, jnp.asarray(self.label_noise, float), (count,))
+        wrong = happens(for_whether, self.label_noise, (count,))
         said = jnp.where(wrong, jax.random.randint(for_which, (count,), 0, len(self.labels)), labels[takes])
         content = jnp.stack([items, jnp.asarray(self.labels)[said]], 1).reshape(2 * count, dim)[:-1]
         start = jax.random.randint(keys[8], (), 0, self.positions - self.length + 1)

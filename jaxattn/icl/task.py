@@ -11,10 +11,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxattn.core.parts import check_range, check_static_int, part
 from jaxattn.icl.prompt import Prompt
+
+
+def happens(key: PRNGKeyArray, probability: Any, shape: tuple[int, ...] = ()) -> Bool[Array, "*s"]:
+    """What is true with a probability, which may be the integers 0 and 1 and a NumPy number too."""
+    return jax.random.bernoulli(key, jnp.asarray(probability, float), shape)
 
 
 class Function(abc.ABC):
@@ -122,7 +127,7 @@ class FunctionTask:
             weights = jnp.where(index < self.points, weights, 0)
         clean = self.function(f, x)
         if self.function.signs:
-            y = jnp.where(jax.random.bernoulli(for_noise, jnp.asarray(self.noise, float), clean.shape), -clean, clean)
+            y = jnp.where(happens(for_noise, self.noise, clean.shape), -clean, clean)
         else:
             y = clean + self.noise * jax.random.normal(for_noise, clean.shape, clean.dtype)
         return Prompt(x, y, weights, clean, f)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxattn.core.parts import check_probability, check_static_int, part
-from jaxattn.icl.task import Function, Inputs
+from jaxattn.icl.task import Function, Inputs, happens
 
 
 class Plantable(Function):
@@ -67,7 +67,7 @@ class Planted(Inputs):
             raise TypeError(f"Planted: {type(function).__name__} has no pattern: need a Plantable function")
         for_inputs, for_choice = jax.random.split(key)
         pattern = function.pattern(f)
-        planted = jax.random.bernoulli(for_choice, jnp.asarray(self.probability, float), (length, 1)) & (pattern != 0)
+        planted = happens(for_choice, self.probability, (length, 1)) & (pattern != 0)
         return jnp.where(planted, pattern, self.inputs.draw(for_inputs, length, function, f))
 
     def log_likelihood(self, x: Float[Array, "n d"], pattern: Float[Array, " d"]) -> Float[Array, " n"]:
