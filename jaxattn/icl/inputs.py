@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxattn.core.parts import check_static_int, part, ratio
 from jaxattn.icl.task import Function, Inputs, Query
@@ -166,27 +166,27 @@ class Scaled(Inputs):
 class Fresh(Query):
     """The query is N(0, I), whatever the context is drawn from."""
 
-    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"]) -> Float[Array, " d"]:
-        return jax.random.normal(key, x.shape[-1:], x.dtype)
+    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"], shown: Bool[Array, " d"]) -> Float[Array, " d"]:
+        return jnp.where(shown, jax.random.normal(key, x.shape[-1:], x.dtype), 0)
 
 
 @part
 class Seen(Query):
     """The query is one of the inputs of the context (N(0, I) if there are none): without noise its answer is known."""
 
-    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"]) -> Float[Array, " d"]:
-        return Fresh().draw(key, x) if not len(x) else x[jax.random.randint(key, (), 0, len(x))]
+    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"], shown: Bool[Array, " d"]) -> Float[Array, " d"]:
+        return Fresh().draw(key, x, shown) if not len(x) else x[jax.random.randint(key, (), 0, len(x))]
 
 
 @part
 class Orthogonal(Query):
     """The query is N(0, I) projected on the orthogonal complement of the context, and rescaled to the length it had.
 
-    Once the context spans the space, it is 0 (Garg et al., 2022, without the last).
+    Once the context spans the coordinates that are shown, it is 0 (Garg et al., 2022, without the last).
     """
 
-    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"]) -> Float[Array, " d"]:
-        z = Fresh().draw(key, x)
+    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"], shown: Bool[Array, " d"]) -> Float[Array, " d"]:
+        z = Fresh().draw(key, x, shown)
         _, values, basis = jnp.linalg.svd(x, full_matrices=False)
         spans = values > max(x.shape) * jnp.finfo(x.dtype).eps * values.max(initial=0)
         rest = z - jnp.where(spans, basis @ z, 0) @ basis

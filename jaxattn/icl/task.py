@@ -53,8 +53,8 @@ class Query(abc.ABC):
     """Where the last input of a prompt comes from, when it is not drawn as the others are."""
 
     @abc.abstractmethod
-    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"]) -> Float[Array, " d"]:
-        """An input after the inputs x."""
+    def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"], shown: Bool[Array, " d"]) -> Float[Array, " d"]:
+        """An input after the inputs x: 0 in the coordinates that are not shown, as x is."""
 
 
 @part
@@ -121,7 +121,7 @@ class FunctionTask:
         index = jnp.arange(self.length)
         weights = jnp.where(index >= self.first, 1.0, 0.0)
         if self.query is not None:
-            x = x.at[-1].set(jnp.where(shown, self.query.draw(for_query, x[:-1]), 0))
+            x = x.at[-1].set(self.query.draw(for_query, x[:-1], shown))
             weights = jnp.where(index == self.length - 1, weights, 0)
         if self.points is not None:
             weights = jnp.where(index < self.points, weights, 0)
