@@ -33,10 +33,10 @@ class GradientDescent(Predictor):
 
     def answer(self, x, y, seen, query):
         x, y = shown(x, y, seen)
-        count = jnp.maximum(seen.sum(), 1)
+        rate = self.step / jnp.maximum(seen.sum(), 1)
 
         def descend(_: Array, w: Array) -> Array:
-            return w + self.step / count * (x.T @ (y - x @ w))
+            return w + rate.astype(w.dtype) * (x.T @ (y - x @ w))
 
         return query @ jax.lax.fori_loop(0, self.steps, descend, jnp.zeros_like(x.T @ y))
 
@@ -75,7 +75,9 @@ class Preconditioned(Predictor):
         check_all_positive("Preconditioned", "scale", self.scale)
 
     def answer(self, x, y, seen, query):
-        dim = query.shape[-1]
+        shape, dim = jnp.shape(self.gammas), query.shape[-1]
+        if shape[-1] != dim:
+            raise ValueError(f"Preconditioned: gammas has shape {shape} but x has {dim} coordinates")
         x, residual = shown(x, y, seen)
         scale = jnp.maximum(seen.sum(), 1) if isinstance(self.scale, str) else self.scale
         gammas = jnp.reshape(self.gammas, (-1, dim, dim))

@@ -50,7 +50,7 @@ class NetworkByAdam(Predictor):
             square = jax.tree.map(lambda s, g: 0.999 * s + 0.001 * g**2, square, gradient)
             rate = self.rate * jnp.sqrt(1 - 0.999**count) / (1 - 0.9**count)
             return (
-                jax.tree.map(lambda w, m, s: w - rate * m / (jnp.sqrt(s) + 1e-8), weights, mean, square),
+                jax.tree.map(lambda w, m, s: w - rate * m / (_root(s) + 1e-8), weights, mean, square),
                 mean,
                 square,
             ), None
@@ -63,6 +63,12 @@ class NetworkByAdam(Predictor):
     def answer(self, x, y, seen, query):
         check_single("NetworkByAdam", y)
         return jnp.where(seen.any(), network(self.trained(x, y, seen), query), 0)
+
+
+def _root(s: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """√s, with the slope 0 at 0: the weights of a unit that is off stay as they are."""
+    positive = s > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, s, 1)), 0)
 
 
 def network(weights: dict[str, Array], x: Float[Array, "*n d"]) -> Float[Array, "*n"]:

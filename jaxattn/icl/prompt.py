@@ -28,13 +28,18 @@ class Prompt(NamedTuple):
         return {"tokens": self.x, "targets": self.y, "weights": self.weights}
 
 
+def numbers(x: Num[Array, "*n"]) -> Float[Array, "*n"]:
+    """x as it is, integers as numbers of the default type."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)
+
+
 def interleave(x: Float[Array, "b n d"], y: Float[Array, "b n *m"]) -> Float[Array, "b t d"]:
     """x₁, (y₁, 0, ..., 0), x₂, (y₂, 0, ..., 0), ...: [B, 2N, d], for causal models.
 
     The answer to x_i is read at its token, of index 2i from 0 (`at_inputs`), which sees all examples before it
     (Garg et al., 2022). Raises ValueError if the m channels of y are more than those of x.
     """
-    labels = y.reshape(*y.shape[:2], -1)
+    x, labels = numbers(jnp.asarray(x)), jnp.asarray(y).reshape(*y.shape[:2], -1)
     if labels.shape[-1] > x.shape[-1]:
         raise ValueError(f"y has {labels.shape[-1]} channels but x has {x.shape[-1]}: need at most as many")
     labels = jnp.pad(labels, ((0, 0), (0, 0), (0, x.shape[-1] - labels.shape[-1]))).astype(x.dtype)
@@ -51,5 +56,6 @@ def stack(x: Float[Array, "... n d"], y: Float[Array, "..."]) -> Float[Array, ".
 
     N − 1 examples and a query, for layers that see all of them at once (von Oswald et al., 2023).
     """
-    labels = y.reshape(*x.shape[:-1], -1).astype(x.dtype)
+    x = numbers(jnp.asarray(x))
+    labels = jnp.asarray(y).reshape(*x.shape[:-1], -1).astype(x.dtype)
     return jnp.concatenate([x, labels.at[..., -1, :].set(0)], -1)

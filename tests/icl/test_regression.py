@@ -356,6 +356,57 @@ def test_what_cannot_be_compared_is_refused():
     assert icl.Ridge(0.1)(prompt.x[:, :0], prompt.y[:, :0]).shape == (2, 0)
 
 
+def test_a_network_by_adam_has_gradients_where_units_are_off(x64):
+    """In its rate and in the examples, against central differences; one example leaves half of the units off."""
+    x, y = jax.random.normal(KEY, (1, 3, 4)), jnp.ones((1, 3))
+
+    def answer(rate, x):
+        return icl.NetworkByAdam(hidden=8, rate=rate, steps=5)(x, y)[0, 1]
+
+    of_rate, of_x = jax.grad(answer, (0, 1))(0.01, x)
+    move = 1e-6 * jnp.zeros(x.shape).at[0, 0, 1].set(1.0)
+    by_rate = (answer(0.01 + 1e-6, x) - answer(0.01 - 1e-6, x)) / 2e-6
+    np.testing.assert_allclose(of_rate, by_rate, rtol=1e-6)
+    np.testing.assert_allclose(of_x[0, 0, 1], (answer(0.01, x + move) - answer(0.01, x - move)) / 2e-6, rtol=1e-5)
+    assert jnp.isfinite(of_x).all()
+
+
+def test_prompts_of_integers_keep_their_answers():
+    x = np.sign(np.random.default_rng(0).normal(size=(1, 4, 3)))
+    y = np.array([[0.3, -0.7, 0.9, 1.6]])
+    for layout in (icl.interleave, icl.stack):
+        np.testing.assert_array_equal(layout(x.astype(int), y), layout(x, y))
+
+
+def test_x_and_y_are_of_the_same_examples():
+    x = jnp.ones((2, 5, 3))
+    for given in ((x, jnp.ones((2, 4))), (x[0], jnp.ones(5)), (x, jnp.ones((2, 1)))):
+        with pytest.raises(ValueError, match=r"x has shape .* and y .*: need \[B, N, d\] and \[B, N\] or \[B, N, m\]"):
+            icl.KNearestNeighbours(1)(*given)
+    with pytest.raises(ValueError, match=r"Preconditioned: gammas has shape \(6, 6\) but x has 3 coordinates"):
+        icl.Preconditioned(jnp.eye(6))(x, x[..., 0])
+
+
+@pytest.mark.parametrize(
+    "predictor",
+    [
+        icl.LeastSquares(),
+        icl.Ridge(0.1),
+        icl.Newton(8, 0.1),
+        icl.GradientDescent(np.float64(0.3), 2),
+        icl.DebiasedDescent(0.3),
+        icl.Preconditioned(0.3 * jnp.eye(3)),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_numbers_of_16_bits_are_computed_with_as_32(predictor, x64):
+    x = jax.random.normal(KEY, (2, 6, 3), jnp.bfloat16)
+    y = x.sum(-1)
+    expected = predictor(x.astype(jnp.float32), y.astype(jnp.float32))
+    np.testing.assert_array_equal(predictor(x, y), expected)
+    assert expected.dtype in (jnp.float32, jnp.float64)
+
+
 @pytest.mark.parametrize("name", ["least", "ridge", "neighbours"])
 def test_inputs_may_be_integers(name):
     predictor = {
