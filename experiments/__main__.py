@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
                     report.keep(options.folder / experiment.load(name).name, options.place / name)
                     console.print(f"kept {options.place / name}", soft_wrap=True)
             case "report":
-                console.print(Markdown(report.write_index(options.folder)))
+                console.print(Markdown(report.write_index(options.folder, reports=True)))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"experiments: {error}", file=sys.stderr)
         sys.exit(2)

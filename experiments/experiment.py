@@ -2,7 +2,7 @@
 
 A module of this folder is an experiment if it defines
 
-- `Config`: a frozen dataclass of plain values; its defaults are the full size, a few minutes on two cores;
+- `Config`: a frozen dataclass of plain values; its defaults are the full size, minutes to two hours on two cores;
 - `QUICK`: a `Config` that takes less than a minute;
 - `CLAIMS`: a tuple of `Claim`;
 - `run(config, seed, folder, console) -> Result`: what one seed measures. It may keep checkpoints in `folder`, which is
@@ -122,8 +122,8 @@ class Curves:
     def draw(seeds: Sequence[Curves]) -> Figure:
         """The mean of each line over the seeds, in a band from the smallest to the largest.
 
-        A line of one point has its name beside it, the others in the legend. A linear y axis ends below peaks that
-        would flatten all else.
+        A line of one point per seed is no line: it has its name beside it, the others in the legend. A linear y axis
+        ends below peaks that would flatten all else.
         """
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes, first = figure.subplots(), seeds[0]
@@ -138,11 +138,11 @@ class Curves:
             colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
             means = [sum(at[x]) / len(at[x]) for x in xs]
             drawn += means
-            alone = len(xs) == 1
-            label = f"_{name}" if alone else name
+            alone = bool(xs) and all(len(seed.lines.get(name, ())) <= 1 for seed in seeds)
+            label, style = (f"_{name}", "") if alone else (name, style)
             axes.plot(xs, means, color=colour, linestyle=style, marker="o", markersize=3, label=label)
             if alone:
-                axes.vlines(xs, min(at[xs[0]]), max(at[xs[0]]), color=colour, lw=1)
+                axes.vlines(xs, [min(at[x]) for x in xs], [max(at[x]) for x in xs], color=colour, lw=1)
                 turn = 35 if number % 2 else -35  # the names of neighbours go apart
                 text = axes.annotate(name, (xs[0], means[0]), (4, 0), textcoords="offset points", fontsize="x-small")
                 text.set(rotation=turn, rotation_mode="anchor", verticalalignment="bottom" if turn > 0 else "top")
@@ -203,8 +203,8 @@ class Result:
 
     Attributes:
         numbers: What claims are judged by, and whatever else is worth a line; None where it could not be measured.
-        tables: Rows by the title of their table. A float is measured, and averaged over seeds; text and integers say
-            what a row is, and are the same for all seeds.
+        tables: Rows by the title of their table, as many for every seed. A float is measured, and averaged over
+            seeds; text and integers say what a row is, and are shown by seed where they differ.
         figures: Figures as data, by title.
     """
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import statistics
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from jaxattn import papers, viz
 def write(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.tmp")
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")  # two runs may write the same index
     temporary.write_text(text)
     os.replace(temporary, file)
 
@@ -39,9 +40,11 @@ def from_result(result: Result) -> dict[str, Any]:
 
 
 def to_result(seed: Mapping[str, Any]) -> Result:
-    """The result that `from_result` took apart."""
+    """The result that `from_result` took apart. Raises ValueError for a kind of figure that there is no more."""
     figures = {}
     for title, data in seed["figures"].items():
+        if data["kind"] not in FIGURES:
+            raise ValueError(f"the figure {title!r} is of an unknown kind, {data['kind']!r}")
         options = {name: value for name, value in data.items() if name != "kind"}
         figures[title] = FIGURES[data["kind"]](**options)
     return Result(seed["numbers"], seed["tables"], figures)
@@ -93,20 +96,28 @@ def write_report(folder: Path, experiment: Experiment) -> None:
     write(folder / "report.md", _markdown(experiment, config["config"], seeds, results, outcome, titles))
 
 
-def write_index(root: Path) -> str:
-    """Write the reports of all runs under `root` anew, and README.md with every claim in one table; returns that."""
+def write_index(root: Path, *, reports: bool = False) -> str:
+    """Write README.md with every claim of all runs under `root` in one table, and return it.
+
+    With `reports` the reports of all runs are written anew too. Folders that hold something else are left alone.
+    """
     parts, lines, counts = ["# Results\n"], [], dict.fromkeys(VERDICTS, 0)
     for file in sorted(root.glob("*/config.json")):
-        folder, record = file.parent, json.loads(file.read_text())
+        folder = file.parent
         try:
+            record = json.loads(file.read_text())
+            if not isinstance(record, dict) or "experiment" not in record:
+                continue
             experiment = load(record["experiment"])
-            write_report(folder, experiment)
+            if reports:
+                write_report(folder, experiment)
+            results = [to_result(seed) for seed in read_seeds(folder).values()]
+            outcome = judged(experiment.claims, results) if results else []
         except ValueError as error:
             parts.append(f"- {folder.name}: {error}\n")
             continue
-        results = [to_result(seed) for seed in read_seeds(folder).values()]
         where = f"[{folder.name}]({folder.name}/report.md)"
-        for claim, values, verdict in judged(experiment.claims, results) if results else ():
+        for claim, values, verdict in outcome:
             counts[verdict] += 1
             lines.append([where, f"**{verdict}**", claim.says, _source(claim), str(claim.confirmed), _mean(values)])
     parts.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + ".\n")
@@ -152,14 +163,17 @@ def _markdown(
     parts += [table(("verdict", "claim", "paper", "criterion", "measured", "by seed"), lines)]
     parts += [f"{experiment.about} Seeds: {', '.join(map(str, seeds))}; ± is the standard deviation over seeds.\n"]
     for title in dict.fromkeys(title for result in results for title in result.tables):
-        parts += [f"## {title}\n", _joined([result.tables[title] for result in results if title in result.tables])]
+        rows = [result.tables[title] for result in results if title in result.tables]
+        if len({len(each) for each in rows}) > 1:
+            raise ValueError(f"the table {title!r} has {[len(each) for each in rows]} rows by seed: need as many each")
+        parts += [f"## {title}\n", _joined(rows)]
     for title in titles:
         parts += [f"## {title}\n", f"![{title}]({_file(title)})\n"]
     numbers = {name: [result.numbers.get(name) for result in results] for name in results[0].numbers}
     parts += ["## Numbers\n", table(("", "mean", "by seed"), [[x, _mean(v), _each(v)] for x, v in numbers.items()])]
     parts += ["## Config\n", table(("field", "value"), [[name, f"`{value}`"] for name, value in config.items()])]
     made = [seed["made"] for seed in seeds.values()]
-    runs = [[name, ", ".join(dict.fromkeys(_text(each[name]) for each in made))] for name in made[0]]
+    runs = [[name, ", ".join(dict.fromkeys(_text(each.get(name)) for each in made))] for name in made[0]]
     return "\n".join([*parts, "## How it was made\n", table(("", "by seed, where seeds differ"), runs)])
 
 
@@ -191,14 +205,14 @@ def _each(values: Sequence[Number]) -> str:
 
 
 def _joined(tables: Sequence[Sequence[Row]]) -> str:
-    """One table of several seeds: floats as mean ± deviation, all else as the first seed has it."""
+    """One table of several seeds: floats as mean ± deviation, all else once, or by seed where seeds differ."""
     columns = list(dict.fromkeys(name for row in tables[0] for name in row))
 
     def cell(rows: Sequence[Row], column: str) -> str:
         values = [row.get(column) for row in rows]
         measured = [x for x in values if isinstance(x, float)]
         if not measured:
-            return _text(values[0])
+            return " / ".join(dict.fromkeys(map(_text, values)))
         return _mean([x if isinstance(x, float) else None for x in values])
 
     return table(columns, [[cell(rows, column) for column in columns] for rows in zip(*tables, strict=True)])

@@ -46,10 +46,16 @@ def run(experiment: Experiment, config: Any, *, seeds: int, folder: Path, comman
             console.print(f"{experiment.name}: seed {seed} is done", soft_wrap=True)
             continue
         console.rule(f"{experiment.name}: seed {seed} of {seeds}")
-        started = time.perf_counter()
-        result = experiment.run(config, seed, folder / "seeds" / str(seed), console)
-        made = {"command": command, "seconds": time.perf_counter() - started, **environment(experiment)}
+        clock = file.with_suffix(".seconds")  # what earlier runs of this seed took, that were interrupted
+        before, started = float(clock.read_text()) if clock.exists() else 0.0, time.perf_counter()
+        try:
+            result = experiment.run(config, seed, folder / "seeds" / str(seed), console)
+        finally:
+            seconds = before + time.perf_counter() - started
+            report.write(clock, f"{seconds}\n")
+        made = {"command": command, "seconds": seconds, **environment(experiment)}
         report.write(file, json.dumps(plain(report.from_result(result) | {"made": made}), indent=1))
+        clock.unlink()
     report.write_report(folder, experiment)
     return folder
 
@@ -102,7 +108,8 @@ def changed(config: Any, changes: Sequence[str]) -> Any:
         try:
             config = parser.instantiate(parser.parse_args([f"--config.{name}={text}"])).config
         except ArgumentError:
-            raise ValueError(f"--set {change}: {name} must be {known[name]}, got {text!r}") from None
+            hint = "; names with ': ' need quotes" if ": " in text else ""
+            raise ValueError(f"--set {change}: {name} must be {known[name]}, got {text!r}{hint}") from None
     return config
 
 

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +149,18 @@ def test_the_report_begins_with_the_claims_and_shows_every_seed(toy, tmp_path):
         assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_text_that_differs_is_shown_by_seed_and_other_rows_are_refused(toy, tmp_path):
+    def run(config, seed, folder, console):
+        result = toy.run(config, seed, folder, console)
+        rows = [{"size": 1, "kind": "same", "found": f"it {seed}"}] * (seed // 2 + 1)
+        return dataclasses.replace(result, tables={"rows": rows})
+
+    folder = go(toy._replace(run=run), tmp_path / "toy")
+    assert "| 1 | same | it 0 / it 1 |" in (folder / "report.md").read_text()
+    with pytest.raises(ValueError, match=r"the table 'rows' has \[1, 1, 2\] rows by seed: need as many each"):
+        go(toy._replace(run=run), tmp_path / "toy", seeds=3)
+
+
 def test_one_file_holds_every_number(toy, tmp_path):
     folder = go(toy, tmp_path / "toy")
     record = json.loads((folder / "results.json").read_text())
@@ -179,6 +194,14 @@ def test_a_point_alone_has_its_name_beside_it_and_its_seeds_on_a_line():
     assert Curves.draw([Curves("x", "y", {"a": [(2, 1.0)]})]).axes[0].get_legend() is None
 
 
+def test_points_that_lie_elsewhere_for_every_seed_are_not_joined():
+    figure = Curves.draw([Curves("x", "y", {"a": [(x, 1.0)], "b": [(0, 0.0), (1, 0.0)]}) for x in (2, 5)])
+    points, line = figure.axes[0].lines
+    np.testing.assert_allclose(points.get_xydata(), [[2, 1], [5, 1]])
+    assert points.get_linestyle() == "None"
+    assert line.get_linestyle() == "-"
+
+
 def test_points_that_could_not_be_measured_are_left_out():
     figure = Curves.draw([Curves("x", "y", {"a": [(1, 1.0), (2, y)]}) for y in (None, 4.0)])
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), [[1, 1], [2, 4]])
@@ -208,6 +231,20 @@ def test_a_run_that_dies_goes_on_after_its_last_finished_seed(toy, tmp_path):
     assert toy.run.calls == [0, 1]
 
 
+def test_a_seed_took_as_long_as_all_of_its_runs(toy, tmp_path, monkeypatch):
+    now = iter([10.0, 13.0, 100.0, 104.5])
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+
+    def dies(*given):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(toy._replace(run=dies), tmp_path / "toy", seeds=1)
+    go(toy, tmp_path / "toy", seeds=1)
+    assert report.read_seeds(tmp_path / "toy")[0]["made"]["seconds"] == 3 + 4.5
+    assert {file.name for file in (tmp_path / "toy" / "seeds").iterdir()} == {"0.json"}
+
+
 def test_another_config_is_refused_and_changes_nothing(toy, tmp_path):
     go(toy, tmp_path / "toy")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
@@ -228,11 +265,43 @@ def test_the_index_holds_the_claims_of_all_runs(toy, tmp_path):
     go(toy, tmp_path / "toy-quick", toy.quick)
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone" / "config.json").write_text('{"experiment": "gone", "config": {}}')
+    for name, held in (("training", '{"model": {}}'), ("empty", ""), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(held)
+    go(toy, tmp_path / "old")
+    seed = tmp_path / "old" / "seeds" / "0.json"
+    seed.write_text(seed.read_text().replace('"Curves"', '"Bars"'))
     text = report.write_index(tmp_path)
     assert (tmp_path / "README.md").read_text() == text
+    assert "- old: the figure 'lines' is of an unknown kind, 'Bars'" in text
+    assert "- empty: " in text
+    assert "- training: " not in text
+    assert "- list: " not in text
     assert "gone: there is no experiment 'gone'" in text
     assert "1 confirmed, 1 refuted, 4 not seen at this scale." in text
     assert text.count("](toy/report.md)") == text.count("](toy-quick/report.md)") == 3
+
+
+def test_what_earlier_versions_did_not_note_of_a_seed_is_missing(toy, tmp_path):
+    folder = go(toy, tmp_path / "toy")
+    file = folder / "seeds" / "1.json"
+    seed = json.loads(file.read_text())
+    del seed["made"]["code"]
+    file.write_text(json.dumps(seed))
+    report.write_report(folder, toy)
+    (line,) = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("| code | ")]
+    assert line.endswith(", – |")
+
+
+def test_many_may_write_one_file(tmp_path):
+    def write(text):
+        for _ in range(50):
+            report.write(tmp_path / "file", text)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+    assert (tmp_path / "file").read_text() in set("abcd")
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_results_from_before_a_claim_are_named_and_spoil_no_other(toy, tmp_path, monkeypatch):
@@ -259,6 +328,7 @@ def test_fields_are_set_by_name_in_nested_configs_too():
         ("steps=many", "steps must be int, got 'many'"),
         ("steps=1.5", "steps must be int, got '1.5'"),
         ("sizes=[a]", "sizes must be tuple[int, ...], got '[a]'"),
+        ("sizes=[a: b]", "got '[a: b]'; names with ': ' need quotes"),
         ("inner.rate=x", "inner.rate must be float, got 'x'"),
         ("steps", "need field=value"),
     ],
@@ -312,6 +382,11 @@ def test_run_and_report_from_the_shell(toy, tmp_path, capsys, monkeypatch):
     main(["report", "--folder", str(tmp_path)])
     assert "not seen at this scale" in capsys.readouterr().out
     assert "toy-quick/report.md" in (tmp_path / "README.md").read_text()
+    monkeypatch.setattr("experiments.experiment.names", lambda: {"toy": "", "other": ""})
+    for module in ("experiment", "report"):
+        monkeypatch.setattr(f"experiments.{module}.load", lambda name: toy._replace(name=name))
+    main(["run", "--all", "--quick", "--folder", str(tmp_path / "all")])
+    assert {file.parent.name for file in (tmp_path / "all").glob("*/report.md")} == {"toy-quick", "other-quick"}
     assert "seeds is 0" in fails(capsys, "run", "toy", "--seeds", 0, "--folder", tmp_path / "none")
 
 
@@ -342,6 +417,13 @@ def test_every_experiment_keeps_the_contract(name):
     for claim in experiment.claims:
         assert isinstance(claim.confirmed, Range)
         assert papers.find(claim.paper) is not None, f"{claim.paper} is not in jaxattn.papers"
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_experiment_is_run_by_a_test(name):
+    """At its quick size, by the command: `quick_run`."""
+    tests = [file.read_text() for file in Path(__file__).parent.glob("test_*.py")]
+    assert any(f'quick_run("{name}")' in text for text in tests)
 
 
 def test_programs_of_the_folder_that_claim_nothing_are_no_experiments():
