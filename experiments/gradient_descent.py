@@ -244,6 +244,9 @@ def layers(config: Config, seed: int, folder: Path, console: Console) -> Result:
 
 
 def run(config, seed, folder, console):
+    predictors.check(config.steps, config.prompts)
+    if not config.depths or min(config.depths) < 1:
+        raise ValueError(f"depths is {config.depths}: need numbers from 1 on")
     one, several = one_layer(config, seed, folder, console), layers(config, seed, folder, console)
     return Result(
         {**one.numbers, **several.numbers}, {**one.tables, **several.tables}, {**one.figures, **several.figures}

@@ -14,6 +14,13 @@ from jaxattn.train import OptimizerConfig, drawn, prompt_loss
 BATCH = 4096  # prompts that a risk is measured on at a time
 
 
+def check(steps: int, prompts: int) -> None:
+    """Raises ValueError for steps of training that are no multiple of 10, and prompts that are none of `BATCH`."""
+    for name, value, unit in (("steps", steps, 10), ("prompts", prompts, BATCH)):
+        if value < unit or value % unit:
+            raise ValueError(f"{name} is {value}: need a multiple of {unit}")
+
+
 def train(
     task: icl.FunctionTask,
     params: Any,
@@ -29,11 +36,8 @@ def train(
 ) -> tuple[Any, list[tuple[float, float]]]:
     """(the params after training, (step, risk) at 10 measurements), build(params) being the predictor.
 
-    Raises ValueError for steps that are no multiple of 10, and KeyboardInterrupt if it was stopped: it goes on when
-    called again.
+    Raises KeyboardInterrupt if it was stopped: it goes on when called again.
     """
-    if steps < 10 or steps % 10:
-        raise ValueError(f"steps is {steps}: need a multiple of 10")
     last, every = [task.length - 1], steps // 10
     result = decoders.train_params(
         prompt_loss(lambda params, x, y: build(params).after(x, y, last), icl.square, last),
@@ -55,12 +59,7 @@ def train(
 def risk(
     task: icl.FunctionTask, predictor: icl.Predictor, prompts: int, seed: int, *, excess: bool = False
 ) -> tuple[float, float]:
-    """(E (ŷ − y)² of the last answer, its standard error), over so many prompts.
-
-    Raises ValueError for prompts that are no multiple of `BATCH`.
-    """
-    if prompts < BATCH or prompts % BATCH:
-        raise ValueError(f"prompts is {prompts}: need a multiple of {BATCH}")
+    """(E (ŷ − y)² of the last answer, its standard error), over so many prompts, as `check` has them."""
     options: dict[str, Any] = {"batch": BATCH, "batches": prompts // BATCH, "excess": excess}
     measured = icl.compare(task, {"": predictor}, [task.length - 1], jax.random.key(seed), **options).risks[""]
     return float(measured.mean[0]), float(measured.error[0])

@@ -1,6 +1,5 @@
 """How many tasks a layer of linear attention must be trained on, and how near it then comes to ridge regression."""
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -132,6 +131,12 @@ def run(config, seed, folder, console):
         raise ValueError(f"tasks is {config.tasks}: need two numbers or more, ascending")
     if config.context not in config.lengths:
         raise ValueError(f"lengths is {config.lengths}: need {config.context} among them, the length of training")
+    if config.runs < 2:
+        raise ValueError(f"runs is {config.runs}: need 2 or more, for a standard error")
+    if config.prompts < 256 or config.prompts % 256:
+        raise ValueError(f"prompts is {config.prompts}: need a multiple of 256")
+    if not config.noise > 0:
+        raise ValueError(f"noise is {config.noise}: need a positive number, the penalty of ridge regression")
     key = jax.random.key(seed)
     task, covariance = setting(config)
     rows = []
@@ -144,9 +149,12 @@ def run(config, seed, folder, console):
     after, distance = lengths(config, task, covariance, gammas, key)
     at, excesses = config.lengths.index(config.context), [row["excess"] for row in rows]
     numbers = {
-        "least (excess - bias) / standard error": min((x["excess"] - x["bias"]) / x["standard error"] for x in rows),
-        "largest excess over bias + bound": max(row["excess"] / (row["bias"] + row["bound"]) for row in rows),
-        "largest ratio of one excess to that of fewer tasks": max(b / a for a, b in itertools.pairwise(excesses)),
+        # In NumPy: the least and the largest are NaN if one is, as after a descent that diverged.
+        "least (excess - bias) / standard error": float(
+            np.min([(x["excess"] - x["bias"]) / x["standard error"] for x in rows])
+        ),
+        "largest excess over bias + bound": float(np.max([x["excess"] / (x["bias"] + x["bound"]) for x in rows])),
+        "largest ratio of one excess to that of fewer tasks": float(np.max(np.divide(excesses[1:], excesses[:-1]))),
         "excess in twice the dimension over that in one": wide["excess"] / excesses[-2],
         "excess of the trained layer over ridge at the length of training": after[at]["trained"] / after[at]["ridge"],
         "excess at the longest over that of the best layer for it": after[-1]["trained"]
@@ -212,4 +220,4 @@ def lengths(
         there = float(layer_theory.lsa_minimum(covariance, count, noise2)) - noise2
         values = sum(after[:-1]) / len(gammas), after[-1], there, float(table.risks["ridge"].mean[number])
         rows.append({"examples": count, **dict(zip(LAYERS, values, strict=True))})
-    return rows, max(distances)
+    return rows, float(np.max(distances))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from experiments import predictors
@@ -139,6 +140,9 @@ def run(config, seed, folder, console):
         raise ValueError(
             f"heads is {config.heads}, two_heads {config.two_heads}: need numbers from 1 on, and some heads"
         )
+    if config.dim < 2:
+        raise ValueError(f"dim is {config.dim}: need at least 2, for what is off the diagonal of KQ")
+    predictors.check(config.steps, config.prompts)
     record = {"softmax_regression": asdict(replace(config, prompts=0, lengths=(), heads=(), two_heads=()))}
     key, given = jax.random.key(seed), (config.optimizer, config.steps, config.batch_size, folder, console)
 
@@ -193,7 +197,8 @@ def run(config, seed, folder, console):
         by_length |= {x: list(zip(table.lengths, y.mean.tolist(), strict=True)) for x, y in table.risks.items()}
         ratios = table.risks[name].mean / table.risks["debiased, step of training"].mean
         longer = [abs(float(x) - 1) for x, n in zip(ratios, config.lengths, strict=True) if n > config.context]
-        numbers[f"{name}: largest distance from debiased descent at longer prompts"] = max(longer, default=None)
+        distance = float(np.max(longer)) if longer else None
+        numbers[f"{name}: largest distance from debiased descent at longer prompts"] = distance
 
     most, covariance = max(config.heads), jnp.diag(1 / jnp.arange(1.0, config.dim + 1))
     skewed = replace(task, inputs=Gaussian(config.dim, covariance))

@@ -133,6 +133,8 @@ def run(config, seed, folder, console):
         raise ValueError(
             f"top is {config.top}, tasks {config.tasks}, prompts {config.prompts}: need 1, 2 and 2 or more"
         )
+    if config.model.classes != LINEAR.classes:
+        raise ValueError(f"model.classes is {config.model.classes}: need {LINEAR.classes}, which the vectors are of")
     model, _ = function_classes.train(config.model, "linear", seed, folder, console)
     measure = jax.jit(lambda queries, truth, edit: error(model, queries, truth, edit).mean())
     for_these, for_others = jax.random.split(jax.random.key(seed))

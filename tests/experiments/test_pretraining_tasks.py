@@ -17,8 +17,8 @@ EPS = float(np.finfo(np.float32).eps)
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return pretraining_tasks.run(QUICK, 0, tmp_path_factory.mktemp("pretraining"), Console(quiet=True))
+def quick(quick_run):
+    return quick_run("pretraining_tasks")[1]
 
 
 def test_one_step_from_0_is_the_product_of_the_query_and_the_moment():
@@ -56,9 +56,25 @@ def test_the_quick_run_measures_what_claims_are_about_and_exact_ones_hold(quick)
     np.testing.assert_allclose(at["best at the length of training"], at["best layer there"], rtol=100 * EPS)
 
 
+def test_a_descent_that_diverges_confirms_nothing(tmp_path):
+    """At 80 times the rate 300 tasks are past all numbers, though 2 of them, measured first, are not."""
+    config = dataclasses.replace(QUICK, tasks=(2, 4, 300), rate=12.0, runs=4, prompts=512, lengths=(10, 30))
+    with np.errstate(all="ignore"):
+        result = pretraining_tasks.run(config, 0, tmp_path, Console(quiet=True))
+    for claim in CLAIMS[:3]:
+        assert not np.isfinite(result.numbers[claim.number]), claim.number
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"tasks": (100,)}, "tasks is"), ({"tasks": (200, 100)}, "tasks is"), ({"lengths": (5, 7)}, "lengths is")],
+    [
+        ({"tasks": (100,)}, "tasks is"),
+        ({"tasks": (200, 100)}, "tasks is"),
+        ({"lengths": (5, 7)}, "lengths is"),
+        ({"runs": 1}, "runs is 1: need 2 or more"),
+        ({"prompts": 300}, "prompts is 300: need a multiple of 256"),
+        ({"noise": 0.0}, r"noise is 0\.0: need a positive number"),
+    ],
 )
 def test_sizes_that_make_no_sense_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):

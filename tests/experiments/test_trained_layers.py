@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import gradient_descent, predictors, softmax_regression
+from experiments import gradient_descent, softmax_regression
 from jaxattn import icl
 from jaxattn.icl import readout
 
@@ -44,9 +44,9 @@ def test_covariances_have_the_eigenvalues_1_over_k_in_any_basis():
     assert abs(covariance - jnp.diag(jnp.diag(covariance))).max() > 0.05
 
 
-def test_the_quick_run_of_linear_layers_measures_what_it_says(tmp_path):
+def test_the_quick_run_of_linear_layers_measures_what_it_says(quick_run):
     """No layer is better than the best: a risk is below the minimum by chance alone."""
-    result = gradient_descent.run(gradient_descent.QUICK, 0, tmp_path, QUIET)
+    _, result = quick_run("gradient_descent")
     rows = result.tables["One layer"]
     assert [row["training"] for row in rows] == ["isotropic", "anisotropic"]
     assert all(row["risk"] > row["minimum"] - 4 * row["standard error"] for row in rows)
@@ -56,9 +56,9 @@ def test_the_quick_run_of_linear_layers_measures_what_it_says(tmp_path):
     assert {claim.number for claim in gradient_descent.CLAIMS} <= set(result.numbers)
 
 
-def test_the_quick_run_of_softmax_heads_measures_what_it_says(tmp_path):
+def test_the_quick_run_of_softmax_heads_measures_what_it_says(quick_run):
     quick = softmax_regression.QUICK
-    result = softmax_regression.run(quick, 0, tmp_path, QUIET)
+    _, result = quick_run("softmax_regression")
     risks = {row["predictor"]: row["risk"] for row in result.tables["One task"]}
     assert risks["ridge"] < risks["one step of gradient descent"] < risks["debiased"] < 1 + quick.noise2
     assert risks["1 heads"] > risks["ridge"]
@@ -85,7 +85,13 @@ def test_a_finished_training_is_not_run_again_and_another_one_is_refused(tmp_pat
 def test_sizes_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(ValueError, match="steps is 15: need a multiple of 10"):
         gradient_descent.run(dataclasses.replace(gradient_descent.QUICK, steps=15), 0, tmp_path, QUIET)
-    with pytest.raises(ValueError, match=r"heads is \(\)"):
-        softmax_regression.run(dataclasses.replace(softmax_regression.QUICK, heads=()), 0, tmp_path, QUIET)
-    with pytest.raises(ValueError, match="prompts is 100"):
-        predictors.risk(icl.FunctionTask(icl.Linear(), icl.Gaussian(2), 4), icl.Zero(), 100, 0)
+    for experiment, changes, words in (
+        (gradient_descent, {"prompts": 100}, "prompts is 100: need a multiple of 4096"),
+        (gradient_descent, {"depths": (0,)}, r"depths is \(0,\): need numbers from 1 on"),
+        (softmax_regression, {"heads": ()}, r"heads is \(\)"),
+        (softmax_regression, {"dim": 1}, "dim is 1: need at least 2"),
+        (softmax_regression, {"prompts": 4097}, "prompts is 4097: need a multiple of 4096"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            experiment.run(dataclasses.replace(experiment.QUICK, **changes), 0, tmp_path, QUIET)
+    assert not list(tmp_path.iterdir()), "nothing is trained before"
