@@ -32,8 +32,8 @@ def test_the_optimal_learner_of_conjunctions_is_not_behind_the_nearest_neighbour
     assert measured["Bayes"][-5:].mean() > measured["nearest neighbour"][-5:].mean()
 
 
-def test_the_quick_run_measures_what_it_trains(tmp_path):
-    result = boolean_functions.run(QUICK, 0, tmp_path, QUIET)
+def test_the_quick_run_measures_what_it_trains(quick_run):
+    _, result = quick_run("boolean_functions")
     # The largest of 9 gaps to the optimum is below 0 by chance alone: 4 standard errors of one accuracy are ample.
     assert result.numbers["conjunction: softmax: largest gap to Bayes after 16 or more"] > -4 * 0.5 / QUICK.prompts**0.5
     assert result.numbers["parity: softmax: accuracy at the end"] is None

@@ -7,9 +7,8 @@ from experiments import conversion
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("conversion")
-    return folder, conversion.run(conversion.QUICK, 0, folder, Console(quiet=True))
+def quick(quick_run):
+    return quick_run("conversion")
 
 
 def test_numbers_are_those_of_the_table(quick):

@@ -1,7 +1,6 @@
 """Copying: the strings are what they say, and both starts are trained on the same ones."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -9,14 +8,14 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from experiments import copying, report, runner
+from experiments import copying, report
 from experiments.copying import CLAIMS, QUICK, Config
 from jaxattn.train import next_token_loss
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return copying.run(QUICK, 0, tmp_path_factory.mktemp("copying"), Console(quiet=True))
+def quick(quick_run):
+    return quick_run("copying")[1]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +75,8 @@ def test_both_starts_are_measured_on_strings_and_learn_them(quick):
 
 
 def test_its_claims_can_be_judged(quick):
-    kept = report.to_result(json.loads(json.dumps(runner.plain(report.from_result(quick)))))
-    assert {claim.number for claim in CLAIMS} <= kept.numbers.keys()
-    assert {claim.number for claim, values, _ in report.judged(CLAIMS, [kept]) if values[0] is None} == {
+    assert {claim.number for claim in CLAIMS} <= quick.numbers.keys()
+    assert {claim.number for claim, values, _ in report.judged(CLAIMS, [quick]) if values[0] is None} == {
         "recall: mean accuracy gained"
     }
 

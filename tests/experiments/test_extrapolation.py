@@ -1,22 +1,21 @@
 """Extrapolation: the chains are what they say, and nothing predicts them better than their posterior."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import extrapolation, report, runner
+from experiments import extrapolation, report
 from experiments.extrapolation import CLAIMS, QUICK, TIMES, Config
 
 LETTERS, CONCENTRATION = 3, 0.5
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return extrapolation.run(QUICK, 0, tmp_path_factory.mktemp("extrapolation"), Console(quiet=True))
+def quick(quick_run):
+    return quick_run("extrapolation")[1]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +75,8 @@ def test_a_model_learns_chains_and_reads_longer_ones(quick):
 
 
 def test_its_claims_can_be_judged(quick):
-    kept = report.to_result(json.loads(json.dumps(runner.plain(report.from_result(quick)))))
-    assert {claim.number for claim in CLAIMS} <= kept.numbers.keys()
-    assert [values[0] is None for claim, values, _ in report.judged(CLAIMS, [kept])] == [
+    assert {claim.number for claim in CLAIMS} <= quick.numbers.keys()
+    assert [values[0] is None for claim, values, _ in report.judged(CLAIMS, [quick])] == [
         "ALiBi keeps" not in claim.says for claim in CLAIMS
     ]
 

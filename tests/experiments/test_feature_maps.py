@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
 from experiments import feature_maps, report
 from experiments.feature_maps import CLAIMS, QUICK, formula
@@ -16,8 +15,8 @@ OF_SCALE = {claim.number for claim in CLAIMS if claim.number.startswith("slope")
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return feature_maps.run(QUICK, 0, tmp_path_factory.mktemp("feature_maps"), Console(quiet=True))
+def quick(quick_run):
+    return quick_run("feature_maps")[1]
 
 
 def test_the_slope_of_a_power_is_its_exponent():

@@ -16,8 +16,8 @@ QUICK = function_classes.QUICK
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return function_classes.run(QUICK, 0, tmp_path_factory.mktemp("classes"), Console(quiet=True))
+def quick(quick_run):
+    return quick_run("function_classes")[1]
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def test_weights_of_0_are_the_model_itself_and_gradients_reach_every_head(model)
     assert (abs(gradient) > 1e-6).all()
 
 
-def test_task_vectors_are_measured(tmp_path):
-    result = task_vectors.run(task_vectors.QUICK, 0, tmp_path, Console(quiet=True))
+def test_task_vectors_are_measured(quick_run, tmp_path):
+    _, result = quick_run("task_vectors")
     assert {claim.number for claim in task_vectors.CLAIMS} <= set(result.numbers)
     (table,) = [rows for title, rows in result.tables.items() if title.startswith("Squared error")]
     assert [row["functions"] for row in table] == ["these", "others"]

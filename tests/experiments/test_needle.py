@@ -13,8 +13,8 @@ CONFIG = dataclasses.replace(needle.Config(), needles=3, length=20, keys=5, valu
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return needle.run(needle.QUICK, 0, tmp_path_factory.mktemp("needle"), Console(quiet=True))
+def quick(quick_run):
+    return quick_run("needle")[1]
 
 
 def test_every_needle_is_asked_for_once_and_its_value_is_the_target():

@@ -1,7 +1,6 @@
 """Associative recall: the task is what it says, a small model learns it, and a state's size is counted."""
 
 import dataclasses
-import json
 import os
 import signal
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import recall, report, runner
+from experiments import recall, report
 from experiments.recall import CLAIMS, MIXERS, QUICK, Config
 from jaxattn import icl
 from jaxattn.train import next_token_loss
@@ -20,8 +19,8 @@ SIZES = {"pairs": 5, "length": 32, "keys": 9, "values": 6, "power": 0.01}
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return recall.run(QUICK, 0, tmp_path_factory.mktemp("recall"), Console(quiet=True))
+def quick(quick_run):
+    return quick_run("recall")[1]
 
 
 def test_batches_are_prompts_of_associative_recall():
@@ -98,8 +97,7 @@ def test_softmax_attention_learns_to_recall(quick):
 
 
 def test_its_claims_are_judged_and_its_result_is_kept(quick):
-    kept = report.to_result(json.loads(json.dumps(runner.plain(report.from_result(quick)))))
-    verdicts = {claim.number: verdict for claim, _, verdict in report.judged(CLAIMS, [kept])}
+    verdicts = {claim.number: verdict for claim, _, verdict in report.judged(CLAIMS, [quick])}
     assert verdicts["softmax: accuracy"] == "confirmed"
     assert verdicts["window 8: accuracy"] == "not seen at this scale"
 

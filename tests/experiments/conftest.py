@@ -1,0 +1,23 @@
+"""Experiments are run at their quick size as users run them: by the command, through files, with a report."""
+
+import functools
+
+import pytest
+
+from experiments import report
+from experiments.__main__ import main
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory):
+    """name -> (the folder of seed 0, its result as it is kept) of `python -m experiments run NAME --quick`."""
+
+    @functools.cache
+    def run(name):
+        folder = tmp_path_factory.mktemp("results")
+        main(["run", name, "--quick", "--folder", str(folder)])
+        folder /= f"{name}-quick"
+        assert (folder / "report.md").exists()
+        return folder / "seeds" / "0", report.to_result(report.read_seeds(folder)[0])
+
+    return run
