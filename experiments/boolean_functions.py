@@ -176,10 +176,13 @@ LESSON = 8  # examples that a conjunction of 6 literals, the longest, takes to b
 
 
 def accuracy(task: FunctionTask, asked: dict[str, Any], prompts: int, seed: int) -> dict[str, np.ndarray]:
-    """The accuracy of each predictor after every number of examples; an answer of 0 counts half."""
+    """The accuracy of each predictor after every number of examples; an answer of 0 counts half.
+
+    NaN where answers do not count yet.
+    """
     given: dict[str, Any] = {"batch": 256, "batches": prompts // 256, "loss": icl.mistakes}
-    table = icl.compare(task, asked, range(task.length), jax.random.key(seed), **given)
-    return {name: 1 - risk.mean for name, risk in table.risks.items()}
+    table = icl.compare(task, asked, range(task.first, task.length), jax.random.key(seed), **given)
+    return {name: np.pad(1 - risk.mean, (task.first, 0), constant_values=np.nan) for name, risk in table.risks.items()}
 
 
 def train(config: Config, name: str, seed: int, folder, console) -> Any:

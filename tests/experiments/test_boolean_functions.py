@@ -23,6 +23,20 @@ def test_parities_are_learned_at_the_rate_at_which_inputs_span_the_space():
         assert abs(measured[examples] - expected) <= 4 * np.sqrt(expected * (1 - expected) / prompts) + 1e-6
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_accuracy_is_measured_wherever_answers_count(name):
+    """And who says nothing is right half of the time."""
+    task, _ = SETTINGS[name]
+    measured = accuracy(task, {"zero": icl.Zero()}, 256, 0)["zero"]
+    np.testing.assert_array_equal(measured, np.where(np.arange(task.length) < task.first, np.nan, 0.5))
+
+
+def test_a_copied_label_is_that_of_the_nearest_by_cosine():
+    task, learners = SETTINGS["copied label"]
+    measured = accuracy(task, {"nearest": learners["nearest by cosine"]}, 256, 0)["nearest"]
+    assert (measured[task.first :] == 1).all()
+
+
 def test_the_optimal_learner_of_conjunctions_is_not_behind_the_nearest_neighbour():
     """Within 4 standard errors of a difference of two accuracies, at any number of examples; ahead of it at the end."""
     prompts = 512
