@@ -67,9 +67,15 @@ def test_ctrl_c_saves_stops_and_says_how_to_resume(tmp_path, uninterrupted, caps
     assert_same(run(tmp_path / "run"), uninterrupted)
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def before():
+    """What Ctrl-C does in a terminal. Programs that a shell starts in the background ignore it."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, inherited)
 
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, before):
     class Impatient(Signalling):
         def __getitem__(self, index):
             if self.left <= 0:
