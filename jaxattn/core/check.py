@@ -12,7 +12,7 @@ from jaxattn.core.maps import Dropout, Map
 from jaxattn.core.mask import Mask
 from jaxattn.core.measure import Measure, View
 from jaxattn.core.normalize import Normalize
-from jaxattn.core.parts import check_fields, positions_fit
+from jaxattn.core.parts import check_fields, check_floating, positions_fit
 from jaxattn.core.score import accumulator
 
 
@@ -22,10 +22,7 @@ def check(given: Given) -> None:
     query, key, value = given.query, given.key, given.value
     arrays = {"query": query, "key": key, "value": value}
     for name, x in arrays.items():
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"{name} must be an array, got {type(x).__name__}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} has dtype {x.dtype}: need floating point")
+        check_floating(name, x)
         if len(x.shape) < 3:
             raise ValueError(f"{name} has shape {x.shape}: need [..., length, heads, head dim]")
         if 0 in x.shape:

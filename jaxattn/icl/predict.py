@@ -37,14 +37,14 @@ class Predictor(abc.ABC):
         Integers and numbers of 16 bits are computed with as float32 or better. Raises ValueError for numbers below 0,
         and for N or more: there is no question after the last; and for x and y that are not of the same examples.
         """
-        x, y = jnp.asarray(x), jnp.asarray(y)
+        x, y = numbers(x), numbers(y)
         if x.ndim != 3 or y.shape[:2] != x.shape[:2]:
             raise ValueError(f"x has shape {x.shape} and y {y.shape}: need [B, N, d] and [B, N] or [B, N, m]")
         if not all(0 <= length < x.shape[1] for length in lengths):
             raise ValueError(f"lengths is {list(lengths)}: need numbers from 0 to {x.shape[1] - 1}, one below the x")
         if not x.shape[1]:
             return y
-        x, y = (each.astype(jnp.promote_types(numbers(each).dtype, jnp.float32)) for each in (x, y))
+        x, y = (each.astype(jnp.promote_types(each.dtype, jnp.float32)) for each in (x, y))
         last = jnp.asarray(lengths, int)
         seen = jnp.arange(x.shape[1]) < last[:, None]
         return jax.vmap(lambda x, y: jax.vmap(lambda seen, i: self.answer(x, y, seen, x[i]))(seen, last))(x, y)

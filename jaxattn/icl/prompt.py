@@ -29,7 +29,8 @@ class Prompt(NamedTuple):
 
 
 def numbers(x: Num[Array, "*n"]) -> Float[Array, "*n"]:
-    """x as it is, integers as numbers of the default type."""
+    """x as an array, integers as numbers of the default type."""
+    x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)
 
 
@@ -39,7 +40,7 @@ def interleave(x: Float[Array, "b n d"], y: Float[Array, "b n *m"]) -> Float[Arr
     The answer to x_i is read at its token, of index 2i from 0 (`at_inputs`), which sees all examples before it
     (Garg et al., 2022). Raises ValueError if the m channels of y are more than those of x.
     """
-    x, labels = numbers(jnp.asarray(x)), jnp.asarray(y).reshape(*y.shape[:2], -1)
+    x, labels = numbers(x), jnp.asarray(y).reshape(*y.shape[:2], -1)
     if labels.shape[-1] > x.shape[-1]:
         raise ValueError(f"y has {labels.shape[-1]} channels but x has {x.shape[-1]}: need at most as many")
     labels = jnp.pad(labels, ((0, 0), (0, 0), (0, x.shape[-1] - labels.shape[-1]))).astype(x.dtype)
@@ -56,6 +57,6 @@ def stack(x: Float[Array, "... n d"], y: Float[Array, "..."]) -> Float[Array, ".
 
     N − 1 examples and a query, for layers that see all of them at once (von Oswald et al., 2023).
     """
-    x = numbers(jnp.asarray(x))
+    x = numbers(x)
     labels = jnp.asarray(y).reshape(*x.shape[:-1], -1).astype(x.dtype)
     return jnp.concatenate([x, labels.at[..., -1, :].set(0)], -1)
