@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names, within
+from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_multiple, check_names, within
 from jaxattn import Elu1Features, icl, models
 from jaxattn.icl import FunctionTask, Planted, Signs, Teaching
 from jaxattn.train import OptimizerConfig
@@ -201,8 +201,7 @@ def train(config: Config, name: str, seed: int, folder, console) -> Any:
 
 def run(config, seed, folder, console):
     check_names("runs", config.runs, [f"{setting}: {mixer}" for setting in SETTINGS for mixer in MIXERS])
-    if config.prompts < 256 or config.prompts % 256:
-        raise ValueError(f"prompts is {config.prompts}: need a multiple of 256")
+    check_multiple("prompts", config.prompts, 256)
     trained, learning = {}, {}
     for name in config.runs:
         console.print(f"boolean_functions: {name}")

@@ -258,6 +258,12 @@ def check_names(field: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise ValueError(f"{field} holds {name!r}{nearest(name, known)}")
 
 
+def check_multiple(field: str, value: int, unit: int) -> None:
+    """Raises ValueError if a field of a config holds no multiple of `unit`, or none above 0."""
+    if value < unit or value % unit:
+        raise ValueError(f"{field} is {value}: need a multiple of {unit}")
+
+
 def nearest(name: str, known: Iterable[str] | Mapping[str, Any]) -> str:
     """What to say after an unknown name: the nearest one, or all."""
     close = difflib.get_close_matches(name, list(known), n=1)

@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
+from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_multiple, check_names
 from jaxattn import icl, models
 from jaxattn.icl import FunctionTask, Gaussian
 from jaxattn.train import OptimizerConfig
@@ -224,8 +224,7 @@ def shifted(
 def run(config, seed, folder, console):
     check_names("classes", config.classes, SETTINGS)
     check_names("shifts", config.shifts, SHIFTS)
-    if config.prompts < 256 or config.prompts % 256:
-        raise ValueError(f"prompts is {config.prompts}: need a multiple of 256")
+    check_multiple("prompts", config.prompts, 256)
     numbers: dict[str, Any] = {claim.number: None for claim in CLAIMS}
     tables: dict[str, list[dict[str, Any]]] = {}
     figures = {}

@@ -8,6 +8,7 @@ import jax
 from rich.console import Console
 
 from experiments import decoders
+from experiments.experiment import check_multiple
 from jaxattn import icl
 from jaxattn.train import OptimizerConfig, drawn, prompt_loss
 
@@ -16,9 +17,8 @@ BATCH = 4096  # prompts that a risk is measured on at a time
 
 def check(steps: int, prompts: int) -> None:
     """Raises ValueError for steps of training that are no multiple of 10, and prompts that are none of `BATCH`."""
-    for name, value, unit in (("steps", steps, 10), ("prompts", prompts, BATCH)):
-        if value < unit or value % unit:
-            raise ValueError(f"{name} is {value}: need a multiple of {unit}")
+    check_multiple("steps", steps, 10)
+    check_multiple("prompts", prompts, BATCH)
 
 
 def train(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, outside
+from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_multiple, outside
 from jaxattn import icl
 from jaxattn.icl import FunctionTask, Gaussian, layer_theory
 
@@ -133,8 +133,7 @@ def run(config, seed, folder, console):
         raise ValueError(f"lengths is {config.lengths}: need {config.context} among them, the length of training")
     if config.runs < 2:
         raise ValueError(f"runs is {config.runs}: need 2 or more, for a standard error")
-    if config.prompts < 256 or config.prompts % 256:
-        raise ValueError(f"prompts is {config.prompts}: need a multiple of 256")
+    check_multiple("prompts", config.prompts, 256)
     if not config.noise > 0:
         raise ValueError(f"noise is {config.noise}: need a positive number, the penalty of ridge regression")
     key = jax.random.key(seed)
