@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.parts import check_positive, check_static_int, part, take, take_pairs
+from jaxattn.core.parts import MOST, check_positive, check_static_int, on_shared_axis, part, take, take_pairs
 
 Queries = Int[Array, "*b 1 t 1"]
 Keys = Int[Array, "*b #n 1 s"]
@@ -51,10 +51,7 @@ class Bias:
     def _places(self, query: Queries, key: Keys) -> tuple[Any, Any, Bool[Array, ""], tuple[int, int]]:
         """Positions (0 on shared axes), whether they are a run inside the table, and the size of the tile in it."""
         rows, columns = self._table().shape[-2:]
-        if rows == 1:
-            query = jnp.minimum(query, 0).max(-2, keepdims=True)
-        if columns == 1:
-            key = jnp.minimum(key, 0).max(-1, keepdims=True)
+        query, key = on_shared_axis(rows, query, -2), on_shared_axis(columns, key, -1)
         (row, run), (column, run2) = _run(query, -2), _run(key, -1)
         size = query.shape[-2], key.shape[-1]
         inside = (row + size[0] <= rows) & (column + size[1] <= columns)
@@ -102,14 +99,15 @@ class Bias:
 class KeyBias:
     """bias = array[..., n, key position], whatever the query: how much a key matters; 0 outside the array.
 
-    `array` [..., N or 1, R]. A prior over keys (bird's-eye importance, key embeddings); log m is the effect of m
-    copies of a key.
+    `array` [..., N or 1, R], or R = 1 for one number that all keys share. A prior over keys (bird's-eye importance, key
+    embeddings); log m is the effect of m copies of a key.
     """
 
     array: Float[Array, "*batch heads key_positions"]
 
     def __call__(self, query: Queries, key: Keys) -> Values:
-        return take(jnp.asarray(self.array), key, 2, fill=0)
+        array = jnp.asarray(self.array)
+        return take(array, on_shared_axis(array.shape[-1], key, -1), 2, fill=0)
 
 
 @part
@@ -123,9 +121,9 @@ class Alibi:
         """The paper's slopes: 2^(−8 n / N) for n = 1..N when N is a power of two.
 
         Otherwise those of the largest power of two below N, followed by every other slope of twice that many heads.
+        Raises TypeError for a number that is not an int, ValueError for one below 1.
         """
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
+        check_static_int("Alibi", "heads", heads, 1)
         power = 2 ** math.floor(math.log2(heads))
         slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
         finer = [2 ** (-8 * (n + 1) / (2 * power)) for n in range(0, 2 * power, 2)]
@@ -187,7 +185,8 @@ class RelativeBias:
             # Entry (i, j) of the tile is entry j − i + rows − 1 of a vector over its distances. Rows of one length cut
             # from copies of a vector that is longer by one start one entry earlier each: a copy, where a lookup per
             # pair would be many times slower, most of all its gradient.
-            distance = row - column + rows - 1 - jnp.arange(rows + columns - 1)
+            # Sums of positions near 2³¹ would not fit; so far apart all distances share a bucket.
+            distance = jnp.clip(row - column, -MOST, MOST) + rows - 1 - jnp.arange(rows + columns - 1)
             vector = table[:, self.bucket(distance)]
             size = rows + columns - 1
             copies = jnp.broadcast_to(jnp.pad(vector, [(0, 0), (0, 1)])[:, None], (len(table), rows, size + 1))
@@ -201,9 +200,10 @@ class RelativeBias:
 
 
 def log_gaussian(centres: Array, sigma: Any, query: Queries, key: Keys) -> Values:
-    """−(key − centres[query])² / (2 σ²), 0 where the query is outside the table."""
-    inside = (query >= 0) & (query < jnp.shape(centres)[-1])
-    centre = take(jnp.asarray(centres), query, 2, fill=0)
+    """−(key − centres[query])² / (2 σ²), 0 where the query is outside the table; one centre is shared by all."""
+    place = on_shared_axis(jnp.shape(centres)[-1], query, -2)
+    inside = (place >= 0) & (place < jnp.shape(centres)[-1])
+    centre = take(jnp.asarray(centres), place, 2, fill=0)
     return jnp.where(inside, -jnp.square((key - centre) / sigma) / 2, 0)
 
 

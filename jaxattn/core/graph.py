@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxattn.core.mask import Causal, Mask, every_slot, tile_range
-from jaxattn.core.parts import part, take
+from jaxattn.core.parts import check_entries, part, take
 
 
 @part
@@ -61,6 +61,7 @@ class Graph(Mask):
         """The lists of queries [..., 1, T, 1], [..., n, T, D]."""
         neighbours = jnp.asarray(self.neighbours)
         *lead, nodes, degree = neighbours.shape
+        check_entries("Graph", "neighbours", neighbours[..., 0], query)
         inside = (query >= 0) & (query < nodes)
         index = jnp.where(inside, jnp.where(inside, query, 0) * degree + np.arange(degree), -1)
         return take(neighbours.reshape(*lead, nodes * degree), index, grid=2, fill=-1)
@@ -102,6 +103,7 @@ class Ancestors(Mask):
     def _of(self, query, key, grid):
         """(enter of queries, enter of keys, exit of keys); outside the tree −1, 0, 0, which no one sees."""
         parents = jnp.asarray(self.parents)
+        check_entries("Ancestors", "parents", parents, query, key)
         enter, after = jax.vmap(_walk)(parents.reshape(-1, parents.shape[-1]))
         enter, after = (x.reshape(*parents.shape[:-1], 1, -1) for x in (enter, after))
         return take(enter, query, grid, fill=-1), take(enter, key, grid, fill=0), take(after, key, grid, fill=0)

@@ -158,7 +158,7 @@ class Huber(InnerLoss):
             return jnp.clip(error, -delta, delta)
         squared = jnp.square(error).sum(-1, keepdims=True)
         beyond = squared > jnp.square(delta)
-        return error * jnp.where(beyond, delta / jnp.sqrt(jnp.where(beyond, squared, 1)), 1)
+        return error * (jnp.where(beyond, delta, 1) / jnp.sqrt(jnp.where(beyond, squared, 1)))
 
 
 @part

@@ -13,6 +13,7 @@ it says otherwise:
 """
 
 import abc
+import math
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -23,7 +24,17 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxattn.core import noise
 from jaxattn.core.bias import log_gaussian
 from jaxattn.core.noise import Seed
-from jaxattn.core.parts import check_positive, check_static_int, count_ids, largest, part, per_head, ratio, take
+from jaxattn.core.parts import (
+    check_entries,
+    check_positive,
+    check_static_int,
+    count_ids,
+    largest,
+    part,
+    per_head,
+    ratio,
+    take,
+)
 
 Need = Literal["tile", "rows", "matrix"]
 Block = Float[Array, "*b n t s"]
@@ -53,7 +64,7 @@ class Map(abc.ABC):
 
 @part
 class SoftCap(Map):
-    """s -> cap · tanh(s / cap): scores stay within ±cap (Gemma 2, 2024). As cap -> ∞ the identity.
+    """s -> cap · tanh(s / cap): scores stay within ±cap (Gemma 2, 2024). cap = ∞ is the identity.
 
     It acts after scale and bias and before the mask. Raises ValueError for a cap that is not positive.
     """
@@ -66,7 +77,7 @@ class SoftCap(Map):
         check_positive("SoftCap", "cap", self.cap)
 
     def __call__(self, x, visible, query, key):
-        return self.cap * jnp.tanh(x / self.cap)
+        return x if math.isinf(self.cap) else self.cap * jnp.tanh(x / self.cap)
 
 
 @part
@@ -244,11 +255,13 @@ class Reallocate(Map):
         object.__setattr__(self, "size", count_ids("Reallocate", self.groups, by_masses))
 
     def __call__(self, x, visible, query, key):
-        ids = take(jnp.asarray(self.groups)[..., None, :], key, 2, fill=-1)
+        groups = jnp.asarray(self.groups)[..., None, :]
+        check_entries("Reallocate", "groups", groups, key)
+        ids = take(groups, key, 2, fill=-1)
         member = (ids[..., None] == jnp.arange(self.size)).astype(x.dtype)  # [..., 1 or N, 1, S, G]
         old = jnp.matmul(x, member[..., 0, :, :], precision=jax.lax.Precision.HIGHEST)
         new = self.masses(old) if callable(self.masses) else self._at(query, old)
-        factor = jnp.where(old > 0, ratio(new, old), 1).astype(x.dtype)
+        factor = jnp.where(old <= 0, 1, ratio(new, old)).astype(x.dtype)
         by_key = jnp.matmul(factor, member[..., 0, :, :].swapaxes(-1, -2), precision=jax.lax.Precision.HIGHEST)
         return x * jnp.where(ids >= 0, by_key, 1)
 

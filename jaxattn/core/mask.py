@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jaxattn.core.parts import check_static_int, part, take, take_pairs
+from jaxattn.core.parts import check_entries, check_static_int, on_shared_axis, part, take, take_pairs
 
 Bounds = tuple[Any, Any]
 
@@ -104,6 +104,12 @@ class Mask(abc.ABC):
 
     def __invert__(self) -> "Not":
         return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a mask is neither true nor false: combine masks by &, | and ~, since Python's `and`, `or` and `not` would "
+            "drop one of them"
+        )
 
 
 def _places(name: str, given: Any) -> Any:
@@ -237,12 +243,13 @@ class Window(Mask):
         check_static_int("Window", "right", self.right, 0)
 
     def __call__(self, query, key):
-        return (key >= query - self.left) & (key <= query + self.right)
+        ahead = key - query  # which fits an int32, as query + right may not
+        return (ahead >= -self.left) & (ahead <= self.right)
 
     def bounds(self, query, key):
         (first, last), (first_key, last_key) = tile_range(query), tile_range(key)
-        possible = (last_key >= first - self.left) & (first_key <= last + self.right)
-        return possible, (first_key >= last - self.left) & (last_key <= first + self.right)
+        possible = (last_key - first >= -self.left) & (first_key - last <= self.right)
+        return possible, (first_key - last >= -self.left) & (last_key - first <= self.right)
 
     @property
     def is_relative(self):
@@ -262,7 +269,9 @@ class Window(Mask):
 class Sinks(Mask):
     """Keys at positions below `count`: the first tokens, seen by every query (StreamingLLM, Xiao et al., 2024).
 
-    It shows them to earlier queries too: compose it with `Causal()`.
+    It shows them to earlier queries too: compose it with `Causal()`. In a row of packed documents the first positions
+    are those of the row, so `Sinks(4) & Documents(ids)` shows sinks to the first document alone;
+    `Documents(ids).within(Sinks(4))` gives every document its own.
     """
 
     count: int
@@ -354,6 +363,8 @@ class Documents(Mask):
     def _of(self, query, key, grid):
         key_ids = self.ids if self.key_ids is None else self.key_ids
         ids, key_ids = jnp.asarray(self.ids), jnp.asarray(key_ids)
+        check_entries("Documents", "ids", ids, query)
+        check_entries("Documents", "key_ids" if self.key_ids is not None else "ids", key_ids, key)
         return take(ids[..., None, :], query, grid, fill=-1), take(key_ids[..., None, :], key, grid, fill=-1)
 
     def __call__(self, query, key):
@@ -366,6 +377,16 @@ class Documents(Mask):
         shown = every_slot(query, ids >= 0) & every_slot(key, key_ids >= 0)
         possible = (first <= last_key) & (first_key <= last)
         return possible, shown & (first == last) & (first_key == last_key) & (first == first_key)
+
+    def within(self, mask: Mask) -> Mask:
+        """`mask` with positions counted from the start of each document, which sees no other one.
+
+        `Documents(ids).within(Causal() & (Window(w) | Sinks(n)))` is what each document would see if it were alone in
+        its row. Raises ValueError if `key_ids` are given, since queries and keys then stand in different rows.
+        """
+        if self.key_ids is not None:
+            raise ValueError("Documents: within counts places in one row: need key_ids=None")
+        return Within(_as_mask(mask), places_in_documents(self.ids)) & self
 
     def describe(self):
         return "the same document"
@@ -385,6 +406,7 @@ class Within(Mask):
 
     def _of(self, query, key, grid):
         places = jnp.asarray(self.places)[..., None, :]
+        check_entries("Within", "places", places, query, key)
         return take(places, query, grid, fill=-1), take(places, key, grid, fill=-1)
 
     def __call__(self, query, key):
@@ -457,13 +479,18 @@ class Prefix(Mask):
 class Explicit(Mask):
     """array[..., n, query position, key position]: any boolean table over positions; outside it, hidden.
 
-    `array` is [..., N or 1, P, R]. It holds every pair, so memory is quadratic in length whatever reads it.
+    `array` is [..., N, P, R] or with fewer axes, [P, R], [R]. An axis of size 1 is shared by all positions, heads or
+    batch entries, as in `jax.nn`: [B, 1, 1, S] hides the padding of a batch. A table of every pair has memory quadratic
+    in length, whatever reads it.
     """
 
-    array: Bool[Array, "*batch heads query_positions key_positions"]
+    array: Bool[Array, "..."]
 
     def __call__(self, query, key, grid=2):
-        return take_pairs(self.array, query, key, grid, fill=False)
+        table = jnp.asarray(self.array)
+        table = table.reshape((1,) * (3 - table.ndim) + table.shape)
+        query, key = on_shared_axis(table.shape[-2], query, -2), on_shared_axis(table.shape[-1], key, -1)
+        return take_pairs(table, query, key, grid, fill=False)
 
     def bounds(self, query, key):
         def one_row_of_tiles(query):  # [..., 1, 1, 1, bq]: all tiles at once would be a second T x S array of indices

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.parts import check_static_int, count_ids, part, ratio, take
+from jaxattn.core.parts import check_entries, check_static_int, count_ids, part, ratio, take
 
 
 class View(NamedTuple):
@@ -59,7 +59,7 @@ class Entropy(Measure):
 
     def __call__(self, view):
         p = _shares(view.weights)
-        some = p > 0
+        some = ~(p <= 0)  # NaN stays NaN
         return -jnp.where(some, p * jnp.log(jnp.where(some, p, 1)), 0).sum(-1)
 
 
@@ -78,7 +78,9 @@ class Mass(Measure):
         object.__setattr__(self, "size", count_ids("Mass", self.groups, self.size))
 
     def __call__(self, view):
-        ids = take(jnp.asarray(self.groups)[..., None, :], view.key_positions, 2, fill=-1)
+        groups = jnp.asarray(self.groups)[..., None, :]
+        check_entries("Mass", "groups", groups, view.key_positions)
+        ids = take(groups, view.key_positions, 2, fill=-1)
         member = (ids[..., 0, :, None] == jnp.arange(self.size)).astype(view.weights.dtype)  # [..., 1 or N, S, G]
         return jnp.matmul(view.weights, member, precision=jax.lax.Precision.HIGHEST)
 
@@ -180,7 +182,8 @@ class RowsOf(Measure):
         here = (jnp.asarray(self.positions)[:, None] == view.query_positions[..., 0, :, 0][..., None, None, :]) & (
             view.query_positions[..., 0, :, 0][..., None, None, :] >= 0
         )
-        return jnp.matmul(here.astype(view.weights.dtype), view.weights, precision=jax.lax.Precision.HIGHEST)
+        weights = jnp.where(here.any(-2)[..., None], view.weights, 0)  # rows that are not asked for may be NaN
+        return jnp.matmul(here.astype(weights.dtype), weights, precision=jax.lax.Precision.HIGHEST)
 
 
 @part
@@ -203,4 +206,4 @@ class Lookback(Measure):
             return jnp.where(some, view.weights, 0).sum(-1) / jnp.maximum(some.sum(-1), 1)
 
         context, new = mean(before), mean(~before)
-        return jnp.where(context + new > 0, ratio(context, context + new), 0)
+        return ratio(context, context + new)

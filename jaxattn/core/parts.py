@@ -137,7 +137,7 @@ def check_all_positive(owner: str, name: str, value: Any) -> None:
 
 @jax.custom_jvp
 def ratio(x: Array, total: Array) -> Array:
-    """x / total, and 0 where total is 0, or so small that its reciprocal is out of range (`in_range`).
+    """x / total, and 0 where total is 0, or so small that its reciprocal is out of range (`in_range`). NaN stays NaN.
 
     Its derivative, dx / total − (x / total) (d total / total), stays in range for the least of totals, where the usual
     one, with total squared in it, is NaN. Second derivatives hold 1 / total²: in float32 they need totals above 1e−19.
@@ -147,8 +147,9 @@ def ratio(x: Array, total: Array) -> Array:
 
 
 def in_range(total: Array) -> Bool[Array, "..."]:
-    """Whether 1 / total, and sums of some millions of it, are finite: above 2e−31 in float32."""
-    return jnp.abs(total) > 2**24 * jnp.finfo(total.dtype).tiny
+    """Whether 1 / total, and sums of some millions of it, are finite: above 2e−31 in float32. True for NaN, which is
+    thus not taken for 0."""
+    return ~(jnp.abs(total) <= 2**24 * jnp.finfo(total.dtype).tiny)
 
 
 @ratio.defjvp
@@ -262,6 +263,22 @@ def check_range(name: str, x: Any, allowed: Callable[[np.ndarray], np.ndarray], 
 def check_probability(name: str, x: Any) -> None:
     """Raises ValueError where the numbers are known and not all from 0 to 1."""
     check_range(name, x, lambda p: (p >= 0) & (p <= 1), "from 0 to 1")
+
+
+def on_shared_axis(size: int, positions: Int[Array, "..."], axis: int) -> Int[Array, "..."]:
+    """The positions along an axis of a table. An axis of size 1 is shared by all of them: 0, or −1 if all are empty."""
+    return jnp.minimum(positions, 0).max(axis, keepdims=True) if size == 1 else positions
+
+
+def check_entries(owner: str, name: str, table: Any, *positions: Any) -> None:
+    """Raises ValueError for a table of one entry in a call of several positions along one of its axes.
+
+    An entry is what one token is (its document, its neighbours). One for all tokens could mean that they share it, or
+    that the others are outside the table.
+    """
+    most = max(max(places.shape[-2:]) for places in positions)
+    if table.shape[-1] == 1 and most > 1:
+        raise ValueError(f"{owner}: {name} has 1 entry but the call has {most} positions: need one for each")
 
 
 def take_pairs(table: Array, query: Int[Array, "..."], key: Int[Array, "..."], grid: int, fill: Any) -> Array:

@@ -118,11 +118,6 @@ BAD = {
         TypeError,
         r"mask: Explicit.array must be Bool.*, got float32\[1,5,7\]",
     ),
-    "mask rank": (
-        {"mask": Explicit(zeros(5, 7, dtype=bool))},
-        TypeError,
-        r"mask: Explicit.array must be Bool.*, got bool\[5,7\]",
-    ),
     "mask inside": (
         {"mask": Causal() & ~Documents(zeros(7))},
         TypeError,
@@ -211,6 +206,20 @@ class Wrong:
 
     def __call__(self, query, key):
         return Dot()(query, key)[..., 0, :, :]
+
+
+def test_a_shape_without_numbers_is_no_array():
+    for name in ("query", "key", "value"):
+        x = jax.ShapeDtypeStruct(GOOD[name].shape, jnp.float32)
+        with pytest.raises(TypeError, match=f"{name} is a ShapeDtypeStruct, which holds no numbers: need an array"):
+            attend(**GOOD | {name: x})
+
+
+@pytest.mark.parametrize("heads", [2.5, 8.0, "8", True, None])
+def test_slopes_are_for_a_whole_number_of_heads(heads):
+    with pytest.raises(TypeError, match="Alibi: heads must be an int, got"):
+        Alibi.geometric(heads)
+    assert Alibi.geometric(np.int64(8)).slopes.shape == (8,)
 
 
 def test_a_score_of_the_wrong_shape_is_named():

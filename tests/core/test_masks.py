@@ -21,15 +21,23 @@ from jaxattn import (
     Documents,
     Dot,
     Explicit,
+    GaussianWindow,
     Graph,
+    KeyBias,
     Lengths,
+    Location,
+    LogGaussian,
     Mask,
+    Mass,
     PerHead,
     Prefix,
+    Reallocate,
+    RelativeBias,
     Sigmoid,
     Sinks,
     Softmax,
     Window,
+    Within,
     attend,
     part,
 )
@@ -121,7 +129,8 @@ def test_what_empty_slots_hold_is_ignored(normalize, implementation):
         np.testing.assert_array_equal(x, y)
     (out, lse), (d_query, d_key, d_value, *_) = after
     assert not np.any(out[:, empty[0]])
-    assert np.isneginf(lse[:, empty[0]]).all()
+    nothing = normalize.null_logit if isinstance(normalize, Softmax) else -np.inf
+    np.testing.assert_array_equal(lse[:, empty[0]], np.broadcast_to(nothing, lse[:, empty[0]].shape))
     assert not np.any(d_query[:, empty[0]])
     assert not np.any(d_key[:, empty[1]])
     assert not np.any(d_value[:, empty[1]])
@@ -429,3 +438,112 @@ def test_a_mask_per_head_is_a_loop_over_heads(implementation):
     for n, mask in enumerate((*masks[:3], Sinks(3))):
         alone = attend(query[:, :, n : n + 1], key[:, :, n // 2 : n // 2 + 1], value, mask=mask)
         assert_close(out[:, :, n : n + 1], alone, 8 * np.abs(value).max())
+
+
+# Axes of size 1 in tables over positions.
+
+Q, K = normal(2, 5, 4, 8, seed=30), normal(2, 6, 2, 8, seed=31)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1, 6), (2, 1, 5, 1), (1, 4, 1, 6), (2, 4, 5, 1), (1, 1, 1), (5, 6), (1, 6), (5, 1), (6,)], ids=str
+)
+def test_axes_of_size_1_are_shared_as_in_jax(shape, implementation):
+    table = np.random.default_rng(len(shape)).random(shape) < 0.6
+    full = jnp.broadcast_to(table, (2, 4, 5, 6))
+    options = {"implementation": implementation, "block": 2}
+    found = attend(Q, K, K, mask=Explicit(jnp.asarray(table)), **options)
+    np.testing.assert_allclose(found, attend(Q, K, K, mask=Explicit(full), **options), atol=1e-6)
+    expected = jax.nn.dot_product_attention(Q, K, K, mask=jnp.reshape(table, (1,) * (4 - len(shape)) + shape))
+    sees = full.any(-1).swapaxes(-1, -2)
+    np.testing.assert_allclose(found[sees], expected[sees], atol=1e-5)
+    np.testing.assert_array_equal(found[~sees], 0)
+
+
+def test_a_shared_axis_serves_every_position_but_that_of_an_empty_slot():
+    mask = Explicit(jnp.asarray([[[True, False, True, True]]]))
+    places, keys = jnp.array([0, 7, -1, 300]), jnp.array([3, 1, -1, 0])
+    shown = mask.to_array(places, keys)[0]
+    np.testing.assert_array_equal(shown, np.outer([1, 1, 0, 1], [1, 0, 0, 1]).astype(bool))
+    everything = Explicit(jnp.ones((1, 1, 1), bool)).to_array(places, keys)[0]
+    np.testing.assert_array_equal(everything, np.outer(places >= 0, keys >= 0))
+
+
+def test_other_tables_share_an_axis_of_size_1_too():
+    for one, many in (
+        ({"bias": KeyBias(jnp.full((4, 1), 0.3))}, {"bias": KeyBias(jnp.full((4, 6), 0.3))}),
+        (
+            {"bias": LogGaussian(jnp.full((4, 1), 2.0), 1.5), "mask": Causal()},
+            {"bias": LogGaussian(jnp.full((4, 5), 2.0), 1.5), "mask": Causal()},
+        ),
+        (
+            {"weight_maps": (GaussianWindow(jnp.full((1, 1), 2.0), 1.5),)},
+            {"weight_maps": (GaussianWindow(jnp.full((1, 5), 2.0), 1.5),)},
+        ),
+        ({"score": Location(jnp.ones((1, 8)))}, {"score": Location(jnp.ones((6, 8)))}),
+        ({"score": Location(jnp.ones((4, 1, 8)))}, {"score": Location(jnp.ones((4, 6, 8)))}),
+    ):
+        options = {"normalize": Softmax(jnp.zeros(4))}  # under which a bias that all keys share matters
+        found, expected = (attend(Q, K, K, **options, **each) for each in (one, many))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"mask": Documents(jnp.zeros((2, 1), int))}, "Documents: ids"),
+        ({"mask": Documents(jnp.zeros((2, 6), int), jnp.zeros((2, 1), int))}, "Documents: key_ids"),
+        ({"mask": Within(Causal(), jnp.zeros((2, 1), int))}, "Within: places"),
+        ({"mask": Graph(jnp.zeros((1, 1, 3), int))}, "Graph: neighbours"),
+        ({"mask": Ancestors(jnp.full((2, 1), -1))}, "Ancestors: parents"),
+        ({"measures": {"mass": Mass(jnp.zeros(1, int))}}, "Mass: groups"),
+        ({"weight_maps": (Reallocate(jnp.zeros(1, int), jnp.ones(1)),)}, "Reallocate: groups"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_one_entry_for_several_tokens_is_refused_where_it_could_mean_two_things(options, name):
+    with pytest.raises(ValueError, match=rf"{name} has 1 entry but the call has [56] positions: need one for each"):
+        attend(Q, K, K, **options)
+
+
+def test_python_operators_on_masks_are_refused():
+    """`Causal() and Documents(ids)` would be the documents alone: the future would leak."""
+    for combine in (lambda: Causal() and Window(2), lambda: Causal() or Window(2), lambda: not Causal()):
+        with pytest.raises(TypeError, match=r"combine masks by &, \| and ~"):
+            combine()
+
+
+def test_positions_near_the_largest_integer_do_not_overflow():
+    last = np.iinfo(np.int32).max
+    places = jnp.array([last - 2, last - 1, last], jnp.int32)
+    for mask, expected in (
+        (Window(0, 1), np.eye(3) + np.eye(3, k=1)),
+        (Window(1, 2**30), 1 - np.tri(3, k=-2)),
+        (Window(2**30, 0), np.tri(3)),
+    ):
+        np.testing.assert_array_equal(mask.to_array(places)[0], expected.astype(bool))
+        for xp in (np, jnp):  # one tile of all queries, and one for each key
+            queries, keys = xp.asarray(places)[None, None, None, None], xp.asarray(places)[None, None, None, :, None]
+            possible, certain = mask.bounds(queries, keys)
+            np.testing.assert_array_equal(possible[0, 0, 0], expected.any(0))
+            np.testing.assert_array_equal(certain[0, 0, 0], expected.all(0))
+    table = jnp.arange(8.0)[None]
+    far = RelativeBias(table, 20)(jnp.array([[[last]]]), jnp.array([[[0, 1, 2]]]))
+    np.testing.assert_array_equal(far, 7)
+
+
+def test_documents_give_each_document_the_mask_it_would_have_alone():
+    """Sinks of their own; `Sinks & Documents` shows the first positions of the row, to the first document alone."""
+    ids = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1])
+    own = Causal() & (Window(1) | Sinks(1))
+    packed = Documents(jnp.asarray(ids)).within(own).to_array(9)[0]
+    expected = np.zeros((9, 9), bool)
+    expected[:4, :4], expected[4:, 4:] = own.to_array(4)[0], own.to_array(5)[0]
+    np.testing.assert_array_equal(packed, expected)
+    by_row = (own & Documents(jnp.asarray(ids))).to_array(9)[0]
+    assert not by_row[8, 4]
+    with pytest.raises(ValueError, match="within counts places in one row: need key_ids=None"):
+        Documents(jnp.asarray(ids), jnp.asarray(ids)).within(own)
+    with pytest.raises(TypeError, match="a mask combines with masks"):
+        Documents(jnp.asarray(ids)).within(ids)

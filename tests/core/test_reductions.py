@@ -45,6 +45,7 @@ PLAIN_WHEN = {
     "a key bias of 0": {"bias": ja.KeyBias(np.zeros((1, S), np.float32))},
     "a very wide log window": {"bias": ja.LogGaussian(np.zeros((1, T), np.float32), 1e6)},
     "a very high cap": {"score_maps": (ja.SoftCap(1e5),)},
+    "an infinite cap": {"score_maps": (ja.SoftCap(float("inf")),)},
     "temperature 1": {"score_maps": (ja.Temperature(1.0),)},
     "heads mixed by the identity": {"score_maps": (ja.MixHeads(EYE),), "weight_maps": (ja.MixHeads(EYE),)},
     "identity kernels": {"score_maps": (ja.Convolution(IDENTITY),), "weight_maps": (ja.Convolution(IDENTITY[:1]),)},
