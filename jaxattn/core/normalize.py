@@ -1,8 +1,9 @@
 """Normalisers: how scores become weights.
 
 A normaliser is a part with `weights(scores [..., N, T, S], visible) -> (weights, lse)` on whole rows. `lse` [..., N, T]
-is the log of a row's total weight before normalisation. A row that sees no key has weights 0 and lse −inf. One that
-draws at random sets `positional = True` and is called with the positions [..., 1, T, 1] and [..., 1, 1, S] as well.
+is the log of a row's total weight before normalisation. A row that sees no key has weights 0, and its lse is the log of
+the mass that the normaliser has without keys: that of a null logit, else −inf. A normaliser that draws at random sets
+`positional = True` and is called with the positions [..., 1, T, 1] and [..., 1, 1, S] as well.
 
 One that can be computed a few keys at a time (a *streaming* normaliser) is defined by
 
@@ -77,7 +78,8 @@ class Softmax(Streaming):
 
     b is the head's `null_logit` [N], the score of a key whose value is zero: a learned sink that lets a head attend
     to nothing. Without it (b = −∞) this is softmax; b = 0 is softmax-off-by-one. With it, out = σ(lse₀ − b) · out₀
-    where out₀, lse₀ are those of plain softmax. A row that sees no key has lse = −inf, null logit or not.
+    where out₀, lse₀ are those of plain softmax. A row that sees no key has out 0 and lse b: so the result over all keys
+    is the `merge` of those over parts of them, if one part has the null logit.
     The `temperature` τ > 0, one number or one per head [N], is 1 unless given; it does not divide b.
     """
 
@@ -101,7 +103,7 @@ class Softmax(Streaming):
         return jnp.exp(self._tempered(scores) - reference[..., None])
 
     def finish(self, numerator, total, reference):
-        seen = total > 0
+        seen = total != 0
         out = numerator / jnp.where(seen, total, 1)[..., None]
         lse = reference + jnp.log(jnp.where(seen, total, 1))
         if self.null_logit is not None:
@@ -111,7 +113,7 @@ class Softmax(Streaming):
                 )
             null = jnp.asarray(self.null_logit, lse.dtype)[:, None]
             out = out * jax.nn.sigmoid(lse - null)[..., None]
-            lse = jnp.logaddexp(lse, null)
+            return out, jnp.where(seen, jnp.logaddexp(lse, null), null)
         return out, jnp.where(seen, lse, -jnp.inf)
 
 
@@ -119,7 +121,8 @@ class Elementwise(Streaming):
     """Each key's weight depends on its own score alone, so changing a key leaves the weights of the others as they are.
 
     `normalized` divides a row by its total; rows whose total is 0 stay 0. Without it the scale of `out` grows with the
-    number of visible keys. lse = log Σ_j weight_j.
+    number of visible keys. lse = log Σ_j weight_j. Normalised weights that cannot be 0 are taken relative to the
+    largest of the row, so that no score is too low for them.
     """
 
     normalized: bool
@@ -130,7 +133,7 @@ class Elementwise(Streaming):
     def finish(self, numerator, total, reference):
         if self.normalized:
             numerator = ratio(numerator, total[..., None])
-        return numerator, safe_log(total)
+        return numerator, reference + safe_log(total)
 
 
 @part
@@ -145,8 +148,16 @@ class Sigmoid(Elementwise):
     bias: Float[Array, ""] | Float[Array, " heads"] | float | None = None
     normalized: bool = False
 
+    def _biased(self, scores: Scores) -> Scores:
+        return scores if self.bias is None else scores + per_head("bias", self.bias, scores)
+
+    def reference(self, scores):
+        return jax.nn.log_sigmoid(self._biased(scores)).max(-1) if self.normalized else super().reference(scores)
+
     def weight(self, scores, reference):
-        return jax.nn.sigmoid(scores if self.bias is None else scores + per_head("bias", self.bias, scores))
+        if self.normalized:
+            return jnp.exp(jax.nn.log_sigmoid(self._biased(scores)) - reference[..., None])
+        return jax.nn.sigmoid(self._biased(scores))
 
 
 @part
@@ -175,8 +186,18 @@ class Elu1(Elementwise):
 
     normalized: bool = False
 
+    def reference(self, scores):
+        return _log_elu1(scores).max(-1) if self.normalized else super().reference(scores)
+
     def weight(self, scores, reference):
-        return jnp.where(scores > 0, scores + 1, jnp.exp(jnp.minimum(scores, 0)))
+        if self.normalized:
+            return jnp.exp(_log_elu1(scores) - reference[..., None])
+        # Not exp(min(s, 0)), whose derivative at 0 is one half of what it should be.
+        return jnp.where(scores > 0, scores + 1, jnp.exp(jnp.where(scores > 0, 0, scores)))
+
+
+def _log_elu1(scores: Scores) -> Scores:
+    return jnp.where(scores > 0, jnp.log1p(jnp.where(scores > 0, scores, 0)), scores)
 
 
 @part
@@ -227,10 +248,10 @@ def _support(scores: Scores, visible: Bool[Array, "*b n t s"], power: int) -> tu
         new = jnp.maximum(threshold, threshold + excess / jnp.where(slope > 0, slope, 1))
         return new, (new > threshold).any(), count + 1
 
-    start = jnp.where(jnp.isneginf(top), 0, -jnp.ones_like(top)), ~jnp.isnan(top).any(), 0
+    start = jnp.where(jnp.isneginf(top), 0, -jnp.ones_like(top)), jnp.array(True), 0
     # Rounding might let the last steps creep by an epsilon each.
     threshold, _, _ = jax.lax.while_loop(lambda state: state[1] & (state[2] < 100), step, start)
-    return x, visible & (fixed > threshold)
+    return x, visible & ~(fixed <= threshold)  # a row with a NaN stays NaN
 
 
 @part

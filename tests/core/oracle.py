@@ -66,6 +66,10 @@ def attention(
     for b, n, t in itertools.product(np.ndindex(*batch), range(heads), range(length)):
         seen = np.flatnonzero(visible[b][n, t])
         if not len(seen):
+            if null_logit is not None:  # the mass of the null logit is there all the same
+                exact.lse[b][t, n], size_of.lse[b][t, n] = null[n], 1 + abs(null[n])
+                exact.null_logit[n] += d_lse[b][t, n]
+                size_of.null_logit[n] += abs(d_lse[b][t, n])
             continue
         q, do, dl = query[b][t, n], d_out[b][t, n], d_lse[b][t, n]
         k, v = key[b][seen, n // shared_keys], value[b][seen, n // shared_values]

@@ -62,9 +62,8 @@ def elementwise(weight, normalized, largest=False):
 def null_softmax(null, temperature):
     def normalize(x, visible):
         x = x / np.reshape(temperature, (-1, 1, 1))
-        seen = visible.any(-1, keepdims=True)
         b = np.broadcast_to(null[:, None, None], (*x.shape[:-1], 1))
-        w, lse = softmax(np.concatenate([x, b], -1), np.concatenate([visible, seen], -1))
+        w, lse = softmax(np.concatenate([x, b], -1), np.concatenate([visible, np.ones_like(b, bool)], -1))
         return w[..., :-1], lse
 
     return normalize

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import IMPLEMENTATIONS, assert_close, epsilon
 
-from jaxattn import Alibi, Bias, Causal, Dot, Explicit, Lengths, Sigmoid, Softmax, Window, attend
+from jaxattn import Alibi, Bias, Causal, Dot, Elu1, Explicit, Lengths, Sigmoid, Softmax, Window, attend
 
 T, S, HEADS, WIDTH = 5, 9, 4, 4
 IMPLEMENTATION = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -59,14 +59,13 @@ def test_a_null_logit_of_minus_infinity_is_no_null_logit(implementation):
 
 @IMPLEMENTATION
 def test_a_null_logit_is_a_gate_on_the_log_of_the_total_weight(implementation):
-    """out = σ(lse₀ − b) out₀ and lse = log(exp lse₀ + exp b), where a row sees a key."""
+    """out = σ(lse₀ − b) out₀ and lse = log(exp lse₀ + exp b); without a key out 0 and lse b."""
 
     @jax.jit
     def both(null):
         call = attention(implementation, normalize=Softmax(null), mask=HOLES)
         out, lse = attention(implementation, mask=HOLES)(QUERY, KEY, VALUE)
-        seen = ~jnp.isneginf(lse)
-        gated = jax.nn.sigmoid(lse - null)[..., None] * out, jnp.where(seen, jnp.logaddexp(lse, null), -jnp.inf)
+        gated = jax.nn.sigmoid(lse - null)[..., None] * out, jnp.logaddexp(lse, null)
         return call(QUERY, KEY, VALUE), gated
 
     assert_same(both(NULL))
@@ -80,8 +79,7 @@ def test_a_null_logit_is_a_key_of_that_score_with_value_zero(implementation):
             return attention(implementation, normalize=Softmax(null), mask=HOLES)(query, key, value)
 
         def with_key(query, key, value, null):
-            seen = HOLES.array.any(-1, keepdims=True)
-            mask = Explicit(jnp.concatenate([HOLES.array, seen], -1))
+            mask = Explicit(jnp.concatenate([HOLES.array, jnp.ones_like(HOLES.array[..., :1])], -1))
             bias = Bias(jnp.concatenate([jnp.zeros((HEADS, T, S)), null[:, None, None].repeat(T, 1)], -1))
             key, value = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (key, value))
             return attention(implementation, mask=mask, bias=bias)(query, key, value)
@@ -95,7 +93,7 @@ def test_a_null_logit_is_a_key_of_that_score_with_value_zero(implementation):
 def test_a_null_logit_far_above_all_scores_leaves_nothing(implementation):
     out, lse = attention(implementation, normalize=Softmax(jnp.full(HEADS, 200.0)), mask=HOLES)(QUERY, KEY, VALUE)
     assert not out.any()  # exp(−200) is below the least float32
-    assert set(np.unique(lse)) == {-np.inf, 200}
+    assert set(np.unique(lse)) == {200}
 
 
 @IMPLEMENTATION
@@ -173,3 +171,52 @@ def test_a_sigmoid_bias_is_a_constant_added_to_the_scores(implementation):
     outside = attention(implementation, mask=HOLES, normalize=Sigmoid(), bias=constant)
     assert_same([with_gradients(call, QUERY, KEY, VALUE) for call in (inside, outside)])
     assert not np.allclose(inside(QUERY, KEY, VALUE)[0], attention(implementation, mask=HOLES)(QUERY, KEY, VALUE)[0])
+
+
+@IMPLEMENTATION
+@pytest.mark.parametrize("normalize", [Sigmoid(-100.0, normalized=True), Elu1(normalized=True)], ids=["σ", "elu + 1"])
+def test_normalised_weights_of_very_negative_scores_are_softmax(normalize, implementation):
+    """σ(s − 100) and elu(s − 100) + 1 are e^(s − 100), which is 0 in float32, to within e^−90 of themselves."""
+    down = Bias(jnp.full((1, T, S), -100.0 if isinstance(normalize, Elu1) else 0.0))
+    options = {"mask": HOLES, "bias": down}
+
+    @jax.jit
+    def both():
+        out, lse = attention(implementation, normalize=normalize, **options)(QUERY, KEY, VALUE)
+        shift = 0.0 if isinstance(normalize, Elu1) else -100.0
+        plain, plain_lse = attention(implementation, **options)(QUERY, KEY, VALUE)
+        gradients = [
+            jax.grad(lambda q, n=n: attention(implementation, normalize=n, **options)(q, KEY, VALUE)[0].sum())(QUERY)
+            for n in (normalize, Softmax())
+        ]
+        return (out, lse, gradients[0]), (plain, plain_lse + shift, gradients[1])
+
+    # Scores near −100 are rounded by 100 epsilons, and so are the logs of the weights.
+    for x, y in zip(*both(), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=200 * epsilon(np.float32) * max(1, np.abs(VALUE).max()))
+
+
+@IMPLEMENTATION
+def test_elu_has_slope_1_where_all_scores_are_0(implementation):
+    """Of queries that are 0, as an output projection or a query that starts at zero makes them."""
+    for normalized in (False, True):
+
+        def call(query, normalized=normalized):
+            return attention(implementation, normalize=Elu1(normalized))(query, KEY, VALUE)[0]
+
+        slope = jax.jit(jax.grad(lambda query: (call(query) * D_OUT).sum()))(jnp.zeros_like(QUERY))
+        key, value = (np.repeat(x, 2, -2).astype(np.float64) for x in (KEY, VALUE))
+        # out = Σ_j w(s_j) v_j / (Σ_j w(s_j), or 1), w = 1 and w' = 1 at s = 0.
+        centred = (value - value.mean(-3, keepdims=True)) / S if normalized else value
+        expected = np.einsum("bsnv,btnv,bsnh->btnh", centred, D_OUT, key) * WIDTH**-0.5
+        np.testing.assert_allclose(slope, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_null_logit_of_minus_infinity_has_finite_gradients_without_keys():
+    null = jnp.array([-np.inf, 0.5, -np.inf, 1.0], jnp.float32)
+
+    def call(null):
+        out, lse = attention("dense", normalize=Softmax(null), mask=HOLES)(QUERY, KEY, VALUE)
+        return out.sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum()
+
+    assert np.isfinite(jax.grad(call)(null)).all()

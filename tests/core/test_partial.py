@@ -28,22 +28,22 @@ MASK, PREDICATE = MASKS["explicit by head"]
 
 
 @partial(jax.jit, static_argnames="implementation")
-def by_parts(arrays, owner, order, implementation):
-    """Attention to the keys of each owner, merged in the given order, with a null logit as one more partial result."""
+def by_parts(arrays, owner, order, holder, implementation):
+    """Attention to the keys of each owner, merged in the given order; the holder's has the null logit."""
 
     def call(query, key, value, null):
         def one(number):
             mine = jnp.where(owner == number, jnp.arange(S), -1)
-            options = {"mask": MASK, "block": 5, "implementation": implementation, "return_lse": True}
+            normalize = Softmax(jnp.where(number == holder, null, -jnp.inf))
+            options = {"mask": MASK, "normalize": normalize, "block": 5, "implementation": implementation}
+            options["return_lse"] = True
             out, extras = attend(query, key, value, key_positions=mine, **options)
             return Partial(out, extras["lse"])
 
         results = jax.vmap(one)(jnp.arange(PARTS))
         pieces = [jax.tree.map(lambda x, i=i: x[order[i]], results) for i in range(PARTS)]
         whole = merge(merge(pieces[0], pieces[1]), merge(pieces[2], pieces[3]))
-        seen = ~jnp.isneginf(whole.lse)
-        gated = merge(whole, Partial(jnp.zeros_like(whole.out), jnp.where(seen, null, -jnp.inf)))
-        return gated.out, gated.lse
+        return whole.out, whole.lse
 
     results, pull = jax.vjp(call, *arrays)
     return results, pull((D_OUT, D_LSE))
@@ -55,11 +55,15 @@ EXPECTED = oracle.attention(QUERY, KEY, VALUE, VISIBLE, D_OUT, D_LSE, null_logit
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(owner=st.lists(st.integers(0, PARTS - 1), min_size=S, max_size=S), order=st.permutations(range(PARTS)))
-def test_any_split_of_the_keys_merged_in_any_order_is_one_call(implementation, owner, order):
-    """Values and gradients, the null logit's too; some parts are empty, and so are some rows."""
+@given(
+    owner=st.lists(st.integers(0, PARTS - 1), min_size=S, max_size=S),
+    order=st.permutations(range(PARTS)),
+    holder=st.integers(0, PARTS - 1),
+)
+def test_any_split_of_the_keys_merged_in_any_order_is_one_call(implementation, owner, order, holder):
+    """Values and gradients, the null logit's too, whichever part has it; some parts are empty, and so are some rows."""
     arrays = QUERY, KEY, VALUE, NULL
-    results, gradients = by_parts(arrays, jnp.array(owner), jnp.array(order), implementation)
+    results, gradients = by_parts(arrays, jnp.array(owner), jnp.array(order), holder, implementation)
     for name, x in zip(("out", "lse", "query", "key", "value", "null_logit"), (*results, *gradients), strict=True):
         magnitude = getattr(EXPECTED[1], name)
         # A merge of four parts is three more rounded steps on every summand of both factors.

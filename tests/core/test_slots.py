@@ -73,7 +73,7 @@ def test_every_implementation_of_every_slot_is_the_oracle(name, scattered):
         assert {x.dtype for x in results.values()} == {np.dtype(np.float64)}
         assert_is({x: results[x] for x in ("out", "lse")}, {x: expected[x] for x in ("out", "lse")}, 1e-13)
         assert_is(results, expected, 1e-8)
-    assert np.isneginf(expected["lse"]).any(), "some rows see nothing"
+    assert (expected["out"] == 0).all(-1).any(), "some rows see nothing"
     for x in SLOTS[name].arrays:
         assert np.abs(expected[x]).max() > 1e-3, f"{x} has a gradient"
 
