@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxattn.core import fused
-from jaxattn.core.call import Given, prepare
+from jaxattn.core.call import Given, hide, prepare
 from jaxattn.core.check import check
-from jaxattn.core.dense import dense, weigh
+from jaxattn.core.dense import dense, marked, weigh
 from jaxattn.core.maps import Dropout, Map, Need
 from jaxattn.core.mask import Mask
 from jaxattn.core.measure import Measure
@@ -66,14 +66,18 @@ def attend(
     Scores and statistics are float32 (float64 for float64 inputs); `out` [..., T, N, V] has value's dtype. With
     `return_lse` or `measures` the result is (out, extras): extras["lse"] [..., T, N] is the log of each row's total
     weight, differentiable, and extras[name] what each measure says of the weights, in the same pass.
-    A row with no visible key gives out = 0 and lse = −inf.
+    A row with no visible key gives out = 0 and lse = −inf, or with a null logit the lse that is its mass.
+
+    A query, key or value with an infinite or undefined number makes a row NaN that sees it, and reaches no other row,
+    forward or in a gradient: hidden keys may hold anything, and so may queries whose result is not used. Not so where
+    maps let rows read each other (a `halo`, or the whole matrix).
 
     implementation: "dense" holds all T x S weights; "rows" a block of complete rows at a time; "tiled" a tile at a
     time, skipping tiles in which the mask hides everything; both need memory linear in T + S and recompute for
     gradients.
     "fused" is a library's kernel. "auto" takes the fastest that serves the call (see `explain`); a named one is never
-    replaced. "tiled" has reverse-mode derivatives of first order: for `jax.jvp`, `jax.linearize`, Hessian-vector
-    products and the like name "rows" or "dense". `block` is the tile size of "tiled", an int or (queries, keys), and
+    replaced. "tiled" has reverse-mode derivatives of first order: for `jax.jvp` and gradients of gradients name "rows"
+    or "dense". `block` is the tile size of "tiled", an int or (queries, keys), and
     the number of queries at a time of "rows"; by default it fits the call.
 
     Raises TypeError or ValueError, naming the argument, for shapes that do not fit, integer arrays, positions of the
@@ -84,6 +88,9 @@ def attend(
         query, key, value, score, bias, score_maps, mask, normalize, weight_maps, measures, dropout,
         query_positions, key_positions,
     )  # fmt: skip
+    for argument, x in (("query", query), ("key", key), ("value", value)):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise TypeError(f"{argument} is a ShapeDtypeStruct, which holds no numbers: need an array (see `explain`)")
     name, _ = _choose(call, block, implementation, return_lse)
     block = (block, block) if isinstance(block, int) else block
     kernel = fused.plan(call, return_lse) if name == "fused" else None
@@ -138,7 +145,7 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
 
 @jax.jit
 def _weights(given: Given):
-    view = weigh(prepare(given))
+    view = marked(*weigh(*hide(prepare(given))))
     return view.weights, jnp.where(view.visible, view.scores, -jnp.inf)
 
 

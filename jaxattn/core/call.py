@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.mask import Mask
+from jaxattn.core.mask import Mask, visible
+from jaxattn.core.score import not_finite
 
 
 class Given(NamedTuple):
@@ -53,7 +54,8 @@ class Call:
 
 
 def prepare(given: Given) -> Call:
-    """Default positions filled in, the contents of empty slots zeroed (they may be anything), dropout seeds drawn."""
+    """Default positions filled in, dropout seeds drawn, and zeros for what may be anything: the contents of empty
+    slots, and keys that the only query does not see (of several queries some may see them: see `wrong_keys`)."""
     query, key, value = given.query, given.key, given.value
     *batch, length, heads, _ = query.shape
     query_positions, key_positions = given.query_positions, given.key_positions
@@ -61,23 +63,91 @@ def prepare(given: Given) -> Call:
         query_positions = np.arange(length, dtype=np.int32)
     else:
         query = jnp.where((query_positions >= 0)[..., None, None], query, 0)
+    query_positions = query_positions.astype(np.int32)[..., None, :, None]
+    empty_slots = key_positions is not None
     if key_positions is None:
         key_positions = np.arange(key.shape[-3], dtype=np.int32)
-    else:
-        by_head = key_positions.ndim == len(batch) + 2
-        shown = (key_positions >= 0)[..., None] if by_head else (key_positions >= 0)[..., None, None]
-        key, value = jnp.where(shown, key, 0), jnp.where(shown, value, 0)
-        if by_head:
-            key_positions = jnp.repeat(key_positions, heads // key.shape[-2], -1).swapaxes(-1, -2)[..., None, :]
+    elif key_positions.ndim == len(batch) + 2:
+        key_positions = jnp.repeat(key_positions, heads // key.shape[-2], -1).swapaxes(-1, -2)[..., None, :]
     if key_positions.ndim < len(batch) + 2:
         key_positions = key_positions[..., None, None, :]
+    key_positions = key_positions.astype(np.int32)
+    shown = None
+    if given.mask is not None and length == 1:
+        shown = visible(given.mask, query_positions, key_positions)[..., 0, :]
+    elif empty_slots:
+        shown = (key_positions >= 0)[..., 0, :]
+    if shown is not None:
+        key, value = (jnp.where(_to_any_head(shown, x.shape[-2])[..., None], x, 0) for x in (key, value))
     slots = ("score", "bias", "score_maps", "mask", "normalize", "weight_maps", "measures")
     return Call(
         query=query,
         key=key,
         value=value,
         dropout=None if given.dropout is None else given.dropout.draw(tuple(batch), heads),
-        query_positions=query_positions.astype(np.int32)[..., None, :, None],
-        key_positions=key_positions.astype(np.int32),
+        query_positions=query_positions,
+        key_positions=key_positions,
         **{slot: getattr(given, slot) for slot in slots},
     )
+
+
+def _to_any_head(shown: Bool[Array, "*b #n s"], heads: int) -> Bool[Array, "*#b s #k"]:
+    """Which keys are shown to any of the query heads that read key head k."""
+    if shown.shape[-2] > 1:
+        shown = shown.reshape(*shown.shape[:-2], heads, -1, shown.shape[-1]).any(-2)
+    return shown.swapaxes(-1, -2)
+
+
+# A weight of 0 does not keep an infinite or undefined number out of a product, so keys and values with one are set to 0
+# beforehand, and the rows that see them to NaN afterwards. The cotangents of such rows are dropped. Thus what is not
+# finite reaches no other row, neither forward nor in a gradient.
+
+
+class Wrong(NamedTuple):
+    """What is not finite: the rows of such queries, and the keys that make a row wrong if it sees them (of G = K or N
+    heads). None where there is nothing to keep out of: all rows see the same keys, or maps let rows read each other.
+    With maps, which may mix heads, all heads of a token are wrong or none."""
+
+    queries: Bool[Array, "*b n t"] | None
+    keys: Bool[Array, "*b g s"] | None
+
+
+def hide(call: Call) -> tuple[Call, Wrong]:
+    """The call without what is not finite, and where that was."""
+    keys = wrong_keys(call)
+    if _rows_mix(call):
+        return call, Wrong(None, None)
+    queries = _in_all_heads(call, not_finite(call.query).swapaxes(-1, -2))
+    call = dataclasses.replace(call, query=without(call.query, queries))
+    if keys is not None:
+        call = dataclasses.replace(call, key=without(call.key, keys), value=without(call.value, keys))
+    return call, Wrong(queries, keys)
+
+
+def wrong_keys(call: Call) -> Bool[Array, "*b g s"] | None:
+    """`Wrong.keys` of a call."""
+    if call.mask is None or call.query.shape[-3] == 1 or _rows_mix(call):
+        return None
+    key, value = (not_finite(x).swapaxes(-1, -2) for x in (call.key, call.value))
+    if key.shape[-2] != value.shape[-2]:
+        key, value = (repeated(x, call.query.shape[-2]) for x in (key, value))
+    return _in_all_heads(call, key | value)
+
+
+def without(x: Float[Array, "*b s k h"], wrong: Bool[Array, "*b g s"]) -> Float[Array, "*b s k h"]:
+    """x with zeros where any of the heads that read head k is wrong."""
+    return jnp.where(_to_any_head(wrong, x.shape[-2])[..., None], 0, x)
+
+
+def repeated(x: Bool[Array, "*b g s"], heads: int) -> Bool[Array, "*b n s"]:
+    """What holds for G heads, for the N heads that read them."""
+    return x if x.shape[-2] == heads else jnp.repeat(x, heads // x.shape[-2], -2)
+
+
+def _rows_mix(call: Call) -> bool:
+    maps = (*call.score_maps, *call.weight_maps)
+    return any(each.halo or "matrix" in (each.scores_need, each.weights_need) for each in maps)
+
+
+def _in_all_heads(call: Call, x: Bool[Array, "*b g s"]) -> Bool[Array, "*b g s"]:
+    return jnp.broadcast_to(x.any(-2, keepdims=True), x.shape) if call.score_maps or call.weight_maps else x

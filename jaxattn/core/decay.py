@@ -59,6 +59,11 @@ class Decay(Protocol):
         """The state after the chunk."""
 
 
+def decayed(kept: Float[Array, "... m k 1"], memory: Float[Array, "... m k v"]) -> Float[Array, "... m k v"]:
+    """kept · memory; what is forgotten altogether may be anything, also infinite."""
+    return kept * jnp.where(kept == 0, 0, memory)
+
+
 def heads(x: Float[Array, "... c m k"]) -> Float[Array, "... m c k"]:
     return jnp.swapaxes(x, -3, -2)
 
@@ -115,7 +120,7 @@ class HeadDecay(NamedTuple):
         return product(rows.scored, columns.scored.swapaxes(-1, -2)) * matrix
 
     def leave(self, memory: Array, add: Array) -> Array:
-        return self.kept[..., -1:, :] * memory + add
+        return decayed(self.kept[..., -1:, :], memory) + add
 
 
 class MildDecay(NamedTuple):
@@ -188,7 +193,7 @@ class ChannelDecay(NamedTuple):
         return _shifted(scores, jnp.zeros_like(scores[..., :1, :]), -2) if before else scores
 
     def leave(self, memory: Array, add: Array) -> Array:
-        return heads(self.kept[..., -1:, :, :]).swapaxes(-1, -2) * memory + add
+        return decayed(heads(self.kept[..., -1:, :, :]).swapaxes(-1, -2), memory) + add
 
 
 def _halves(size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -354,6 +354,7 @@ def distillation_loss(
     dtype = accumulator(jnp.asarray(teacher_weights), jnp.asarray(student_weights))
     teacher, student = jnp.asarray(teacher_weights, dtype), jnp.asarray(student_weights, dtype)
     seen = (teacher > 0).any(-1)
+    student = jnp.where(teacher > 0, student, 1)  # so that what the teacher does not see may be anything
     loss = -(teacher * jnp.log(jnp.maximum(student, LEAST_WEIGHT))).sum(-1)
     return jnp.where(seen, loss, 0).sum() / jnp.maximum(seen.sum(), 1)
 

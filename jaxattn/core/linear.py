@@ -4,6 +4,7 @@ A mechanism is a choice of queries, keys, values, decays and erasures (`feature.
 more column of ones in the values. The forms in which it is computed are in `recurrence.py`.
 """
 
+import functools
 import math
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxattn.core.decay import CLOSED
 from jaxattn.core.parts import check_floating, check_range, check_segments, check_tokens, ratio, vary_like
 from jaxattn.core.recurrence import CHUNK, Delta, Erase, Read, StateMap, Tokens, chunks, steps, tree, whole_map
-from jaxattn.core.score import accumulator, product
+from jaxattn.core.score import accumulator, not_finite, product
 
 Form = Literal["auto", "parallel", "chunk", "step", "associative"]
 
@@ -193,6 +195,7 @@ class _Given(NamedTuple):
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _attention(given: _Given, read: Read, form: Form, chunk: int) -> tuple[Array, LinearState]:
+    given, wrong = _hide(given, read)
     tokens, memory, segment, heads = _prepare(given, read)
     if form == "step":
         memory, out = steps(tokens, memory, read)
@@ -204,7 +207,86 @@ def _attention(given: _Given, read: Read, form: Form, chunk: int) -> tuple[Array
         out = jnp.moveaxis(out, 0, -2)
     out = out.reshape(*given.query.shape[:-2], heads, given.value.shape[-1])
     memory = memory.reshape(*segment.shape, *memory.shape[-3:])
+    if wrong is not None:
+        out = jnp.where(wrong.out[..., None], jnp.nan, out)
+        memory = jnp.where(wrong.memory[..., None, None], jnp.nan, memory)
     return out.astype(given.value.dtype), LinearState(memory, segment)
+
+
+class _Wrong(NamedTuple):
+    """What a number that is not finite has reached: outputs [..., T, N], and the last memory [..., M]."""
+
+    out: Array
+    memory: Array
+
+
+def _hide(given: _Given, read: Read) -> tuple[_Given, _Wrong | None]:
+    """The call with zeros for what is not finite, and what that reaches: its own segment, from its token on.
+
+    A single token without segments is left as it is, for what it holds reaches what it should.
+    """
+    query, key, value, log_decay, erase, bonus, state, _ = given
+    (*_, length, _, _), starts = key.shape, _starts(given)
+    if length == 1 and starts is None:
+        return given, None
+    open_gates = None if log_decay is None else jnp.maximum(log_decay, CLOSED)  # a gate that is closed is finite
+    vectors = {"key": key, "value": value}
+    if isinstance(erase, Delta):
+        vectors["beta"] = erase.beta[..., None]
+    elif isinstance(erase, Erase):
+        vectors |= {"read": erase.read, "write": erase.write}
+    if open_gates is not None and open_gates.ndim > 1:
+        vectors["log_decay"] = open_gates if open_gates.ndim == key.ndim else open_gates[..., None]
+    wrong = {name: not_finite(x) for name, x in vectors.items()}
+
+    def clean(name: str, x: Array) -> Array:
+        return jnp.where(wrong[name].reshape(wrong[name].shape + (1,) * (x.ndim - wrong[name].ndim)), 0, x)
+
+    wrong_query = not_finite(query)
+    given = given._replace(query=jnp.where(wrong_query[..., None], 0, query), key=clean("key", key))
+    given = given._replace(value=clean("value", value))
+    if log_decay is not None and "log_decay" in wrong:
+        given = given._replace(log_decay=clean("log_decay", log_decay))
+    if isinstance(erase, Delta):
+        given = given._replace(erase=Delta(clean("beta", erase.beta)))
+    elif isinstance(erase, Erase):
+        given = given._replace(erase=Erase(clean("read", erase.read), clean("write", erase.write)))
+
+    states = math.lcm(*(x.shape[-1] for x in wrong.values()), 1 if log_decay is None else _heads(log_decay, key))
+    heads = max(states, query.shape[-2])
+    of_token = functools.reduce(jnp.logical_or, (_repeat(x[..., None], states)[..., 0] for x in wrong.values()))
+    place = jnp.arange(length)[:, None]
+    if starts is None:
+        first = jnp.where(of_token, place, length).min(-2, keepdims=True)
+        after, before = place >= first, place > first
+    else:
+        last = jax.lax.cummax(jnp.where(of_token, place, -2), axis=of_token.ndim - 2)
+        start = jax.lax.cummax(jnp.where(starts[..., None], place, -1), axis=starts.ndim - 1)
+        earlier = jnp.full_like(last[..., :1, :], -2)
+        if state is not None:
+            lost = ~jnp.isfinite(state.memory).all((-1, -2))
+            given = given._replace(state=state._replace(memory=jnp.where(lost[..., None, None], 0, state.memory)))
+            earlier = jnp.where(lost[..., None, :], -1, earlier)
+            last = jnp.maximum(last, earlier)
+        after, before = last >= start, jnp.concatenate([earlier, last[..., :-1, :]], -2) >= start
+    reached = {"post": after, "pre": before, "all": jnp.broadcast_to(after[..., -1:, :], after.shape)}[read]
+    if bonus is not None:
+        reached = reached | of_token
+    reached, wrong_query = (_repeat(x[..., None], heads)[..., 0] for x in (reached, wrong_query))
+    return given, _Wrong(reached | wrong_query, after[..., -1, :])
+
+
+def _heads(log_decay: Array, key: Array) -> int:
+    return log_decay.shape[-2] if log_decay.ndim == key.ndim else log_decay.shape[-1]
+
+
+def _starts(given: _Given) -> Array | None:
+    """Which tokens start a segment, [..., T]; None without segments."""
+    if given.segment_ids is None:
+        return None
+    ids = jnp.broadcast_to(given.segment_ids, given.key.shape[:-2])
+    before = ids[..., :1] if given.state is None else given.state.segment[..., None]
+    return ids != jnp.concatenate([before, ids[..., :-1]], -1).astype(ids.dtype)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -233,11 +315,9 @@ def _prepare(given: _Given, read: Read) -> tuple[Tokens, Array, Array, int]:
         bonus = (_repeat(query, heads).astype(dtype) * bonus * _repeat(key, heads)).sum(-1, keepdims=True)
 
     segment = jnp.zeros(batch, jnp.int32) if state is None else state.segment
-    if segment_ids is not None:
-        segment_ids = jnp.broadcast_to(segment_ids, (*batch, length))
-        before = segment_ids[..., :1] if state is None else state.segment[..., None]
-        starts = segment_ids != jnp.concatenate([before, segment_ids[..., :-1]], -1).astype(segment_ids.dtype)
-        starts, segment = starts[..., None, None], segment_ids[..., -1].astype(jnp.int32)
+    if segment_ids is not None and (starts := _starts(given)) is not None:
+        starts = starts[..., None, None]
+        segment = jnp.broadcast_to(segment_ids, (*batch, length))[..., -1].astype(jnp.int32)
         log_decay = jnp.where(starts, -jnp.inf, 0.0 if log_decay is None else log_decay).astype(dtype)
         if read == "pre":
             query = jnp.where(starts, 0, query)

@@ -187,6 +187,8 @@ def _memory(given: _Given, inner_batch: int, read: FastRead) -> tuple[Array, Mem
         of_all = jnp.broadcast_to(x, (*batch, length, heads)).astype(dtype)
         return cut(jnp.where(present[..., None], of_all, 0)[..., None])
 
+    # Selected, since a rate of 0 would not keep what is not a number out.
+    query, key, value = (jnp.where(present[..., None, None], x, 0) for x in (query, key, value))
     tokens = cut(query), cut(key), cut(value)
     rate, log_decay = per_token(given.rate), per_token(0.0 if given.log_decay is None else given.log_decay)
     token = cut(jnp.broadcast_to(present, (*batch, length)).astype(dtype)[..., None, None])

@@ -47,9 +47,11 @@ def merge(a: Partial, b: Partial) -> Partial:
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
     weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
     total = weight_a + weight_b
-    seen = total > 0
+    seen = total != 0
     safe_total = jnp.where(seen, total, 1)
-    out = (weight_a[..., None] * a.out + weight_b[..., None] * b.out) / safe_total[..., None]
+    # A side without weight may hold anything.
+    sides = ((weight_a[..., None], a.out), (weight_b[..., None], b.out))
+    out = sum(weight * jnp.where(weight == 0, 0, of_side) for weight, of_side in sides) / safe_total[..., None]
     if a.out.ndim == b.out.ndim == lse_a.ndim == lse_b.ndim == 0:  # EMPTY with EMPTY
         out = out.reshape(())
     return Partial(out.astype(out_dtype), jnp.where(seen, top + jnp.log(safe_total), -jnp.inf))

@@ -12,7 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxattn.core.decay import MILD, ChannelDecay, Decay, HeadDecay, MildDecay, NoDecay, heads, unit_lower_inverse
+from jaxattn.core.decay import (
+    MILD,
+    ChannelDecay,
+    Decay,
+    HeadDecay,
+    MildDecay,
+    NoDecay,
+    decayed,
+    heads,
+    unit_lower_inverse,
+)
 from jaxattn.core.parts import part, vary_like
 from jaxattn.core.score import accumulator, product
 
@@ -107,7 +117,7 @@ def steps(tokens: Tokens, memory: Array, read: Read) -> tuple[Array, Array]:
         query, key, value, log_decay, erase, bonus = jax.tree.map(lambda x: x.astype(memory.dtype)[..., None, :], token)
         before, new = memory, product(key.swapaxes(-1, -2), value)
         if log_decay is not None:
-            memory = jnp.exp(log_decay).swapaxes(-1, -2) * memory
+            memory = decayed(jnp.exp(log_decay).swapaxes(-1, -2), memory)
         if isinstance(erase, Delta):
             new = product(key.swapaxes(-1, -2), erase.beta * (value - product(key, memory)))
         elif isinstance(erase, Erase):
@@ -135,9 +145,14 @@ def chunks(tokens: Tokens, memory: Array, read: Read, size: int) -> tuple[Array,
 def tree(tokens: Tokens, memory: Array, read: Read, size: int) -> tuple[Array, Array]:
     """The same, for all chunks at once, from the states that a tree over their maps finds."""
     given = _cut(tokens, size)
+    # Chunks are one more batch axis here: after the queries that share a state, which have no place in states.
+    shared = tokens.query.ndim - tokens.key.ndim
+    by_query = given.tokens.query, given.tokens.bonus
+    query, bonus = jax.tree.map(lambda x: jnp.moveaxis(x, 0, shared), by_query)
+    given = given._replace(tokens=given.tokens._replace(query=query, bonus=bonus))
     after = jax.lax.associative_scan(combine, _maps(given))(memory)
     _, out = _walk(given, jnp.concatenate([memory[None], after[:-1]]), read)
-    return after[-1], _joined(out, tokens)
+    return after[-1], _joined(jnp.moveaxis(out, shared, 0), tokens)
 
 
 def whole_map(tokens: Tokens, size: int) -> StateMap:

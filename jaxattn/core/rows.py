@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxattn.core.call import Call
+from jaxattn.core.call import Call, hide
 from jaxattn.core.dense import read, weigh
 from jaxattn.core.parts import vary_like
 
@@ -24,6 +24,7 @@ ROWS, ROW_BYTES = 128, 2**24
 
 def rows(call: Call, size: int | None) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:
     """(out, lse, measured), `size` queries at a time (by default as fit `ROWS` and `ROW_BYTES`)."""
+    call, wrong = hide(call)
     *batch, length, heads, _ = call.query.shape
     if size is None:
         size = min(ROWS, max(8, ROW_BYTES // (4 * int(np.prod(batch)) * heads * call.key.shape[-3])))
@@ -36,6 +37,7 @@ def rows(call: Call, size: int | None) -> tuple[Float[Array, "*b t n v"], Float[
                        constant_values=fill)  # fmt: skip
 
     query, positions = padded(call.query, -3, 0), padded(call.query_positions, -2, -1)
+    wrong_queries = None if wrong.queries is None else padded(wrong.queries, -1, 0)
 
     @jax.checkpoint
     def block(start: Array) -> tuple:
@@ -44,10 +46,13 @@ def rows(call: Call, size: int | None) -> tuple[Float[Array, "*b t n v"], Float[
             query=jax.lax.dynamic_slice_in_dim(query, start, size + halo, query.ndim - 3),
             query_positions=jax.lax.dynamic_slice_in_dim(positions, start, size + halo, positions.ndim - 2),
         )
-        view = weigh(sub)
+        of_block = None
+        if wrong_queries is not None:  # then there is no halo
+            of_block = jax.lax.dynamic_slice_in_dim(wrong_queries, start, size, wrong_queries.ndim - 1)
+        view, wrong_rows = weigh(sub, wrong._replace(queries=of_block))
         by_row = ("weights", "scores", "visible", "query_positions")
         view = view._replace(**{name: getattr(view, name)[..., halo:, :] for name in by_row}, lse=view.lse[..., halo:])
-        return read(sub, view)
+        return read(sub, view, wrong_rows)
 
     summed = [name for name, measure in call.measures.items() if measure.over == "sum"]
 

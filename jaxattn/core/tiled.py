@@ -23,11 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.call import Call
+from jaxattn.core.call import Call, repeated, without, wrong_keys
+from jaxattn.core.first_order import not_reversed, reverse_only
 from jaxattn.core.mask import visible
 from jaxattn.core.parts import cotangent, inexact_leaves, mesh_axes, vary, vary_like
 from jaxattn.core.schedule import Block, Kinds, Schedule, blocks_for, choose_block, fit, schedule
 from jaxattn.core.score import accumulator, grouped_matmul, mapped_scores, matmul, one_batch_axis
+
+FIRST_ORDER = (
+    "implementation 'tiled' has first derivatives in reverse mode only: for jax.jvp, and for gradients of gradients, "
+    "name implementation='rows', whose memory is linear in length too, or 'dense'"
+)
 
 
 class Sums(NamedTuple):
@@ -48,12 +54,14 @@ class Learned(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What it does not."""
+    """What it does not. `poison` is NaN for the keys that make a row wrong if it sees them (see `Wrong`), 0 for others.
+    It makes the total of such a row NaN, and with it all of its results."""
 
     mask: Any
     query_positions: Int[Array, "*b 1 t 1"]
     key_positions: Int[Array, "*b #n 1 s"]
     active: Schedule
+    poison: Float[Array, "*b n 1 s"] | None
 
 
 class Plan(NamedTuple):
@@ -75,6 +83,7 @@ class Keys(NamedTuple):
     key: Float[Array, "*b k bk h"]
     value: Float[Array, "*b kv bk v"]
     positions: Int[Array, "*b #n 1 bk"]
+    poison: Float[Array, "*b n 1 bk"] | None
     start: Int[Array, ""]
     masked: bool
 
@@ -117,7 +126,8 @@ def _keys(plan: Plan, learned: Learned, given: Given, granule: Any, masked: bool
         key, value = (_slice(x, start, size, -2) for x in arrays)
     else:
         key, value = (_slice(x, start, size, -3).swapaxes(-2, -3) for x in arrays)
-    return Keys(key, value, _slice(given.key_positions, start, size, -1), start, masked)
+    poison = None if given.poison is None else _slice(given.poison, start, size, -1)
+    return Keys(key, value, _slice(given.key_positions, start, size, -1), poison, start, masked)
 
 
 def _shown(mask: Any, keys: Keys, positions: tuple[Array, Array]) -> Any:
@@ -161,6 +171,8 @@ def _sums(plan: Plan, learned: Learned, given: Given, row: Any) -> Sums:
         positions = query_positions, keys.positions
         shown = _shown(given.mask, keys, positions)
         scores = mapped_scores(score, bias, score_maps, query, keys.key, shown, *positions)
+        if keys.poison is not None:
+            scores = scores + keys.poison
         if keys.masked:
             scores = jnp.where(shown, scores, -jnp.inf)
         reference = normalize.reference(scores)
@@ -212,12 +224,27 @@ def _forward(plan: Plan, learned: Learned, given: Given, keep: bool) -> tuple[Ar
     return jax.lax.fori_loop(0, count, one_query_tile, vary(carry, mesh_axes((learned, given))))
 
 
+def _without_wrong(plan: Plan, learned: Learned, given: Given) -> Learned:
+    """Zeros for the keys and values that are poison. Not done before, where it would also cost in the gradient."""
+    if given.poison is None:
+        return learned
+    wrong = jnp.isnan(given.poison[..., 0, :])
+
+    def clean(x: Array) -> Array:
+        if plan.heads_first:
+            return without(x.swapaxes(-2, -3), wrong).swapaxes(-2, -3)
+        return without(x, wrong)
+
+    return learned._replace(key=clean(learned.key), value=clean(learned.value))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(plan: Plan, learned: Learned, given: Given) -> tuple[Array, Array]:
-    return _forward(plan, learned, given, keep=False)[:2]
+    return _forward(plan, _without_wrong(plan, learned, given), given, keep=False)[:2]
 
 
 def _attention_forward(plan: Plan, learned: Learned, given: Given) -> tuple[tuple[Array, Array], Any]:
+    learned = _without_wrong(plan, learned, given)
     out, lse, sums = _forward(plan, learned, given, keep=True)
     return (out, lse), (learned, given, sums)
 
@@ -239,6 +266,14 @@ def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Arr
             _slice(all_sums.numerator, start, size, -3).swapaxes(-2, -3),
             *(_slice(x, start, size, -1) for x in all_sums[1:]),
         )
+        # Wrong rows: weights under a reference above all scores are 0, and so is what comes of their cotangents.
+        wrong = jnp.isnan(sums.total)
+        sums = Sums(
+            jnp.where(wrong[..., None], 0, sums.numerator),
+            jnp.where(wrong, 1, sums.total),
+            jnp.where(wrong, jnp.finfo(dtype).max / 4, sums.reference),
+        )
+        query = jnp.where(jnp.isfinite(query), query, 0)
         d_out_row = _slice(d_out, start, size, -3).swapaxes(-2, -3).astype(dtype)
         (out_row, _), pull = jax.vjp(lambda leaves, *sums: rebuild(leaves)[2].finish(*sums), leaves, *sums)
         d_more, d_numerator, d_total, _ = pull((d_out_row.astype(out_row.dtype), _slice(d_lse, start, size, -1)))
@@ -322,6 +357,8 @@ def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Arr
     )
     count = learned.query.shape[-3] // size
     carry = jax.lax.fori_loop(0, count, one_query_tile, vary(carry, mesh_axes((learned, given, cotangents))))
+    if not plan.kinds.single:  # how often its loops run is known to the program alone: they have no reverse mode
+        carry = not_reversed(carry, FIRST_ORDER)
     d_query, d_key, d_value, d_leaves, d_bias_leaves = carry
     d_score, *d_others = cotangent((score, *others), d_leaves)
     gradient = Learned(
@@ -382,7 +419,14 @@ def tiled(
         (call.score, call.bias, call.score_maps, call.normalize, weight_maps),
     )
     positions = _pad(call.query_positions, -2, queries, fill=-1), _pad(call.key_positions, -1, keys, fill=-1)
-    given = Given(call.mask, *jax.tree.map(jnp.asarray, (*positions, active)))
+    poison = None
+    if (wrong := wrong_keys(call)) is not None:
+        dtype = accumulator(call.query, call.key)
+        poison = jnp.where(repeated(_pad(wrong, -1, keys), call.query.shape[-2]), jnp.nan, jnp.zeros((), dtype))
+        poison = poison[..., None, :]
+    given = Given(call.mask, *jax.tree.map(jnp.asarray, (*positions, active, poison)))
     learned = vary(jax.tree.map(jnp.asarray, learned), mesh_axes((learned, given)))
+    leaves, rebuild = inexact_leaves(learned)
+    learned = rebuild(reverse_only(leaves, FIRST_ORDER))
     out, lse = _attention(Plan(chosen, kinds, heads_first, call.value.dtype), learned, given)
     return out[..., : lengths[0], :, :], lse.swapaxes(-1, -2)[..., : lengths[0], :], {}

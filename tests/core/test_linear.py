@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import Phase, example, settings
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
@@ -504,3 +507,95 @@ def test_segments_of_narrow_integers_may_be_far_apart():
 def test_steps_that_mean_nothing_are_refused(change, error, message):
     with pytest.raises(error, match=message):
         linear_step(**({"query": ONES[:, 0], "key": ONES[:, 0], "value": ONES[:, 0]} | change))
+
+
+@settings(max_examples=4, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@example(heads=(2, 1, 1, 1), size=(16, 8), batch=(), decay="none", erase="none", read="post", with_bonus=False)
+@example(heads=(6, 3, 1, 3), size=(11, 4), batch=(2,), decay="channel", erase="delta", read="pre", with_bonus=True)
+@drawn(
+    # Heads of (query, key, value, gates).
+    heads=st.sampled_from([(2, 1, 1, 1), (8, 2, 1, 2), (4, 4, 2, 1), (2, 4, 4, 4), (1, 2, 4, 1), (6, 1, 3, 3)]),
+    size=st.sampled_from([(8, 4), (8, 2), (12, 4), (9, 4), (5, 8)]),
+    batch=st.sampled_from([(), (1,), (2,), (2, 3)]),
+    decay=st.sampled_from(["none", "head", "token", "channel"]),
+    erase=st.sampled_from(["none", "delta", "erase"]),
+    read=st.sampled_from(["post", "pre"]),
+    with_bonus=st.booleans(),
+)
+def test_forms_agree_for_grouped_heads_of_every_kind(heads, size, batch, decay, erase, read, with_bonus):
+    """In as many chunks as there are queries per memory, too: no axis is taken for another."""
+    draw = np.random.default_rng(0)
+    (queries, keys, values, gates), (length, chunk) = heads, size
+    shape = {"none": None, "head": (gates,), "token": (*batch, length, gates), "channel": (*batch, length, gates, K)}
+    gate = (*batch, length, gates)
+
+    def uniform(shape):
+        return jnp.asarray(draw.uniform(-0.7, 0.7, shape), jnp.float32)
+
+    options = {"read": read, "log_decay": None if shape[decay] is None else -jnp.abs(uniform(shape[decay]))}
+    options["erase"] = {
+        "none": None,
+        "delta": Delta(jnp.abs(uniform(gate))),
+        "erase": Erase(uniform((*gate, K)), uniform((*gate, K))),
+    }[erase]
+    if with_bonus:
+        options["bonus"] = uniform((max(queries, keys, values, gates), K))
+    arrays = [uniform((*batch, length, n, width)) for n, width in ((queries, K), (keys, K), (values, V))]
+    state = jax.eval_shape(lambda: linear_attention(*arrays, **options))[1]
+    options["state"] = LinearState(uniform(state.memory.shape), jnp.zeros(batch, jnp.int32))
+    expected = linear_attention(*arrays, **options, form="step")
+    for form in ("chunk", "associative", "parallel"):
+        found = linear_attention(*arrays, **options, form=form, chunk=chunk)
+        # Sums of at most `length` products, along which each of some `length` erasures may double an error.
+        assert_close(found, expected, 50 * length * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["per token", "before the write", "delta per channel", "erase per token", "grouped"])
+def test_what_is_not_finite_reaches_only_later_tokens_of_its_document(name, form):
+    """Token 3 holds it, of three documents: tokens before it, other documents and all of their gradients stay."""
+    case = mechanism(4, log_decay=np.log([0.9, 0.5]), bonus=normal(4, K)) if name == "grouped" else CASES[name]
+    given, options = arrays(case, jnp.float32)
+    ids, at = jnp.asarray(SEGMENTS), 3
+    clean = np.arange(T) < at
+    clean |= SEGMENTS[at] != SEGMENTS
+    where = np.arange(T) == at
+
+    def spoil(x, fill):
+        return jnp.where(jnp.reshape(where, (T,) + (1,) * (x.ndim - 1)), fill, x) if x.shape[:1] == (T,) else x
+
+    @jax.jit
+    def run(given):
+        def call(given):
+            out, state = linear_attention(**given, **options, segment_ids=ids, form=form, chunk=8)
+            return jnp.where(clean[:, None, None], out, 0), out, state.memory
+
+        (used, out, memory), pull = jax.vjp(call, given)
+        return used, out, memory, pull((jnp.cos(used), jnp.zeros_like(out), jnp.cos(memory)))[0]
+
+    fine = run(given)
+    for each in ("query", "key", "value", "log_decay", "erase"):
+        if each not in given or (each == "log_decay" and given[each].ndim == 1):
+            continue
+        for fill in (np.nan, np.inf):
+            spoiled = given | {each: jax.tree.map(lambda x, fill=fill: spoil(x, fill), given[each])}
+            used, out, memory, slopes = run(spoiled)
+            np.testing.assert_allclose(used, fine[0], atol=1e-5)
+            np.testing.assert_allclose(memory, fine[2], atol=1e-5)
+            assert not np.isfinite(out[at if options["read"] == "post" or each == "query" else at + 1]).any()
+            for d, expected in zip(jax.tree.leaves(slopes), jax.tree.leaves(fine[3]), strict=True):
+                assert np.isfinite(d).all()
+                rows = clean if d.shape[:1] == (T,) else slice(None)
+                np.testing.assert_allclose(d[rows], expected[rows], atol=1e-4)
+
+
+def test_a_document_that_overflows_ends_with_itself():
+    """Step by step: a rule that diverges in one document leaves the next one what it would be alone."""
+    key = jnp.ones((40, 1, 4)) * 3
+    value, ids = jnp.ones((40, 1, 2)), jnp.asarray(np.repeat([0, 1], [36, 4]))
+    erase = Delta(jnp.full((40, 1), 2.0))
+    out, state = linear_attention(key, key, value, erase=erase, segment_ids=ids, form="step")
+    assert not np.isfinite(out[35]).any()
+    alone, last = linear_attention(key[36:], key[36:], value[36:], erase=Delta(erase.beta[36:]), form="step")
+    np.testing.assert_array_equal(out[36:], alone)
+    np.testing.assert_array_equal(state.memory, last.memory)

@@ -137,9 +137,25 @@ def test_hessian_vector_products_and_linearize_go_through_rows():
     assert_same(slope, forward_and_reverse(tangent)[1])
 
 
-def test_forward_mode_through_tiled_is_refused():
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(lambda query: loss("tiled", query, KEY, VALUE, LEARNED, IDS), (QUERY,), (QUERY,))
+def test_what_tiled_cannot_differentiate_names_what_can():
+    """However it is compiled. Forward over reverse it can."""
+
+    def call(query):
+        return loss("tiled", query, KEY, VALUE, LEARNED, IDS).sum()
+
+    ways = {
+        "jvp": lambda: jax.jvp(call, (QUERY,), (QUERY,)),
+        "jvp of jit": lambda: jax.jvp(jax.jit(call), (QUERY,), (QUERY,)),
+        "jit of jvp": lambda: jax.jit(lambda x: jax.jvp(call, (x,), (x,)))(QUERY),
+        "gradient of a gradient": lambda: jax.grad(lambda x: (jax.grad(call)(x) ** 2).sum())(QUERY),
+        "the same under jit": lambda: jax.jit(jax.grad(lambda x: (jax.grad(call)(x) ** 2).sum()))(QUERY),
+    }
+    for run in ways.values():
+        with pytest.raises(NotImplementedError, match=r"implementation='rows'.* or 'dense'"):
+            run()
+    _, along = jax.jvp(jax.grad(call), (QUERY,), (QUERY,))
+    _, expected = jax.jvp(jax.grad(lambda x: loss("rows", x, KEY, VALUE, LEARNED, IDS).sum()), (QUERY,), (QUERY,))
+    np.testing.assert_allclose(along, expected, atol=1e-4 * np.abs(expected).max())
 
 
 @IMPLEMENTATION
