@@ -197,4 +197,5 @@ class GatedConvolution(_Spec):
     mechanism = nn.GatedConvolution
 
     width: int = 3
-    expand: int = 4
+    expand: int = 2
+    use_bias: bool = True

@@ -31,16 +31,22 @@ Gate = Literal["silu", "sigmoid"]
 
 
 class ShortConvolution(nnx.Module):
-    """y_t = silu(Σ_{i < width} w_i ⊙ x_{t−i}), one filter per channel: what lets a memory see neighbouring tokens.
+    """y_t = silu(Σ_{i < width} w_i ⊙ x_{t−i} + b), one filter per channel: what lets a memory see neighbouring tokens.
 
-    Weights start uniform in ±width^(−1/2).
+    use_bias: False for no b. silu: False for the sum itself. Weights and biases start uniform in ±width^(−1/2).
     """
 
-    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, *, use_bias: bool = False, silu: bool = True, rngs: nnx.Rngs):
         if width < 1:
             raise ValueError(f"convolution must be at least 1 token wide, got {width}")
         bound = width**-0.5
-        self.weight = nnx.Param(jax.random.uniform(rngs.params(), (width, channels), minval=-bound, maxval=bound))
+
+        def uniform(*shape: int) -> Array:
+            return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+
+        self.silu = silu
+        self.weight = nnx.Param(uniform(width, channels))
+        self.bias = nnx.Param(uniform(channels)) if use_bias else None
 
     def __call__(self, name: str, x: Float[Array, "b t c"], past: Past) -> Float[Array, "b t c"]:
         weight = self.weight[...].astype(x.dtype)
@@ -48,7 +54,9 @@ class ShortConvolution(nnx.Module):
         def convolved(lags: list[Array]) -> Array:
             return sum((w * lag for w, lag in zip(weight, lags, strict=True)), jnp.zeros((), x.dtype))
 
-        return nnx.silu(past.lags(name, x, len(weight), convolved))
+        y = past.lags(name, x, len(weight), convolved)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return nnx.silu(y) if self.silu else y
 
 
 class Projections(nnx.Module):
@@ -407,19 +415,31 @@ class Latte(nnx.Module):
 
 
 class GatedConvolution(nnx.Module):
-    """y = W_o (conv(W_u x) ⊙ silu(W_g x)): a mixer of the last `width` tokens alone, the cheap layer of BASED (Arora et
-    al., 2024). expand: channels in between over D."""
+    """y = W_o (silu(conv(W_1 x + b_1)) ⊙ (W_2 x + b_2)) + b_o: a mixer of the last `width` tokens alone.
 
-    def __init__(self, features: int, *, width: int = 3, expand: int = 4, dtype: Any = None, rngs: nnx.Rngs):
+    The cheap layer of BASED (Arora et al., 2024). expand: channels in between over D; the paper's is 2. use_bias: False
+    for no b_1, b_2 and b_o; the convolution has no bias.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        width: int = 3,
+        expand: int = 2,
+        use_bias: bool = True,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
         if expand < 1:
             raise ValueError(f"expand must be at least 1, got {expand}")
-        self.in_features = features
-        self.up, self.gate = (linear_map(features, expand * features, dtype, rngs) for _ in range(2))
-        self.convolution = ShortConvolution(expand * features, width, rngs=rngs)
-        self.out = linear_map(expand * features, features, dtype, rngs)
+        self.in_features, inner = features, expand * features
+        self.up, self.gate = (linear_map(features, inner, dtype, rngs, use_bias=use_bias) for _ in range(2))
+        self.convolution = ShortConvolution(inner, width, rngs=rngs)
+        self.out = linear_map(inner, features, dtype, rngs, use_bias=use_bias)
 
     def inputs(self, x, positions, past):
-        return Passed(self.convolution("up", self.up(x), past)[..., None, :]), nnx.silu(self.gate(x))
+        return Passed(self.convolution("up", self.up(x), past)[..., None, :]), self.gate(x)
 
     def output(self, read, rest):
         return self.out(read[..., 0, :] * rest)
@@ -438,9 +458,9 @@ class LowRank(nnx.Module):
         return self.up(self.down(x))
 
 
-def linear_map(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
-    """W x, without a bias."""
-    return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
+def linear_map(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = False) -> nnx.Linear:
+    """W x, or W x + b with `use_bias`."""
+    return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
 
 
 def head_dim_of(features: int, heads: int) -> int:
