@@ -19,8 +19,8 @@ lecun = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 class NeuralMemory(nnx.Module):
     """A network per head that learns k_t ↦ v_t as it reads, and is asked for q_t (Titans, Behrouz et al., 2025).
 
-    θ = max_rate σ(W x + b), α = σ(W x + b) from about 0.02 and, with `momentum`, η = σ(W x + b), per head and token; q
-    and k of length 1 after convolution and SiLU; RMS norm and gate of what is read.
+    θ = max_rate σ(W x + b), α = σ(W x + b) from about 0.02 and, with `momentum`, η = σ(W x + b), per head and token; q,
+    k and v after convolution (0: none) and SiLU, q and k of length 1; RMS norm and gate of what is read.
 
     hidden: the widths between K and V, () for a matrix. loss, link: Yaad is `Huber(1.0)`, Moneta `LpError(3.0)` with
     `LqMirror(4.0)`, Memora `SoftmaxLink()`, all without momentum and with `normalize` and `residual` (Miras, 2025).
@@ -59,7 +59,7 @@ class NeuralMemory(nnx.Module):
         self.inner_batch, self.documents = inner_batch, documents
         self.loss, self.link = nnx.static(loss), nnx.static(link)
         sizes = dict.fromkeys(("query", "key", "value"), (heads, channels))
-        self.project = Projections(features, sizes, convolution, dtype, rngs)
+        self.project = Projections(features, sizes, convolution, dtype, rngs, silu=True)
         self.rate, self.forget = (nnx.Linear(features, heads, rngs=rngs) for _ in range(2))
         self.carry = nnx.Linear(features, heads, rngs=rngs) if momentum else None
         self.weights = nnx.List([nnx.Param(x) for x in _layers(rngs, heads, (channels, *hidden, channels))])

@@ -60,16 +60,31 @@ class ShortConvolution(nnx.Module):
 
 
 class Projections(nnx.Module):
-    """q, k, v = heads of W x, each after a short convolution if `convolution` is its width (0: none)."""
+    """q, k, v = heads of W x, each after a short convolution if `convolution` is its width (0: none).
 
-    def __init__(self, features: int, sizes: dict[str, tuple[int, int]], convolution: int, dtype: Any, rngs: nnx.Rngs):
+    silu: whether SiLU comes last; if not given, after a convolution. use_bias: whether the convolutions have a bias.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        sizes: dict[str, tuple[int, int]],
+        convolution: int,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        *,
+        silu: bool | None = None,
+        use_bias: bool = False,
+    ):
         for name, size in sizes.items():
             if min(size) < 1:
                 raise ValueError(f"{name} has {size[0]} heads of {size[1]} channels: need at least 1 of each")
         self.sizes = tuple(sizes.items())
+        self.silu = convolution > 0 if silu is None else silu
         self.linear = nnx.Dict({name: linear_map(features, n * h, dtype, rngs) for name, (n, h) in sizes.items()})
+        options: dict[str, Any] = {"use_bias": use_bias, "silu": False, "rngs": rngs}
         self.convolution = nnx.Dict(
-            {name: ShortConvolution(n * h, convolution, rngs=rngs) for name, (n, h) in sizes.items()}
+            {name: ShortConvolution(n * h, convolution, **options) for name, (n, h) in sizes.items()}
             if convolution
             else {}
         )
@@ -79,6 +94,7 @@ class Projections(nnx.Module):
         for name, (heads, channels) in self.sizes:
             y = self.linear[name](x)
             y = self.convolution[name](name, y, past) if self.convolution else y
+            y = nnx.silu(y) if self.silu else y
             projected.append(y.reshape(*y.shape[:-1], heads, channels))
         return projected
 
@@ -255,14 +271,15 @@ class HGRN2(nnx.Module):
 
 
 class DeltaNet(nnx.Module):
-    """The delta rule: q and k of length 1 after convolution and SiLU, q / √K, β = σ(W x); RMS norm per head, and by
-    `decay`
+    """The delta rule: q, k, v after convolution and SiLU, q and k of length 1, q / √K, β = σ(W x); RMS norm per head,
+    and by `decay`
 
         none      DeltaNet (Yang et al., 2024)
         head      Gated DeltaNet (Yang et al., 2024): log decay −e^a softplus(W x + b) per head; SiLU gate
         channel   Kimi delta attention (Kimi Linear, 2025): that per channel, of low rank; sigmoid gate
 
-    key_dim, value_dim: K and V, D / N if not given. negative: β up to 2, which allows the memory to turn a key around.
+    key_dim, value_dim: K and V, D / N if not given. convolution: 0 for SiLU of the projections alone. negative: β up to
+    2, which allows the memory to turn a key around.
     """
 
     def __init__(
@@ -285,7 +302,7 @@ class DeltaNet(nnx.Module):
         value_dim = head_dim_of(features, heads) if value_dim is None else value_dim
         self.in_features, self.kind, self.negative = features, decay, negative
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
-        self.project = Projections(features, sizes, convolution, dtype, rngs)
+        self.project = Projections(features, sizes, convolution, dtype, rngs, silu=True)
         self.beta = nnx.Linear(features, heads, use_bias=False, rngs=rngs)
         step: nnx.Linear | LowRank | None = None
         if decay == "head":

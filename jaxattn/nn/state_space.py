@@ -16,7 +16,8 @@ class S6(nnx.Module):
 
         h_c ← e^{−Δ_c a_c} ⊙ h_c + Δ_c s_c B,   y_c = C · h_c + D_c s_c,   out = W_o (y ⊙ silu(W_z x))
 
-    with s = silu(conv(W_s x)), and Δ = softplus(W_Δ Δ_r + b), B and C from s. a starts as 1, ..., K in every channel.
+    with s = silu(conv(W_s x) + b_s), and Δ = softplus(W_Δ Δ_r + b), B and C from s. a starts as 1, ..., K in every
+    channel.
 
     inner: E, 2 D if not given. state: K. rank: that of Δ, D / 16 if not given. norm: RMS norm of Δ_r, B and C (Hymba).
     project: False for no W_o, so that the output has E channels.
@@ -42,7 +43,7 @@ class S6(nnx.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.in_features = features
         self.signal = linear_map(features, inner, dtype, rngs)
-        self.convolution = ShortConvolution(inner, convolution, rngs=rngs)
+        self.convolution = ShortConvolution(inner, convolution, use_bias=True, rngs=rngs)
         sizes = {"step": rank, "key": state, "query": state}
         self.selection = nnx.Dict({name: linear_map(inner, size, dtype, rngs) for name, size in sizes.items()})
         norms = {name: nnx.RMSNorm(size, dtype=dtype, rngs=rngs) for name, size in sizes.items()} if norm else {}
@@ -74,7 +75,8 @@ class S6(nnx.Module):
 class Mamba2(nnx.Module):
     """State-space duality (Dao & Gu, 2024): key B, query C shared by all heads, value Δ x, log decay −e^a Δ per head.
 
-    Δ = softplus(W x + b); x, B and C after one short convolution; skip D x; RMS norm of (y ⊙ silu(z)) over all heads.
+    Δ = softplus(W x + b); x, B and C after one short convolution with a bias; skip D x; RMS norm of (y ⊙ silu(z)) over
+    all heads.
     state: K. expand: heads × V over D. mimetic: start as causal linear attention (`mimetic_initialization`).
     """
 
@@ -94,7 +96,7 @@ class Mamba2(nnx.Module):
         value_dim = head_dim_of(inner, heads)
         self.in_features = features
         sizes = {"value": (heads, value_dim), "key": (1, state), "query": (1, state)}
-        self.project = Projections(features, sizes, convolution, dtype, rngs)
+        self.project = Projections(features, sizes, convolution, dtype, rngs, use_bias=True)
         self.step = nnx.Linear(features, heads, use_bias=False, rngs=rngs)
         self.step_bias = nnx.Param(step_bias(rngs, heads))
         self.a_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))

@@ -6,11 +6,12 @@ parameters are moved away from where they start, so that no bias or gain is at 0
 
 import numpy as np
 import pytest
-from mixers import D, N, X, assert_close, build, run
+from mixers import B, D, N, T, X, assert_close, build, run
 
 from jaxattn import models
 
 x = np.asarray(X, np.float64)
+EPS = 1e-6  # of norms, unless a paper has another
 
 
 def array(param):
@@ -65,3 +66,88 @@ def test_gated_convolution_is_that_of_based(use_bias):
     assert m.convolution.bias is None
     y = linear(m.out, silu(convolved(m.convolution, linear(m.up, x))) * linear(m.gate, x))
     assert_close(run(mixer, X)[0], y)
+
+
+def projected(project, x, silu_last):
+    """The rows of `Projections`, in its order: heads of the projections, convolved."""
+    rows = []
+    for name, (count, _) in project.sizes:
+        y = linear(project.linear[name], x)
+        y = convolved(project.convolution[name], y) if project.convolution else y
+        rows.append(heads(silu(y) if silu_last else y, count))
+    return rows
+
+
+def unit(y):
+    return y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-6)
+
+
+def delta_rule(q, k, v, beta, decay):
+    """S ← diag(decay) S, then S ← S + β k (v − kᵀ S)ᵀ; what is read is qᵀ S."""
+    memory = np.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1]))
+    reads = []
+    for t in range(q.shape[1]):
+        memory = decay[:, t, ..., None] * memory
+        error = v[:, t] - np.einsum("bnk,bnkv->bnv", k[:, t], memory)
+        memory = memory + np.einsum("bn,bnk,bnv->bnkv", beta[:, t], k[:, t], error)
+        reads.append(np.einsum("bnk,bnkv->bnv", q[:, t], memory))
+    return np.stack(reads, 1)
+
+
+@pytest.mark.parametrize("convolution", [0, 3])
+@pytest.mark.parametrize("decay", ["none", "head"])
+def test_deltanet_is_the_published_layer(decay, convolution):
+    """SiLU of q, k and v also without a convolution (Yang et al., 2024, and their code)."""
+    mixer = build(models.DeltaNet(heads=N, decay=decay, convolution=convolution))
+    m = mixer.mechanism
+    q, k, v = projected(m.project, x, silu_last=True)
+    beta, kept = sigmoid(linear(m.beta, x)), np.ones((B, T, N, 1))
+    if decay == "head":
+        kept = np.exp(-np.exp(array(m.a_log)) * softplus(linear(m.step, x) + array(m.step_bias)))[..., None]
+    read = rms(delta_rule(unit(q) * q.shape[-1] ** -0.5, unit(k), v, beta, kept), EPS, array(m.out.norm.scale))
+    y = merged(read)
+    y = y if decay == "none" else y * silu(linear(m.out.gate, x))
+    assert_close(run(mixer, X)[0], linear(m.out.out, y))
+
+
+def test_titans_memory_has_silu_without_a_convolution():
+    """Of queries, keys and values (Behrouz et al., 2025)."""
+    mixer = build(models.NeuralMemory(heads=N, hidden=(), inner_batch=4, convolution=0))
+    m = mixer.mechanism
+    q, k, v = projected(m.project, x, silu_last=True)
+    _, _, records = run(mixer, X, record=("q", "k", "v"))
+    for name, expected in {"q": unit(q), "k": unit(k), "v": v}.items():
+        assert_close(records[name], expected)
+
+
+def test_mamba_is_the_published_layer():
+    """With the bias of its convolution (Gu & Dao, 2023)."""
+    mixer = build(models.S6(inner=6, state=3))
+    m = mixer.mechanism
+    signal = silu(convolved(m.convolution, linear(m.signal, x)))
+    assert m.convolution.bias is not None
+    key, query = (linear(m.selection[name], signal) for name in ("key", "query"))
+    step = softplus(linear(m.step, linear(m.selection["step"], signal)) + array(m.step_bias))
+    h, reads = np.zeros((B, 6, 3)), []
+    for t in range(T):
+        kept = np.exp(-step[:, t, :, None] * np.exp(array(m.a_log)))
+        h = kept * h + (step * signal)[:, t, :, None] * key[:, t, None]
+        reads.append((h * query[:, t, None]).sum(-1))
+    y = (np.stack(reads, 1) + array(m.skip) * signal) * silu(linear(m.gate, x))
+    assert_close(run(mixer, X)[0], linear(m.out, y))
+
+
+def test_mamba2_is_the_published_layer():
+    """With the bias of its convolution, and its norm over all heads after the gate (Dao & Gu, 2024)."""
+    mixer = build(models.Mamba2(heads=N, state=3))
+    m = mixer.mechanism
+    assert all(each.bias is not None for each in m.project.convolution.values())
+    value, key, query = projected(m.project, x, silu_last=True)
+    step = softplus(linear(m.step, x) + array(m.step_bias))
+    kept, h, reads = np.exp(-np.exp(array(m.a_log)) * step), np.zeros((B, N, 3, D)), []
+    for t in range(T):
+        written = key[:, t, :, :, None] * (step[..., None] * value)[:, t, :, None]
+        h = kept[:, t, :, None, None] * h + written
+        reads.append(np.einsum("bk,bnkv->bnv", query[:, t, 0], h))
+    y = merged(np.stack(reads, 1) + array(m.skip)[:, None] * value) * silu(linear(m.gate, x))
+    assert_close(run(mixer, X)[0], linear(m.out, rms(y, EPS, array(m.norm.scale))))
