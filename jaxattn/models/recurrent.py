@@ -84,6 +84,7 @@ class HGRN2(_Spec):
     heads: int = 4
     lower_bound: float = 0.0
     convolution: int = 0
+    eps: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class RWKV7(_Spec):
 
     heads: int = 4
     rank: int = 16
+    eps: float = 64e-5
 
 
 @dataclass(frozen=True)

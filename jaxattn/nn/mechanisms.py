@@ -25,6 +25,7 @@ from jaxattn.core.linear import append_one, divide
 from jaxattn.core.parts import ratio
 from jaxattn.core.position import rotary
 from jaxattn.core.recurrence import Delta, Erase
+from jaxattn.nn.parameter import layer_norm, linear_map, rms_norm
 from jaxattn.nn.recurrent import LinearInputs, Passed, Past
 
 Gate = Literal["silu", "sigmoid"]
@@ -238,9 +239,10 @@ class GLA(nnx.Module):
 
 
 class HGRN2(nnx.Module):
-    """HGRN-2 (Qin et al., 2024): forget gate f = γ + (1 − γ) σ(W x) per channel, key 1 − f, query silu(W x), RMS norm.
+    """HGRN-2 (Qin et al., 2024): forget gate f = γ + (1 − γ) σ(W x) per channel, key 1 − f, query silu(W x).
 
-    lower_bound: γ in [0, 1), larger in higher layers in the paper.
+    What all heads read is RMS-normed as one vector of D channels. lower_bound: γ in [0, 1), larger in higher layers in
+    the paper. A convolution comes without SiLU.
     """
 
     def __init__(
@@ -250,6 +252,7 @@ class HGRN2(nnx.Module):
         *,
         lower_bound: float = 0.0,
         convolution: int = 0,
+        eps: float = 1e-5,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -258,16 +261,17 @@ class HGRN2(nnx.Module):
         channels = head_dim_of(features, heads)
         self.in_features, self.lower_bound = features, lower_bound
         sizes = dict.fromkeys(("query", "forget", "value"), (heads, channels))
-        self.project = Projections(features, sizes, convolution, dtype, rngs)
-        self.out = HeadOutput(features, heads, channels, dtype=dtype, rngs=rngs)
+        self.project = Projections(features, sizes, convolution, dtype, rngs, silu=False)
+        self.norm = rms_norm(features, eps, dtype, rngs)
+        self.out = linear_map(features, features, dtype, rngs)
 
     def inputs(self, x, positions, past):
         query, forget, value = self.project(x, past)
         log_decay = lower_bounded_decay(forget.astype(jnp.float32), self.lower_bound)
-        return LinearInputs(nnx.silu(query), -jnp.expm1(log_decay).astype(value.dtype), value, log_decay), x
+        return LinearInputs(nnx.silu(query), -jnp.expm1(log_decay).astype(value.dtype), value, log_decay), None
 
     def output(self, read, rest):
-        return self.out(read, rest)
+        return self.out(self.norm(read.reshape(*read.shape[:-2], -1)))
 
 
 class DeltaNet(nnx.Module):
@@ -335,21 +339,31 @@ class RWKV7(nnx.Module):
 
         S_t = diag(w) S_{t−1} − (κ ⊙ a)(κᵀ S_{t−1}) + k̃ vᵀ,   y = W_o ((norm(S_tᵀ r) + (r · (ρ ⊙ k̃)) v) ⊙ gate)
 
-    with log w = −e^{−1/2} σ(·) per channel, κ = k ⊙ ξ at length 1, a = σ(·), k̃ = k ⊙ (1 + (a − 1) ⊙ α), layer norm per
-    head. rank: that of the networks that make w, a and the gate. The value is not mixed with that of the first layer.
+    with κ = k ⊙ ξ at length 1, k̃ = k ⊙ (1 + (a − 1) ⊙ α), layer norm per head with its own gains, and of low rank
+
+        log w = −e^{−1/2} σ(W₂ tanh(W₁ ·) + b),   a = σ(W₂ W₁ · + b),   gate = W₂ σ(W₁ ·)
+
+    rank: that of these networks. eps: of the layer norm. Other than in the paper, the value is not mixed with that of
+    the first layer, and the mixes, w and a start the same in all channels and layers.
     """
 
-    def __init__(self, features: int, heads: int, *, rank: int = 16, dtype: Any = None, rngs: nnx.Rngs):
+    def __init__(
+        self, features: int, heads: int, *, rank: int = 16, eps: float = 64e-5, dtype: Any = None, rngs: nnx.Rngs
+    ):
         channels = head_dim_of(features, heads)
         self.in_features, self.heads = features, heads
         names = ("receptance", "key", "value", "decay", "rate", "gate")
         self.mix = nnx.Dict({name: nnx.Param(jnp.full(features, 0.5)) for name in names})
         self.linear = nnx.Dict({name: linear_map(features, features, dtype, rngs) for name in names[:3]})
-        self.low_rank = nnx.Dict({name: LowRank(features, rank, features, rngs=rngs) for name in names[3:]})
+        self.low_rank = nnx.Dict(
+            decay=LowRank(features, rank, features, inner=jnp.tanh, rngs=rngs),
+            rate=LowRank(features, rank, features, rngs=rngs),
+            gate=LowRank(features, rank, features, inner=nnx.sigmoid, bias=False, rngs=rngs),
+        )
         self.removed = nnx.Param(jnp.full(features, 0.85))
         self.replaced = nnx.Param(jnp.ones(features))
         self.bonus = nnx.Param(jnp.zeros((heads, channels)))
-        self.norm = nnx.LayerNorm(channels, use_scale=False, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(channels, eps, dtype, rngs, learned=False)
         self.scale, self.shift = nnx.Param(jnp.ones((heads, channels))), nnx.Param(jnp.zeros((heads, channels)))
         self.out = linear_map(features, features, dtype, rngs)
 
@@ -366,7 +380,7 @@ class RWKV7(nnx.Module):
         )
         removed = unit(removed)
         bonus = (receptance * self.bonus[...] * key).sum(-1, keepdims=True) * value
-        gate = nnx.sigmoid(self.low_rank["gate"](mixed["gate"]))
+        gate = self.low_rank["gate"](mixed["gate"])
         erase = Erase(-removed, removed * rate)
         return LinearInputs(receptance, key, value, log_decay, erase), (bonus, gate)
 
@@ -463,21 +477,27 @@ class GatedConvolution(nnx.Module):
 
 
 class LowRank(nnx.Module):
-    """W₂ W₁ x + b in float32, with W₁ to `rank` channels."""
+    """W₂ f(W₁ x) + b in float32, with W₁ to `rank` channels and f = `inner`, the identity if not given."""
 
-    def __init__(self, features: int, rank: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        rank: int,
+        outputs: int,
+        *,
+        inner: Callable[[Array], Array] | None = None,
+        bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
-        self.down = nnx.Linear(features, rank, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(rank, outputs, use_bias=bias, rngs=rngs)
+        self.inner = inner
+        self.down = linear_map(features, rank, None, rngs)
+        self.up = linear_map(rank, outputs, None, rngs, use_bias=bias)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t o"]:
-        return self.up(self.down(x))
-
-
-def linear_map(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = False) -> nnx.Linear:
-    """W x, or W x + b with `use_bias`."""
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        y = self.down(x)
+        return self.up(y if self.inner is None else self.inner(y))
 
 
 def head_dim_of(features: int, heads: int) -> int:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxattn.core.gate import inverse_softplus, softplus_decay
-from jaxattn.nn.mechanisms import Projections, ShortConvolution, head_dim_of, linear_map, step_bias
+from jaxattn.nn.mechanisms import Projections, ShortConvolution, head_dim_of, step_bias
+from jaxattn.nn.parameter import linear_map
 from jaxattn.nn.recurrent import LinearInputs
 
 

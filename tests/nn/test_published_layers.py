@@ -151,3 +151,46 @@ def test_mamba2_is_the_published_layer():
         reads.append(np.einsum("bk,bnkv->bnv", query[:, t, 0], h))
     y = merged(np.stack(reads, 1) + array(m.skip)[:, None] * value) * silu(linear(m.gate, x))
     assert_close(run(mixer, X)[0], linear(m.out, rms(y, EPS, array(m.norm.scale))))
+
+
+@pytest.mark.parametrize("convolution", [0, 3])
+def test_hgrn2_is_the_published_layer(convolution):
+    """Its norm is over all heads at once, and its convolution has no SiLU (Qin et al., 2024, and their code)."""
+    mixer = build(models.HGRN2(heads=N, lower_bound=0.3, convolution=convolution))
+    m = mixer.mechanism
+    q, forget, v = projected(m.project, x, silu_last=False)
+    kept = 0.3 + 0.7 * sigmoid(forget)
+    memory, reads = np.zeros((B, N, D // N, D // N)), []
+    for t in range(T):
+        memory = kept[:, t, ..., None] * memory + (1 - kept[:, t])[..., None] * v[:, t, :, None]
+        reads.append(np.einsum("bnk,bnkv->bnv", silu(q)[:, t], memory))
+    y = rms(merged(np.stack(reads, 1)), 1e-5, array(m.norm.scale))
+    assert_close(run(mixer, X)[0], linear(m.out, y))
+
+
+def test_rwkv7_is_the_published_layer():
+    """tanh inside the decay, a gate without a sigmoid behind it, and eps 64e-5 (Peng et al., 2025, and their code)."""
+    mixer = build(models.RWKV7(heads=N, rank=3))
+    m = mixer.mechanism
+    before = np.concatenate([np.zeros_like(x[:, :1]), x[:, :-1]], 1)
+    mixed = {name: x + (before - x) * array(mix) for name, mix in m.mix.items()}
+    r, k, v = (linear(m.linear[name], mixed[name]) for name in ("receptance", "key", "value"))
+    low = m.low_rank
+    kept = np.exp(-np.exp(-0.5) * sigmoid(linear(low["decay"].up, np.tanh(linear(low["decay"].down, mixed["decay"])))))
+    rate = sigmoid(linear(low["rate"].up, linear(low["rate"].down, mixed["rate"])))
+    gate = linear(low["gate"].up, sigmoid(linear(low["gate"].down, mixed["gate"])))
+    assert low["gate"].up.bias is None
+    removed = unit(heads(k * array(m.removed)))
+    k = k * (1 + (rate - 1) * array(m.replaced))
+    r, k, v, kept, rate = (heads(each) for each in (r, k, v, kept, rate))
+    memory, reads = np.zeros((B, N, D // N, D // N)), []
+    for t in range(T):
+        found = np.einsum("bnk,bnkv->bnv", removed[:, t], memory)
+        memory = kept[:, t, ..., None] * memory - (rate * removed)[:, t, ..., None] * found[:, :, None]
+        memory = memory + k[:, t, ..., None] * v[:, t, :, None]
+        reads.append(np.einsum("bnk,bnkv->bnv", r[:, t], memory))
+    y = np.stack(reads, 1)
+    y = y - y.mean(-1, keepdims=True)
+    y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 64e-5) * array(m.scale) + array(m.shift)
+    y = y + (r * array(m.bonus) * k).sum(-1, keepdims=True) * v
+    assert_close(run(mixer, X)[0], linear(m.out, merged(y) * gate))
