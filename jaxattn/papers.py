@@ -849,7 +849,7 @@ PAPERS: tuple[Paper, ...] = (
             "tests/core/test_memory_scan.py",
             RECURRENT,
         ),
-        "TTT-Linear and TTT-MLP; queries and keys have projections of their own",
+        "TTT-Linear and TTT-MLP, inside the layer of the paper's code",
     ),
     Paper(
         None,

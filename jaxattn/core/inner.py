@@ -68,6 +68,7 @@ class MLPMemory(Memory):
             the layer's bias is the weight of an input that is always 1, and is fast as well.
         gain, shift: Slow, [N, V], of the layer norm; 1 and 0 if not given.
         activation: σ, "gelu" (its tanh form) or "silu".
+        eps: Of the layer norm, a positive number.
     """
 
     weights: tuple[Array, ...]
@@ -77,8 +78,11 @@ class MLPMemory(Memory):
     normalize: bool = False
     residual: bool = False
     bias: bool = False
+    eps: float = 1e-6
 
     def __post_init__(self):
+        if not self.eps > 0:
+            raise ValueError(f"MLPMemory: eps must be positive, got {self.eps}")
         if not isinstance(self.weights, tuple) or not self.weights:
             raise TypeError(f"MLPMemory: weights must be a tuple of arrays, got {type(self.weights).__name__}")
         if self.activation not in get_args(Literal["gelu", "silu"]):
@@ -100,7 +104,7 @@ class MLPMemory(Memory):
             y = linear(layer, y)
         if self.normalize:
             y = y - y.mean(-1, keepdims=True)
-            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
             y = y if self.gain is None else y * self.gain[:, None, :].astype(y.dtype)
             y = y if self.shift is None else y + self.shift[:, None, :].astype(y.dtype)
         return x + y if self.residual else y

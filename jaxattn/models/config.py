@@ -53,6 +53,7 @@ class Attention(Mixer):
         own_keys: Project keys and values; if not, those of the layer before it are read.
         dropout: Dropout rate of the attention weights.
         convolution: Tokens that a short convolution of queries, keys and values sees; 0 for none.
+        eps: Of the norms of queries and keys.
     """
 
     heads: int = 4
@@ -70,6 +71,7 @@ class Attention(Mixer):
     own_keys: bool = True
     dropout: float = 0.0
     convolution: int = 0
+    eps: float = 1e-6
 
     def __post_init__(self):
         if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves((self.mask, self.normalize))):
@@ -92,6 +94,7 @@ class Attention(Mixer):
             rotary_fraction=self.rotary_fraction,
             rotary_scaling=self.rotary_scaling,
             qk_norm=self.qk_norm,
+            eps=self.eps,
             gate=self.gate,
             own_keys=self.own_keys,
             dropout=self.dropout,
@@ -151,6 +154,7 @@ class DecoderConfig:
         tied: Use the token embedding as the output projection.
         inputs: Channels of the vectors that are read in by a linear map, where they are not tokens; 0 for tokens.
         dtype: Of the computation; parameters, norms and the residual stream are float32.
+        eps: Of the norms before mixers, feed-forward blocks and the output; a mixer's own is in its spec.
     """
 
     vocabulary: int = 258
@@ -161,6 +165,7 @@ class DecoderConfig:
     tied: bool = True
     inputs: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    eps: float = 1e-6
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))  # hashable, also when it came as a list
@@ -170,6 +175,8 @@ class DecoderConfig:
         for name in ("meta_tokens", "inputs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be positive, got {self.eps}")
         if self.inputs and self.tied:
             raise ValueError(f"tied is True but inputs is {self.inputs}: need tied=False where there are no tokens")
         if self.dtype not in ("float32", "bfloat16"):

@@ -13,6 +13,7 @@ from jaxattn import nn
 from jaxattn.core.mask import Mask
 from jaxattn.models.config import DecoderConfig, Layer
 from jaxattn.nn import EDITED, SITES, Recorder
+from jaxattn.nn.parameter import linear_map, rms_norm
 
 DOCUMENTS = 8  # how many of them may be packed in a row behind meta tokens: each has its own
 
@@ -20,12 +21,12 @@ DOCUMENTS = 8  # how many of them may be packed in a row behind meta tokens: eac
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + feed_forward(norm(x)), if there is one."""
 
-    def __init__(self, spec: Layer, features: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, spec: Layer, features: int, eps: float, dtype: Any, rngs: nnx.Rngs):
         self.deterministic = False
-        self.mixer_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
+        self.mixer_norm = rms_norm(features, eps, dtype, rngs)
         self.mixer = spec.mixer.build(features, dtype, rngs)
         after = spec.feed_forward
-        self.feed_forward_norm = None if after is None else nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = None if after is None else rms_norm(features, eps, dtype, rngs)
         self.feed_forward = None if after is None else after.build(features, dtype, rngs)
 
     def __call__(self, x, positions, mask, state, record, shared, edits):
@@ -49,17 +50,16 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
         self.config = config
         self.embed: Any = _embedding(config, rngs)
         runs = [(spec, len(list(run))) for spec, run in itertools.groupby(config.layers)]
         self.lengths = tuple(length for _, length in runs)
         self.reads = tuple(spec.mixer.keys == "shared" for spec, _ in runs)  # keys of a run before
-        self.runs = nnx.List([_stack(spec, length, config.width, dtype, rngs) for spec, length in runs])
+        self.runs = nnx.List([_stack(spec, length, config, rngs) for spec, length in runs])
         meta = (config.meta_tokens, config.width)
         self.meta = nnx.Param(jax.random.normal(rngs.params(), meta) * 0.02) if config.meta_tokens else None
-        self.final_norm = nnx.RMSNorm(config.width, rngs=rngs)
-        self.head = None if config.tied else nnx.Linear(config.width, config.vocabulary, use_bias=False, rngs=rngs)
+        self.final_norm = rms_norm(config.width, config.eps, None, rngs)
+        self.head = None if config.tied else linear_map(config.width, config.vocabulary, None, rngs)
 
     def __call__(
         self,
@@ -176,17 +176,17 @@ class Decoder(nnx.Module):
 
 def _embedding(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Embed | nnx.Linear:
     if config.inputs:
-        return nnx.Linear(config.inputs, config.width, rngs=rngs)
+        return linear_map(config.inputs, config.width, None, rngs, use_bias=True)
     return nnx.Embed(config.vocabulary, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
 
 
-def _stack(spec: Layer, length: int, width: int, dtype: Any, rngs: nnx.Rngs) -> Block:
+def _stack(spec: Layer, length: int, config: DecoderConfig, rngs: nnx.Rngs) -> Block:
     """`length` layers of one spec as one module, every array with a leading layer axis."""
 
     @nnx.split_rngs(splits=length)
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(rngs: nnx.Rngs) -> Block:
-        return Block(spec, width, dtype, rngs)
+        return Block(spec, config.width, config.eps, jnp.dtype(config.dtype), rngs)
 
     return create(rngs)
 

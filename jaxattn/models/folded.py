@@ -19,6 +19,7 @@ from jaxattn.core.mask import Causal, Mask, Sinks
 from jaxattn.models.config import Attention, DecoderConfig
 from jaxattn.models.decoder import Decoder
 from jaxattn.nn.packing import scan_segments, where_row
+from jaxattn.nn.parameter import rms_norm
 from jaxattn.nn.recurrent import segments_of
 
 Condense = Literal["fold", "queries"]
@@ -70,7 +71,7 @@ class FoldedDecoder(nnx.Module):
         self.decoder = Decoder(replace(config, layers=layers), rngs=rngs)
         self.segment, self.carry, self.bptt, self.documents = segment, carry, bptt, documents
         self.start = nnx.Param(jax.random.normal(rngs.params(), (carry, config.width)))
-        self.norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.norm = rms_norm(config.width, config.eps, None, rngs)
         identity = nnx.initializers.constant(jnp.eye(config.width))
         self.enter = nnx.Linear(config.width, config.width, use_bias=False, kernel_init=identity, rngs=rngs)
         given: dict[str, Any] = {"rotary_base": None, "rngs": rngs}

@@ -25,6 +25,7 @@ class Hymba(Mixer):
         convolution: Width of their convolution.
         rotary_base: Base of the rotary positions.
         own_keys: Project keys and values; if not, those of the layer before it are read.
+        eps: Of all its norms.
     """
 
     heads: int = 4
@@ -34,6 +35,7 @@ class Hymba(Mixer):
     convolution: int = 3
     rotary_base: float | None = 10000.0
     own_keys: bool = True
+    eps: float = 1e-6
 
     @property
     def keys(self):
@@ -57,8 +59,9 @@ class Hymba(Mixer):
             rngs=rngs,
         )
         sizes: dict[str, Any] = {"inner": inner, "state": self.state, "convolution": self.convolution}
-        s6 = nn.S6(features, norm=True, project=False, dtype=dtype, rngs=rngs, **sizes)
-        return nn.Parallel(features, [attention, nn.Recurrent(s6)], channels=inner, dtype=dtype, rngs=rngs)
+        s6 = nn.S6(features, norm=True, eps=self.eps, project=False, dtype=dtype, rngs=rngs, **sizes)
+        mixers = [attention, nn.Recurrent(s6)]
+        return nn.Parallel(features, mixers, channels=inner, eps=self.eps, dtype=dtype, rngs=rngs)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Titans(Mixer):
         window: Tokens that attention reaches, and those of a segment under "context".
         persistent: Learned tokens before every sequence, or before every segment under "context".
         memory: The memory. Under "context" without a convolution, and its inner batch divides the window.
+        eps: Of the norms of the wiring, which "layer" has none of; the memory's own is in its spec.
     """
 
     wiring: Literal["context", "gate", "layer"] = "gate"
@@ -78,14 +82,16 @@ class Titans(Mixer):
     window: int = 32
     persistent: int = 4
     memory: NeuralMemory = NeuralMemory()
+    eps: float = 1e-6
 
     def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         """The module; raises ValueError for sizes that do not fit."""
         memory = self.memory.build_mechanism(features, dtype, rngs)
         given: dict[str, Any] = {"persistent": self.persistent, "dtype": dtype, "rngs": rngs}
         if self.wiring == "context":
-            return nn.MemoryAsContext(features, self.heads, memory, segment=self.window, **given)
-        if self.wiring not in ("gate", "layer"):
+            return nn.MemoryAsContext(features, self.heads, memory, segment=self.window, eps=self.eps, **given)
+        if self.wiring == "gate":
+            return nn.memory_as_gate(features, self.heads, memory, window=self.window, eps=self.eps, **given)
+        if self.wiring != "layer":
             raise ValueError(f"wiring is {self.wiring!r}: need 'context', 'gate' or 'layer'")
-        wire = nn.memory_as_gate if self.wiring == "gate" else nn.memory_as_layer
-        return wire(features, self.heads, memory, window=self.window, **given)
+        return nn.memory_as_layer(features, self.heads, memory, window=self.window, **given)

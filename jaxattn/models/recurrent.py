@@ -46,6 +46,7 @@ class LinearAttention(_Spec):
     rotary_base: float | None = None
     convolution: int = 0
     gate: Literal["silu", "sigmoid"] | None = None
+    eps: float = 1e-6
 
     def __post_init__(self):
         if isinstance(self.feature_map, Features) and _holds_arrays(self.feature_map):
@@ -62,6 +63,7 @@ class RetNet(_Spec):
     value_dim: int | None = None
     rotary_base: float = 10000.0
     convolution: int = 0
+    eps: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class GLA(_Spec):
     heads: int = 4
     rank: int = 16
     convolution: int = 0
+    eps: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class DeltaNet(_Spec):
     convolution: int = 4
     negative: bool = False
     rank: int = 16
+    eps: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class Mamba2(_Spec):
     expand: int = 2
     convolution: int = 4
     mimetic: bool = False
+    eps: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ class NeuralMemory(_Spec):
     documents: int = 8
     convolution: int = 4
     gate: Literal["silu", "sigmoid"] | None = "silu"
+    eps: float = 1e-6
 
     def __post_init__(self):
         object.__setattr__(self, "hidden", tuple(self.hidden))  # hashable, also when it came as a list
@@ -177,6 +183,8 @@ class TTT(_Spec):
     inner_batch: int = 16
     documents: int = 8
     convolution: int = 4
+    rotary_base: float | None = 10000.0
+    eps: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -190,6 +198,7 @@ class S6(_Spec):
     rank: int | None = None
     convolution: int = 4
     norm: bool = False
+    eps: float = 1e-6
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jaxattn.core.normalize import Softmax
 from jaxattn.core.position import RotaryScaling, rotary, rotary_channels
 from jaxattn.core.score import Dot
 from jaxattn.nn.mechanisms import ShortConvolution
+from jaxattn.nn.parameter import linear_map, rms_norm
 from jaxattn.nn.recurrent import Past, may_be_padded, segments_of
 from jaxattn.nn.sites import SITES, Recorder
 
@@ -49,7 +50,7 @@ class MultiHeadAttention(nnx.Module):
     rotary_base: rotary embedding of q and k with this base, None for none; rotary_fraction: of the channels.
     rotary_scaling: how positions beyond those of training are read, e.g. `Yarn(4.0, 2048)`; q and k are multiplied by
     its `attention_scale`.
-    qk_norm: RMS norm of q and k over H with learned gains, before rotation. gate: z ⊙ σ(W_g x) before W_o.
+    qk_norm: RMS norm of q and k over H with learned gains and `eps`, before rotation. gate: z ⊙ σ(W_g x) before W_o.
     own_keys: False for a layer without W_k and W_v, which reads those of another: `context` is then the record `kv` of
     that layer, a `KeyValue` (cross-layer sharing). project: False for no W_o, so that y has N·H channels.
     convolution: the width of a short causal convolution of q, k and v per channel, after their projection; 0 for none.
@@ -77,6 +78,7 @@ class MultiHeadAttention(nnx.Module):
         rotary_fraction: float = 1.0,
         rotary_scaling: RotaryScaling | None = None,
         qk_norm: bool = False,
+        eps: float = 1e-6,
         gate: bool = False,
         own_keys: bool = True,
         project: bool = True,
@@ -128,7 +130,7 @@ class MultiHeadAttention(nnx.Module):
         self.measures = nnx.data(dict(measures))
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
+            return linear_map(inputs, outputs, dtype, rngs, use_bias=use_bias)
 
         if convolution and not own_keys:
             raise ValueError(f"convolution is {convolution} but own_keys is False: need keys to convolve, or 0")
@@ -144,8 +146,8 @@ class MultiHeadAttention(nnx.Module):
             else {}
         )
         self.gate = linear(features, heads * self.head_dim) if gate else None
-        self.query_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm else None
-        self.key_norm = nnx.RMSNorm(self.head_dim, dtype=dtype, rngs=rngs) if qk_norm and own_keys else None
+        self.query_norm = rms_norm(self.head_dim, eps, dtype, rngs) if qk_norm else None
+        self.key_norm = rms_norm(self.head_dim, eps, dtype, rngs) if qk_norm and own_keys else None
         if dropout and "dropout" not in rngs and "default" not in rngs:
             raise ValueError(
                 f"dropout is {dropout} but rngs has no such stream: need nnx.Rngs(0) or nnx.Rngs(dropout=0)"

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxattn.nn.parameter import linear_map
+
 Kind = Literal["gelu", "swiglu"]
 
 
@@ -32,7 +34,7 @@ class FeedForward(nnx.Module):
             raise ValueError(f"hidden must be at least 1, got {hidden}")
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
+            return linear_map(inputs, outputs, dtype, rngs, use_bias=use_bias)
 
         self.up = linear(features, hidden)
         self.gate = linear(features, hidden) if kind == "swiglu" else None

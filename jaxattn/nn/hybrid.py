@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxattn.nn.parameter import linear_map, rms_norm
 from jaxattn.nn.sites import SITES, Recorder
 
 Fuse = Literal["mean", "gate"]
@@ -17,6 +18,7 @@ class Parallel(nnx.Module):
 
     fuse: "mean" (Hymba, Dong et al., 2024), or "gate": the first times the sigmoid of each other (Titans, Behrouz et
     al., 2025). channels: those of the mixers' outputs, D if not given; W_o stands only where they are not D.
+    eps: of the norms.
     State: one per mixer. Records: those of the first mixer, but `attn_out`, which is y; keys of another layer
     (`context`) go to the first mixer too.
     """
@@ -28,6 +30,7 @@ class Parallel(nnx.Module):
         *,
         fuse: Fuse = "mean",
         channels: int | None = None,
+        eps: float = 1e-6,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -37,9 +40,8 @@ class Parallel(nnx.Module):
             raise ValueError(f"fuse is {fuse!r}: need one of {', '.join(get_args(Fuse))}")
         channels = features if channels is None else channels
         self.mixers, self.fuse = nnx.List(mixers), fuse
-        self.norms = nnx.List([nnx.RMSNorm(channels, dtype=dtype, rngs=rngs) for _ in mixers])
-        out = nnx.Linear(channels, features, use_bias=False, dtype=dtype, rngs=rngs) if channels != features else None
-        self.out = out
+        self.norms = nnx.List([rms_norm(channels, eps, dtype, rngs) for _ in mixers])
+        self.out = linear_map(channels, features, dtype, rngs) if channels != features else None
 
     def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
         """As any mixer; mask and positions go to every branch."""

@@ -10,7 +10,9 @@ from jaxtyping import Array, Float
 
 from jaxattn.core.inner import Identity, InnerLoss, Link, MLPMemory, SquaredError
 from jaxattn.core.parts import check_static_int
-from jaxattn.nn.mechanisms import Gate, HeadOutput, Projections, head_dim_of, unit
+from jaxattn.core.position import rotary, rotary_channels
+from jaxattn.nn.mechanisms import Gate, HeadOutput, Projections, ShortConvolution, head_dim_of, unit
+from jaxattn.nn.parameter import layer_norm, linear_map
 from jaxattn.nn.recurrent import LearningInputs
 
 lecun = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
@@ -45,6 +47,7 @@ class NeuralMemory(nnx.Module):
         documents: int = 8,
         convolution: int = 4,
         gate: Gate | None = "silu",
+        eps: float = 1e-6,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -60,10 +63,10 @@ class NeuralMemory(nnx.Module):
         self.loss, self.link = nnx.static(loss), nnx.static(link)
         sizes = dict.fromkeys(("query", "key", "value"), (heads, channels))
         self.project = Projections(features, sizes, convolution, dtype, rngs, silu=True)
-        self.rate, self.forget = (nnx.Linear(features, heads, rngs=rngs) for _ in range(2))
-        self.carry = nnx.Linear(features, heads, rngs=rngs) if momentum else None
+        self.rate, self.forget = (linear_map(features, heads, None, rngs, use_bias=True) for _ in range(2))
+        self.carry = linear_map(features, heads, None, rngs, use_bias=True) if momentum else None
         self.weights = nnx.List([nnx.Param(x) for x in _layers(rngs, heads, (channels, *hidden, channels))])
-        self.out = HeadOutput(features, heads, channels, gate=gate, dtype=dtype, rngs=rngs)
+        self.out = HeadOutput(features, heads, channels, gate=gate, eps=eps, dtype=dtype, rngs=rngs)
 
     def inputs(self, x, positions, past):
         query, key, value = self.project(x, past)
@@ -83,8 +86,14 @@ class NeuralMemory(nnx.Module):
 class TTT(nnx.Module):
     """Test-time training (Sun et al., 2024): M(x) = x + LN(x W + b), or two layers with GELU if `deep`; ½ ‖M(k) − v‖².
 
+        y = W_o (norm(read) ⊙ gelu(W_g x))        norm: layer norm of what all heads read, as one vector
+
+    q and k are convolutions of one projection, each with a bias, and v has none; without `convolution` q and k have
+    projections of their own. q and k are rotated to their place in the inner batch.
+
     Step sizes are max(1 / (i + 1) + learned_i, 0) for the token i of an inner batch that reads, times base_rate / K
     σ(W x + b) of the token that writes. No forgetting, no momentum. base_rate: 1 if not given, and 0.1 if deep.
+    eps: of both norms. rotary_base: None for no rotation. Other than in the paper, W starts with variance 1 / inputs.
     """
 
     def __init__(
@@ -97,38 +106,59 @@ class TTT(nnx.Module):
         inner_batch: int = 16,
         documents: int = 8,
         convolution: int = 4,
+        rotary_base: float | None = 10000.0,
+        eps: float = 1e-6,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         channels = head_dim_of(features, heads)
-        self.in_features, self.heads = features, heads
+        self.in_features, self.heads, self.rotary_base, self.eps = features, heads, rotary_base, eps
         self.base_rate = (0.1 if deep else 1.0) if base_rate is None else base_rate
         if not self.base_rate > 0:
             raise ValueError(f"base_rate must be positive, got {base_rate}")
         check_static_int("TTT", "inner_batch", inner_batch, 1)
+        if rotary_base is not None:
+            rotary_channels(channels, 1.0)
         self.inner_batch, self.documents = inner_batch, documents
-        sizes = dict.fromkeys(("query", "key", "value"), (heads, channels))
-        self.project = Projections(features, sizes, convolution, dtype, rngs)
-        self.rate = nnx.Linear(features, heads, rngs=rngs)
+        names = ("shared", "value") if convolution else ("query", "key", "value")
+        self.linear = nnx.Dict({name: linear_map(features, features, dtype, rngs) for name in names})
+        options: dict[str, Any] = {"use_bias": True, "silu": False, "rngs": rngs}
+        self.convolution = nnx.Dict(
+            {name: ShortConvolution(features, convolution, **options) for name in ("query", "key")}
+            if convolution
+            else {}
+        )
+        self.rate = linear_map(features, heads, None, rngs, use_bias=True)
         self.rows = nnx.Param(jnp.zeros(inner_batch))
         layers = _layers(rngs, heads, (channels, 4 * channels, channels) if deep else (channels, channels))
-        self.weights = nnx.List([nnx.Param(jnp.pad(x, ((0, 0), (0, 1), (0, 0)))) for x in layers])
+        self.weights = nnx.List([nnx.Param(x) for x in layers])
+        self.biases = nnx.List([nnx.Param(jnp.zeros((heads, 1, x.shape[-1]))) for x in layers])
         self.gain, self.shift = nnx.Param(jnp.ones((heads, channels))), nnx.Param(jnp.zeros((heads, channels)))
-        self.out = HeadOutput(features, heads, channels, gate="silu", dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(features, eps, dtype, rngs)
+        self.gate, self.out = (linear_map(features, features, dtype, rngs) for _ in range(2))
 
     def inputs(self, x, positions, past):
-        query, key, value = self.project(x, past)
-        weights = tuple(w[...] for w in self.weights)
-        memory = MLPMemory(weights, self.gain[...], self.shift[...], normalize=True, residual=True, bias=True)
-        rate = self.base_rate / key.shape[-1] * nnx.sigmoid(self.rate(x))
+        value = self.linear["value"](x)
+        if self.convolution:
+            shared = self.linear["shared"](x)
+            query, key = (self.convolution[name](name, shared, past) for name in ("query", "key"))
+        else:
+            query, key = (self.linear[name](x) for name in ("query", "key"))
+        query, key, value = (y.reshape(*y.shape[:-1], self.heads, -1) for y in (query, key, value))
         row = past.places(positions) % self.inner_batch
+        if self.rotary_base is not None:
+            query, key = (rotary(y, row, self.rotary_base) for y in (query, key))
+        weights = tuple(jnp.concatenate([w[...], b[...]], 1) for w, b in zip(self.weights, self.biases, strict=True))
+        options: dict[str, Any] = {"normalize": True, "residual": True, "bias": True, "eps": self.eps}
+        memory = MLPMemory(weights, self.gain[...], self.shift[...], **options)
+        rate = self.base_rate / key.shape[-1] * nnx.sigmoid(self.rate(x))
         rows = jnp.maximum(1 / (1 + jnp.arange(self.inner_batch)) + self.rows[...], 0)[row]
         row_rate = jnp.broadcast_to(rows[..., None], rate.shape)
         given = LearningInputs(memory, query, key, value, rate, row_rate=row_rate, loss=SquaredError(0.5))
         return given._replace(inner_batch=self.inner_batch, documents=self.documents), x
 
     def output(self, read, rest):
-        return self.out(read, rest)
+        return self.out(self.norm(read.reshape(rest.shape)) * nnx.gelu(self.gate(rest)))
 
 
 def _layers(rngs: nnx.Rngs, heads: int, widths: tuple[int, ...]) -> list[Float[Array, "n i o"]]:

@@ -101,7 +101,10 @@ class Projections(nnx.Module):
 
 
 class HeadOutput(nnx.Module):
-    """y = W_o (norm(z) ⊙ gate(W_g x)): RMS norm of each head, a gate or none, and the output projection."""
+    """y = W_o (norm(z) ⊙ gate(W_g x)): RMS norm of each head, a gate or none, and the output projection.
+
+    eps: of the norm.
+    """
 
     def __init__(
         self,
@@ -111,13 +114,14 @@ class HeadOutput(nnx.Module):
         *,
         norm: bool = True,
         gate: Gate | None = None,
+        eps: float = 1e-6,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         if gate not in (None, "silu", "sigmoid"):
             raise ValueError(f"gate is {gate!r}: need 'silu', 'sigmoid' or None")
         self.kind = gate
-        self.norm = nnx.RMSNorm(value_dim, dtype=dtype, rngs=rngs) if norm else None
+        self.norm = rms_norm(value_dim, eps, dtype, rngs) if norm else None
         self.gate = linear_map(features, heads * value_dim, dtype, rngs) if gate else None
         self.out = linear_map(heads * value_dim, features, dtype, rngs)
 
@@ -134,8 +138,8 @@ class LinearAttention(nnx.Module):
 
     Katharopoulos et al. (2020) with elu + 1; Performer, Hedgehog, BASED, FAST and log-normal attention with their maps.
     feature_map: a part, a module that returns one, or a function (heads, head_dim, rngs) -> either. key_dim: K, the
-    channels before the map (BASED takes 16). Without `normalize` each head is RMS-normed instead. rotary_base: rotary
-    embedding of q and k before the map, None for none.
+    channels before the map (BASED takes 16). Without `normalize` each head is RMS-normed with `eps` instead.
+    rotary_base: rotary embedding of q and k before the map, None for none.
     """
 
     def __init__(
@@ -149,6 +153,7 @@ class LinearAttention(nnx.Module):
         rotary_base: float | None = None,
         convolution: int = 0,
         gate: Gate | None = None,
+        eps: float = 1e-6,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -160,7 +165,8 @@ class LinearAttention(nnx.Module):
         self.feature_map = feature_map if isinstance(feature_map, nnx.Module) else nnx.data(feature_map)
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
         self.project = Projections(features, sizes, convolution, dtype, rngs)
-        self.out = HeadOutput(features, heads, value_dim, norm=not normalize, gate=gate, dtype=dtype, rngs=rngs)
+        options: dict[str, Any] = {"gate": gate, "eps": eps, "dtype": dtype, "rngs": rngs}
+        self.out = HeadOutput(features, heads, value_dim, norm=not normalize, **options)
 
     def inputs(self, x, positions, past):
         query, key, value = self.project(x, past)
@@ -188,6 +194,7 @@ class RetNet(nnx.Module):
         value_dim: int | None = None,
         rotary_base: float = 10000.0,
         convolution: int = 0,
+        eps: float = 1e-6,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -196,7 +203,7 @@ class RetNet(nnx.Module):
         self.in_features, self.heads, self.rotary_base = features, heads, rotary_base
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
         self.project = Projections(features, sizes, convolution, dtype, rngs)
-        self.out = HeadOutput(features, heads, value_dim, gate="silu", dtype=dtype, rngs=rngs)
+        self.out = HeadOutput(features, heads, value_dim, gate="silu", eps=eps, dtype=dtype, rngs=rngs)
 
     def inputs(self, x, positions, past):
         query, key, value = self.project(x, past)
@@ -218,6 +225,7 @@ class GLA(nnx.Module):
         *,
         rank: int = 16,
         convolution: int = 0,
+        eps: float = 1e-5,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -227,7 +235,7 @@ class GLA(nnx.Module):
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
         self.project = Projections(features, sizes, convolution, dtype, rngs)
         self.decay = LowRank(features, rank, heads * key_dim, rngs=rngs)
-        self.out = HeadOutput(features, heads, value_dim, gate="silu", dtype=dtype, rngs=rngs)
+        self.out = HeadOutput(features, heads, value_dim, gate="silu", eps=eps, dtype=dtype, rngs=rngs)
 
     def inputs(self, x, positions, past):
         query, key, value = self.project(x, past)
@@ -297,6 +305,7 @@ class DeltaNet(nnx.Module):
         convolution: int = 4,
         negative: bool = False,
         rank: int = 16,
+        eps: float = 1e-5,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -318,7 +327,7 @@ class DeltaNet(nnx.Module):
             self.step_bias = nnx.Param(step_bias(rngs, heads if decay == "head" else heads * key_dim))
             self.a_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
         gate: dict[str, Gate | None] = {"none": None, "head": "silu", "channel": "sigmoid"}
-        self.out = HeadOutput(features, heads, value_dim, gate=gate[decay], dtype=dtype, rngs=rngs)
+        self.out = HeadOutput(features, heads, value_dim, gate=gate[decay], eps=eps, dtype=dtype, rngs=rngs)
 
     def inputs(self, x, positions, past):
         query, key, value = self.project(x, past)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxattn.core.gate import inverse_softplus, softplus_decay
 from jaxattn.nn.mechanisms import Projections, ShortConvolution, head_dim_of, step_bias
-from jaxattn.nn.parameter import linear_map
+from jaxattn.nn.parameter import linear_map, rms_norm
 from jaxattn.nn.recurrent import LinearInputs
 
 
@@ -20,8 +20,8 @@ class S6(nnx.Module):
     with s = silu(conv(W_s x) + b_s), and Δ = softplus(W_Δ Δ_r + b), B and C from s. a starts as 1, ..., K in every
     channel.
 
-    inner: E, 2 D if not given. state: K. rank: that of Δ, D / 16 if not given. norm: RMS norm of Δ_r, B and C (Hymba).
-    project: False for no W_o, so that the output has E channels.
+    inner: E, 2 D if not given. state: K. rank: that of Δ, D / 16 if not given. norm: RMS norm of Δ_r, B and C, with
+    `eps` (Hymba). project: False for no W_o, so that the output has E channels.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class S6(nnx.Module):
         rank: int | None = None,
         convolution: int = 4,
         norm: bool = False,
+        eps: float = 1e-6,
         project: bool = True,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -47,7 +48,7 @@ class S6(nnx.Module):
         self.convolution = ShortConvolution(inner, convolution, use_bias=True, rngs=rngs)
         sizes = {"step": rank, "key": state, "query": state}
         self.selection = nnx.Dict({name: linear_map(inner, size, dtype, rngs) for name, size in sizes.items()})
-        norms = {name: nnx.RMSNorm(size, dtype=dtype, rngs=rngs) for name, size in sizes.items()} if norm else {}
+        norms = {name: rms_norm(size, eps, dtype, rngs) for name, size in sizes.items()} if norm else {}
         self.norms = nnx.Dict(norms)
         self.step = nnx.Linear(rank, inner, use_bias=False, rngs=rngs)
         self.step_bias = nnx.Param(step_bias(rngs, inner))
@@ -90,6 +91,7 @@ class Mamba2(nnx.Module):
         expand: int = 2,
         convolution: int = 4,
         mimetic: bool = False,
+        eps: float = 1e-5,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -103,7 +105,7 @@ class Mamba2(nnx.Module):
         self.a_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
         self.skip = nnx.Param(jnp.ones(heads))
         self.gate, self.out = linear_map(features, inner, dtype, rngs), linear_map(inner, features, dtype, rngs)
-        self.norm = nnx.RMSNorm(inner, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(inner, eps, dtype, rngs)
         if mimetic:
             mimetic_initialization(self)
 

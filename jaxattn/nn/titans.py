@@ -13,17 +13,29 @@ from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.hybrid import Chain, Parallel
 from jaxattn.nn.learning import NeuralMemory
 from jaxattn.nn.packing import scan_segments, where_row
+from jaxattn.nn.parameter import rms_norm
 from jaxattn.nn.prefix import Prefixed
 from jaxattn.nn.recurrent import Past, Recurrent, segments_of
 from jaxattn.nn.sites import Recorder
 
 
 def memory_as_gate(
-    features: int, heads: int, memory: NeuralMemory, *, window: int, persistent: int, dtype: Any = None, rngs: nnx.Rngs
+    features: int,
+    heads: int,
+    memory: NeuralMemory,
+    *,
+    window: int,
+    persistent: int,
+    eps: float = 1e-6,
+    dtype: Any = None,
+    rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """MAG: y = norm(attention(X̃)) ⊙ σ(norm(M(X̃))),  X̃ = [P; X], attention over P and the last `window` tokens."""
+    """MAG: y = norm(attention(X̃)) ⊙ σ(norm(M(X̃))),  X̃ = [P; X], attention over P and the last `window` tokens.
+
+    eps: of the norms.
+    """
     attention = _near_attention(features, heads, window, persistent, dtype, rngs)
-    mixer = Parallel(features, [attention, Recurrent(memory)], fuse="gate", dtype=dtype, rngs=rngs)
+    mixer = Parallel(features, [attention, Recurrent(memory)], fuse="gate", eps=eps, dtype=dtype, rngs=rngs)
     return _behind(mixer, features, memory, persistent, rngs)
 
 
@@ -63,8 +75,8 @@ class MemoryAsContext(nnx.Module):
     count within the segment, P first, then h_1, x_1, h_2, x_2, …
 
     memory: without a convolution, and its `inner_batch` must divide `segment`, or a segment would end inside one.
-    persistent: tokens of P. The state holds the memory as it is and as it was, and a segment of keys. With a state,
-    tokens are read one after the other. Records: `attn_out`.
+    persistent: tokens of P. eps: of the norms. The state holds the memory as it is and as it was, and a segment of
+    keys. With a state, tokens are read one after the other. Records: `attn_out`.
     """
 
     def __init__(
@@ -75,6 +87,7 @@ class MemoryAsContext(nnx.Module):
         *,
         segment: int,
         persistent: int,
+        eps: float = 1e-6,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -88,7 +101,7 @@ class MemoryAsContext(nnx.Module):
         self.attention = MultiHeadAttention(features, heads, mask=Causal(), dtype=dtype, rngs=rngs)
         self.count = persistent
         self.persistent = nnx.Param(jax.random.normal(rngs.params(), (persistent, features))) if persistent else None
-        self.norms = nnx.List([nnx.RMSNorm(features, dtype=dtype, rngs=rngs) for _ in range(2)])
+        self.norms = nnx.List([rms_norm(features, eps, dtype, rngs) for _ in range(2)])
 
     def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
         """As `Recurrent`."""

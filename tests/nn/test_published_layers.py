@@ -104,7 +104,7 @@ def test_deltanet_is_the_published_layer(decay, convolution):
     beta, kept = sigmoid(linear(m.beta, x)), np.ones((B, T, N, 1))
     if decay == "head":
         kept = np.exp(-np.exp(array(m.a_log)) * softplus(linear(m.step, x) + array(m.step_bias)))[..., None]
-    read = rms(delta_rule(unit(q) * q.shape[-1] ** -0.5, unit(k), v, beta, kept), EPS, array(m.out.norm.scale))
+    read = rms(delta_rule(unit(q) * q.shape[-1] ** -0.5, unit(k), v, beta, kept), 1e-5, array(m.out.norm.scale))
     y = merged(read)
     y = y if decay == "none" else y * silu(linear(m.out.gate, x))
     assert_close(run(mixer, X)[0], linear(m.out.out, y))
@@ -150,7 +150,7 @@ def test_mamba2_is_the_published_layer():
         h = kept[:, t, :, None, None] * h + written
         reads.append(np.einsum("bk,bnkv->bnv", query[:, t, 0], h))
     y = merged(np.stack(reads, 1) + array(m.skip)[:, None] * value) * silu(linear(m.gate, x))
-    assert_close(run(mixer, X)[0], linear(m.out, rms(y, EPS, array(m.norm.scale))))
+    assert_close(run(mixer, X)[0], linear(m.out, rms(y, 1e-5, array(m.norm.scale))))
 
 
 @pytest.mark.parametrize("convolution", [0, 3])
@@ -194,3 +194,56 @@ def test_rwkv7_is_the_published_layer():
     y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 64e-5) * array(m.scale) + array(m.shift)
     y = y + (r * array(m.bonus) * k).sum(-1, keepdims=True) * v
     assert_close(run(mixer, X)[0], linear(m.out, merged(y) * gate))
+
+
+def layer_normed(y, eps, scale, shift):
+    y = y - y.mean(-1, keepdims=True)
+    return y / np.sqrt((y**2).mean(-1, keepdims=True) + eps) * scale + shift
+
+
+def rotated(y, places, base=10000.0):
+    """Channels i and i + K/2 turned by place · base^(−2 i / K)."""
+    half = y.shape[-1] // 2
+    angle = places[:, None, None] * base ** (-np.arange(half) / half)
+    first, second = y[..., :half], y[..., half:]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate([first * cos - second * sin, first * sin + second * cos], -1)
+
+
+@pytest.mark.parametrize("convolution", [0, 3])
+def test_ttt_linear_is_the_published_layer(convolution):
+    """One row and one head at a time, in the dual form of one inner batch after the other (Sun et al., 2024)."""
+    size = 4
+    mixer = build(models.TTT(heads=N, inner_batch=size, convolution=convolution))
+    m = mixer.mechanism
+    if convolution:
+        shared = linear(m.linear["shared"], x)
+        q, k = (convolved(m.convolution[name], shared) for name in ("query", "key"))
+    else:
+        q, k = (linear(m.linear[name], x) for name in ("query", "key"))
+    q, k = (rotated(heads(each), np.arange(T) % size) for each in (q, k))
+    v, rate = heads(linear(m.linear["value"], x)), sigmoid(linear(m.rate, x)) * N / D
+    token = np.maximum(1 / np.arange(1, size + 1) + array(m.rows), 0)
+    read = np.zeros_like(v)
+    for row, head in np.ndindex(B, N):
+        w, b = array(m.weights[0])[head], array(m.biases[0])[head, 0]
+        gain, shift = array(m.gain)[head], array(m.shift)[head]
+        for first in range(0, T, size):
+            here = slice(first, first + size)
+            keys, values, queries, rates = (each[row, here, head] for each in (k, v, q, rate))
+            hidden = keys @ w + b
+            centred = hidden - hidden.mean(-1, keepdims=True)
+            deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + EPS)
+            unit_norm = centred / deviation
+            error = (unit_norm * gain + shift + keys - values) * gain  # through the gain, then through the norm
+            slope = error - error.mean(-1, keepdims=True) - unit_norm * (error * unit_norm).mean(-1, keepdims=True)
+            slope = slope / deviation
+            for i in range(len(keys)):
+                steps = token[i] * rates[: i + 1, None] * slope[: i + 1]
+                w_i, b_i = w - keys[: i + 1].T @ steps, b - steps.sum(0)
+                read[row, first + i, head] = queries[i] + layer_normed(queries[i] @ w_i + b_i, EPS, gain, shift)
+            w, b = w_i, b_i
+    g = linear(m.gate, x)
+    gelu = g / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
+    y = layer_normed(merged(read), EPS, array(m.norm.scale), array(m.norm.bias))
+    assert_close(run(mixer, X)[0], linear(m.out, y * gelu))
