@@ -134,7 +134,13 @@ FAMILIES = (
         "Rotary scalings",
         "The score of a query and a key that are equal, by their distance: the mean of cos(distance · frequency) over "
         "64 channels. A factor of 4 reads 4 times the length of training.",
-        ("Interpolate(4.0)", "NTK(4.0)", "Yarn(4.0, 128)"),
+        (
+            "Interpolate(4.0)",
+            "NTK(4.0)",
+            "Yarn(4.0, 128)",
+            "Llama3(4.0, 128)",
+            "LongRope(tuple(1 + 3 * i / 31 for i in range(32)), 4.0, 128)",
+        ),
         columns=3,
     ),
 )

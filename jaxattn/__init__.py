@@ -112,7 +112,17 @@ from jaxattn.core.normalize import (
 )
 from jaxattn.core.partial import EMPTY, Partial, merge
 from jaxattn.core.parts import part
-from jaxattn.core.position import NTK, Interpolate, LearnedPositions, Yarn, rotary, rotary_2d, sinusoidal
+from jaxattn.core.position import (
+    NTK,
+    Interpolate,
+    LearnedPositions,
+    Llama3,
+    LongRope,
+    Yarn,
+    rotary,
+    rotary_2d,
+    sinusoidal,
+)
 from jaxattn.core.random_feature import RandomFeatures, orthogonal_gaussian
 from jaxattn.core.recurrence import Delta, Erase, StateMap, combine
 from jaxattn.core.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum
@@ -172,9 +182,11 @@ __all__ = [
     "LinearSelfAttention",
     "LinearState",
     "Link",
+    "Llama3",
     "Location",
     "LogGaussian",
     "LogNormalFeatures",
+    "LongRope",
     "Lookback",
     "LpError",
     "LqMirror",

@@ -17,8 +17,8 @@ Base = Float[Array, "*#b #n"] | float
 class RotaryScaling(abc.ABC):
     """How a rotary embedding trained on short sequences serves longer ones: other frequencies for the same channels.
 
-    With `factor` 1 each is the identity. Raises ValueError for a factor below 1 or not finite, TypeError for one that
-    is not a number.
+    With `factor` 1 each is the identity, but for `LongRope`, whose frequencies are listed. Raises ValueError for a
+    factor below 1 or not finite, TypeError for one that is not a number.
     """
 
     @abc.abstractmethod
@@ -28,7 +28,7 @@ class RotaryScaling(abc.ABC):
     @property
     @abc.abstractmethod
     def attention_scale(self) -> float:
-        """What query and key are to be multiplied by; `rotary` leaves it to the caller."""
+        """What the rotated channels of query and key are to be multiplied by; `rotary` leaves it to the caller."""
 
 
 def rotary_frequencies(base: Any, channels: int, dtype: Any) -> Float[Array, "*#b #t #n r"]:
@@ -88,18 +88,27 @@ class Yarn(RotaryScaling):
         index(r) = R ln(L / 2π r) / (2 ln base)
 
     as in the authors' code and the models published with it; in the text of the paper it is linear in the rotations.
+    Without `truncate` the ends are not rounded to whole indices, as in the models gpt-oss (2025).
 
-    The paper also sharpens attention: query and key are each multiplied by `attention_scale` = 0.1 ln(factor) + 1.
-    `rotary` does not; multiply both, or give `score=Dot(H**-0.5 * yarn.attention_scale**2)`.
+    The paper also sharpens attention: query and key are each multiplied by
 
-    Raises ValueError unless beta_fast > beta_slow > 0 and original_length is positive; a base, where it is a number,
-    must be above 1.
+        attention_scale = m(mscale) / m(mscale_all_dim),   m(μ) = 0.1 μ ln(factor) + 1
+
+    which is the paper's 0.1 ln(factor) + 1 unless given. `rotary` does not; multiply the rotated channels of both, or,
+    where all are rotated, give `score=Dot(H**-0.5 * yarn.attention_scale**2)`. DeepSeek-V2 and V3 (2024) say both
+    numbers, and besides multiply all scores by m(mscale_all_dim)²: that is the scale of the score, H^−½ m².
+
+    Raises ValueError unless beta_fast > beta_slow > 0, original_length is positive and mscale and mscale_all_dim are at
+    least 0; a base, where it is a number, must be above 1.
     """
 
     factor: float
     original_length: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
 
     def __post_init__(self):
         _check_factor("Yarn", self.factor)
@@ -108,10 +117,14 @@ class Yarn(RotaryScaling):
             raise ValueError(
                 f"Yarn: beta_fast must be above beta_slow and both positive, got {self.beta_fast}, {self.beta_slow}"
             )
+        for name in ("mscale", "mscale_all_dim"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"Yarn: {name} must be at least 0 and finite, got {getattr(self, name)}")
 
     @property
     def attention_scale(self) -> float:
-        return 0.1 * math.log(self.factor) + 1
+        above, below = (0.1 * mscale * math.log(self.factor) + 1 for mscale in (self.mscale, self.mscale_all_dim))
+        return above / below
 
     def __call__(self, base, channels, dtype):
         # In float64 where the base is a number: rounded to float32, an index near a whole number has another floor.
@@ -122,11 +135,77 @@ class Yarn(RotaryScaling):
         def index(rotations):
             return channels * math.log(self.original_length / (2 * math.pi * rotations)) / (2 * xp.log(base))
 
-        low = xp.maximum(xp.floor(index(self.beta_fast)), 0)
-        high = xp.minimum(xp.ceil(index(self.beta_slow)), channels - 1)
+        low, high = index(self.beta_fast), index(self.beta_slow)
+        low, high = (xp.floor(low), xp.ceil(high)) if self.truncate else (low, high)
+        low, high = xp.maximum(low, 0), xp.minimum(high, channels - 1)
         ramp = jnp.clip((jnp.arange(channels // 2, dtype=dtype) - low) / xp.maximum(high - low, 1e-3), 0, 1)
         kept = rotary_frequencies(base, channels, dtype)
         return ((1 - ramp) * kept + ramp * (kept / self.factor)).astype(dtype)
+
+
+@part
+class Llama3(RotaryScaling):
+    """frequency_i -> (1 − s_i) · frequency_i / factor + s_i · frequency_i  (Llama 3.1, Dubey et al., 2024), with
+
+        s_i = (L · frequency_i / 2π − low) / (high − low), between 0 and 1
+
+    Over `original_length` L, the length of training, pair i makes L · frequency_i / 2π rotations. Pairs that make more
+    than `high` keep their frequency, those that make fewer than `low` are interpolated. Raises ValueError unless
+    high > low > 0 and original_length is positive.
+    """
+
+    factor: float
+    original_length: int
+    low: float = 1.0
+    high: float = 4.0
+    attention_scale = 1.0
+
+    def __post_init__(self):
+        _check_factor("Llama3", self.factor)
+        check_static_int("Llama3", "original_length", self.original_length, 1)
+        if not self.high > self.low > 0:
+            raise ValueError(f"Llama3: high must be above low and both positive, got {self.high}, {self.low}")
+
+    def __call__(self, base, channels, dtype):
+        kept = rotary_frequencies(base, channels, dtype)
+        rotations = self.original_length * kept / (2 * math.pi)
+        keeps = jnp.clip((rotations - self.low) / (self.high - self.low), 0, 1)
+        return ((1 - keeps) * (kept / self.factor) + keeps * kept).astype(dtype)
+
+
+@part
+class LongRope(RotaryScaling):
+    """frequency_i -> frequency_i / divisors_i, one divisor per pair of channels (LongRoPE, Ding et al., 2024).
+
+    The divisors were searched for each model. Models come with two lists: give the short one for sequences up to
+    `original_length`, the length of training, and the long one beyond. `factor` is the longest length over that one;
+    query and key are each multiplied by `attention_scale` = √(1 + ln(factor) / ln(original_length)), with both lists.
+
+    Raises ValueError unless the divisors are positive and finite, as many as the pairs that are rotated, and
+    original_length is at least 2.
+    """
+
+    divisors: tuple[float, ...]
+    factor: float
+    original_length: int
+
+    def __post_init__(self):
+        _check_factor("LongRope", self.factor)
+        check_static_int("LongRope", "original_length", self.original_length, 2)
+        if bad := [each for each in self.divisors if not 0 < each < math.inf]:
+            raise ValueError(f"LongRope: divisors must be positive and finite, got {bad[0]}")
+
+    @property
+    def attention_scale(self) -> float:
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
+
+    def __call__(self, base, channels, dtype):
+        if len(self.divisors) != channels // 2:
+            raise ValueError(
+                f"LongRope: divisors has {len(self.divisors)} numbers but {channels} channels are rotated: "
+                f"need {channels // 2}"
+            )
+        return rotary_frequencies(base, channels, dtype) / jnp.array(self.divisors, dtype)
 
 
 def rotary_channels(width: int, fraction: float) -> int:
@@ -153,7 +232,8 @@ def rotary(
     float64 x) whatever the dtype of x, which the result keeps. `positions` [..., T] broadcasts over heads and batch.
 
     `base` is a number or an array that broadcasts to [..., N]: a base per head, per batch entry, or both. `scaling`
-    changes the frequencies for sequences longer than those of training: `Interpolate`, `NTK` or `Yarn`.
+    changes the frequencies for sequences longer than those of training: `Interpolate`, `NTK`, `Yarn`, `Llama3` or
+    `LongRope`.
 
     Raises ValueError if R is not an even whole number between 0 and H, if positions or base do not fit x, or for a base
     that is not positive (an array is not looked into); TypeError for an x that is not floating point [..., T, N, H].
@@ -203,7 +283,8 @@ def _rotate(x: Any, positions: Any, base: Any, fraction: float, scaling: Any, na
     elif isinstance(scaling, RotaryScaling):
         frequency = scaling(base, rotated, dtype)
     else:
-        raise TypeError(f"scaling must be Interpolate, NTK, Yarn or None, got {type(scaling).__name__}")
+        kinds = "Interpolate, NTK, Yarn, Llama3, LongRope"
+        raise TypeError(f"scaling must be {kinds} or None, got {type(scaling).__name__}")
     angle = positions.astype(dtype)[..., None, None] * frequency  # [..., T, 1 or N, R/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second, rest = x[..., : rotated // 2], x[..., rotated // 2 : rotated], x[..., rotated:]

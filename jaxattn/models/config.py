@@ -46,7 +46,7 @@ class Attention(Mixer):
         null_logit: Learn one null logit per head, a place to attend to nothing (softmax only).
         rotary_base: Base of the rotary position embedding; none for no rotation.
         rotary_fraction: Fraction of the channels that is rotated.
-        rotary_scaling: How positions beyond those of training are read (Interpolate, NTK or Yarn).
+        rotary_scaling: How positions beyond those of training are read (Yarn, Llama3 or another).
         alibi: Add the ALiBi distance bias with its geometric slopes.
         qk_norm: RMS norm of queries and keys, before rotation.
         gate: Multiply what heads read by a sigmoid gate of the input.

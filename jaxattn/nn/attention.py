@@ -48,8 +48,8 @@ class MultiHeadAttention(nnx.Module):
     features: D of x and y. heads: N. key_heads: K (grouped heads; default N, a divisor of N). head_dim: H, default
     D / N, independent of both otherwise. context_features: width of `context` for cross-attention, default D.
     rotary_base: rotary embedding of q and k with this base, None for none; rotary_fraction: of the channels.
-    rotary_scaling: how positions beyond those of training are read, e.g. `Yarn(4.0, 2048)`; q and k are multiplied by
-    its `attention_scale`.
+    rotary_scaling: how positions beyond those of training are read, e.g. `Yarn(4.0, 2048)`; the rotated channels of q
+    and k are multiplied by its `attention_scale`.
     qk_norm: RMS norm of q and k over H with learned gains and `eps`, before rotation. gate: z ⊙ σ(W_g x) before W_o.
     own_keys: False for a layer without W_k and W_v, which reads those of another: `context` is then the record `kv` of
     that layer, a `KeyValue` (cross-layer sharing). project: False for no W_o, so that y has N·H channels.
@@ -297,7 +297,10 @@ class MultiHeadAttention(nnx.Module):
             return x
         places = jnp.arange(x.shape[-3]) if positions is None else positions
         x = rotary(x, places, self.rotary_base, self.rotary_fraction, self.rotary_scaling)
-        return x if self.rotary_scaling is None else x * self.rotary_scaling.attention_scale
+        if self.rotary_scaling is None or self.rotary_scaling.attention_scale == 1:
+            return x
+        rotated = jnp.arange(self.head_dim) < rotary_channels(self.head_dim, self.rotary_fraction)
+        return x * jnp.where(rotated, self.rotary_scaling.attention_scale, 1).astype(x.dtype)
 
     def _past(self, x, positions, mask, held) -> Past:
         """What the convolutions see: no padding, and no other document."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import assert_close, epsilon
 
-from jaxattn import NTK, Interpolate, LearnedPositions, Yarn, rotary, rotary_2d, sinusoidal
+from jaxattn import NTK, Interpolate, LearnedPositions, Llama3, LongRope, Yarn, rotary, rotary_2d, sinusoidal
 
 
 def normal(*shape, seed=0):
@@ -167,17 +167,43 @@ def frequencies(scaling, base, rotated):
         case NTK(factor):
             base *= factor ** (rotated / (rotated - 2))
             return [base ** (-2 * i / rotated) for i in range(rotated // 2)]
-        case Yarn(factor, length, beta_fast, beta_slow):
+        case Llama3(factor, length, low, high):
+            wavelengths = [2 * math.pi / f for f in plain]  # told apart by wavelength, as in the models' code
+            scaled = []
+            for f, wavelength in zip(plain, wavelengths, strict=True):
+                if wavelength < length / high:
+                    scaled.append(f)
+                elif wavelength > length / low:
+                    scaled.append(f / factor)
+                else:
+                    smooth = (length / wavelength - low) / (high - low)
+                    scaled.append((1 - smooth) * f / factor + smooth * f)
+            return scaled
+        case LongRope(divisors):
+            return [1 / (divisor * base ** (2 * i / rotated)) for i, divisor in enumerate(divisors)]
+        case Yarn(factor, length, beta_fast, beta_slow, truncate):
 
             def pair_with(rotations):  # solves length · base^(−2 i / R) = 2π · rotations for i
                 return rotated / 2 * math.log(length / (2 * math.pi * rotations), base)
 
-            low, high = max(math.floor(pair_with(beta_fast)), 0), min(math.ceil(pair_with(beta_slow)), rotated - 1)
+            low, high = pair_with(beta_fast), pair_with(beta_slow)
+            low, high = (math.floor(low), math.ceil(high)) if truncate else (low, high)
+            low, high = max(low, 0), min(high, rotated - 1)
             ramp = [min(max((i - low) / (high - low), 0), 1) for i in range(rotated // 2)]
             return [f * (1 - r + r / factor) for f, r in zip(plain, ramp, strict=True)]
 
 
-SCALINGS = (Interpolate(4), NTK(8.0), Yarn(4.0, 64), Yarn(16, 1000, beta_fast=20, beta_slow=2.5), Yarn(2.0, 300))
+SCALINGS = (
+    Interpolate(4),
+    NTK(8.0),
+    Yarn(4.0, 64),
+    Yarn(16, 1000, beta_fast=20, beta_slow=2.5),
+    Yarn(2.0, 300),
+    Yarn(16, 1000, beta_fast=20, beta_slow=2.5, truncate=False),
+    Llama3(8.0, 64),
+    Llama3(32, 300, low=2.0, high=9.5),
+    LongRope((1.0, 1.05, 1.5, 2.0, 4.0, 7.25, 16.0, 64.0), 16.0, 4096),
+)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
@@ -192,7 +218,7 @@ def test_scalings_are_rotations_at_their_frequencies(scaling):
     assert np.abs(actual - rotary(x, positions, base, fraction=0.8)).max() > 0.1
 
 
-@pytest.mark.parametrize("scaling", [Interpolate(1.0), NTK(1), Yarn(1.0, 64)], ids=str)
+@pytest.mark.parametrize("scaling", [Interpolate(1.0), NTK(1), Yarn(1.0, 64), Llama3(1, 64)], ids=str)
 def test_a_factor_of_one_is_the_identity(scaling):
     x, positions = normal(6, 2, 8), np.arange(6) * 10
     np.testing.assert_allclose(
@@ -238,6 +264,17 @@ def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
     assert Yarn(factor, length).attention_scale == 0.1 * math.log(8) + 1
 
 
+def test_the_scales_of_attention_are_those_of_the_published_models():
+    """Of DeepSeek-V2 and V3 and of Phi-3, from the numbers in their configs."""
+    assert Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=1.0).attention_scale == 1
+    lite = Yarn(40.0, 4096, mscale=0.5, mscale_all_dim=0.25).attention_scale
+    assert lite == pytest.approx((1 + 0.05 * math.log(40)) / (1 + 0.025 * math.log(40)), rel=1e-15)
+    assert Yarn(40.0, 4096, mscale=0.707).attention_scale == pytest.approx(1 + 0.0707 * 3.688879454, rel=1e-9)  # ln 40
+    assert LongRope((1.0,), 32.0, 4096).attention_scale == pytest.approx(math.sqrt(17 / 12), rel=1e-15)  # 5 of 12 bits
+    assert LongRope((1.0,), 1.0, 4096).attention_scale == 1
+    assert Llama3(8.0, 8192).attention_scale == 1
+
+
 @pytest.mark.parametrize(
     ("make", "exception", "message"),
     [
@@ -250,6 +287,17 @@ def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
         (lambda: Yarn(2.0, 1e3), TypeError, "Yarn: original_length must be an int, got 1000.0"),
         (lambda: Yarn(2.0, 64, 1.0, 1.0), ValueError, "beta_fast must be above beta_slow and both positive, got 1.0"),
         (lambda: rotary(normal(2, 1, 8), np.arange(2), 1.0, scaling=Yarn(2.0, 64)), ValueError, "base must be above 1"),
+        (lambda: Yarn(2.0, 64, mscale=-1.0), ValueError, r"Yarn: mscale must be at least 0 and finite, got -1\.0"),
+        (lambda: Llama3(0.5, 64), ValueError, "Llama3: factor must be at least 1"),
+        (lambda: Llama3(2.0, 0), ValueError, "Llama3: original_length must be at least 1, got 0"),
+        (lambda: Llama3(2.0, 64, 4.0, 1.0), ValueError, "high must be above low and both positive, got 1.0, 4.0"),
+        (lambda: LongRope((1.0, 0.0), 2.0, 64), ValueError, r"divisors must be positive and finite, got 0\.0"),
+        (lambda: LongRope((1.0,), 2.0, 1), ValueError, "LongRope: original_length must be at least 2, got 1"),
+        (
+            lambda: rotary(normal(2, 1, 8), np.arange(2), scaling=LongRope((1.0, 2.0, 3.0), 2.0, 64)),
+            ValueError,
+            "LongRope: divisors has 3 numbers but 8 channels are rotated: need 4",
+        ),
         (lambda: rotary(normal(2, 1, 8), np.arange(2), 0.0), ValueError, "base must be positive, got 0.0"),
         (lambda: rotary(normal(2, 1, 8), np.arange(2), scaling=4.0), TypeError, "scaling must be Interpolate, NTK"),
         (

@@ -132,6 +132,17 @@ def test_scaled_rotary_turns_and_sharpens_queries_and_keys(scaling):
     assert np.abs(attend(rotary(seen["q"], places), rotary(seen["k"], places), seen["v"]) - expected).max() > 1e-3
 
 
+def test_only_rotated_channels_are_sharpened():
+    """As in the published models, whose sines and cosines carry the scale."""
+    scaling = Yarn(4.0, 8)
+    module = MultiHeadAttention(D, 2, rotary_fraction=0.5, rotary_scaling=scaling, rngs=nnx.Rngs(0))
+    x, places = inputs(B, T, 2, D // 2), np.arange(T)
+    turned = rotary(x, places, fraction=0.5, scaling=scaling)
+    half = D // 4
+    assert_close(module.turn(x, places)[..., :half], turned[..., :half] * scaling.attention_scale)
+    np.testing.assert_array_equal(module.turn(x, places)[..., half:], x[..., half:])
+
+
 def test_interpolated_positions_are_the_trained_ones():
     plain, scaled = (
         MultiHeadAttention(D, 4, mask=Causal(), rotary_scaling=scaling, rngs=nnx.Rngs(0))
