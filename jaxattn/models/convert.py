@@ -70,7 +70,7 @@ def matching_loss(student: Decoder, teacher: Decoder) -> tuple[Any, Callable[...
 
     For every linearised layer the mean over rows of −Σ_j P_j log A_j: the teacher's attention weights P against those
     that the features make of the same queries and keys, so that each layer learns by itself. The loss is the mean over
-    layers, per token of the packed batch. Train them without weight decay. Memory is T² per head of one layer. Raises
+    layers, per token of the packed batch. The features are not decayed. Memory is T² per head of one layer. Raises
     ValueError for decoders with meta tokens.
     """
     if teacher.config.meta_tokens:

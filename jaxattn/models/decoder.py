@@ -13,7 +13,7 @@ from jaxattn import nn
 from jaxattn.core.mask import Mask
 from jaxattn.models.config import DecoderConfig, Layer
 from jaxattn.nn import EDITED, SITES, Recorder
-from jaxattn.nn.parameter import linear_map, rms_norm
+from jaxattn.nn.parameter import linear_map, rms_norm, undecayed
 
 DOCUMENTS = 8  # how many of them may be packed in a row behind meta tokens: each has its own
 
@@ -57,9 +57,9 @@ class Decoder(nnx.Module):
         self.reads = tuple(spec.mixer.keys == "shared" for spec, _ in runs)  # keys of a run before
         self.runs = nnx.List([_stack(spec, length, config, rngs) for spec, length in runs])
         meta = (config.meta_tokens, config.width)
-        self.meta = nnx.Param(jax.random.normal(rngs.params(), meta) * 0.02) if config.meta_tokens else None
+        self.meta = undecayed(jax.random.normal(rngs.params(), meta) * 0.02) if config.meta_tokens else None
         self.final_norm = rms_norm(config.width, config.eps, None, rngs)
-        self.head = None if config.tied else linear_map(config.width, config.vocabulary, None, rngs)
+        self.head = None if config.tied else linear_map(config.width, config.vocabulary, None, rngs, role="decayed")
 
     def __call__(
         self,
@@ -176,8 +176,14 @@ class Decoder(nnx.Module):
 
 def _embedding(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Embed | nnx.Linear:
     if config.inputs:
-        return linear_map(config.inputs, config.width, None, rngs, use_bias=True)
-    return nnx.Embed(config.vocabulary, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
+        return linear_map(config.inputs, config.width, None, rngs, use_bias=True, role="decayed")
+    return nnx.Embed(
+        config.vocabulary,
+        config.width,
+        embedding_init=nnx.initializers.normal(0.02),
+        embedding_metadata={"role": "decayed"},
+        rngs=rngs,
+    )
 
 
 def _stack(spec: Layer, length: int, config: DecoderConfig, rngs: nnx.Rngs) -> Block:

@@ -19,7 +19,7 @@ from jaxattn.core.mask import Causal, Mask, Sinks
 from jaxattn.models.config import Attention, DecoderConfig
 from jaxattn.models.decoder import Decoder
 from jaxattn.nn.packing import scan_segments, where_row
-from jaxattn.nn.parameter import rms_norm
+from jaxattn.nn.parameter import linear_map, rms_norm, undecayed
 from jaxattn.nn.recurrent import segments_of
 
 Condense = Literal["fold", "queries"]
@@ -70,13 +70,13 @@ class FoldedDecoder(nnx.Module):
             layers.append(replace(layer, mixer=replace(layer.mixer, mask=Causal() | Sinks(carry))))
         self.decoder = Decoder(replace(config, layers=layers), rngs=rngs)
         self.segment, self.carry, self.bptt, self.documents = segment, carry, bptt, documents
-        self.start = nnx.Param(jax.random.normal(rngs.params(), (carry, config.width)))
+        self.start = undecayed(jax.random.normal(rngs.params(), (carry, config.width)))
         self.norm = rms_norm(config.width, config.eps, None, rngs)
         identity = nnx.initializers.constant(jnp.eye(config.width))
-        self.enter = nnx.Linear(config.width, config.width, use_bias=False, kernel_init=identity, rngs=rngs)
+        self.enter = linear_map(config.width, config.width, None, rngs, start=identity)
         given: dict[str, Any] = {"rotary_base": None, "rngs": rngs}
         pooled, queries = condense == "queries", (carry, config.width)
-        self.queries = nnx.Param(jax.random.normal(rngs.params(), queries)) if pooled else None
+        self.queries = undecayed(jax.random.normal(rngs.params(), queries)) if pooled else None
         self.pool = nn.MultiHeadAttention(config.width, heads[0], **given) if pooled else None
 
     @property

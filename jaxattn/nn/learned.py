@@ -16,6 +16,7 @@ from jaxattn.core.maps import Convolution, MixHeads, Temperature
 from jaxattn.core.normalize import Softmax
 from jaxattn.core.random_feature import RandomFeatures, RandomKind, orthogonal_gaussian
 from jaxattn.core.score import Additive, Bilinear, Neural
+from jaxattn.nn.parameter import decayed, undecayed
 
 lecun, he = jax.nn.initializers.lecun_normal(), jax.nn.initializers.he_normal()
 
@@ -36,7 +37,7 @@ class BilinearScore(nnx.Module):
     def __init__(self, head_dim: int, heads: int | None = None):
         _check_sizes(self, head_dim=head_dim, heads=heads)
         weight = head_dim**-0.5 * jnp.eye(head_dim)
-        self.weight = nnx.Param(weight if heads is None else jnp.tile(weight, (heads, 1, 1)))
+        self.weight = decayed(weight if heads is None else jnp.tile(weight, (heads, 1, 1)))
 
     def __call__(self) -> Bilinear:
         return Bilinear(self.weight[...])
@@ -51,8 +52,8 @@ class AdditiveScore(nnx.Module):
 
     def __init__(self, head_dim: int, hidden: int, *, rngs: nnx.Rngs):
         _check_sizes(self, head_dim=head_dim, hidden=hidden)
-        self.pair_weight = nnx.Param(lecun(rngs.params(), (2 * head_dim, hidden)))
-        self.vector = nnx.Param(lecun(rngs.params(), (hidden, 1))[:, 0])
+        self.pair_weight = decayed(lecun(rngs.params(), (2 * head_dim, hidden)))
+        self.vector = decayed(lecun(rngs.params(), (hidden, 1))[:, 0])
 
     def __call__(self) -> Additive:
         query_weight, key_weight = jnp.split(self.pair_weight[...], 2)
@@ -69,12 +70,12 @@ class NeuralScore(nnx.Module):
 
     def __init__(self, head_dim: int, hidden: int, second: int | None = None, *, rngs: nnx.Rngs):
         _check_sizes(self, head_dim=head_dim, hidden=hidden, second=second)
-        self.w1, self.b1 = nnx.Param(lecun(rngs.params(), (2 * head_dim, hidden))), nnx.Param(jnp.zeros(hidden))
+        self.w1, self.b1 = decayed(lecun(rngs.params(), (2 * head_dim, hidden))), undecayed(jnp.zeros(hidden))
         if second is None:
-            self.w2, self.b2, self.w3 = nnx.Param(he(rngs.params(), (hidden, 1))[:, 0]), None, None
+            self.w2, self.b2, self.w3 = decayed(he(rngs.params(), (hidden, 1))[:, 0]), None, None
         else:
-            self.w2, self.b2 = nnx.Param(he(rngs.params(), (hidden, second))), nnx.Param(jnp.zeros(second))
-            self.w3 = nnx.Param(he(rngs.params(), (second, 1))[:, 0])
+            self.w2, self.b2 = decayed(he(rngs.params(), (hidden, second))), undecayed(jnp.zeros(second))
+            self.w3 = decayed(he(rngs.params(), (second, 1))[:, 0])
 
     def __call__(self) -> Neural:
         if self.b2 is None or self.w3 is None:
@@ -90,7 +91,7 @@ class RelativePositionBias(nnx.Module):
 
     def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False):
         _check_sizes(self, heads=heads, buckets=buckets, max_distance=max_distance)
-        self.table = nnx.Param(jnp.zeros((heads, buckets)))
+        self.table = undecayed(jnp.zeros((heads, buckets)))
         self.max_distance, self.bidirectional = max_distance, bidirectional
 
     def __call__(self) -> RelativeBias:
@@ -102,7 +103,7 @@ class LearnedTemperature(nnx.Module):
 
     def __init__(self, heads: int):
         _check_sizes(self, heads=heads)
-        self.log_temperature = nnx.Param(jnp.zeros(heads))
+        self.log_temperature = undecayed(jnp.zeros(heads))
 
     def __call__(self) -> Temperature:
         return Temperature(jnp.exp(self.log_temperature[...]))
@@ -116,7 +117,7 @@ class HeadMixing(nnx.Module):
 
     def __init__(self, heads: int):
         _check_sizes(self, heads=heads)
-        self.weight = nnx.Param(jnp.eye(heads))
+        self.weight = undecayed(jnp.eye(heads))
 
     def __call__(self) -> MixHeads:
         return MixHeads(self.weight[...])
@@ -133,7 +134,7 @@ class KeyQueryConvolution(nnx.Module):
         _check_sizes(self, heads=heads, queries=queries, keys=keys)
         if keys % 2 == 0:
             raise ValueError(f"KeyQueryConvolution: keys is {keys}: need an odd number, so that there is a centre")
-        self.kernel = nnx.Param(jnp.zeros((heads, queries, keys)).at[:, -1, keys // 2].set(1))
+        self.kernel = undecayed(jnp.zeros((heads, queries, keys)).at[:, -1, keys // 2].set(1))
 
     def __call__(self) -> Convolution:
         return Convolution(self.kernel[...])
@@ -158,8 +159,8 @@ class HedgehogMap(nnx.Module):
         _check_sizes(self, heads=heads, head_dim=head_dim, key_heads=key_heads)
         self.kind: HedgehogKind = kind
         start = HedgehogFeatures.identity(heads, head_dim, key_heads, kind)
-        self.query_weight, self.key_weight = nnx.Param(start.query_weight), nnx.Param(start.key_weight)
-        self.query_bias, self.key_bias = nnx.Param(start.query_bias), nnx.Param(start.key_bias)
+        self.query_weight, self.key_weight = undecayed(start.query_weight), undecayed(start.key_weight)
+        self.query_bias, self.key_bias = undecayed(start.query_bias), undecayed(start.key_bias)
 
     def __call__(self) -> HedgehogFeatures:
         weights = self.query_weight[...], self.key_weight[...]
@@ -198,7 +199,7 @@ class NullSoftmax(nnx.Module):
 
     def __init__(self, heads: int):
         _check_sizes(self, heads=heads)
-        self.null_logit = nnx.Param(jnp.zeros(heads))
+        self.null_logit = undecayed(jnp.zeros(heads))
 
     def __call__(self) -> Softmax:
         return Softmax(self.null_logit[...])

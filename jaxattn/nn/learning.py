@@ -12,7 +12,7 @@ from jaxattn.core.inner import Identity, InnerLoss, Link, MLPMemory, SquaredErro
 from jaxattn.core.parts import check_static_int
 from jaxattn.core.position import rotary, rotary_channels
 from jaxattn.nn.mechanisms import Gate, HeadOutput, Projections, ShortConvolution, head_dim_of, unit
-from jaxattn.nn.parameter import layer_norm, linear_map
+from jaxattn.nn.parameter import decayed, layer_norm, linear_map, undecayed
 from jaxattn.nn.recurrent import LearningInputs
 
 lecun = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
@@ -65,7 +65,7 @@ class NeuralMemory(nnx.Module):
         self.project = Projections(features, sizes, convolution, dtype, rngs, silu=True)
         self.rate, self.forget = (linear_map(features, heads, None, rngs, use_bias=True) for _ in range(2))
         self.carry = linear_map(features, heads, None, rngs, use_bias=True) if momentum else None
-        self.weights = nnx.List([nnx.Param(x) for x in _layers(rngs, heads, (channels, *hidden, channels))])
+        self.weights = nnx.List([decayed(x) for x in _layers(rngs, heads, (channels, *hidden, channels))])
         self.out = HeadOutput(features, heads, channels, gate=gate, eps=eps, dtype=dtype, rngs=rngs)
 
     def inputs(self, x, positions, past):
@@ -129,11 +129,11 @@ class TTT(nnx.Module):
             else {}
         )
         self.rate = linear_map(features, heads, None, rngs, use_bias=True)
-        self.rows = nnx.Param(jnp.zeros(inner_batch))
+        self.rows = undecayed(jnp.zeros(inner_batch))
         layers = _layers(rngs, heads, (channels, 4 * channels, channels) if deep else (channels, channels))
-        self.weights = nnx.List([nnx.Param(x) for x in layers])
-        self.biases = nnx.List([nnx.Param(jnp.zeros((heads, 1, x.shape[-1]))) for x in layers])
-        self.gain, self.shift = nnx.Param(jnp.ones((heads, channels))), nnx.Param(jnp.zeros((heads, channels)))
+        self.weights = nnx.List([decayed(x) for x in layers])
+        self.biases = nnx.List([undecayed(jnp.zeros((heads, 1, x.shape[-1]))) for x in layers])
+        self.gain, self.shift = undecayed(jnp.ones((heads, channels))), undecayed(jnp.zeros((heads, channels)))
         self.norm = layer_norm(features, eps, dtype, rngs)
         self.gate, self.out = (linear_map(features, features, dtype, rngs) for _ in range(2))
 

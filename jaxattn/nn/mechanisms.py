@@ -25,7 +25,7 @@ from jaxattn.core.linear import append_one, divide
 from jaxattn.core.parts import ratio
 from jaxattn.core.position import rotary
 from jaxattn.core.recurrence import Delta, Erase
-from jaxattn.nn.parameter import layer_norm, linear_map, rms_norm
+from jaxattn.nn.parameter import decayed, layer_norm, linear_map, rms_norm, undecayed
 from jaxattn.nn.recurrent import LinearInputs, Passed, Past
 
 Gate = Literal["silu", "sigmoid"]
@@ -46,8 +46,8 @@ class ShortConvolution(nnx.Module):
             return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
 
         self.silu = silu
-        self.weight = nnx.Param(uniform(width, channels))
-        self.bias = nnx.Param(uniform(channels)) if use_bias else None
+        self.weight = decayed(uniform(width, channels))
+        self.bias = undecayed(uniform(channels)) if use_bias else None
 
     def __call__(self, name: str, x: Float[Array, "b t c"], past: Past) -> Float[Array, "b t c"]:
         weight = self.weight[...].astype(x.dtype)
@@ -316,16 +316,16 @@ class DeltaNet(nnx.Module):
         self.in_features, self.kind, self.negative = features, decay, negative
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
         self.project = Projections(features, sizes, convolution, dtype, rngs, silu=True)
-        self.beta = nnx.Linear(features, heads, use_bias=False, rngs=rngs)
+        self.beta = linear_map(features, heads, None, rngs)
         step: nnx.Linear | LowRank | None = None
         if decay == "head":
-            step = nnx.Linear(features, heads, use_bias=False, rngs=rngs)
+            step = linear_map(features, heads, None, rngs)
         elif decay == "channel":
             step = LowRank(features, rank, heads * key_dim, bias=False, rngs=rngs)
         self.step = step
         if decay != "none":
-            self.step_bias = nnx.Param(step_bias(rngs, heads if decay == "head" else heads * key_dim))
-            self.a_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
+            self.step_bias = undecayed(step_bias(rngs, heads if decay == "head" else heads * key_dim))
+            self.a_log = undecayed(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
         gate: dict[str, Gate | None] = {"none": None, "head": "silu", "channel": "sigmoid"}
         self.out = HeadOutput(features, heads, value_dim, gate=gate[decay], eps=eps, dtype=dtype, rngs=rngs)
 
@@ -362,18 +362,18 @@ class RWKV7(nnx.Module):
         channels = head_dim_of(features, heads)
         self.in_features, self.heads = features, heads
         names = ("receptance", "key", "value", "decay", "rate", "gate")
-        self.mix = nnx.Dict({name: nnx.Param(jnp.full(features, 0.5)) for name in names})
+        self.mix = nnx.Dict({name: undecayed(jnp.full(features, 0.5)) for name in names})
         self.linear = nnx.Dict({name: linear_map(features, features, dtype, rngs) for name in names[:3]})
         self.low_rank = nnx.Dict(
             decay=LowRank(features, rank, features, inner=jnp.tanh, rngs=rngs),
             rate=LowRank(features, rank, features, rngs=rngs),
             gate=LowRank(features, rank, features, inner=nnx.sigmoid, bias=False, rngs=rngs),
         )
-        self.removed = nnx.Param(jnp.full(features, 0.85))
-        self.replaced = nnx.Param(jnp.ones(features))
-        self.bonus = nnx.Param(jnp.zeros((heads, channels)))
+        self.removed = undecayed(jnp.full(features, 0.85))
+        self.replaced = undecayed(jnp.ones(features))
+        self.bonus = undecayed(jnp.zeros((heads, channels)))
         self.norm = layer_norm(channels, eps, dtype, rngs, learned=False)
-        self.scale, self.shift = nnx.Param(jnp.ones((heads, channels))), nnx.Param(jnp.zeros((heads, channels)))
+        self.scale, self.shift = undecayed(jnp.ones((heads, channels))), undecayed(jnp.zeros((heads, channels)))
         self.out = linear_map(features, features, dtype, rngs)
 
     def inputs(self, x, positions, past):

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxattn.core import merged
 from jaxattn.core.merged import Scale
 from jaxattn.core.parts import check_static_int
+from jaxattn.nn.parameter import decayed
 
 
 def _check_sizes(owner: nnx.Module, features: int, outputs: int) -> int:
@@ -51,7 +52,7 @@ class LinearSelfAttention(nnx.Module):
             pv = jnp.diag(jnp.where(jnp.arange(features) < inputs, 0, start))
         else:
             kq, pv = (start * jax.random.normal(rngs.params(), (features, features)) for _ in range(2))
-        self.kq, self.pv = nnx.Param(kq), nnx.Param(pv)
+        self.kq, self.pv = decayed(kq), decayed(pv)
 
     def __call__(self) -> merged.LinearSelfAttention:
         return merged.LinearSelfAttention(self.kq[...], self.pv[...], self.scale, self.mask_query)
@@ -85,7 +86,7 @@ class SoftmaxHeads(nnx.Module):
         else:
             kq = start * jax.random.normal(rngs.params(), kq_shape)
             ov = start * jax.random.normal(rngs.params(), ov_shape)
-        self.kq, self.ov = nnx.Param(kq), nnx.Param(ov[:, 0] if outputs == 1 else ov)
+        self.kq, self.ov = decayed(kq), decayed(ov[:, 0] if outputs == 1 else ov)
 
     def __call__(self) -> merged.SoftmaxHeads:
         return merged.SoftmaxHeads(self.kq[...], self.ov[...])

@@ -1,23 +1,65 @@
-"""The layers of Flax that own parameters, as this package makes them."""
+"""Parameters, and the layers of Flax that own some, as this package makes them: each says its role to an optimiser."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
+from jaxtyping import Array
+
+from jaxattn.core.role import Role
 
 
-def linear_map(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = False) -> nnx.Linear:
-    """W x, or W x + b with `use_bias`."""
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
+def decayed(x: Any) -> nnx.Param:
+    """A parameter that is decayed: see `jaxattn.core.role`."""
+    return nnx.Param(x, role="decayed")
+
+
+def undecayed(x: Any) -> nnx.Param:
+    """A parameter that is not decayed: see `jaxattn.core.role`."""
+    return nnx.Param(x, role="undecayed")
+
+
+def linear_map(
+    inputs: int,
+    outputs: int,
+    dtype: Any,
+    rngs: nnx.Rngs,
+    *,
+    use_bias: bool = False,
+    role: Role = "hidden",
+    start: Callable[..., Array] = nnx.nn.linear.default_kernel_init,
+) -> nnx.Linear:
+    """W x, or W x + b with `use_bias`. role: that of W. start: its initializer."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=start,
+        kernel_metadata={"role": role},
+        bias_metadata={"role": "undecayed"},
+        rngs=rngs,
+    )
 
 
 def rms_norm(channels: int, eps: float, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """g ⊙ x / √(mean(x²) + eps) over the last axis. Raises ValueError unless eps is positive."""
-    return nnx.RMSNorm(channels, epsilon=_positive(eps), dtype=dtype, rngs=rngs)
+    scale = {"role": "undecayed"}
+    return nnx.RMSNorm(channels, epsilon=_positive(eps), dtype=dtype, scale_metadata=scale, rngs=rngs)
 
 
 def layer_norm(channels: int, eps: float, dtype: Any, rngs: nnx.Rngs, *, learned: bool = True) -> nnx.LayerNorm:
     """g ⊙ (x − mean) / √(var + eps) + b over the last axis, without g and b unless `learned`. Raises as `rms_norm`."""
-    return nnx.LayerNorm(channels, epsilon=_positive(eps), use_scale=learned, use_bias=learned, dtype=dtype, rngs=rngs)
+    return nnx.LayerNorm(
+        channels,
+        epsilon=_positive(eps),
+        use_scale=learned,
+        use_bias=learned,
+        dtype=dtype,
+        scale_metadata={"role": "undecayed"},
+        bias_metadata={"role": "undecayed"},
+        rngs=rngs,
+    )
 
 
 def _positive(eps: float) -> float:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.core.mask import Causal, Documents, Mask
 from jaxattn.nn.packing import in_order, layout
+from jaxattn.nn.parameter import undecayed
 from jaxattn.nn.recurrent import segments_of
 
 
@@ -75,7 +76,7 @@ class Prefixed(nnx.Module):
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}")
         self.mixer, self.documents = mixer, documents
-        self.prefix = nnx.Param(jax.random.normal(rngs.params(), (tokens, features)))
+        self.prefix = undecayed(jax.random.normal(rngs.params(), (tokens, features)))
 
     def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
         """As the mixer; see `with_prefix` for positions and masks."""

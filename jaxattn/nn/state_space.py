@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxattn.core.gate import inverse_softplus, softplus_decay
 from jaxattn.nn.mechanisms import Projections, ShortConvolution, head_dim_of, step_bias
-from jaxattn.nn.parameter import linear_map, rms_norm
+from jaxattn.nn.parameter import linear_map, rms_norm, undecayed
 from jaxattn.nn.recurrent import LinearInputs
 
 
@@ -50,10 +50,10 @@ class S6(nnx.Module):
         self.selection = nnx.Dict({name: linear_map(inner, size, dtype, rngs) for name, size in sizes.items()})
         norms = {name: rms_norm(size, eps, dtype, rngs) for name, size in sizes.items()} if norm else {}
         self.norms = nnx.Dict(norms)
-        self.step = nnx.Linear(rank, inner, use_bias=False, rngs=rngs)
-        self.step_bias = nnx.Param(step_bias(rngs, inner))
-        self.a_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1.0, state + 1)), (inner, 1)))
-        self.skip = nnx.Param(jnp.ones(inner))
+        self.step = linear_map(rank, inner, None, rngs)
+        self.step_bias = undecayed(step_bias(rngs, inner))
+        self.a_log = undecayed(jnp.tile(jnp.log(jnp.arange(1.0, state + 1)), (inner, 1)))
+        self.skip = undecayed(jnp.ones(inner))
         self.gate = linear_map(features, inner, dtype, rngs)
         self.out = linear_map(inner, features, dtype, rngs) if project else None
 
@@ -100,10 +100,10 @@ class Mamba2(nnx.Module):
         self.in_features = features
         sizes = {"value": (heads, value_dim), "key": (1, state), "query": (1, state)}
         self.project = Projections(features, sizes, convolution, dtype, rngs, use_bias=True)
-        self.step = nnx.Linear(features, heads, use_bias=False, rngs=rngs)
-        self.step_bias = nnx.Param(step_bias(rngs, heads))
-        self.a_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
-        self.skip = nnx.Param(jnp.ones(heads))
+        self.step = linear_map(features, heads, None, rngs)
+        self.step_bias = undecayed(step_bias(rngs, heads))
+        self.a_log = undecayed(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
+        self.skip = undecayed(jnp.ones(heads))
         self.gate, self.out = linear_map(features, inner, dtype, rngs), linear_map(inner, features, dtype, rngs)
         self.norm = rms_norm(inner, eps, dtype, rngs)
         if mimetic:

@@ -13,7 +13,7 @@ from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.hybrid import Chain, Parallel
 from jaxattn.nn.learning import NeuralMemory
 from jaxattn.nn.packing import scan_segments, where_row
-from jaxattn.nn.parameter import rms_norm
+from jaxattn.nn.parameter import rms_norm, undecayed
 from jaxattn.nn.prefix import Prefixed
 from jaxattn.nn.recurrent import Past, Recurrent, segments_of
 from jaxattn.nn.sites import Recorder
@@ -100,7 +100,7 @@ class MemoryAsContext(nnx.Module):
         self.in_features, self.segment, self.memory = features, segment, memory
         self.attention = MultiHeadAttention(features, heads, mask=Causal(), dtype=dtype, rngs=rngs)
         self.count = persistent
-        self.persistent = nnx.Param(jax.random.normal(rngs.params(), (persistent, features))) if persistent else None
+        self.persistent = undecayed(jax.random.normal(rngs.params(), (persistent, features))) if persistent else None
         self.norms = nnx.List([rms_norm(features, eps, dtype, rngs) for _ in range(2)])
 
     def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):

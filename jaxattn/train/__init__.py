@@ -22,7 +22,7 @@ from jaxattn.train.data import (
 from jaxattn.train.language import language_loss, with_params
 from jaxattn.train.loop import Result, TrainConfig, fit
 from jaxattn.train.loss import bits_per_byte, next_token_loss
-from jaxattn.train.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer
+from jaxattn.train.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer, parameter_roles
 from jaxattn.train.step import (
     State,
     data_mesh,
@@ -71,6 +71,7 @@ __all__ = [
     "on_one_device",
     "on_pmap",
     "ordered_batches",
+    "parameter_roles",
     "prompt_loss",
     "read_documents",
     "repeated",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import optax
+from flax import nnx
 from optax import contrib
 
-# Flax wraps an array in a variable, which shows as a last step of the path with one of these names.
-_WRAPPERS = {"value", "raw_value"}
+from jaxattn.core.role import Role
+
+Roles = Any
+"""A `Role` for each parameter, in a pytree like the parameters or a prefix of theirs, or a function that makes one of
+them."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,12 @@ class OptimizerConfig:
     """What the optimiser is made of.
 
     Attributes:
-        name: The rule: adamw; or muon (orthogonalised momentum) for `kernel` matrices, with AdamW for all else.
+        name: The rule: adamw; or muon (orthogonalised momentum) for hidden matrices, with AdamW for all else.
         learning_rate: The peak learning rate, reached at the end of the warm-up.
         warmup_steps: Steps over which the learning rate rises linearly.
         final_fraction: The learning rate at the last step, as a fraction of the peak, between 0 and 1.
         weight_decay: Decoupled weight decay: each step takes learning_rate * weight_decay of a decayed parameter away.
-        undecayed: Parameters with one of these last names are not decayed: norm scales, biases, sink logits.
+            Which parameters are decayed is said where they are made (`decay_mask`).
         beta1: Decay of the first moment's running mean (of the momentum, for muon).
         beta2: Decay of the second moment's running mean.
         eps: Added to the root of the second moment before dividing by it.
@@ -35,28 +39,35 @@ class OptimizerConfig:
     warmup_steps: int = 100
     final_fraction: float = 0.1
     weight_decay: float = 0.1
-    undecayed: tuple[str, ...] = ("scale", "bias", "null_logit")
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     clip_norm: float | None = 1.0
 
 
-def parameter_name(path: tuple[Any, ...]) -> str:
-    """The last name on a `jax.tree_util` path, past the wrapper that Flax puts around an array."""
-    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    while len(names) > 1 and names[-1] in _WRAPPERS:
-        names.pop()
-    return names[-1] if names else ""
+def parameter_roles(params: Any) -> Any:
+    """A pytree of strings like `params`: what each parameter is to an optimiser, a `Role`.
 
-
-def decay_mask(params: Any, undecayed: tuple[str, ...] = OptimizerConfig.undecayed) -> Any:
-    """A pytree of booleans like `params`: False where the parameter's last name is in `undecayed`.
-
-    The rule goes by name and not by the number of axes: a norm scale is a vector, but the scales of layers that are
-    scanned are stacked to a matrix, which looks like a kernel.
+    It is the `role` in the metadata of the `nnx.Variable` that holds the array; the modules of `jaxattn` say it for all
+    of theirs. Where nothing is said it is "decayed": for arrays without a variable, as in a dict, and for variables of
+    modules from elsewhere, also their biases and norms. Say it for your own by `nnx.Param(x, role="undecayed")`, or
+    `nnx.Linear(..., bias_metadata={"role": "undecayed"})`, or give `make_optimizer` the roles.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: parameter_name(path) not in undecayed, params)
+
+    def role(node: Any) -> Any:
+        said = node.get_metadata().get("role", "decayed") if isinstance(node, nnx.Variable) else "decayed"
+        return jax.tree.map(lambda _: said, node)
+
+    return jax.tree.map(role, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def decay_mask(params: Any, roles: Roles = parameter_roles) -> Any:
+    """A pytree of booleans like `params`: whether weight decay takes its share, which is all but "undecayed".
+
+    roles: of the parameters; as they say themselves, `parameter_roles`, unless given. Raises ValueError for a role that
+    is none.
+    """
+    return jax.tree.map(lambda role: role != "undecayed", _roles(params, roles))
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -74,41 +85,72 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, *, roles: Roles = parameter_roles
+) -> optax.GradientTransformation:
     """θ ← θ − ηₜ · (direction(clip(gradient)) + weight_decay · θ), with ηₜ and the decayed θ of the functions above.
 
-    `adamw`: Loshchilov and Hutter, 2019. `muon`: Jordan et al., 2024; it serves parameters named `kernel` with at
-    least two axes, whose last two axes it takes as the matrix (leading ones are layers), and scales its updates so
-    that a learning rate fit for AdamW fits it too (Liu et al., 2025). Its momentum is `beta1`, in Nesterov's form,
-    also for the parameters that it leaves to AdamW.
+    `adamw`: Loshchilov and Hutter, 2019. `muon`: Jordan et al., 2024, for parameters whose role is "hidden", with
 
-    Raises `ValueError` naming the field of a config that makes no sense.
+        m ← β m + g,   direction = orthogonalised(g + β m)
+
+    β = `beta1` and no correction of the bias; five steps of Newton-Schulz take the last two axes as the matrix (leading
+    ones are layers). Other than theirs, updates are scaled to a root mean square of 0.2, so that a learning rate fit
+    for AdamW fits them too (Liu et al., 2025), and computed in the parameters' own type. AdamW serves all else.
+
+    roles: what each parameter is; as the parameters say themselves, `parameter_roles`, unless given. A dict of arrays
+    says nothing, so all of it is decayed: give e.g. `{"bias": "undecayed", "kernel": "hidden"}` for one.
+
+    Raises `ValueError` naming the field of a config that makes no sense, and at `init` for a role that is none, for
+    muon without a hidden matrix, and for a hidden parameter of fewer than two axes.
     """
     _check(config, steps)
     if config.name == "adamw":
         direction = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     else:
-        # At a rate of -1 and without decay optax's Muon is the direction alone. Its own decay of what AdamW serves
-        # knows no mask.
-        direction = contrib.muon(
-            -1.0,
-            beta=config.beta1,
-            eps=config.eps,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            muon_weight_dimension_numbers=_matrices,
-            consistent_rms=0.2,  # the root mean square of a typical Adam update, from Liu et al.
+        direction = optax.chain(
+            optax.masked(optax.trace(config.beta1, nesterov=True), lambda params: _hidden(params, roles)),
+            # optax's own momentum corrects the bias of Nesterov's average. At beta 0 it passes on what it is given; at
+            # a rate of -1 and without decay the rest is the direction alone: its decay for AdamW knows no mask.
+            contrib.muon(
+                -1.0,
+                beta=0.0,
+                nesterov=False,
+                eps=config.eps,
+                adam_b1=config.beta1,
+                adam_b2=config.beta2,
+                muon_weight_dimension_numbers=lambda params: _matrices(params, roles),
+                consistent_rms=0.2,  # the root mean square of a typical Adam update, from Liu et al.
+            ),
         )
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    decay = optax.add_decayed_weights(config.weight_decay, lambda params: decay_mask(params, config.undecayed))
+    decay = optax.add_decayed_weights(config.weight_decay, lambda params: decay_mask(params, roles))
     return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(learning_rate(config, steps)))
 
 
-def _matrices(params: Any) -> Any:
+def _roles(params: Any, roles: Roles) -> Any:
+    """The role of each leaf of the parameters."""
+    said = roles(params) if callable(roles) else roles
+    for role in jax.tree.leaves(said):
+        if role not in get_args(Role):
+            raise ValueError(f"roles holds {role!r}: need one of {', '.join(get_args(Role))}")
+    return jax.tree.map(lambda role, node: jax.tree.map(lambda _: role, node), said, params)
+
+
+def _hidden(params: Any, roles: Roles) -> Any:
+    """Which parameters Muon serves."""
+    hidden = jax.tree.map(lambda role: role == "hidden", _roles(params, roles))
+    if not any(jax.tree.leaves(hidden)):
+        raise ValueError("name is 'muon' but no parameter is a hidden matrix: need roles that say which are")
+    for is_hidden, leaf in zip(jax.tree.leaves(hidden), jax.tree.leaves(params), strict=True):
+        if is_hidden and leaf.ndim < 2:
+            raise ValueError(f"roles says that a parameter of shape {leaf.shape} is a hidden matrix: need two axes")
+    return hidden
+
+
+def _matrices(params: Any, roles: Roles) -> Any:
     matrix = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: matrix if parameter_name(path) == "kernel" and leaf.ndim >= 2 else None, params
-    )
+    return jax.tree.map(lambda hidden: matrix if hidden else None, _hidden(params, roles))
 
 
 def _check(config: OptimizerConfig, steps: int) -> None:

@@ -7,13 +7,13 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxattn.train import OptimizerConfig, decay_mask, learning_rate, make_optimizer
+from jaxattn.train import OptimizerConfig, decay_mask, learning_rate, make_optimizer, parameter_roles
 
 EPS = float(np.finfo(np.float32).eps)
 
 
-def one_step(config, params, gradients, steps=10):
-    optimizer = make_optimizer(config, steps)
+def one_step(config, params, gradients, steps=10, **roles):
+    optimizer = make_optimizer(config, steps, **roles)
     updates, state = optimizer.update(gradients, optimizer.init(params), params)
     return updates, state
 
@@ -38,57 +38,69 @@ def test_a_schedule_without_warm_up_begins_at_the_peak():
     assert float(schedule(0)) == pytest.approx(2.0, rel=8 * EPS)
 
 
-def test_norms_biases_and_sinks_are_not_decayed():
-    layer = {"attention": {"query": {"kernel": 1, "bias": 0}, "null_logit": 0}, "norm": {"scale": 0, "bias": 0}}
-    expected = {"embed": {"embedding": 1}, "layers": layer, "bias_table": {"table": 1}, "scale": {"kernel": 1}}
-    params = jax.tree.map(lambda decayed: jnp.ones((2, 3)), expected)
-    assert decay_mask(params) == jax.tree.map(bool, expected)
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        undecayed = {"role": "undecayed"}
+        self.linear = nnx.Linear(2, 3, kernel_metadata={"role": "hidden"}, bias_metadata=undecayed, rngs=rngs)
+        self.norm = nnx.LayerNorm(3, scale_metadata=undecayed, rngs=rngs)
+        self.slope = nnx.Param(jnp.ones((2, 3)), role="undecayed")
+        self.embed = nnx.Embed(4, 2, embedding_metadata={"role": "decayed"}, rngs=rngs)
 
 
-def test_the_decay_rule_sees_through_a_leading_axis_of_layers():
-    flat = {"norm": {"scale": jnp.ones(4)}, "linear": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
-    scanned = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), flat)
-    assert scanned["norm"]["scale"].ndim == flat["linear"]["kernel"].ndim
-    assert decay_mask(scanned) == decay_mask(flat)
+SAID = {
+    "linear": {"kernel": "hidden", "bias": "undecayed"},
+    "norm": {"scale": "undecayed", "bias": "decayed"},  # nothing is said of this bias
+    "slope": "undecayed",
+    "embed": {"embedding": "decayed"},
+}
 
 
-def test_the_decay_rule_sees_through_flax_variables():
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            self.linear = nnx.Linear(2, 3, rngs=rngs)
-            self.norm = nnx.LayerNorm(3, rngs=rngs)
-            self.embed = nnx.Embed(4, 2, rngs=rngs)
-
+def test_what_is_decayed_is_what_variables_say():
     params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)[1]
-    mask = nnx.to_pure_dict(decay_mask(params))
-    assert mask == {
-        "linear": {"kernel": True, "bias": False},
-        "norm": {"scale": False, "bias": False},
-        "embed": {"embedding": True},
-    }
+    assert nnx.to_pure_dict(parameter_roles(params)) == SAID
+    assert nnx.to_pure_dict(decay_mask(params)) == jax.tree.map(lambda role: role != "undecayed", SAID)
 
 
-def test_the_names_that_are_not_decayed_can_be_chosen():
-    params = {"slope": jnp.ones(3), "bias": jnp.ones(3)}
-    assert decay_mask(params, ("slope",)) == {"slope": False, "bias": True}
+def test_layers_that_are_stacked_say_what_each_of_them_says():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs):
+        return Model(rngs)
+
+    params = nnx.split(stack(nnx.Rngs(0)), nnx.Param)[1]
+    assert params["slope"].shape == (3, 2, 3)
+    assert nnx.to_pure_dict(parameter_roles(params)) == SAID
+
+
+def test_arrays_say_nothing_whatever_they_are_called():
+    """No name is guessed from; the roles of the caller, as a pytree, a prefix of one or a function, are what holds."""
+    params = {"norm": {"scale": jnp.ones(3), "bias": jnp.ones(3)}, "kernel": jnp.ones((3, 2))}
+    assert decay_mask(params) == {"norm": {"scale": True, "bias": True}, "kernel": True}
+    expected = {"norm": {"scale": False, "bias": False}, "kernel": True}
+    assert decay_mask(params, {"norm": "undecayed", "kernel": "hidden"}) == expected
+    by_axes = decay_mask(params, lambda p: jax.tree.map(lambda x: "decayed" if x.ndim > 1 else "undecayed", p))
+    assert by_axes == expected
+
+
+def test_a_role_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="roles holds 'free': need one of hidden, decayed, undecayed"):
+        decay_mask({"w": jnp.ones(3)}, {"w": "free"})
+    optimizer = make_optimizer(OptimizerConfig(), 200, roles={"w": "kernel"})
+    with pytest.raises(ValueError, match="roles holds 'kernel'"):
+        optimizer.init({"w": jnp.ones(3)})
+
+
+ROLES = {"kernel": "hidden", "scale": "undecayed", "w": "decayed"}
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_decay_takes_its_share_of_decayed_parameters_and_no_more(name):
     params = {"kernel": jnp.full((2, 2), 3.0), "scale": jnp.full(2, 3.0), "w": jnp.full((2, 2), 3.0)}
     config = OptimizerConfig(name, learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
-    updates, _ = one_step(config, params, jax.tree.map(jnp.zeros_like, params))
+    updates, _ = one_step(config, params, jax.tree.map(jnp.zeros_like, params), roles=ROLES)
     np.testing.assert_array_equal(updates["scale"], 0)
     np.testing.assert_allclose(updates["kernel"], -0.5 * 0.1 * 3, rtol=8 * EPS)
     np.testing.assert_allclose(updates["w"], -0.5 * 0.1 * 3, rtol=8 * EPS)
-
-
-def test_undecayed_reaches_the_optimiser():
-    params = {"slope": jnp.ones(3), "bias": jnp.ones(3)}
-    config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, undecayed=("slope",))
-    updates, _ = one_step(config, params, jax.tree.map(jnp.zeros_like, params))
-    assert np.all(updates["slope"] == 0)
-    assert np.all(updates["bias"] < 0)
 
 
 @pytest.mark.parametrize(("clip_norm", "expected"), [(1.0, 1.0), (None, 5.0), (10.0, 5.0)])
@@ -123,30 +135,68 @@ def test_eps_and_beta2_reach_adamw():
     assert float(second["w"][0]) == pytest.approx(-moment / (square**0.5 + 1), rel=16 * EPS)
 
 
-def test_muon_serves_the_kernels_of_stacked_layers_as_those_of_single_ones():
+def newton_schulz(matrix):
+    """Five quintic iterations from norm 1, in float64, with the coefficients of Jordan et al. (2024)."""
+    x = np.asarray(matrix, np.float64)
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def test_muon_is_jordans_rule():
+    """m ← β m + g and the direction of g + β m: Nesterov's average, whose bias is not corrected."""
+    shape, beta = (3, 5), 0.9
+    gradients = [np.asarray(jax.random.normal(jax.random.key(i), shape)) for i in range(3)]
+    config = OptimizerConfig("muon", 1.0, 0, final_fraction=1.0, weight_decay=0.0, beta1=beta, clip_norm=None)
+    optimizer = make_optimizer(config, 10, roles="hidden")
+    params = {"w": jnp.zeros(shape)}
+    state, momentum = optimizer.init(params), np.zeros(shape)
+    for gradient in gradients:
+        updates, state = optimizer.update({"w": jnp.asarray(gradient)}, state, params)
+        momentum = beta * momentum + gradient.astype(np.float64)
+        expected = -0.2 * np.sqrt(max(shape)) * newton_schulz(gradient + beta * momentum)
+        # Each iteration multiplies errors by up to its slope at 0, 3.4.
+        np.testing.assert_allclose(updates["w"], expected, rtol=0, atol=3.4445**5 * 4 * EPS)
+
+
+def test_muon_serves_the_matrices_of_stacked_layers_as_those_of_single_ones():
     kernels = jax.random.normal(jax.random.key(0), (3, 4, 6))
     config = OptimizerConfig("muon", warmup_steps=0, clip_norm=None)
-    stacked, _ = one_step(config, {"kernel": kernels}, {"kernel": kernels**2})
+    stacked, _ = one_step(config, {"kernel": kernels}, {"kernel": kernels**2}, roles="hidden")
     for layer, kernel in enumerate(kernels):
-        single, _ = one_step(config, {"kernel": kernel}, {"kernel": kernel**2})
+        single, _ = one_step(config, {"kernel": kernel}, {"kernel": kernel**2}, roles="hidden")
         # Newton-Schulz: 5 iterations of three products of length 6 at most, of matrices of norm near 1.
         np.testing.assert_allclose(stacked["kernel"][layer], single["kernel"], rtol=0, atol=5 * 3 * 6 * 4 * EPS)
 
 
-def test_muon_leaves_all_but_kernels_to_adamw_with_nesterov_momentum():
-    params = {"embedding": jnp.ones((4, 3)), "kernel": jnp.ones(3), "bias": jnp.ones(3)}
+def test_muon_leaves_all_but_hidden_matrices_to_adamw():
+    """Also a matrix that is called kernel, such as that of a convolution or of the output."""
+    params = {"w": jnp.ones((2, 3)), "embedding": jnp.ones((4, 3)), "kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)}
     gradients = jax.tree.map(lambda leaf: jnp.linspace(-1.0, 2.0, leaf.size).reshape(leaf.shape), params)
     config = OptimizerConfig("muon", warmup_steps=0, clip_norm=None, weight_decay=0.0)
-    updates, _ = one_step(config, params, gradients)
-    adamw = optax.nadamw(config.learning_rate, config.beta1, config.beta2, config.eps, weight_decay=0.0)
+    roles = {"w": "hidden", "embedding": "decayed", "kernel": "decayed", "bias": "undecayed"}
+    updates, _ = one_step(config, params, gradients, roles=roles)
+    adamw = optax.adamw(config.learning_rate, config.beta1, config.beta2, config.eps, weight_decay=0.0)
     expected, _ = adamw.update(gradients, adamw.init(params), params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=16 * EPS), updates, expected)
+    for name in ("embedding", "kernel", "bias"):
+        np.testing.assert_allclose(updates[name], expected[name], rtol=16 * EPS)
+    assert np.abs(updates["w"] - expected["w"]).max() > 1e-4
 
 
 def test_muon_serves_the_parameters_of_flax_modules():
-    params = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)[1]
+    params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)[1]
     updates, _ = one_step(OptimizerConfig("muon", warmup_steps=0), params, jax.tree.map(jnp.ones_like, params))
     assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(updates))
+
+
+def test_muon_without_matrices_is_refused():
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    with pytest.raises(ValueError, match="name is 'muon' but no parameter is a hidden matrix: need roles"):
+        make_optimizer(OptimizerConfig("muon"), 200).init(params)
+    with pytest.raises(ValueError, match=r"a parameter of shape \(2,\) is a hidden matrix: need two axes"):
+        make_optimizer(OptimizerConfig("muon"), 200, roles="hidden").init(params)
 
 
 @pytest.mark.parametrize(
