@@ -15,7 +15,7 @@ from jaxattn.models.recurrent import NeuralMemory
 class Hymba(Mixer):
     """Attention and state-space heads on the same input, normed and averaged (Hymba, Dong et al., 2024):
 
-        y = W_o (norm(attention(x)) + norm(s6(x))) / 2,  both of them of 2 D channels.
+        y = W_o (norm(attention(x)) + norm(s6(x))) / 2 + b,  both of them of 2 D channels.
 
     Attributes:
         heads: Query heads N, of 2 D / N channels each.
@@ -26,6 +26,7 @@ class Hymba(Mixer):
         rotary_base: Base of the rotary positions.
         own_keys: Project keys and values; if not, those of the layer before it are read.
         eps: Of all its norms.
+        use_bias: Biases of the projections of both and of W_o, as in the authors' code.
     """
 
     heads: int = 4
@@ -36,6 +37,7 @@ class Hymba(Mixer):
     rotary_base: float | None = 10000.0
     own_keys: bool = True
     eps: float = 1e-6
+    use_bias: bool = True
 
     @property
     def keys(self):
@@ -55,13 +57,14 @@ class Hymba(Mixer):
             mask=self.mask,
             own_keys=self.own_keys,
             project=False,
+            use_bias=self.use_bias,
             dtype=dtype,
             rngs=rngs,
         )
         sizes: dict[str, Any] = {"inner": inner, "state": self.state, "convolution": self.convolution}
-        s6 = nn.S6(features, norm=True, eps=self.eps, project=False, dtype=dtype, rngs=rngs, **sizes)
-        mixers = [attention, nn.Recurrent(s6)]
-        return nn.Parallel(features, mixers, channels=inner, eps=self.eps, dtype=dtype, rngs=rngs)
+        options: dict[str, Any] = {"use_bias": self.use_bias, "eps": self.eps, "dtype": dtype, "rngs": rngs}
+        s6 = nn.S6(features, norm=True, project=False, **sizes, **options)
+        return nn.Parallel(features, [attention, nn.Recurrent(s6)], channels=inner, **options)
 
 
 @dataclass(frozen=True)

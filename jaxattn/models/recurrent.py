@@ -64,6 +64,7 @@ class RetNet(_Spec):
     rotary_base: float = 10000.0
     convolution: int = 0
     eps: float = 1e-6
+    angles: Literal["rotary", "torchscale"] = "rotary"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class DeltaNet(_Spec):
     value_dim: int | None = None
     convolution: int = 4
     negative: bool = False
-    rank: int = 16
+    rank: int | None = None
     eps: float = 1e-5
 
 

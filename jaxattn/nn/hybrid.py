@@ -18,7 +18,7 @@ class Parallel(nnx.Module):
 
     fuse: "mean" (Hymba, Dong et al., 2024), or "gate": the first times the sigmoid of each other (Titans, Behrouz et
     al., 2025). channels: those of the mixers' outputs, D if not given; W_o stands only where they are not D.
-    eps: of the norms.
+    use_bias: whether W_o has one. eps: of the norms.
     State: one per mixer. Records: those of the first mixer, but `attn_out`, which is y; keys of another layer
     (`context`) go to the first mixer too.
     """
@@ -30,6 +30,7 @@ class Parallel(nnx.Module):
         *,
         fuse: Fuse = "mean",
         channels: int | None = None,
+        use_bias: bool = False,
         eps: float = 1e-6,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -41,7 +42,7 @@ class Parallel(nnx.Module):
         channels = features if channels is None else channels
         self.mixers, self.fuse = nnx.List(mixers), fuse
         self.norms = nnx.List([rms_norm(channels, eps, dtype, rngs) for _ in mixers])
-        self.out = linear_map(channels, features, dtype, rngs) if channels != features else None
+        self.out = linear_map(channels, features, dtype, rngs, use_bias=use_bias) if channels != features else None
 
     def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
         """As any mixer; mask and positions go to every branch."""

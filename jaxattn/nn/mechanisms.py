@@ -103,7 +103,7 @@ class Projections(nnx.Module):
 class HeadOutput(nnx.Module):
     """y = W_o (norm(z) ⊙ gate(W_g x)): RMS norm of each head, a gate or none, and the output projection.
 
-    eps: of the norm.
+    gate_rank: for W₂ W₁ x + b of this rank in place of W_g x. eps: of the norm.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class HeadOutput(nnx.Module):
         *,
         norm: bool = True,
         gate: Gate | None = None,
+        gate_rank: int | None = None,
         eps: float = 1e-6,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -122,7 +123,12 @@ class HeadOutput(nnx.Module):
             raise ValueError(f"gate is {gate!r}: need 'silu', 'sigmoid' or None")
         self.kind = gate
         self.norm = rms_norm(value_dim, eps, dtype, rngs) if norm else None
-        self.gate = linear_map(features, heads * value_dim, dtype, rngs) if gate else None
+        gates: nnx.Linear | LowRank | None = None
+        if gate is not None and gate_rank is not None:
+            gates = LowRank(features, gate_rank, heads * value_dim, rngs=rngs)
+        elif gate is not None:
+            gates = linear_map(features, heads * value_dim, dtype, rngs)
+        self.gate = gates
         self.out = linear_map(heads * value_dim, features, dtype, rngs)
 
     def __call__(self, z: Float[Array, "b t n v"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -183,7 +189,8 @@ class LinearAttention(nnx.Module):
 class RetNet(nnx.Module):
     """Retention (Sun et al., 2023): decay 1 − 2^(−5−n) of head n, rotary q and k, q / √K, RMS norm per head, SiLU gate.
 
-    value_dim: V, 2 K if not given.
+    value_dim: V, 2 K if not given. angles: "rotary" for frequencies base^(−2 i / K), i < K / 2, or "torchscale" for
+    those of the authors' code, base^(−i / (K / 2 − 1)), which end at 1 / base. That code's norm has no gains.
     """
 
     def __init__(
@@ -193,12 +200,17 @@ class RetNet(nnx.Module):
         *,
         value_dim: int | None = None,
         rotary_base: float = 10000.0,
+        angles: Literal["rotary", "torchscale"] = "rotary",
         convolution: int = 0,
         eps: float = 1e-6,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
+        if angles not in ("rotary", "torchscale"):
+            raise ValueError(f"angles is {angles!r}: need 'rotary' or 'torchscale'")
         key_dim = head_dim_of(features, heads)
+        if angles == "torchscale" and key_dim > 2:  # the same frequencies, to another base; one pair has frequency 1
+            rotary_base = rotary_base ** (key_dim / (key_dim - 2))
         value_dim = 2 * key_dim if value_dim is None else value_dim
         self.in_features, self.heads, self.rotary_base = features, heads, rotary_base
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
@@ -288,10 +300,10 @@ class DeltaNet(nnx.Module):
 
         none      DeltaNet (Yang et al., 2024)
         head      Gated DeltaNet (Yang et al., 2024): log decay −e^a softplus(W x + b) per head; SiLU gate
-        channel   Kimi delta attention (Kimi Linear, 2025): that per channel, of low rank; sigmoid gate
+        channel   Kimi delta attention (Kimi Linear, 2025): that per channel, W of low rank; gate σ(W₂ W₁ x + b)
 
     key_dim, value_dim: K and V, D / N if not given. convolution: 0 for SiLU of the projections alone. negative: β up to
-    2, which allows the memory to turn a key around.
+    2, which allows the memory to turn a key around. rank: that of Kimi's decay and gate, V if not given.
     """
 
     def __init__(
@@ -304,7 +316,7 @@ class DeltaNet(nnx.Module):
         value_dim: int | None = None,
         convolution: int = 4,
         negative: bool = False,
-        rank: int = 16,
+        rank: int | None = None,
         eps: float = 1e-5,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -313,6 +325,7 @@ class DeltaNet(nnx.Module):
             raise ValueError(f"decay is {decay!r}: need 'none', 'head' or 'channel'")
         key_dim = head_dim_of(features, heads) if key_dim is None else key_dim
         value_dim = head_dim_of(features, heads) if value_dim is None else value_dim
+        rank = value_dim if rank is None else rank
         self.in_features, self.kind, self.negative = features, decay, negative
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
         self.project = Projections(features, sizes, convolution, dtype, rngs, silu=True)
@@ -327,7 +340,8 @@ class DeltaNet(nnx.Module):
             self.step_bias = undecayed(step_bias(rngs, heads if decay == "head" else heads * key_dim))
             self.a_log = undecayed(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
         gate: dict[str, Gate | None] = {"none": None, "head": "silu", "channel": "sigmoid"}
-        self.out = HeadOutput(features, heads, value_dim, gate=gate[decay], eps=eps, dtype=dtype, rngs=rngs)
+        options: dict[str, Any] = {"gate_rank": rank if decay == "channel" else None, "eps": eps, "dtype": dtype}
+        self.out = HeadOutput(features, heads, value_dim, gate=gate[decay], rngs=rngs, **options)
 
     def inputs(self, x, positions, past):
         query, key, value = self.project(x, past)

@@ -22,6 +22,7 @@ class S6(nnx.Module):
 
     inner: E, 2 D if not given. state: K. rank: that of Δ, D / 16 if not given. norm: RMS norm of Δ_r, B and C, with
     `eps` (Hymba). project: False for no W_o, so that the output has E channels.
+    use_bias: whether W_s, W_z and W_o have biases.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class S6(nnx.Module):
         norm: bool = False,
         eps: float = 1e-6,
         project: bool = True,
+        use_bias: bool = False,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -44,7 +46,7 @@ class S6(nnx.Module):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.in_features = features
-        self.signal = linear_map(features, inner, dtype, rngs)
+        self.signal, self.gate = (linear_map(features, inner, dtype, rngs, use_bias=use_bias) for _ in range(2))
         self.convolution = ShortConvolution(inner, convolution, use_bias=True, rngs=rngs)
         sizes = {"step": rank, "key": state, "query": state}
         self.selection = nnx.Dict({name: linear_map(inner, size, dtype, rngs) for name, size in sizes.items()})
@@ -54,8 +56,7 @@ class S6(nnx.Module):
         self.step_bias = undecayed(step_bias(rngs, inner))
         self.a_log = undecayed(jnp.tile(jnp.log(jnp.arange(1.0, state + 1)), (inner, 1)))
         self.skip = undecayed(jnp.ones(inner))
-        self.gate = linear_map(features, inner, dtype, rngs)
-        self.out = linear_map(inner, features, dtype, rngs) if project else None
+        self.out = linear_map(inner, features, dtype, rngs, use_bias=use_bias) if project else None
 
     def inputs(self, x, positions, past):
         signal = self.convolution("signal", self.signal(x), past)

@@ -49,6 +49,11 @@ MIXERS = {
         set(),
         {"a_log", "step_bias", "out/norm/scale"},
     ),
+    "kimi delta": (
+        models.DeltaNet(N, decay="channel", convolution=0),
+        set(),
+        {"a_log", "step_bias", "out/norm/scale", "out/gate/up/bias"},
+    ),
     "mamba": (models.S6(state=3), {"convolution/weight"}, {"a_log", "skip", "step_bias", "convolution/bias"}),
     "mamba2": (
         models.Mamba2(N, state=3),
@@ -74,7 +79,9 @@ MIXERS = {
     "hymba": (
         models.Hymba(N, state=3),
         {"mixers/1/convolution/weight"},
-        {f"mixers/1/{x}" for x in OF_HYMBA} | {"norms/0/scale", "norms/1/scale"},
+        {f"mixers/1/{x}" for x in OF_HYMBA | {"signal/bias", "gate/bias"}}
+        | {f"mixers/0/{x}/bias" for x in ("query", "key", "value")}
+        | {"norms/0/scale", "norms/1/scale", "out/bias"},
     ),
     "memory as context": (
         models.Titans("context", N, window=4, persistent=2, memory=STILL),

@@ -77,7 +77,8 @@ def test_a_branch_without_gain_leaves_the_other():
             norm.scale[...] = norms[i] if i == kept else jnp.zeros(2 * D)
         alone = np.asarray(branch(X)[0], np.float64)
         normed = alone / np.sqrt((alone**2).mean(-1, keepdims=True) + 1e-6) * norms[kept]
-        assert_close(mixer(X)[0], normed / 2 @ np.asarray(mixer.out.kernel[...], np.float64))
+        projected = normed / 2 @ np.asarray(mixer.out.kernel[...], np.float64)
+        assert_close(mixer(X)[0], projected + np.asarray(mixer.out.bias[...], np.float64))
 
 
 def test_memory_as_gate_is_attention_times_a_sigmoid_of_the_memory():

@@ -95,18 +95,26 @@ def delta_rule(q, k, v, beta, decay):
 
 
 @pytest.mark.parametrize("convolution", [0, 3])
-@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
 def test_deltanet_is_the_published_layer(decay, convolution):
-    """SiLU of q, k and v also without a convolution (Yang et al., 2024, and their code)."""
+    """SiLU of q, k and v also without a convolution, and Kimi's gate of low rank with a bias (their authors' codes)."""
     mixer = build(models.DeltaNet(heads=N, decay=decay, convolution=convolution))
     m = mixer.mechanism
     q, k, v = projected(m.project, x, silu_last=True)
     beta, kept = sigmoid(linear(m.beta, x)), np.ones((B, T, N, 1))
     if decay == "head":
         kept = np.exp(-np.exp(array(m.a_log)) * softplus(linear(m.step, x) + array(m.step_bias)))[..., None]
+    elif decay == "channel":
+        assert m.step.down.kernel.shape == m.out.gate.down.kernel.shape == (D, D // N)
+        step = linear(m.step.up, linear(m.step.down, x)) + array(m.step_bias)
+        kept = np.exp(-np.exp(array(m.a_log))[:, None] * softplus(heads(step)))
     read = rms(delta_rule(unit(q) * q.shape[-1] ** -0.5, unit(k), v, beta, kept), 1e-5, array(m.out.norm.scale))
     y = merged(read)
-    y = y if decay == "none" else y * silu(linear(m.out.gate, x))
+    if decay == "head":
+        y = y * silu(linear(m.out.gate, x))
+    elif decay == "channel":
+        assert m.out.gate.up.bias is not None
+        y = y * sigmoid(linear(m.out.gate.up, linear(m.out.gate.down, x)))
     assert_close(run(mixer, X)[0], linear(m.out.out, y))
 
 
@@ -247,3 +255,51 @@ def test_ttt_linear_is_the_published_layer(convolution):
     gelu = g / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
     y = layer_normed(merged(read), EPS, array(m.norm.scale), array(m.norm.bias))
     assert_close(run(mixer, X)[0], linear(m.out, y * gelu))
+
+
+@pytest.mark.parametrize("angles", ["rotary", "torchscale"])
+def test_retnet_is_the_published_layer(angles):
+    """With the frequencies 1, ..., 1 / base, evenly spread in their logs, of the authors' code (Sun et al., 2023)."""
+    mixer = build(models.RetNet(heads=N, rotary_base=100.0, angles=angles))
+    m = mixer.mechanism
+    q, k, v = projected(m.project, x, silu_last=False)
+    half = D // N // 2
+    last = half if angles == "rotary" else half - 1
+    angle = np.arange(T)[:, None, None] * 100.0 ** (-np.arange(half) / last)
+    q, k = ((y[..., :half] + 1j * y[..., half:]) * np.exp(1j * angle) for y in (q, k))
+    distance = np.arange(T)[:, None] - np.arange(T)
+    kept = np.where(distance >= 0, (1 - 2.0 ** (-5 - np.arange(N)))[:, None, None] ** distance, 0)
+    weights = np.einsum("btnk,bsnk->bnts", q, k.conj()).real * (D // N) ** -0.5 * kept
+    read = rms(np.einsum("bnts,bsnv->btnv", weights, v), EPS, array(m.out.norm.scale))
+    assert_close(run(mixer, X)[0], linear(m.out.out, merged(read) * silu(linear(m.out.gate, x))))
+
+
+def test_hymba_is_the_published_layer():
+    """With the biases of the authors' code (Dong et al., 2024)."""
+    mixer = build(models.Hymba(heads=N, key_heads=1, state=3))
+    attention, m = mixer.mixers[0], mixer.mixers[1].mechanism
+    q, k, v = (
+        heads(linear(each, x), count)
+        for each, count in ((attention.query, N), (attention.key, 1), (attention.value, 1))
+    )
+    q, k = (rotated(y, np.arange(T)) for y in (q, k))
+    scores = np.einsum("btnh,bsh->bnts", q, k[:, :, 0]) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores) * np.tri(T)
+    weights = weights / weights.sum(-1, keepdims=True)
+    first = merged(np.einsum("bnts,bsh->btnh", weights, v[:, :, 0]))
+
+    signal = silu(convolved(m.convolution, linear(m.signal, x)))
+    step, key, query = (
+        rms(linear(m.selection[name], signal), EPS, array(m.norms[name].scale)) for name in ("step", "key", "query")
+    )
+    step = softplus(linear(m.step, step) + array(m.step_bias))
+    h, reads = np.zeros((B, 2 * D, 3)), []
+    for t in range(T):
+        kept = np.exp(-step[:, t, :, None] * np.exp(array(m.a_log)))
+        h = kept * h + (step * signal)[:, t, :, None] * key[:, t, None]
+        reads.append((h * query[:, t, None]).sum(-1))
+    second = (np.stack(reads, 1) + array(m.skip) * signal) * silu(linear(m.gate, x))
+    both = (rms(y, EPS, array(norm.scale)) for y, norm in zip((first, second), mixer.norms, strict=True))
+    for biased in (attention.query, attention.key, attention.value, m.signal, m.gate, m.convolution, mixer.out):
+        assert biased.bias is not None
+    assert_close(run(mixer, X)[0], linear(mixer.out, sum(both) / 2))
