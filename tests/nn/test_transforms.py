@@ -114,6 +114,7 @@ def test_scan_over_stacked_layers_is_a_loop(case):
 
 
 def test_linen_code_uses_the_module_through_the_bridge(case):
+    """Parameters arrive in Linen's boxes of metadata, since each says its role; they work in them and out of them."""
     from flax import linen
 
     _, x, *_ = case
@@ -124,14 +125,17 @@ def test_linen_code_uses_the_module_through_the_bridge(case):
             return nnx.bridge.to_linen(MultiHeadAttention, D, 4, **OPTIONS, name="attention")(x)[0]
 
     model = Model()
-    variables = model.init(jax.random.key(0), x)
+    boxed = model.init(jax.random.key(0), x)
+    variables = linen.meta.unbox(boxed)
     module = MultiHeadAttention(D, 4, **OPTIONS, rngs=nnx.Rngs(7))
     given = variables["params"]["attention"]
     assert jax.tree.map(jnp.shape, given) == jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
     for name in given:
         for leaf in given[name]:
             getattr(getattr(module, name), leaf)[...] = given[name][leaf]
-    assert_close(jax.jit(model.apply)(variables, x), nnx.jit(lambda module, x: module(x)[0])(module, x))
+    expected = nnx.jit(lambda module, x: module(x)[0])(module, x)
+    assert_close(jax.jit(model.apply)(variables, x), expected)
+    assert_close(jax.jit(model.apply)(boxed, x), expected)
     gradient = jax.jit(jax.grad(lambda v: (model.apply(v, x) ** 2).sum()))(variables)
     assert all((np.abs(leaf) > 0).any() for leaf in jax.tree.leaves(gradient))
 
