@@ -46,6 +46,17 @@ def read(weights, value):
     return np.einsum("nts,snv->tnv", weights, np.asarray(value, np.float64))
 
 
+# attend.md
+
+
+def test_packed_documents_have_sinks_of_their_own(page):
+    p = page("attend")
+    assert_close(p.packed[6:], p.alone)
+    assert np.isnan(p.spoiled[12:15]).all()
+    assert np.isfinite(p.spoiled[:12]).all()
+    assert np.isfinite(p.spoiled[15:]).all()
+
+
 # icl.md
 
 

@@ -72,6 +72,9 @@ def linear_attention(
     divisor of M; head n reads memory n // (N / M). Computed in float32, or float64 if any argument is; `out` has
     value's dtype.
 
+    A token with an infinite or undefined number makes those outputs NaN that read it, itself and later tokens of its
+    segment, and the last state if that has read it. It reaches no other output, forward or in a gradient.
+
     Raises ValueError for shapes that do not fit, gates out of range (where they are known: not under `jit`), segments
     that decrease, a state of another shape or dtype, and a chunk that is no power of two; TypeError for other types.
     """
