@@ -115,13 +115,14 @@ class InductionCircuit:
     length: int
 
     def streams(self, tokens: Int[Array, "*b t"]) -> list[Float[Array, "*b t d"]]:
-        """The residual stream before each layer and after the last.
+        """The residual stream before each layer and after the last; a token outside the vocabulary is NaN in it.
 
         Raises ValueError for more tokens than the circuit has positions.
         """
         if tokens.shape[-1] > self.length:
             raise ValueError(f"tokens has {tokens.shape[-1]} positions: need at most {self.length}")
-        symbols = jax.nn.one_hot(tokens, self.vocabulary)
+        inside = (tokens >= 0) & (tokens < self.vocabulary)
+        symbols = jnp.where(inside[..., None], jax.nn.one_hot(tokens, self.vocabulary), jnp.nan)
         places = jnp.broadcast_to(jnp.eye(self.length)[: tokens.shape[-1]], (*tokens.shape, self.length))
         streams = [jnp.concatenate([symbols, places, jnp.zeros((*tokens.shape, 2 * self.vocabulary))], -1)]
         for layer in self.layers:

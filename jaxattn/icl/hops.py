@@ -65,14 +65,20 @@ def _walk(following: Int[Array, " n"], start: Int[Array, ""], hops: Int[Array, "
 
 @part
 class PointerChasing:
-    """Reads the pairs of a `RetrievalChain` of n symbols and follows them h times: always right (other answers: 0)."""
+    """Reads the pairs of a `RetrievalChain` of n symbols and follows them h times: always right (other answers: 0).
+
+    The answer is −1, which is no token, to a prompt that holds anything but n pairs of symbols, a hop and a symbol.
+    """
 
     symbols: int
 
     def __call__(self, x: Int[Array, "b t"], y: Int[Array, "b t"]) -> Int[Array, "b t"]:
         def answer(tokens: Int[Array, " t"]) -> Int[Array, ""]:
             before, after = tokens[: 2 * self.symbols].reshape(-1, 2).T
-            return _walk(jnp.zeros_like(before).at[before].set(after), tokens[-1], tokens[-2] - self.symbols + 1)
+            symbols, hops = jnp.append(tokens[: 2 * self.symbols], tokens[-1]), tokens[-2] - self.symbols + 1
+            fits = ((symbols >= 0) & (symbols < self.symbols)).all() & (hops > 0)
+            found = _walk(jnp.zeros_like(before).at[before].set(after), tokens[-1], jnp.where(fits, hops, 0))
+            return jnp.where(fits, found, -1)
 
         return jnp.zeros_like(x).at[:, -1].set(jax.vmap(answer)(x))
 

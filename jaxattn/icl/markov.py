@@ -64,6 +64,8 @@ class MarkovBayes:
     predictor of the `MarkovChain` of the same order and concentration α. Order 0 counts states alone: what a model can
     say that has learned how frequent each is (the unigram), a phase on the way to order 1.
 
+    After a token that is neither a state nor BOS (V) the answers are NaN.
+
     In attention's terms: uniform weights on the earlier positions with the same context, of what followed there.
     """
 
@@ -83,4 +85,5 @@ class MarkovBayes:
         same = (contexts[:, :, None] == contexts[:, None]).all(-1) & whole & whole[:, None] & (index < index[:, None])
         followed = jax.nn.one_hot(x[:, 1:], self.states)
         counts = jnp.einsum("bts,bsv->btv", same[..., :-1].astype(followed.dtype), followed) + self.concentration
-        return jnp.log(counts / counts.sum(-1, keepdims=True))
+        strange = jax.lax.cummax(((x < 0) | (x > self.states)).astype(jnp.int32), axis=1)
+        return jnp.where(strange[..., None] > 0, jnp.nan, jnp.log(counts / counts.sum(-1, keepdims=True)))

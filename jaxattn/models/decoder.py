@@ -75,9 +75,10 @@ class Decoder(nnx.Module):
 
         positions [B, T] or [T] (default 0..T−1, or after the last one in `state`; −1 is padding); mask is and-ed with
         each layer's own (for packed documents: `Documents(ids)`); state from `init_state` when decoding; record names
-        sites of `nn.SITES`, each returned with a leading layer axis (but `embed`). Tokens outside the vocabulary give
-        NaN logits. With meta tokens, records of the layers cover the row that begins with them, and a packed row may
-        hold 8 documents: one of more is NaN.
+        sites of `nn.SITES`, each returned with a leading layer axis (but `embed`). Tokens outside the
+        vocabulary, negative ones among them, give NaN logits there and wherever they are seen; those of padding are not
+        read. With meta tokens, records of the layers cover the row that begins with them, and a packed row may hold 8
+        documents: one of more is NaN.
 
         edits: site of `nn.EDITED` -> a part that is called on the value there, [B, T, D], and says what to go on with;
         its arrays carry a leading layer axis, so that each layer has its own.
@@ -91,7 +92,7 @@ class Decoder(nnx.Module):
             raise TypeError(f"tokens must be integers [batch, length], got {given}")
         self._check_edits(edits)
         tap = Recorder(record)
-        x = tap("embed", self.embed(tokens))
+        x = tap("embed", self.embed(tokens) if inputs else self.embedded(tokens, positions))
         if self.meta is None:
             x, state, records = self.layers(x, positions=positions, mask=mask, state=state, record=record, edits=edits)
         elif state is None:
@@ -106,6 +107,13 @@ class Decoder(nnx.Module):
         logits = self.final_norm(x)
         logits = self.embed.attend(logits) if self.head is None else self.head(logits)
         return logits, state, tap.records | records
+
+    def embedded(self, tokens: Int[Array, "b t"], positions: Int[Array, "#b t"] | None) -> Float[Array, "b t d"]:
+        """The embedding of each token: NaN outside the vocabulary, and that of token 0 where that is padding (−1)."""
+        inside = (tokens >= 0) & (tokens < self.embed.num_embeddings)
+        x = self.embed(jnp.where(inside, tokens, 0))  # its own look-up counts negative ones from the end
+        fine = inside if positions is None else inside | (positions < 0)
+        return jnp.where(fine[..., None], x, jnp.nan)
 
     def layers(
         self,

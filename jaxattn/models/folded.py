@@ -102,7 +102,7 @@ class FoldedDecoder(nnx.Module):
         if segments is not None and state is not None:
             raise ValueError("mask has documents and a state is given: need one or the other")
         seen = jnp.ones(tokens.shape, bool) if positions is None else jnp.broadcast_to(positions, tokens.shape) >= 0
-        x = self.decoder.embed(tokens)
+        x = self.decoder.embedded(tokens, positions)
         if state is None:
             seen = seen if segments is None else seen & (segments >= 0)
             given: dict[str, Any] = {"size": self.segment, "documents": self.documents, "bptt": self.bptt}

@@ -117,7 +117,7 @@ def _generate(graph, max_new_tokens, arrays, prompts, lengths, key, temperature,
     batch, length = prompts.shape
     places = jnp.arange(length)
     logits, state, _ = model(
-        jnp.maximum(prompts, 0),
+        prompts,
         positions=jnp.where(places < lengths[:, None], places, -1),
         state=model.init_state(batch, length + max_new_tokens),
     )

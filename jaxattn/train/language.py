@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxattn.core.mask import Documents
+from jaxattn.core.parts import check_range
 from jaxattn.train.loss import next_token_loss
 from jaxattn.train.step import LossFunction, Params
 
@@ -19,7 +20,13 @@ def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossF
     No token sees another document: the batch's document ids are passed to the model as a `Documents` mask. The random
     streams of the model (dropout) restart at every step from the step's key, so a resumed run draws the same numbers;
     without a key (in evaluations) there is no dropout.
+
+    Padding is what has a negative document id, and a negative token at and after which nothing in its row counts: the
+    model sees token 0 in document −1 there, so that no padding id (such as −100) reaches the loss or a gradient. Any
+    other token outside the vocabulary is the model's to judge. Raises ValueError for a `z_loss` that is known and below
+    0; the loss raises as `next_token_loss`.
     """
+    check_range("z_loss", z_loss, lambda x: (x >= 0) & (x < jnp.inf), "from 0 on")
     graph, *states = nnx.split(model, nnx.Param, nnx.RngCount, ...)
     params, counts, rest = states
 
@@ -28,7 +35,11 @@ def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossF
         restarted = jax.tree.map(lambda count: jnp.full_like(count, start), counts)
         called = nnx.merge(graph, params, restarted, rest)
         called.eval() if key is None else called.train()
-        logits, *_ = called(batch["tokens"], mask=Documents(batch["documents"]))
+        tokens, documents, weights = (jnp.asarray(batch[name]) for name in ("tokens", "documents", "weights"))
+        counts_later = jax.lax.cummax((weights != 0).astype(jnp.int32), axis=weights.ndim - 1, reverse=True) > 0
+        padding = (documents < 0) | ((tokens < 0) & ~counts_later)
+        tokens, documents = jnp.where(padding, 0, tokens), jnp.where(padding, -1, documents)
+        logits, *_ = called(tokens, mask=Documents(documents))
         return next_token_loss(logits, batch, z_loss)
 
     return params, loss_fn

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxattn.core.parts import check_range
 from jaxattn.train.data import BOS
 
 Sums = dict[str, jax.Array]
@@ -19,28 +20,41 @@ def next_token_loss(logits: jax.Array, batch: Mapping[str, Any], z_loss: float =
 
     total = Σ wₜ · (zₜ − logitsₜ[targetₜ] + z_loss · zₜ²),  zₜ = log Σᵥ exp logitsₜ[v]
 
-    in float32 whatever the dtype of `logits` `[..., T, V]`. `batch` holds `targets` (integers) and `weights`
-    (0 where nothing is to be learned), both `[..., T]`. `sums` are scalars: `nll` (the cross-entropy alone),
-    `weight` = Σ wₜ, `bytes` = Σ wₜ over targets that are bytes, and `correct` = Σ wₜ over targets with the largest
-    logit. The z-loss (PaLM, 2022, uses 1e-4) keeps zₜ near 0; with `z_loss=0` total = `nll`.
+    in float32 whatever the dtype of `logits` `[..., T, V]`. `batch` holds `targets` (integers from 0 to V − 1) and
+    `weights` (0 where nothing is to be learned, above 0 elsewhere), both `[..., T]`. `sums` are scalars: `nll` (the
+    cross-entropy alone), `weight` = Σ wₜ, `bytes` = Σ wₜ over targets that are bytes, and `correct` = Σ wₜ over targets
+    with the largest logit. The z-loss (PaLM, 2022, uses 1e-4) keeps zₜ near 0; with `z_loss=0` total = `nll`.
 
-    Raises `ValueError` when the leading axes of `logits` are not the shape of `targets` and `weights`.
+    A token of weight 0 is not read: its logits may be NaN and its target any integer (such as −100), and its gradient
+    is 0. Where a token counts and its target is outside the vocabulary, total, `nll` and the gradient of its logits are
+    NaN. Where a weight is below 0, total, `nll` and `weight` are NaN; weights that are known raise.
+
+    Raises `TypeError` for targets that are not integers. Raises `ValueError` when the leading axes of `logits` are not
+    the shape of `targets` and `weights`, and for a weight or a `z_loss` that is known and below 0.
     """
+    check_range("z_loss", z_loss, lambda x: (x >= 0) & (x < math.inf), "from 0 on")
+    check_range("batch['weights']", batch["weights"], lambda w: w >= 0, "from 0 on")
     targets, weights = jnp.asarray(batch["targets"]), jnp.asarray(batch["weights"], jnp.float32)
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(f"batch['targets'] has dtype {targets.dtype}: need integers")
     for name, array in (("targets", targets), ("weights", weights)):
         if array.shape != logits.shape[:-1]:
             raise ValueError(
                 f"batch[{name!r}] has shape {array.shape} but logits has shape {logits.shape}: need {logits.shape[:-1]}"
             )
-    logits = logits.astype(jnp.float32)
+    counted, inside = weights != 0, (targets >= 0) & (targets < logits.shape[-1])
+    # Selects, before and after: 0 times NaN is NaN, in the loss and in its gradient.
+    weights = jnp.where(counted, jnp.where(weights < 0, jnp.nan, weights), 0)
+    logits = jnp.where(counted[..., None], logits.astype(jnp.float32), 0)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = jnp.sum(weights * (log_normalizer - of_target))
-    total = nll + z_loss * jnp.sum(weights * log_normalizer**2)
+    of_target = jnp.take_along_axis(logits, jnp.where(inside, targets, 0)[..., None], axis=-1)[..., 0]
+    known = jnp.where(inside | ~counted, weights, jnp.nan)
+    nll = jnp.sum(known * (log_normalizer - of_target))
+    total = nll + jnp.where(z_loss == 0, 0, z_loss * jnp.sum(weights * log_normalizer**2))
     sums = {
         "nll": nll,
         "weight": jnp.sum(weights),
-        "bytes": jnp.sum(weights * (targets < BOS)),
+        "bytes": jnp.sum(weights * ((targets >= 0) & (targets < BOS))),
         "correct": jnp.sum(weights * (jnp.argmax(logits, axis=-1) == targets)),
     }
     return total, sums

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.core.parts import check_static_int
 from jaxattn.train.data import Drawn
 from jaxattn.train.step import LossFunction
 
@@ -46,12 +48,37 @@ def prompt_loss(
 
     answer(params, x [B, N, ...], y [B, N, ...]) -> ŷ [B, N, ...]; with `lengths` only those after so many examples are
     asked for, ŷ [B, len(lengths), ...]. loss(ŷ, y) -> [B, N], such as `icl.square`.
+
+    Of an answer of weight 0 neither ŷ nor y is read, so that they may be NaN or a padding id: the loss sees 0 in place
+    of both, and its gradient is 0. Where y are integers and ŷ has one axis more, of logits, a y that counts and is
+    outside the vocabulary makes the loss NaN.
+
+    Raises TypeError for lengths that are no integers, and ValueError for lengths that are negative or, when called, for
+    one of which there is no question in the prompt.
     """
-    asked = slice(None) if lengths is None else np.asarray(lengths)
+    if lengths is not None:
+        for length in lengths:
+            check_static_int("prompt_loss", "lengths", length, 0)
+    asked = slice(None) if lengths is None else np.asarray(lengths, int)
 
     def loss_fn(params: Any, prompt: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        weights = prompt.weights[:, asked]
-        each = loss(answer(params, prompt.x, prompt.y), prompt.y[:, asked])
+        if lengths is not None and max(lengths, default=0) >= prompt.y.shape[1]:
+            raise ValueError(
+                f"lengths holds {max(lengths)}: need at most {prompt.y.shape[1] - 1}, one below the examples"
+            )
+        weights, truth = prompt.weights[:, asked], prompt.y[:, asked]
+        counted = weights != 0
+        # Selects, before and after: 0 times NaN is NaN, in the loss and in its gradient.
+        answers = _where(counted, answer(params, prompt.x, prompt.y))
+        each = jnp.where(counted, loss(answers, _where(counted, truth)), 0)
+        if jnp.issubdtype(truth.dtype, jnp.integer) and answers.ndim == truth.ndim + 1:
+            outside = counted & ((truth < 0) | (truth >= answers.shape[-1]))
+            each = jnp.where(outside, jnp.nan, 1) * each
         return (weights * each).sum(), {"weight": weights.sum()}
 
     return loss_fn
+
+
+def _where(counted: jax.Array, x: jax.Array) -> jax.Array:
+    """x [B, N, ...] where it counts, else 0."""
+    return jnp.where(counted.reshape(*counted.shape, *(1,) * (x.ndim - 2)), x, 0)

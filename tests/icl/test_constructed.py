@@ -189,6 +189,12 @@ def test_the_circuit_counts_successors():
     np.testing.assert_allclose(said[-1], [0, 2 / 3, 1 / 3, 0], atol=1e-12)
 
 
+@pytest.mark.parametrize("token", [-1, 4, -100])
+def test_a_token_outside_the_vocabulary_is_nan_from_there_on(token):
+    said = icl.induction_head(4, 8)(jnp.array([3, 0, 1, 0, token, 0, 2, 0]))
+    assert np.isnan(said[4:]).all()
+
+
 def test_weak_scores_are_a_softmax_between_the_places():
     """With beta 0 every layer averages."""
     circuit, tokens = icl.induction_head(5, 6, 0.0), jnp.array([4, 0, 1, 2, 0, 3])

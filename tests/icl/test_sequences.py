@@ -321,3 +321,15 @@ def test_a_predictor_of_tokens_that_looks_ahead_leaks():
 def test_what_does_not_fit_is_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("token", [-1, 4, -100])
+def test_oracles_of_tokens_do_not_answer_after_what_is_no_token(token):
+    x = jnp.array([[3, 0, 1, 2, 0, 1]])
+    after = icl.MarkovBayes(3)(x.at[0, 2].set(token), x)
+    assert np.isnan(after[0, 2:]).all()
+    np.testing.assert_array_equal(after[:, :2], icl.MarkovBayes(3)(x, x)[:, :2])
+    chain = jnp.array([[0, 1, 1, 2, 2, 0, 4, 1]])  # two hops from 1: 0
+    assert icl.PointerChasing(3)(chain, chain)[0, -1] == 0
+    for place in (0, 1, 6, 7):
+        assert icl.PointerChasing(3)(chain.at[0, place].set(-1), chain)[0, -1] == -1

@@ -48,6 +48,44 @@ def test_the_future_does_not_change_the_past(mixed, logits, place):
     assert (after[:, place:] != logits[:, place:]).any(-1).all()
 
 
+@pytest.mark.parametrize("token", [-1, -VOCABULARY, VOCABULARY, -100, 2**31 - 1])
+def test_a_token_outside_the_vocabulary_gives_nan_where_it_is_seen(mixed, logits, token):
+    """Negative ones are not counted from the end. Other rows do not see it."""
+    strange = tokens()
+    strange[0, 5] = token
+    found = np.asarray(run(mixed, strange)[0])
+    assert np.isnan(found[0, 5:]).all()
+    np.testing.assert_array_equal(found[1:], logits[1:])
+
+
+def test_a_vocabulary_of_one_token_has_no_others():
+    model = decoder((PLAIN,))
+    model = Decoder(dataclasses.replace(model.config, vocabulary=1), rngs=nnx.Rngs(0))
+    found = np.asarray(run(model, np.array([[0, 0], [0, 1], [-1, 0]]))[0])
+    assert np.isfinite(found[0]).all()
+    assert np.isnan([found[1, 1], *found[2]]).all()
+
+
+def test_no_token_is_read_where_there_is_padding(mixed):
+    """Positions −1: neither the logits elsewhere nor a gradient depends on what stands there."""
+    positions = np.where(np.arange(CONTEXT) < 8, np.arange(CONTEXT), -1)[None]
+    graph, params, rest = nnx.split(mixed, nnx.Param, ...)
+
+    @jax.jit
+    def value(params, given):
+        logits, *_ = nnx.merge(graph, params, rest)(given, positions=positions)
+        return (logits[:, :8] ** 2).sum(), logits
+
+    (_, plain), gradient = jax.value_and_grad(value, has_aux=True)(params, tokens())
+    for token in (-1, -100, VOCABULARY):
+        padded = np.where(positions >= 0, tokens(), token)
+        (_, found), of_padded = jax.value_and_grad(value, has_aux=True)(params, padded)
+        assert np.isfinite(found).all()
+        np.testing.assert_array_equal(found[:, :8], plain[:, :8])
+        for one, other in zip(jax.tree.leaves(of_padded), jax.tree.leaves(gradient), strict=True):
+            assert_close(one, other)
+
+
 @pytest.mark.parametrize("document", [0, 1, 2])
 def test_a_document_does_not_see_another(mixed, document):
     changed, inside = tokens(), document == IDS

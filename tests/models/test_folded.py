@@ -64,6 +64,15 @@ def test_documents_begin_anew_and_the_future_is_not_seen(kind):
     assert (changed[:, -1] != whole[:, -1]).any(axis=-1).all()  # two segments later it is still felt
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_outside_the_vocabulary_gives_nan_from_there_on(kind):
+    model = build(kind)
+    found = run(model, TOKENS.at[0, 5].set(-1))[0]
+    assert np.isnan(found[0, 5:]).all()
+    padded = run(model, TOKENS.at[0, 8:].set(-100), jnp.where(jnp.arange(T) < 8, jnp.arange(T), -1)[None])[0]
+    assert_close(padded[:, :8], run(model, TOKENS)[0][:, :8])
+
+
 def test_layers_that_change_nothing_carry_the_segment_itself():
     model = build("fold")
     for run_of_layers in model.decoder.runs:

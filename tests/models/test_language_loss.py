@@ -127,3 +127,40 @@ def test_a_config_comes_back_from_plain_data():
     assert from_plain(to_plain(config)) == config
     with pytest.raises(ValueError, match="not the config of a decoder"):
         from_plain({"widht": 3})
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.5])
+def test_padding_reaches_neither_the_loss_nor_a_gradient(z_loss):
+    """The last tokens of a row do not count: with padding ids, and with none, loss and gradient are the same numbers,
+    whether documents say so (−1) or not."""
+    params, loss = language_loss(decoder(MIXED, tied=False), z_loss)
+    given = batch()
+    padding = np.arange(T) >= np.array([[T - 3], [T]])
+    value = jax.jit(jax.value_and_grad(lambda params, batch: loss(params, batch, None)[0]))
+    plain = {**given, "weights": jnp.where(padding, 0, given["weights"])}
+    expected, gradient = value(params, plain)
+    for ids, targets, documents in ((-100, -100, None), (-1, VOCABULARY, None), (-1, -1, -1), (10**6, -100, -1)):
+        padded = {
+            **plain,
+            "tokens": jnp.where(padding, ids, plain["tokens"]),
+            "targets": jnp.where(padding, targets, plain["targets"]),
+        }
+        if documents is not None:
+            padded["documents"] = jnp.where(padding, documents, plain["documents"])
+        found, of_padded = value(params, padded)
+        assert_close(found, expected)
+        for one, other in zip(jax.tree.leaves(of_padded), jax.tree.leaves(gradient), strict=True):
+            assert np.isfinite(one).all()
+            assert_close(one, other)
+
+
+def test_a_negative_token_before_one_that_counts_makes_the_loss_nan():
+    params, loss = language_loss(shared((PLAIN,)))
+    given = batch()
+    given |= {"documents": jnp.zeros((B, T), int), "weights": jnp.ones((B, T)).at[0, 2].set(0)}
+    assert np.isnan(loss(params, {**given, "tokens": given["tokens"].at[0, 2].set(-1)}, None)[0])
+
+
+def test_a_z_loss_below_0_is_refused_before_training():
+    with pytest.raises(ValueError, match="z_loss holds -0.5: need numbers from 0 on"):
+        language_loss(shared((PLAIN,)), -0.5)

@@ -119,3 +119,72 @@ def test_shapes_that_do_not_fit_are_named(name):
     batch[name] = batch[name][:, 1:]
     with pytest.raises(ValueError, match=rf"batch\['{name}'\] has shape \(3, 5\) but logits has shape \(3, 6, 7\)"):
         next_token_loss(logits, batch)
+
+
+def gradient_of_logits(logits, batch, **options):
+    return np.asarray(jax.grad(lambda logits: next_token_loss(logits, batch, **options)[0])(logits))
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_token_of_weight_0_is_not_read(z_loss, bad):
+    """Neither its logits nor its target: loss, sums and gradient are those of the row without it."""
+    logits, batch = random_batch(vocabulary=7)
+    counted = np.asarray(batch["weights"]) > 0
+    assert counted.any()
+    assert not counted.all()
+    spoiled = jnp.where(counted[..., None], logits, bad)
+    for target in (-100, -1, 7, 2**31 - 1):
+        padded = {**batch, "targets": jnp.where(counted, batch["targets"], target)}
+        total, sums = next_token_loss(spoiled, padded, z_loss)
+        expected, of_rest = next_token_loss(logits[counted], jax.tree.map(lambda x: x[counted], batch), z_loss)
+        np.testing.assert_allclose(total, expected, rtol=counted.size * EPS)
+        for name, value in sums.items():
+            np.testing.assert_allclose(value, of_rest[name], rtol=counted.size * EPS)
+        gradient = gradient_of_logits(spoiled, padded, z_loss=z_loss)
+        np.testing.assert_array_equal(gradient[~counted], 0)
+        np.testing.assert_array_equal(gradient, gradient_of_logits(logits, batch, z_loss=z_loss))
+        by_weight = jax.grad(lambda w, padded=padded: next_token_loss(spoiled, {**padded, "weights": w}, z_loss)[0])
+        assert np.isfinite(by_weight(batch["weights"])).all()
+
+
+@pytest.mark.parametrize("target", [-1, -7, -11, -100, 7, 8, 2**31 - 1])
+def test_a_target_that_counts_and_is_no_token_makes_the_loss_nan(target):
+    logits, batch = random_batch(vocabulary=7)
+    batch = {"targets": batch["targets"].at[0, 2].set(target), "weights": jnp.ones((3, 6))}
+    total, sums = jax.jit(next_token_loss)(logits, batch)
+    assert np.isnan(total)
+    assert np.isnan(sums["nll"])
+    assert np.isfinite([sums["weight"], sums["bytes"], sums["correct"]]).all()
+    gradient = gradient_of_logits(logits, batch)
+    assert np.isnan(gradient[0, 2]).all()
+    assert np.isfinite(np.delete(gradient.reshape(18, 7), 2, 0)).all()
+
+
+def test_a_negative_target_is_no_byte():
+    _, sums = next_token_loss(jnp.zeros((2, VOCABULARY)), {"targets": jnp.array([-1, 3]), "weights": jnp.ones(2)})
+    assert float(sums["bytes"]) == 1
+
+
+def test_logits_that_overflow_when_squared_cost_nothing_without_a_z_loss():
+    """z is 1e20 and its square no float32; the other token's gap is exact."""
+    logits, batch = jnp.array([[1e20, 0.0]]), {"targets": jnp.array([0]), "weights": jnp.ones(1)}
+    assert float(next_token_loss(logits, batch)[0]) == 0
+    np.testing.assert_array_equal(gradient_of_logits(logits, batch), 0)
+
+
+def test_weights_and_penalties_below_0_and_float_targets_are_refused():
+    logits, batch = random_batch(vocabulary=7)
+    with pytest.raises(ValueError, match=r"batch\['weights'\] holds -1.0: need numbers from 0 on"):
+        next_token_loss(logits, {**batch, "weights": -jnp.ones((3, 6))})
+    for z_loss in (-0.1, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"z_loss holds {z_loss}: need numbers from 0 on"):
+            next_token_loss(logits, batch, z_loss)
+    with pytest.raises(TypeError, match=r"batch\['targets'\] has dtype float32: need integers"):
+        next_token_loss(logits, {**batch, "targets": batch["targets"].astype(float)})
+
+
+def test_a_traced_weight_below_0_makes_the_loss_nan():
+    logits, batch = random_batch(vocabulary=7)
+    total, sums = jax.jit(next_token_loss)(logits, {**batch, "weights": batch["weights"].at[1, 1].set(-1.0)})
+    assert np.isnan([total, sums["nll"], sums["weight"]]).all()

@@ -50,6 +50,48 @@ def test_the_loss_after_given_lengths_alone():
     np.testing.assert_allclose(total, each.sum(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_answer_of_weight_0_is_not_read(bad):
+    prompt = TASK.sample(jax.random.key(0), 4)
+    counted = np.asarray(jax.random.bernoulli(jax.random.key(1), 0.6, (4, N)))
+    prompt = prompt._replace(weights=jnp.asarray(counted, float))
+
+    def total(shift, prompt, spoiled):
+        def answer(shift, x, y):
+            return jnp.where(spoiled & ~counted, bad, shift * x.sum(-1))
+
+        return prompt_loss(answer, icl.square)(shift, prompt, None)[0]
+
+    value = jax.value_and_grad(total)
+    expected = value(2.0, prompt, False)
+    spoiled = value(2.0, prompt._replace(y=jnp.where(counted, prompt.y, bad)), True)
+    np.testing.assert_array_equal(spoiled, expected)
+    exact = (counted * (2 * np.asarray(prompt.x, float).sum(-1) - np.asarray(prompt.y, float)) ** 2).sum()
+    np.testing.assert_allclose(expected[0], exact, rtol=4 * N * 4 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("target", [-1, -5, 3])
+def test_a_token_that_counts_and_is_none_makes_the_loss_of_answers_nan(target):
+    """Of a loss that is not ours: it counts −1 from the end."""
+    loss = prompt_loss(lambda params, x, y: params, optax.softmax_cross_entropy_with_integer_labels)
+    prompt = icl.MarkovChain(3, 5).sample(jax.random.key(0), 2)
+    prompt = prompt._replace(y=prompt.y.at[0, 1].set(target))
+    logits = jax.random.normal(jax.random.key(1), (2, 5, 3))
+    assert np.isnan(loss(logits, prompt, None)[0])
+    hidden = prompt._replace(weights=prompt.weights.at[0, 1].set(0))
+    total, gradient = jax.value_and_grad(lambda logits: loss(logits, hidden, None)[0])(logits)
+    assert np.isfinite(total)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[0, 1], 0)
+
+
+def test_lengths_that_no_prompt_has_are_refused():
+    with pytest.raises(ValueError, match="lengths must be at least 0, got -1"):
+        prompt_loss(lambda params, x, y: y, icl.square, [-1])
+    with pytest.raises(ValueError, match="lengths holds 6: need at most 5"):
+        prompt_loss(lambda params, x, y: y, icl.square, [6])(None, TASK.sample(jax.random.key(0), 2), None)
+
+
 def test_the_penalty_that_is_learned_is_that_of_bayes(tmp_path):
     """The minimum over the penalty of the risk of ridge regression is at σ² / ψ² = 0.25."""
     learned = float(jnp.exp(trained(tmp_path / "run", steps=400).params["log"]))
