@@ -4,10 +4,14 @@ It has no length field. Which slots hold a token is said by `positions` (−1 is
 ragged batches, padding and per-sequence stopping need nothing more.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxattn.core.mask import Mask
 from jaxattn.core.parts import part
 
 
@@ -15,7 +19,8 @@ from jaxattn.core.parts import part
 class Cache:
     """Keys and values of the tokens so far, in slots 0..C−1, and the position of each slot's token (−1: empty).
 
-    span: how many positions it is for, where that is more than its slots: a ring.
+    span: how many positions it is for, if it is a ring that keeps all that a mask can show, and so goes on beyond them;
+    None: one slot for each position, and no room for others.
     """
 
     key: Float[Array, "b c k h"]
@@ -50,17 +55,20 @@ def append(
     positions: Int[Array, "b t"],
     pinned: int | None = None,
 ) -> Cache:
-    """Writes each token to the slot of its position. Tokens at position −1, or beyond the capacity, are not written.
+    """Writes each token to the slot of its position. Tokens at position −1 are not written.
 
     pinned: the first slots keep the positions below it, and the others are a ring, in which a token takes the place of
     the one as many positions before it; None for no ring.
 
-    Positions are data, so one beyond the capacity cannot raise here: callers check lengths before they compile. More
-    tokens than the capacity are a ValueError, without a ring.
+    Without a ring a position beyond the capacity has no slot: where positions are known that is a ValueError, as are
+    more tokens than the capacity. Elsewhere such a token is not written, so that what is read for it, or for any other
+    that sees it, is wrong: `unseen` says for which, and attention makes them NaN.
     """
     capacity = cache.positions.shape[1]
     if pinned is None and positions.shape[1] > capacity:
         raise ValueError(f"key has {positions.shape[1]} tokens but the cache has capacity {capacity}")
+    if pinned is None:
+        check_room(cache, positions, positions.shape[1])
     rows = jnp.arange(positions.shape[0])[:, None]
     slots = positions
     if pinned is not None:
@@ -77,13 +85,53 @@ def append(
     )
 
 
+def check_room(state: Any, positions: Int[Array, "#b t"] | None, length: int) -> None:
+    """Raises ValueError if the state of attention, or one of a tuple of them, has no slot for one of the positions.
+
+    positions None: `length` tokens after the last that it holds. Positions and states that are traced, rings, and
+    states of other mixers are not looked at.
+    """
+    if isinstance(state, tuple) and not isinstance(state, Cache):
+        for each in state:
+            check_room(each, positions, length)
+    if not isinstance(state, Cache) or state.span is not None:
+        return
+    held = state.positions if positions is None else positions
+    if isinstance(held, jax.core.Tracer):
+        return
+    last = int(np.max(np.asarray(held), initial=-1)) + (length if positions is None else 0)
+    if last >= state.positions.shape[-1]:
+        raise ValueError(
+            f"positions reaches {last} but the state has capacity {state.positions.shape[-1]}: need at most "
+            f"{state.positions.shape[-1] - 1}, or a state for more tokens"
+        )
+
+
+def unseen(cache: Cache, positions: Int[Array, "b t"], mask: Mask | None) -> Bool[Array, "b t"]:
+    """Which of these tokens may see one of them for which the cache has no slot, itself included: in a row that is not
+    a ring, one at a position beyond the capacity. Of masks that do not bound what they show, all tokens of the row."""
+    lost = positions >= cache.positions.shape[1]
+    if cache.span is not None:
+        return jnp.zeros(positions.shape, bool)
+    possible: Any = True
+    if mask is not None:
+        of_lost = jnp.where(lost, positions, -1)
+        possible, _ = mask.bounds(positions[:, None, :, None, None], of_lost[:, None, None, None, :])
+    possible = jnp.broadcast_to(
+        possible, np.broadcast_shapes(np.shape(possible), (len(positions), 1, *positions.shape[1:], 1))
+    )
+    return lost | (lost.any(-1, keepdims=True) & possible.any((1, 3)))
+
+
 def by_position(
     x: Float[Array, "b n t c"], positions: Int[Array, "b c"], span: int, fill: float
 ) -> Float[Array, "b n t p"]:
-    """What is one number per slot, at the slots' positions instead; `fill` at positions that no slot holds."""
+    """What is one number per slot, at the slots' positions instead; `fill` at positions that no slot holds. A row that
+    holds a position beyond the span is NaN."""
 
     def of_row(x: Float[Array, "n t c"], positions: Int[Array, " c"]) -> Float[Array, "n t p"]:
         places = jnp.where(positions < 0, span, positions)
-        return jnp.full((*x.shape[:-1], span), fill, x.dtype).at[..., places].set(x, mode="drop")
+        placed = jnp.full((*x.shape[:-1], span), fill, x.dtype).at[..., places].set(x, mode="drop")
+        return jnp.where((positions >= span).any(), jnp.nan, placed)
 
     return jax.vmap(of_row)(x, positions)

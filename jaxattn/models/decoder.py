@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxattn import nn
+from jaxattn.cache import check_room
 from jaxattn.core.mask import Mask
 from jaxattn.models.config import DecoderConfig, Layer
 from jaxattn.nn import EDITED, SITES, Recorder
@@ -126,6 +127,7 @@ class Decoder(nnx.Module):
         edits: Mapping[str, Any] = {},
     ) -> tuple[Float[Array, "b t d"], Any, dict[str, Array]]:
         """(x after all layers, state, records): the model between embedding and final norm, without its meta tokens."""
+        check_room(state, positions, x.shape[1])  # here, since the layers are traced
         states, recorded = [], []
         shared: nn.KeyValue | None = None
         first = 0
@@ -167,7 +169,11 @@ class Decoder(nnx.Module):
                     )
 
     def init_state(self, batch: int, capacity: int) -> Any:
-        """What decoding sequences of at most `capacity` tokens starts from: a pytree, one entry per run of layers."""
+        """What decoding sequences of at most `capacity` tokens starts from: a pytree, one entry per run of layers.
+
+        A token beyond the capacity raises ValueError where its position is known, and its logits are NaN under `jit`,
+        but for models whose every layer is a window or has a state of fixed size: they go on.
+        """
 
         def stacked(run: Block, length: int) -> Any:
             graph, arrays = nnx.split(run)

@@ -3,7 +3,7 @@
 Every token mixer has one protocol:
 
     mixer(x, *, context=None, positions=None, mask=None, state=None, record=()) -> (y, state, records)
-    mixer.init_state(batch, capacity) -> state
+    mixer.init_state(batch, capacity) -> state      for positions below `capacity`
 
 `state` is what decoding carries (None outside it), `records` a dict of the sites named in `record`.
 """

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn.cache import Cache, append, by_position, empty
+from jaxattn.cache import Cache, append, by_position, empty, unseen
 from jaxattn.core.attend import Implementation, attend, attention_weights
 from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Mask, Within, documents_of, places_in_documents
@@ -212,7 +213,7 @@ class MultiHeadAttention(nnx.Module):
             query, key = self.turn(query, positions), self.turn(key, positions)
             key_positions = positions if context is None else None
             if state is not None and positions is not None:
-                held, reach = state, own.reach if own is not None else None
+                held, reach = state, own.reach if own is not None and state.span is not None else None
                 state = append(state, key, value, positions, None if reach is None else reach.first)
                 if reach is None or x.shape[-2] == 1:
                     key, value, key_positions = state.key, state.value, state.positions
@@ -232,9 +233,13 @@ class MultiHeadAttention(nnx.Module):
             "query_positions": positions,
             "key_positions": key_positions,
         }
+        lost = None  # which tokens need one that the cache had no slot for
+        if isinstance(state, Cache) and state.span is None and isinstance(positions, jax.core.Tracer):
+            lost = unseen(state, positions, slots["mask"])[..., None, None]
+            query = jnp.where(lost, jnp.nan, query)
         if tap.wants("scores", "weights"):
             weights, scores = attention_weights(query, key, **slots)
-            if state is not None and state.span is not None and key_positions is not None:
+            if isinstance(state, Cache) and state.span is not None and key_positions is not None:
                 weights, scores = (
                     by_position(x, key_positions, state.span, fill) for x, fill in ((weights, 0.0), (scores, -jnp.inf))
                 )
@@ -247,21 +252,26 @@ class MultiHeadAttention(nnx.Module):
         options: dict[str, Any] = {"measures": measures, "dropout": dropout, "implementation": self.implementation}
         result = attend(query, key, value, **slots, **options)
         z, measured = result if measures else (result, {})
+        z = z if lost is None else jnp.where(lost, jnp.nan, z)  # also where the mask hides every key
         for name, said in measured.items():
             tap(name, said)
         carried = state if state is None or past is None else ConvolvedState(state, past.kept)
         return tap("attn_out", self.merge(tap("z", z), x)), carried, tap.records
 
     def init_state(self, batch: int, capacity: int) -> Cache | ConvolvedState | tuple[()]:
-        """An empty cache for sequences of at most `capacity` tokens, and for no more than the mask lets a query see;
-        nothing for a layer that reads another's. Under a convolution also the inputs before them, which are 0."""
+        """An empty cache for sequences of at most `capacity` tokens, at positions below it, and for no more than the mask
+        lets a query see; nothing for a layer that reads another's. Under a convolution also the inputs before them,
+        which are 0. A cache that holds all that a window can see is a ring, and goes on beyond `capacity`."""
         if self.key is None:
             return ()
-        own, slots = _part(self.mask), capacity
-        if own is not None and own.reach is not None:
-            slots = min(capacity, max(sum(own.reach), own.reach.first + 1))
+        own, slots, span = _part(self.mask), capacity, None
+        if (
+            own is not None
+            and own.reach is not None
+            and (shown := max(sum(own.reach), own.reach.first + 1)) <= capacity
+        ):
+            slots, span = shown, capacity
         shape = (self.key_heads, self.head_dim)
-        span = capacity if slots < capacity else None
         cache = empty(batch, slots, shape, shape, self.dtype or jnp.float32, span)
         if not self.convolution:
             return cache

@@ -35,7 +35,12 @@ def filled():
 @pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 @pytest.mark.parametrize("write", [append, jitted], ids=["eager", "jit"])
 def test_each_token_goes_to_the_slot_of_its_position_and_nothing_else_changes(positions, write):
+    """Of those beyond the capacity, which are refused where they are known."""
     cache, (key, value) = filled(), tokens(1)
+    if write is append and np.max(positions) >= CAPACITY:
+        with pytest.raises(ValueError, match=r"positions reaches 1000 but the state has capacity 6: need at most 5"):
+            append(cache, jnp.asarray(key), jnp.asarray(value), jnp.asarray(positions))
+        return
     expected = [np.array(x) for x in (cache.key, cache.value, cache.positions)]
     for b in range(3):
         for t, position in enumerate(positions[b]):

@@ -212,6 +212,30 @@ def test_decode_is_prefill(mixed, ragged, padding, cut):
         assert_close(logits[b, first[b] : first[b] + n], expected[b, :n])
 
 
+@pytest.mark.parametrize("meta", [0, 2])
+def test_past_the_capacity_logits_are_nan_and_known_positions_are_refused(meta):
+    """Whether tokens come one by one or 4 and 4, and whether positions are given; meta tokens take no room."""
+    for layers, cut in (((PLAIN, STREAMING), [1] * 8), ((PLAIN, PLAIN), [4, 4])):
+        model = decoder(layers, meta_tokens=meta)
+        whole = np.asarray(run(model, tokens())[0])
+        for given in (False, True):
+            state, first = nnx.jit(lambda model: model.init_state(3, 5))(model), 0
+            for size in cut:
+                piece, places = tokens()[:, first : first + size], jnp.arange(first, first + size)
+                logits, state, _ = run(model, piece, positions=places if given else None, state=state)
+                for place in range(size):
+                    if first + place < 5:
+                        assert_close(logits[:, place], whole[:, first + place])
+                    else:
+                        assert np.isnan(logits[:, place]).all()
+                first += size
+    state = model.init_state(3, 5)
+    with pytest.raises(ValueError, match=f"positions reaches {5 + meta} but the state has capacity {5 + meta}"):
+        model(tokens()[:, :1], positions=jnp.array([5]), state=state)
+    with pytest.raises(ValueError, match=f"positions reaches {5 + meta} but the state has capacity {5 + meta}"):
+        model(tokens()[:, :6], state=state)
+
+
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_gradients():
     wide, narrow = decoder((PLAIN,) * 2), decoder((PLAIN,) * 2, dtype="bfloat16")
     params = nnx.state(narrow, nnx.Param)

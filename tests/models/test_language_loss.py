@@ -162,5 +162,5 @@ def test_a_negative_token_before_one_that_counts_makes_the_loss_nan():
 
 
 def test_a_z_loss_below_0_is_refused_before_training():
-    with pytest.raises(ValueError, match="z_loss holds -0.5: need numbers from 0 on"):
+    with pytest.raises(ValueError, match=r"z_loss holds -0\.5: need numbers from 0 on"):
         language_loss(shared((PLAIN,)), -0.5)

@@ -137,3 +137,88 @@ def test_decoding_without_positions_goes_on_after_the_last_token():
         pieces.append(y)
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=40 * np.finfo(np.float32).eps)
     assert state.positions.tolist() == [[0, 1, 2, 3, 4, -1, -1, -1]] * 2
+
+
+# Decoding past the capacity.
+
+CAPACITY = 5
+WHOLE = ("rotary", "alibi", "sigmoid", "null logit", "convolution", "grouped, qk-norm, gate")
+
+
+@pytest.mark.parametrize("cut", [[1] * T, [3, 4], [4, 3], [5, 2]], ids=str)
+@pytest.mark.parametrize("padding", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_token_beyond_the_capacity_is_nan_under_jit_and_the_others_are_right(mixer, padding, cut, request):
+    """All of a window goes into a cache of 5 slots, so that it is right for ever: 7 tokens or any number."""
+    module, x, expected = mixer
+    ring = cache_of(module.init_state(3, CAPACITY)).span is not None
+    assert ring == (request.node.callspec.params["mixer"] == "window and sinks")
+    inputs, positions, places = laid_out(x, padding)
+    state, pieces, start = module.init_state(3, CAPACITY), [], 0
+    for size in cut:
+        piece = slice(start, start + size)
+        y, state = run(module, inputs[:, piece], positions=jnp.asarray(positions[:, piece]), state=state)
+        pieces.append(np.asarray(y))
+        start += size
+    y = np.concatenate(pieces, axis=1)
+    for b, tokens, slots in places:
+        fits = tokens < (T if ring else CAPACITY)
+        assert_close(y[b, slots[fits]], expected[b, tokens[fits]])
+        assert np.isnan(y[b, slots[~fits]]).all()
+
+
+@pytest.mark.parametrize("cut", [[1] * T, [4, 3]], ids=str)
+def test_a_position_beyond_the_capacity_is_refused_where_it_is_known(cut):
+    module = MultiHeadAttention(D, 4, mask=Causal(), rngs=nnx.Rngs(0))
+    x = jnp.ones((3, T, D))
+
+    def decode(given):
+        state, start = module.init_state(3, CAPACITY), 0
+        for size in cut:
+            positions = jnp.arange(start, start + size) if given else None
+            _, state, _ = module(x[:, start : start + size], positions=positions, state=state)
+            start += size
+
+    for given in (True, False):
+        with pytest.raises(
+            ValueError, match=rf"positions reaches {5 if cut[0] == 1 else 6} but the state has capacity 5"
+        ):
+            decode(given)
+
+
+def test_a_window_that_does_not_fit_into_the_capacity_is_no_ring():
+    """It would forget what it should see: 4 tokens of a window of 6."""
+    module = randomise(MultiHeadAttention(D, 4, mask=Window(5), rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(1).standard_normal((3, T, D)).astype(np.float32)
+    state, whole = module.init_state(3, 4), np.asarray(run(module, x)[0])
+    for token in range(T):
+        y, state = run(module, x[:, token : token + 1], state=state)
+        if token < 4:
+            assert_close(y[:, 0], whole[:, token])
+        else:
+            assert np.isnan(y).all()
+
+
+@pytest.mark.parametrize("left", [2, 4])
+def test_records_of_a_ring_stand_at_the_positions_of_keys(left):
+    """Also where it has as many slots as positions; beyond the capacity they have no place, and are NaN."""
+    module = randomise(MultiHeadAttention(D, 4, mask=Window(left), rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(1).standard_normal((1, T, D)).astype(np.float32)
+    decode = nnx.jit(lambda module, x, state: module(x, state=state, record=("weights",)))
+    whole = decode(module, x, None)[2]["weights"]
+    state = module.init_state(1, 5)
+    _, state, records = decode(module, x[:, :3], state)
+    assert_close(records["weights"][..., :3], whole[..., :3, :3])
+    _, state, records = decode(module, x[:, 3:5], state)
+    assert_close(records["weights"], whole[..., 3:5, :5])
+    y, state, records = decode(module, x[:, 5:], state)
+    assert np.isnan(records["weights"]).all()
+    assert_close(y, run(module, x)[0][:, 5:])
+
+
+def test_without_a_mask_no_token_of_a_call_is_right_that_could_see_a_lost_one():
+    module = randomise(MultiHeadAttention(D, 4, rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(1).standard_normal((2, 3, D)).astype(np.float32)
+    positions = jnp.array([[0, 1, 2], [3, 4, 5]])
+    y, _ = run(module, x, positions=positions, state=module.init_state(2, 5))
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()

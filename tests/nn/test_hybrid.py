@@ -168,3 +168,26 @@ def test_errors_name_what_is_wrong():
     prefixed = nn.Prefixed(attention, D, 2, rngs=rngs)
     with pytest.raises(ValueError, match="positions are given for packed rows behind a prefix"):
         prefixed(X, positions=jnp.arange(T), mask=Documents(jnp.zeros((B, T), int)))
+
+
+FULL = {
+    "hymba without a window": models.Hymba(heads=N, key_heads=1, state=3),
+    "prefixed": None,
+}
+
+
+@pytest.mark.parametrize("name", [*FULL, *SPECS])
+def test_past_the_capacity_a_mixer_is_nan_or_goes_on_rightly(name):
+    """NaN where an attention keeps all of its keys; right where it has a window, or a memory of fixed size."""
+    if name == "prefixed":
+        attention = nn.MultiHeadAttention(D, N, mask=Causal(), rngs=nnx.Rngs(0))
+        mixer = nn.Prefixed(attention, D, 2, rngs=nnx.Rngs(1))
+    else:
+        mixer = build((FULL | SPECS)[name])
+    whole, state = jnp.stack(alone(mixer, *X)), start(mixer, B, 5)
+    for token in range(7):
+        y, state, _ = run(mixer, X[:, token : token + 1], state=state)
+        if name in SPECS or token < 5:
+            assert_close(y[:, 0], whole[:, token])
+        else:
+            assert np.isnan(y).all()
