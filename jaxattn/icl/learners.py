@@ -53,7 +53,8 @@ class GreedyTree(Predictor):
     """A regression tree grown greedily to the given depth by squared error, as CART does (Breiman et al., 1984).
 
     A node is split in two at the coordinate and the threshold, midway between two examples, that leave the least
-    Σ (y − mean of its side)²; a node of equal inputs is not split. The answer is the mean of the leaf that the query
+    Σ (y − mean of its side)², of several the one with the fewest examples below it, then the first coordinate; a node of
+    equal inputs is not split. The answer is the mean of the leaf that the query
     comes to, 0 without examples. As other branches do not matter to it, only the nodes on its way are grown. Depth 1 is
     a decision stump.
 
@@ -85,12 +86,11 @@ def _explained(left: Array, left_sum: Array, count: Array, total: Array) -> Arra
 
 def _best_split(x: Float[Array, "n d"], y: Float[Array, " n"], here: Bool[Array, " n"]) -> tuple[Array, Array]:
     """The coordinate and threshold of the best split of the examples that are here; a threshold of inf if none is."""
-    order = x.argsort(0)
+    # Those that are here first, in order: places among all examples would depend on those that are not.
+    order = jnp.where(here[:, None], x, jnp.inf).argsort(0)
     value, member = jnp.take_along_axis(x, order, 0), here[order]
     shown = jnp.where(here, y, 0)
-    # The value of the next member above each entry in sorted order.
-    above = jax.lax.cummin(jnp.where(member, value, jnp.inf), axis=0, reverse=True)
-    above = jnp.concatenate([above[1:], jnp.full((1, x.shape[1]), jnp.inf)])
+    above = jnp.concatenate([jnp.where(member, value, jnp.inf)[1:], jnp.full((1, x.shape[1]), jnp.inf)])
     explained = _explained(member.cumsum(0), shown[order].cumsum(0), here.sum(), shown.sum())
     explained = jnp.where(member & (value < above), explained, -jnp.inf)
     place, coordinate = jnp.unravel_index(explained.argmax(), x.shape)

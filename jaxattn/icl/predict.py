@@ -83,18 +83,26 @@ def interleaved(
 def leaks(predictor: Callable[..., Any], x: Num[Array, "b n *d"], y: Num[Array, "b n *m"]) -> float:
     """The largest change of any answer ŷ_i when y_i and all that comes after it changes: 0 for a predictor.
 
-    Every i is tried; changes are as large as the numbers themselves.
+    Every i is tried with every change: the other rows, in reverse and shifted; x_i again and again, which ties with the
+    question; and of numbers that are no integers, the signs flipped, and numbers so large that their fourth powers
+    are the largest there are.
     """
+    index = jnp.arange(x.shape[1])
 
-    def answers(i: Array, change: Array) -> Array:
-        index = jnp.arange(x.shape[1])
-        after_x = change & (index > i).reshape(-1, *(1,) * (x.ndim - 2))
-        after_y = change & (index >= i).reshape(-1, *(1,) * (y.ndim - 2))
-        return predictor(jnp.where(after_x, x[:, ::-1] + 1, x), jnp.where(after_y, -y[:, ::-1] - 1, y))[:, i]
+    def changed(i: Array) -> tuple[Array, Array]:
+        """The prompt as it is, and after each change."""
+        asked = jnp.broadcast_to(x[:, i][:, None], x.shape)
+        changes = [(x, y), (x[:, ::-1] + 1, -y[:, ::-1] - 1), (asked, y[:, ::-1])]
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            changes += [(-x, -y), (jnp.finfo(x.dtype).max ** 0.25 * jnp.sign(x[:, ::-1]), y + 1)]
+        of_x, of_y = (jnp.stack(each) for each in zip(*changes, strict=True))
+        after_x = (index > i).reshape(-1, *(1,) * (x.ndim - 2))
+        after_y = (index >= i).reshape(-1, *(1,) * (y.ndim - 2))
+        return jnp.where(after_x, of_x, x), jnp.where(after_y, of_y, y)
 
     def change(i: Array) -> Array:
-        # Both by one compiled program, so that they are rounded alike.
-        before, after = jax.lax.map(lambda changed: answers(i, changed), jnp.array([False, True]))
-        return jnp.abs(after - before).max()
+        # All by one compiled program, so that they are rounded alike.
+        answers = jax.lax.map(lambda prompt: predictor(*prompt)[:, i], changed(i))
+        return jnp.abs(answers[1:] - answers[0]).max()
 
-    return float(jax.lax.map(change, jnp.arange(x.shape[1])).max())
+    return float(jax.lax.map(change, index).max())

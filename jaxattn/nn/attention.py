@@ -259,18 +259,15 @@ class MultiHeadAttention(nnx.Module):
         return tap("attn_out", self.merge(tap("z", z), x)), carried, tap.records
 
     def init_state(self, batch: int, capacity: int) -> Cache | ConvolvedState | tuple[()]:
-        """An empty cache for sequences of at most `capacity` tokens, at positions below it, and for no more than the mask
-        lets a query see; nothing for a layer that reads another's. Under a convolution also the inputs before them,
+        """An empty cache for sequences of at most `capacity` tokens, at positions below it, and for no more than the
+        mask lets a query see; nothing for a layer that reads another's. Under a convolution also the inputs before them,
         which are 0. A cache that holds all that a window can see is a ring, and goes on beyond `capacity`."""
         if self.key is None:
             return ()
         own, slots, span = _part(self.mask), capacity, None
-        if (
-            own is not None
-            and own.reach is not None
-            and (shown := max(sum(own.reach), own.reach.first + 1)) <= capacity
-        ):
-            slots, span = shown, capacity
+        if own is not None and own.reach is not None:
+            shown = max(sum(own.reach), own.reach.first + 1)
+            slots, span = (shown, capacity) if shown <= capacity else (capacity, None)
         shape = (self.key_heads, self.head_dim)
         cache = empty(batch, slots, shape, shape, self.dtype or jnp.float32, span)
         if not self.convolution:
