@@ -62,7 +62,7 @@ from jaxattn.icl.readout import (
     homogeneity,
     pattern_distance,
 )
-from jaxattn.icl.regression import Averaging, Lasso, LeastSquares, Ridge, Zero
+from jaxattn.icl.regression import Averaging, Lasso, LassoFit, LeastSquares, Ridge, Zero
 from jaxattn.icl.risk import Estimate, Loss, RiskTable, compare, logistic, mistakes, square
 from jaxattn.icl.sequences import AssociativeRecall, Copying, Lookup, RepeatedBlock, additive_memory_accuracy
 from jaxattn.icl.task import Curriculum, Function, FunctionTask, Inputs, Query
@@ -99,6 +99,7 @@ __all__ = [
     "ItemLabels",
     "KNearestNeighbours",
     "Lasso",
+    "LassoFit",
     "LeastSquares",
     "Linear",
     "LinearLayers",

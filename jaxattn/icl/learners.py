@@ -53,7 +53,7 @@ class GreedyTree(Predictor):
     """A regression tree grown greedily to the given depth by squared error, as CART does (Breiman et al., 1984).
 
     A node is split in two at the coordinate and the threshold, midway between two examples, that leave the least
-    Σ (y − mean of its side)², of several the one with the fewest examples below it, then the first coordinate; a node of
+    Σ (y − mean of its side)², of several that with the fewest examples below it, then the first coordinate; a node of
     equal inputs is not split. The answer is the mean of the leaf that the query
     comes to, 0 without examples. As other branches do not matter to it, only the nodes on its way are grown. Depth 1 is
     a decision stump.

@@ -107,13 +107,19 @@ def ridge_excess_spectral(
     penalty = _bayes_penalty("ridge_excess_spectral", sigma2, psi2, penalty)
     values = jnp.linalg.eigvalsh(covariance)
 
-    def newton(_: Array, kappa: Array) -> Array:
+    def newton(kappa: Array, penalty: Any, values: Array) -> Array:
         # n κ − penalty − Σ κ λ / (λ + κ) is convex in κ: from above its root, Newton's method comes down to it.
         excess = n * kappa - penalty - (kappa * values / (values + kappa)).sum()
         return kappa - excess / (n - (values**2 / (values + kappa) ** 2).sum())
 
-    # Each step at least halves κ as long as it is far above the root, so 60 are enough for any float32 penalty.
-    kappa = jax.lax.fori_loop(0, 60, newton, (penalty + values.sum()) / n)
+    # Until rounding lets it come down no more: each step at least halves κ as long as it is far above the root.
+    fixed = jax.lax.stop_gradient((penalty, values))
+    first = (fixed[0] + fixed[1].sum()) / n
+    _, kappa = jax.lax.while_loop(
+        lambda pair: pair[1] < pair[0], lambda pair: (pair[1], newton(pair[1], *fixed)), (first, newton(first, *fixed))
+    )
+    for _ in range(2):  # with the derivatives of the root, up to the third
+        kappa = newton(kappa, penalty, values)
     freedom = (values**2 / (values + kappa) ** 2).sum() / n
     return (psi2 * kappa**2 * (values / (values + kappa) ** 2).sum() + sigma2 * freedom) / (1 - freedom)
 

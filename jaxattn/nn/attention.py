@@ -260,8 +260,8 @@ class MultiHeadAttention(nnx.Module):
 
     def init_state(self, batch: int, capacity: int) -> Cache | ConvolvedState | tuple[()]:
         """An empty cache for sequences of at most `capacity` tokens, at positions below it, and for no more than the
-        mask lets a query see; nothing for a layer that reads another's. Under a convolution also the inputs before them,
-        which are 0. A cache that holds all that a window can see is a ring, and goes on beyond `capacity`."""
+        mask lets a query see; nothing for a layer that reads another's. Under a convolution also the inputs before
+        them, which are 0. A cache that holds all that a window can see is a ring, and goes on beyond `capacity`."""
         if self.key is None:
             return ()
         own, slots, span = _part(self.mask), capacity, None

@@ -92,11 +92,144 @@ def test_newton_stays_where_it_came_to_whatever_rounding_leaves():
 @pytest.mark.parametrize("alpha", [1.0, 0.1, 0.01])
 def test_lasso_meets_the_conditions_of_its_minimum(x64, n, alpha):
     x, y, seen, _ = example(n=n, d=6)
-    w = np.asarray(icl.Lasso(alpha, sweeps=2000).weights(jnp.asarray(x), jnp.asarray(y), jnp.asarray(seen)))
+    w = np.asarray(icl.Lasso(alpha, tolerance=1e-12).weights(jnp.asarray(x), jnp.asarray(y), jnp.asarray(seen)))
     kept, labels = x[seen], y[seen]
     pull = kept.T @ (labels - kept @ w) / len(labels)
     np.testing.assert_allclose(pull[w != 0], alpha * np.sign(w[w != 0]), atol=1e-9)
     assert (abs(pull) <= alpha + 1e-9).all()
+
+
+FIT = jax.jit(lambda lasso, x, y, seen: lasso.fit(x, y, seen))
+
+
+def degenerate(kind):
+    """Examples and answers (float64) of which a solver may make a division by 0, or too few steps."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((12, 8)), rng.standard_normal(8)
+    if kind == "as many as coordinates":
+        x = x[:8]
+    if kind == "fewer than coordinates":
+        x = x[:3]
+    if kind == "one":
+        x = x[:1]
+    if kind == "columns twice":
+        x[:, 4:] = x[:, :4]
+    if kind == "columns of zeros":
+        x[:, ::3] = 0
+    if kind == "a column of others":
+        x[:, 7] = x[:, :7].sum(1)
+    if kind == "columns of all sizes":
+        x = x * 10.0 ** np.arange(-4, 4)
+    return x, 0 * x[:, 0] if kind == "answers of zeros" else x @ w
+
+
+KINDS = [
+    *("plain", "as many as coordinates", "fewer than coordinates", "one", "columns twice", "columns of zeros"),
+    *("a column of others", "columns of all sizes", "answers of zeros"),
+]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.01, 1e-5])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_lasso_says_how_near_it_is_to_its_minimum(dtype, kind, share):
+    """The gap against one computed here from any dual point; alpha is this share of the least that gives w = 0."""
+    x, y = (each.astype(dtype) for each in degenerate(kind))
+    most = float(abs(x.T @ y).max()) / len(y)
+    alpha, tolerance, eps = share * (most or 1.0), 1e-6 if dtype == np.float32 else 1e-10, np.finfo(dtype).eps
+    with jax.enable_x64(dtype == np.float64):
+        lasso = icl.Lasso(alpha, tolerance=tolerance)
+        found = jax.device_get(FIT(lasso, jnp.asarray(x), jnp.asarray(y), jnp.ones(len(y), bool)))
+    assert found.weights.dtype == dtype
+    w, x, y = (each.astype(np.float64) for each in (found.weights, x, y))
+    residual = y - x @ w
+    loss = (residual**2).mean() / 2 + alpha * abs(w).sum()
+    pull = x.T @ residual / len(y)
+    dual = residual * min(1, alpha / max(abs(pull).max(), 1e-300))
+    gap = loss - ((y**2).mean() - ((y - dual) ** 2).mean()) / 2
+    # Each of the numbers that the gap is the difference of is rounded.
+    rounding = 8 * eps * ((y**2).mean() + abs(w) @ (abs(x).T @ (abs(y) + abs(x) @ abs(w))) / len(y))
+    assert found.converged
+    assert found.sweeps <= 60
+    assert abs(found.gap - gap) <= rounding
+    assert gap <= tolerance * loss + rounding
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.01, 0.001, 0.0001])
+@pytest.mark.parametrize("n", [10, 19, 20, 40])
+def test_lasso_comes_further_than_300_sweeps_of_coordinate_descent(n, alpha):
+    """In 20 dimensions, in float32, and meets the conditions of a minimum. The descent is in NumPy, in float64."""
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal((n, 20)).astype(np.float32)
+    y = (x @ rng.standard_normal(20)).astype(np.float32)
+    padded = jnp.zeros((40, 20)).at[:n].set(x), jnp.zeros(40).at[:n].set(y)  # one program for all
+    found = FIT(icl.Lasso(alpha), *padded, jnp.arange(40) < n)
+    x, y = x.astype(np.float64), y.astype(np.float64)
+
+    def loss(w):
+        return ((y - x @ w) ** 2).mean() / 2 + alpha * abs(w).sum()
+
+    best = loss(np.asarray(found.weights, np.float64))
+    w = np.asarray(found.weights, np.float64)
+    pull = x.T @ (y - x @ w) / n
+    off = np.where(w != 0, abs(pull - alpha * np.sign(w)), np.maximum(abs(pull) - alpha, 0))
+    bound = 32 * np.finfo(np.float32).eps * (abs(x).T @ (abs(y) + abs(x) @ abs(w)) / n).max()
+    assert off.max() <= bound
+    assert found.converged
+    gram, target, descended = x.T @ x / n, x.T @ y / n, np.zeros(20)
+    for _ in range(300):
+        for k in range(20):
+            free = target[k] - gram[k] @ descended + gram[k, k] * descended[k]
+            descended[k] = np.sign(free) * max(abs(free) - alpha, 0) / gram[k, k]
+    assert best <= loss(descended) * (1 + 1e-6)
+
+
+def test_a_lasso_that_needs_more_sweeps_says_so():
+    x, y = (jnp.asarray(each, jnp.float32) for each in degenerate("as many as coordinates"))
+    short = icl.Lasso(1e-3, sweeps=1)
+    found = FIT(short, x, y, jnp.ones(len(y), bool))
+    assert not found.converged
+    assert found.sweeps == 1
+    assert found.gap > 1e-3
+    assert np.isfinite(found.weights).all()
+    assert np.isnan(short.weights(x, y, jnp.ones(len(y), bool))).all()
+
+
+def test_every_prompt_has_its_own_minimum_under_vmap():
+    kinds = ("plain", "columns twice", "columns of zeros", "a column of others", "answers of zeros")
+    x, y = (jnp.asarray(np.stack(each), jnp.float32) for each in zip(*map(degenerate, kinds), strict=True))
+    seen = jnp.ones(y.shape, bool).at[0, 3:].set(False)
+    together = jax.jit(jax.vmap(icl.Lasso(0.01).fit))(x, y, seen)
+    assert together.converged.all()
+    for i in range(len(kinds)):
+        alone = FIT(icl.Lasso(0.01), x[i], y[i], seen[i])
+        np.testing.assert_allclose(together.weights[i], alone.weights, atol=2e-5)
+        assert abs(together.gap[i] - alone.gap) < 1e-5
+    assert jnp.isfinite(icl.Lasso(0.01)(x, y)).all()
+    nothing = FIT(icl.Lasso(0.01), x[0], y[0], jnp.zeros(12, bool))
+    assert (nothing.weights == 0).all()
+    assert nothing.gap == 0
+
+
+def test_an_alpha_of_0_that_is_traced_is_least_squares(x64):
+    x, y = (jnp.asarray(each) for each in degenerate("plain"))
+    y = y + jax.random.normal(KEY, y.shape)
+    w = jax.jit(lambda alpha: icl.Lasso(alpha).weights(x, y, jnp.ones(12, bool)))(0.0)
+    np.testing.assert_allclose(w, np.linalg.lstsq(np.asarray(x), np.asarray(y))[0], rtol=1e-8)
+
+
+def test_gradients_of_a_lasso_are_those_of_its_minimum(x64):
+    x, y = (jnp.asarray(each) for each in degenerate("plain"))
+
+    def answer(alpha, y):
+        return jnp.arange(8.0) @ icl.Lasso(alpha, tolerance=1e-14).weights(x, y, jnp.ones(12, bool))
+
+    by_alpha, by_y = jax.grad(answer, (0, 1))(0.1, y)
+    step = 1e-5
+    np.testing.assert_allclose(by_alpha, (answer(0.1 + step, y) - answer(0.1 - step, y)) / (2 * step), rtol=1e-6)
+    along = jnp.cos(jnp.arange(12.0))
+    by_difference = (answer(0.1, y + step * along) - answer(0.1, y - step * along)) / (2 * step)
+    np.testing.assert_allclose(by_y @ along, by_difference, rtol=1e-6)
 
 
 def test_lasso_on_orthonormal_inputs_is_the_soft_threshold(x64):
@@ -194,7 +327,7 @@ PREDICTORS = {
     "averaging": icl.Averaging(),
     "least squares": icl.LeastSquares(),
     "ridge": icl.Ridge(0.5),
-    "lasso": icl.Lasso(0.1, 20),
+    "lasso": icl.Lasso(0.1),
     "descent": icl.GradientDescent(0.3, 3),
     "preconditioned": icl.Preconditioned(0.3 * jnp.ones((2, 4, 4)), 0.1 * jnp.ones((2, 4, 4))),
     "debiased": icl.DebiasedDescent(0.5),
@@ -274,6 +407,8 @@ def test_errors_name_the_argument():
         icl.Lasso(0)
     with pytest.raises(ValueError, match="sweeps must be at least 1"):
         icl.Lasso(1.0, 0)
+    with pytest.raises(ValueError, match="Lasso: tolerance must be positive, got 0"):
+        icl.Lasso(1.0, tolerance=0)
     with pytest.raises(ValueError, match="GradientDescent: steps must be at least 1"):
         icl.GradientDescent(0.1, 0)
     with pytest.raises(ValueError, match="Newton: penalty holds -1: need numbers from 0 on"):
