@@ -18,6 +18,7 @@ from jaxattn.core.maps import Dropout, Map, Need
 from jaxattn.core.mask import Mask
 from jaxattn.core.measure import Measure
 from jaxattn.core.normalize import Normalize, Softmax, Streaming
+from jaxattn.core.parts import check_array
 from jaxattn.core.rows import rows
 from jaxattn.core.score import Dot, accumulator
 from jaxattn.core.tiled import tiled
@@ -88,11 +89,10 @@ def attend(
         query, key, value, score, bias, score_maps, mask, normalize, weight_maps, measures, dropout,
         query_positions, key_positions,
     )  # fmt: skip
-    for argument, x in (("query", query), ("key", key), ("value", value)):
-        if isinstance(x, jax.ShapeDtypeStruct):
-            raise TypeError(f"{argument} is a ShapeDtypeStruct, which holds no numbers: need an array (see `explain`)")
+    for argument in ("query", "key", "value"):
+        check_array(argument, getattr(call, argument))
     name, _ = _choose(call, block, implementation, return_lse)
-    block = (block, block) if isinstance(block, int) else block
+    block = (block, block) if isinstance(block, int | np.integer) else block
     kernel = fused.plan(call, return_lse) if name == "fused" else None
     call = call._replace(measures=dict(measures))
     # NumPy leaves in the dtypes that JAX has now: an int64 table may else be taken for one under x64, or for none.
@@ -123,6 +123,8 @@ def attention_weights(
         query, key, key, score, bias, score_maps, mask, normalize, weight_maps, {}, None,
         query_positions, key_positions,
     )  # fmt: skip
+    for argument in ("query", "key"):
+        check_array(argument, getattr(call, argument))
     check(call)
     return _weights(call)
 
@@ -190,7 +192,8 @@ def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> 
         raise ValueError(f"implementation {implementation!r} is unknown: need 'auto', {choices}")
     if block is not None:
         sizes = block if isinstance(block, tuple) else (block, block)
-        if len(sizes) != 2 or not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+        whole = [isinstance(size, int | np.integer) and not isinstance(size, bool) for size in sizes]
+        if len(sizes) != 2 or not all(whole):
             raise TypeError(f"block must be an int or a tuple of two, (queries, keys), got {block!r}")
         if min(sizes) < 1:
             raise ValueError(f"block must be at least 1, got {block}")

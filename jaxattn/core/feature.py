@@ -127,7 +127,7 @@ class ReluFeatures(Features):
     offset: float = 0.0
 
     def __post_init__(self):
-        if not isinstance(self.offset, int | float) or isinstance(self.offset, bool):
+        if not isinstance(self.offset, int | float | np.number) or isinstance(self.offset, bool):
             raise TypeError(f"ReluFeatures: offset must be a number, got {self.offset!r}")
         if not self.offset >= 0:
             raise ValueError(f"ReluFeatures: offset must be at least 0, got {self.offset}")

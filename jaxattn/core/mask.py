@@ -93,8 +93,9 @@ class Mask(abc.ABC):
 
     def describe(self) -> str:
         """A few words on what the mask shows."""
-        static = [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), int | str)]  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in static)})"
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        static = [f"{name}={x}" for name, x in values.items() if isinstance(x, int | np.integer | str)]
+        return f"{type(self).__name__}({', '.join(static)})"
 
     def __and__(self, other: "Mask") -> "And":
         return And(self, _as_mask(other))
@@ -472,7 +473,7 @@ class Prefix(Mask):
         return (Causal() | Lengths(jnp.asarray(self.length))).bounds(query, key)
 
     def describe(self):
-        return f"a prefix{f' of {self.length}' if isinstance(self.length, int) else ''}, then causal"
+        return f"a prefix{f' of {self.length}' if isinstance(self.length, int | np.integer) else ''}, then causal"
 
 
 @part

@@ -332,7 +332,9 @@ def _check_memory(memory: Memory, key: Array, value: Array | None) -> None:
 def _check_gate(name: str, x: Any, shape: tuple, allowed: Callable[[Any], Any], wanted: str) -> None:
     if x is None and name != "rate":
         return
-    if not isinstance(x, int | float) and not (hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.floating)):
+    if not isinstance(x, int | float | np.number) and not (
+        hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.floating)
+    ):
         raise TypeError(f"{name} must be a number or a floating-point array, got {x!r}")
     given = np.shape(x)
     if len(given) > len(shape) or any(a not in (1, b) for a, b in zip(given[::-1], shape[::-1], strict=False)):

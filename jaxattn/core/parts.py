@@ -108,10 +108,15 @@ def check_fields(slot: str, value: Any) -> None:
 MOST = 2**30  # so that the sum of two of these, or of one and a position, fits an int32
 
 
+def check_int(name: str, value: Any) -> None:
+    """Raises TypeError for what is not an int, of Python or of NumPy; a bool is none."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
 def check_static_int(owner: str, name: str, value: Any, least: int) -> None:
     """Raises unless `value` is an int from `least` to `MOST`; for the `__post_init__` of parts."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
+    check_int(f"{owner}: {name}", value)
     if value < least:
         raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
     if value > MOST:
@@ -123,7 +128,7 @@ def check_positive(owner: str, name: str, value: Any) -> None:
 
     Arrays and None are not looked at.
     """
-    if isinstance(value, int | float) and not value > 0:
+    if isinstance(value, int | float | np.number) and not value > 0:
         raise ValueError(f"{owner}: {name} must be positive, got {value}")
     if value is not None and not isinstance(value, int | float) and not hasattr(value, "dtype"):
         raise TypeError(f"{owner}: {name} must be a number or an array, got {value!r}")
@@ -131,7 +136,8 @@ def check_positive(owner: str, name: str, value: Any) -> None:
 
 def check_all_positive(owner: str, name: str, value: Any) -> None:
     """As `check_positive`, and raises ValueError for arrays whose numbers are known and not all positive."""
-    check_positive(owner, name, value)
+    if not isinstance(value, np.number):
+        check_positive(owner, name, value)
     check_range(f"{owner}: {name}", value, lambda x: x > 0, "above 0")
 
 
@@ -234,6 +240,14 @@ def check_segments(segment_ids: Any, shape: tuple[int, ...]) -> None:
     ids = np.asarray(segment_ids)
     if (ids[..., 1:] < ids[..., :-1]).any():
         raise ValueError("segment_ids decreases along the tokens: need segments one after the other")
+
+
+def check_array(name: str, x: Any) -> None:
+    """Raises TypeError for what holds no numbers: lists, strings, and shapes without an array."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(f"{name} is a ShapeDtypeStruct, which holds no numbers: need an array, or jax.eval_shape")
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
 
 
 def check_floating(name: str, x: Any) -> None:

@@ -128,7 +128,7 @@ class Yarn(RotaryScaling):
 
     def __call__(self, base, channels, dtype):
         # In float64 where the base is a number: rounded to float32, an index near a whole number has another floor.
-        xp: Any = np if isinstance(base, int | float) else jnp
+        xp: Any = np if isinstance(base, int | float | np.number) else jnp
         if xp is np and base <= 1:
             raise ValueError(f"base must be above 1 for Yarn, got {base}")
 
@@ -270,7 +270,7 @@ def _rotate(x: Any, positions: Any, base: Any, fraction: float, scaling: Any, na
     if not positions_fit(positions.shape, tuple(batch), length):
         raise ValueError(f"{name} has shape {positions.shape} but x has {x.shape}: need [..., T] = [..., {length}]")
     dtype = accumulator(x)
-    if isinstance(base, int | float):
+    if isinstance(base, int | float | np.number):
         if not base > 0:
             raise ValueError(f"base must be positive, got {base}")
     else:

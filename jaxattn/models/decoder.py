@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn import nn
 from jaxattn.cache import check_room
 from jaxattn.core.mask import Mask
+from jaxattn.core.parts import check_array
 from jaxattn.models.config import DecoderConfig, Layer
 from jaxattn.nn import EDITED, SITES, Recorder
 from jaxattn.nn.parameter import linear_map, rms_norm, undecayed
@@ -84,13 +85,17 @@ class Decoder(nnx.Module):
         edits: site of `nn.EDITED` -> a part that is called on the value there, [B, T, D], and says what to go on with;
         its arrays carry a leading layer axis, so that each layer has its own.
 
-        Raises ValueError for unknown sites, edits without a layer axis, and if a site's shape differs between layers.
+        Raises TypeError for tokens that are no array of the right kind, and ValueError for none, unknown sites, edits
+        without a layer axis, and if a site's shape differs between layers.
         """
+        check_array("tokens", tokens)
         given, inputs = f"{tokens.dtype}{list(tokens.shape)}", self.config.inputs
         if inputs and (not jnp.issubdtype(tokens.dtype, jnp.floating) or tokens.shape[2:] != (inputs,)):
             raise TypeError(f"tokens must be vectors [batch, length, {inputs}], got {given}")
         if not inputs and (not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2):
             raise TypeError(f"tokens must be integers [batch, length], got {given}")
+        if 0 in tokens.shape:
+            raise ValueError(f"tokens has shape {tokens.shape}: need at least one row of at least one token")
         self._check_edits(edits)
         tap = Recorder(record)
         x = tap("embed", self.embed(tokens) if inputs else self.embedded(tokens, positions))

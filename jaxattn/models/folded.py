@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn import nn
 from jaxattn.core.mask import Causal, Mask, Sinks
+from jaxattn.core.parts import check_array
 from jaxattn.models.config import Attention, DecoderConfig
 from jaxattn.models.decoder import Decoder
 from jaxattn.nn.packing import scan_segments, where_row
@@ -94,8 +95,13 @@ class FoldedDecoder(nnx.Module):
     ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Array]]:
         """(logits, state, {}), as `Decoder`, but that only padding (−1) is read of the positions.
 
-        mask: `Documents(ids)` or `Causal()`. Raises ValueError for other masks, documents with a state, and records.
+        mask: `Documents(ids)` or `Causal()`. Raises TypeError for tokens that are not integers
+        [batch, length], and ValueError for other masks, documents with a state, and records.
         """
+        check_array("tokens", tokens)
+        if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            got = f"{tokens.dtype}{tokens.shape}"
+            raise TypeError(f"tokens must be integers [batch, length], not empty, got {got}")
         if record:
             raise ValueError(f"record is {record}: a decoder that runs segment by segment records nothing")
         segments = segments_of(mask, *tokens.shape)

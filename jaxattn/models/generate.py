@@ -1,6 +1,7 @@
 """Generation: prefill, then one compiled loop of sampling and decoding."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from jaxattn.core.parts import part
+from jaxattn.core.parts import check_int, check_range, part
 from jaxattn.models.decoder import Decoder
 
 
@@ -29,12 +30,17 @@ def sample(
 ) -> Int[Array, "*b"]:
     """Draws from softmax(logits / temperature) restricted to likely tokens; temperature 0 is the greedy choice.
 
+    Where the logits hold NaN, or leave no token possible, there is none to draw: −1.
+
     top_k keeps the k largest logits. top_p then keeps the smallest set of largest probabilities that reaches p
     (nucleus sampling, Holtzman et al., 2020), never less than one token. Tied logits stay or go together.
-    All three may be scalar arrays: nothing recompiles.
+    All three may be scalar arrays: nothing recompiles. Raises TypeError for a top_k that is no integer, and ValueError
+    for settings out of range where they are known.
     """
+    _check_settings(temperature, top_k, top_p)
     logits = logits.astype(jnp.float32)
-    greedy = logits.argmax(-1)
+    greedy, largest = logits.argmax(-1), logits.max(-1)
+    strange = jnp.isnan(largest) | (largest == -jnp.inf) | ((largest == jnp.inf) & (temperature != 0))
     logits = logits - logits.max(-1, keepdims=True)  # at most 0: no temperature is so small that they overflow to +inf
     logits = logits / jnp.where(temperature == 0, 1.0, temperature)
     order = jnp.sort(logits, axis=-1, descending=True)
@@ -49,7 +55,15 @@ def sample(
         kept = (before < top_p) | (jnp.arange(order.shape[-1]) == 0)
         floor = jnp.maximum(floor, jnp.where(kept, order, jnp.inf).min(-1))
     drawn = jax.random.categorical(key, jnp.where(logits >= floor[..., None], logits, -jnp.inf))
-    return jnp.where(temperature == 0, greedy, drawn).astype(jnp.int32)
+    return jnp.where(strange, -1, jnp.where(temperature == 0, greedy, drawn)).astype(jnp.int32)
+
+
+def _check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
+    if top_k is not None and not jnp.issubdtype(jnp.result_type(top_k), jnp.integer):
+        raise TypeError(f"top_k must be an int, got {top_k!r}")
+    check_range("temperature", temperature, lambda x: x >= 0, "from 0 on")
+    check_range("top_k", top_k, lambda x: x >= 1, "from 1 on")
+    check_range("top_p", top_p, lambda x: (x > 0) & (x <= 1), "above 0, and at most 1")
 
 
 def generate(
@@ -70,10 +84,29 @@ def generate(
     The whole loop is one compiled program, kept for later calls with the same shapes; it stops when every sequence
     has ended. `sample` tells what temperature, top_k and top_p do; `key` is needed unless temperature is 0.
 
-    Raises ValueError for empty prompts, unknown tokens or lengths that do not fit, if the prompt and the new tokens
-    exceed the model's context, and for sampling parameters out of range.
+    Raises ValueError for empty or ragged prompts, unknown tokens or lengths that do not fit, if the prompt and the new
+    tokens exceed the model's context, and for sampling parameters out of range; TypeError for prompts that are text, a
+    `max_new_tokens`, `top_k` or `end_token` that is no int, and a `key` that is none. FloatingPointError if the model
+    gives logits from which no token can be drawn, such as NaN.
     """
-    prompts = jnp.asarray(prompts)
+    if isinstance(prompts, str | bytes):
+        raise TypeError(f"prompts is text, {prompts[:20]!r}: need integers [batch, length], as train.encode makes them")
+    try:
+        prompts = jnp.asarray(np.asarray(prompts) if isinstance(prompts, list | tuple) else prompts)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "prompts is ragged, or holds what is no integer: need integers [batch, length], short rows padded on the "
+            "right and `lengths` to tell"
+        ) from None
+    check_int("max_new_tokens", max_new_tokens)
+    if top_k is not None:
+        check_int("top_k", top_k)
+    if end_token is not None:
+        check_int("end_token", end_token)
+        if not 0 <= end_token < model.config.vocabulary:
+            raise ValueError(f"end_token is {end_token}: need one from 0 to {model.config.vocabulary - 1}, or None")
+    if key is not None and not _is_key(key):
+        raise TypeError(f"key must be a random key such as jax.random.key(0), got {key!r}")
     if prompts.ndim != 2 or 0 in prompts.shape or not jnp.issubdtype(prompts.dtype, jnp.integer):
         raise ValueError(f"prompts must be integers [batch, length], not empty, got {prompts.dtype}{prompts.shape}")
     batch, length = prompts.shape
@@ -108,7 +141,22 @@ def generate(
     # In one dtype each, whatever number was given: a temperature of 0 and one of 0.7 run the same program.
     settings = (temperature, jnp.float32), (top_k, jnp.int32), (top_p, jnp.float32), (end_token, jnp.int32)
     scalars = (None if value is None else jnp.asarray(value, dtype) for value, dtype in settings)
-    return _generate(graph, max_new_tokens, arrays, prompts, lengths, key, *scalars)
+    new, lost = _generate(graph, int(max_new_tokens), arrays, prompts, lengths, key, *scalars)
+    if lost.any():
+        row = int(lost.argmax())
+        raise FloatingPointError(
+            f"no token can be drawn after {int(new.lengths[row])} new tokens of prompt {row}: the logits of the model "
+            "are NaN or infinite, as its parameters may be"
+        )
+    return new
+
+
+def _is_key(key: Any) -> bool:
+    """Whether it is one random key, new-style or raw."""
+    if not isinstance(key, jax.Array):
+        return False
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key.shape == () if typed else key.dtype == jnp.uint32 and key.ndim == 1
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -133,8 +181,10 @@ def _generate(graph, max_new_tokens, arrays, prompts, lengths, key, temperature,
         tokens = tokens.at[:, step].set(jnp.where(done, -1, token))
         positions = jnp.where(done, -1, lengths + step)
         logits, state, _ = nnx.merge(graph, arrays)(token[:, None], positions=positions[:, None], state=state)
-        return step + 1, logits[:, 0], state, tokens, done | (token == end_token)
+        return step + 1, logits[:, 0], state, tokens, done | (token == end_token) | (token < 0)
 
     start = (0, logits, state, jnp.full((batch, max_new_tokens), -1, jnp.int32), jnp.zeros(batch, bool))
     _, _, _, tokens, _ = jax.lax.while_loop(unfinished, one_token, start)
-    return Generation(tokens, (tokens >= 0).sum(-1))
+    lengths = (tokens >= 0).sum(-1)
+    ended = (end_token >= 0) & (tokens == end_token).any(-1)
+    return Generation(tokens, lengths), (lengths < max_new_tokens) & ~ended

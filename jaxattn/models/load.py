@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxattn.models.config import DecoderConfig, Mixer
@@ -21,6 +22,8 @@ def to_plain(config: Any) -> Any:
         kind = type(config)
         named = isinstance(config, Mixer) or not jax.tree_util.all_leaves([config])
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": fields} if named else fields
+    if isinstance(config, np.generic):
+        return config.item()
     if isinstance(config, tuple | list):
         return [to_plain(item) for item in config]
     return config

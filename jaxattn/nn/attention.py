@@ -15,6 +15,7 @@ from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Mask, Within, documents_of, places_in_documents
 from jaxattn.core.measure import Measure
 from jaxattn.core.normalize import Softmax
+from jaxattn.core.parts import check_array
 from jaxattn.core.position import RotaryScaling, rotary, rotary_channels
 from jaxattn.core.score import Dot
 from jaxattn.nn.mechanisms import ShortConvolution
@@ -180,6 +181,7 @@ class MultiHeadAttention(nnx.Module):
         `convolution` also for a context, for documents together with a state, and for a `mask` other than None,
         `Causal()` and `Documents(ids)`, which say which tokens follow each other.
         """
+        check_array("x", x)
         tap = Recorder(record, (*SITES, *self.measures, "kv"))
         shared = context if isinstance(context, KeyValue) else None
         if (self.key is None) != (shared is not None):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+
+from jaxattn.core.parts import check_int
 
 BOS = 256
 EOS = 257
@@ -107,8 +110,10 @@ def split(
     """(train, validation): each document goes to validation with probability `validation_fraction`.
 
     The draw of a document is u = SHA-256(seed, name) / 2²⁵⁶, validation where u < `validation_fraction`: it depends
-    on nothing else, so adding documents to a corpus moves no other. Both sides keep the order of `documents`.
-    When all draws fall on one side, the document whose draw is nearest to the other side goes there.
+    on nothing else, so adding documents to a corpus moves no other. Documents with the same text share the draw of the
+    first of their names, so that none is on both sides. Both sides keep the order of `documents`.
+    When all draws fall on one side, the text whose draw is nearest to the other side goes there.
+    Documents that all have one text are drawn by their own names, with a `UserWarning` that names them.
     A single document is cut in two at the line break nearest to its last `validation_fraction` of bytes.
     Raises `ValueError` for a fraction outside (0, 1), for no documents, or for one document without a line to cut at.
     """
@@ -118,14 +123,23 @@ def split(
         raise ValueError("documents is empty: need at least one document to split")
     if len(documents) == 1:
         return _cut(documents[0], validation_fraction)
-    draws = [int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()) / 2**256 for name, _ in documents]
-    chosen = {i for i, draw in enumerate(draws) if draw < validation_fraction}
+    first: dict[bytes, str] = {}  # of the names of each text
+    for name, content in documents:
+        first[content] = min(name, first.get(content, name))
+    if len(first) == 1:
+        names = f"{documents[0].name!r} to {documents[-1].name!r}"
+        warnings.warn(f"the {len(documents)} documents {names} have one text, which is on both sides", stacklevel=2)
+        drawn_by = [name for name, _ in documents]
+    else:
+        drawn_by = [first[content] for _, content in documents]
+    draws = [int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()) / 2**256 for name in drawn_by]
+    chosen = {draw for draw in draws if draw < validation_fraction}
     if not chosen:
-        chosen = {int(np.argmin(draws))}
-    elif len(chosen) == len(documents):
-        chosen.remove(int(np.argmax(draws)))
-    train = [document for i, document in enumerate(documents) if i not in chosen]
-    return train, [documents[i] for i in sorted(chosen)]
+        chosen = {min(draws)}
+    elif len(chosen) == len(set(draws)):
+        chosen.remove(max(draws))
+    pairs = list(zip(draws, documents, strict=True))
+    return [x for draw, x in pairs if draw not in chosen], [x for draw, x in pairs if draw in chosen]
 
 
 def _cut(document: Document, validation_fraction: float) -> tuple[list[Document], list[Document]]:
@@ -217,9 +231,10 @@ def batches(source: Windows, batch_size: int, seed: int = 0) -> grain.DatasetIte
 
     The order is a function of `seed` alone. `get_state()` of the iterator is a small dict that JSON can hold, and
     `set_state(...)` continues from there exactly. Batches are made in the calling thread: cutting a window costs
-    microseconds. Raises `ValueError` for a batch size below 1.
+    microseconds. Raises `ValueError` for a batch size below 1 and a seed that is not from 0 to 2³² − 1.
     """
     _check_batch_size(batch_size)
+    check_seed(seed)
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
@@ -268,6 +283,14 @@ def drawn_batch(source: Drawn, rows: int, seed: int, stream: int, number: Any) -
     return source.draw(key, rows, number if stream == TRAINING else LAST)
 
 
+def check_seed(seed: int) -> None:
+    """Raises unless it is a seed that every generator of random numbers takes."""
+    check_int("seed", seed)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: need one from 0 to 2**32 - 1")
+
+
 def _check_batch_size(batch_size: int) -> None:
+    check_int("batch_size", batch_size)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: need at least 1 window per batch")

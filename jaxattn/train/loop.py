@@ -25,8 +25,9 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from jaxattn.core.parts import check_int
 from jaxattn.train.checkpoint import Checkpoints, check_config, is_full_disk
-from jaxattn.train.data import TRAINING, Drawn, Windows, batches, drawn_batch, ordered_batches
+from jaxattn.train.data import TRAINING, Drawn, Windows, batches, check_seed, drawn_batch, ordered_batches
 from jaxattn.train.log import Display, Log
 from jaxattn.train.loss import bits_per_byte
 from jaxattn.train.step import (
@@ -240,11 +241,11 @@ def _record(
     run_config: Mapping[str, Any], config: TrainConfig, train: Windows | Drawn, validation: Windows | Drawn
 ) -> dict[str, Any]:
     own = {
-        "train": dataclasses.asdict(config),
+        "train": json.loads(json.dumps(dataclasses.asdict(config), default=_plain)),
         "corpus": {"length": train.length, "train": train.digest, "validation": validation.digest},
     }
     try:
-        given = json.loads(json.dumps(run_config))
+        given = json.loads(json.dumps(run_config, default=_plain))
     except TypeError as error:
         raise TypeError(f"run_config is not JSON: {error}: need dicts, lists, strings, numbers, bools, None") from None
     for name, value in own.items():
@@ -253,11 +254,21 @@ def _record(
     return {**given, **own}
 
 
+def _plain(x: Any) -> Any:
+    """A number of NumPy as one of Python, which JSON can hold."""
+    if isinstance(x, np.generic):
+        return x.item()
+    raise TypeError(f"Object of type {type(x).__name__} is not JSON serializable")
+
+
 def _check(config: TrainConfig, train: Windows | Drawn, validation: Windows | Drawn) -> None:
     for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every", "keep", "log_every"):
         value = getattr(config, name)
+        if name != "eval_batches" or value is not None:
+            check_int(name, value)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: need at least 1")
+    check_seed(config.seed)
     if config.devices not in ("one", "mesh", "pmap"):
         raise ValueError(f"devices is {config.devices!r}: need 'one', 'mesh' or 'pmap'")
     if isinstance(train, Drawn) and config.devices != "one":

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.parts import check_range
+from jaxattn.core.parts import check_array, check_range
 from jaxattn.train.data import BOS
 
 Sums = dict[str, jax.Array]
@@ -32,6 +32,7 @@ def next_token_loss(logits: jax.Array, batch: Mapping[str, Any], z_loss: float =
     Raises `TypeError` for targets that are not integers. Raises `ValueError` when the leading axes of `logits` are not
     the shape of `targets` and `weights`, and for a weight or a `z_loss` that is known and below 0.
     """
+    check_array("logits", logits)
     check_range("z_loss", z_loss, lambda x: (x >= 0) & (x < math.inf), "from 0 on")
     check_range("batch['weights']", batch["weights"], lambda w: w >= 0, "from 0 on")
     targets, weights = jnp.asarray(batch["targets"]), jnp.asarray(batch["weights"], jnp.float32)

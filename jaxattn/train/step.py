@@ -6,7 +6,8 @@ by the number of tokens last, so every way of cutting a batch gives the gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -61,13 +62,14 @@ def make_step(
     Metrics are float32 scalars: `loss`, `grad_norm` (before clipping), and Σ/Σw for every sum but `weight`, which is
     the number of tokens itself. A batch whose weights are all 0 has loss and gradient 0.
 
-    Raises `ValueError` for `accumulate` below 1, and when tracing a batch that it does not divide.
+    Raises `ValueError` for `accumulate` below 1, and when tracing a batch that it does not divide; `TypeError`, when
+    tracing, for a loss function that does not return (total, sums).
     """
     if accumulate < 1:
         raise ValueError(f"accumulate is {accumulate}: need at least 1 micro-batch")
 
     def sums_and_gradients(params: Params, batch: Any, key: jax.Array) -> Any:
-        (total, sums), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+        (total, sums), gradients = jax.value_and_grad(partial(_checked, loss_fn), has_aux=True)(params, batch, key)
         return {"loss": total, **sums}, gradients
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
@@ -103,6 +105,17 @@ def make_step(
     return step
 
 
+def _checked(loss_fn: LossFunction, *arguments: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What it returns; raises TypeError unless that is (total, sums) with the weight among the sums."""
+    result = loss_fn(*arguments)
+    pair = isinstance(result, tuple) and len(result) == 2
+    if not pair or not isinstance(result[1], Mapping) or "weight" not in result[1] or jnp.shape(result[0]):
+        said = f"a {type(result).__name__}" if not pair else f"({type(result[0]).__name__}, {result[1]!r})"
+        needed = "(total, sums), a scalar and a dict of scalars, 'weight' being the number of tokens"
+        raise TypeError(f"loss_fn returns {said}: need {needed}")
+    return result
+
+
 def repeated(step: Step, count: int, draw: Callable[[jax.Array], Any]) -> Step:
     """`count` steps as one, each on the batch draw(number) of its number; it is given None for a batch.
 
@@ -132,7 +145,7 @@ def make_evaluation(loss_fn: LossFunction, *, axis_name: str | None = None) -> S
     """
 
     def evaluation(state: State, batch: Any) -> tuple[State, Metrics]:
-        total, sums = loss_fn(state.params, batch, None)
+        total, sums = _checked(loss_fn, state.params, batch, None)
         sums = {"loss": total, **sums}
         return state, sums if axis_name is None else jax.lax.psum(sums, axis_name)
 

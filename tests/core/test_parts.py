@@ -38,6 +38,9 @@ from jaxattn import (
     attend,
     part,
 )
+from jaxattn.core.feature import ReluFeatures
+from jaxattn.core.merged import LinearSelfAttention
+from jaxattn.core.position import rotary
 
 
 def normal(*shape, seed=0):
@@ -232,3 +235,26 @@ def test_attention_by_hand():
         )
         assert_close(out, [[[7 / 2]]], 8, factor=2)
         assert_close(extras["lse"], [[np.log(8)]], np.log(8), factor=2)
+
+
+def test_numbers_of_numpy_are_taken_wherever_those_of_python_are():
+    x = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
+    blocks = [attend(x, x, x, implementation="tiled", block=block) for block in (2, np.int64(2), (np.int32(2), 2))]
+    np.testing.assert_array_equal(blocks[0], blocks[1])
+    np.testing.assert_array_equal(blocks[0], blocks[2])
+    assert Window(np.int64(3)).describe() == Window(3).describe()
+    assert Prefix(np.int64(3)).describe() == Prefix(3).describe()
+    assert ReluFeatures(np.float32(0.5)).offset == 0.5
+    assert LinearSelfAttention(jnp.eye(2), jnp.eye(2), np.float32(3)).scale == 3
+    np.testing.assert_array_equal(rotary(x, jnp.arange(6), np.float32(100)), rotary(x, jnp.arange(6), 100.0))
+    with pytest.raises(TypeError, match="block must be an int or a tuple of two"):
+        attend(x, x, x, implementation="tiled", block=True)
+    with pytest.raises(TypeError, match="left must be an int, got True"):
+        Window(True)
+
+
+def test_numbers_of_numpy_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"LinearSelfAttention: scale must be positive, got -1\.0"):
+        LinearSelfAttention(jnp.eye(2), jnp.eye(2), np.float32(-1))
+    with pytest.raises(ValueError, match=r"base must be positive, got -1\.0"):
+        rotary(jnp.ones((1, 2, 1, 4)), jnp.arange(2), np.float32(-1))

@@ -1,6 +1,7 @@
 """models.Decoder: causal, blind to other documents, the same scanned or unrolled, the same decoded or prefilled."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,8 @@ from tiny import (
     tokens,
 )
 
-from jaxattn import Causal, Documents, Lengths, Window
-from jaxattn.models import Attention, Decoder, DecoderConfig, FeedForward, Layer
+from jaxattn import Causal, Documents, Lengths, Window, attend
+from jaxattn.models import Attention, Decoder, DecoderConfig, FeedForward, Layer, from_plain, to_plain
 
 IDS = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, -1])
 
@@ -260,6 +261,29 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_gradients():
 def test_tokens_must_be_a_batch_of_integers(mixed, bad):
     with pytest.raises(TypeError, match=r"tokens must be integers \[batch, length\], got "):
         mixed(bad)
+
+
+def test_tokens_that_are_no_array_or_none_are_named(mixed):
+    for bad, error, message in (
+        ([[1, 2]], TypeError, "tokens must be an array, got list"),
+        (jax.ShapeDtypeStruct((1, 2), int), TypeError, "tokens is a ShapeDtypeStruct, which holds no numbers"),
+        (np.zeros((2, 0), int), ValueError, r"tokens has shape \(2, 0\): need at least one row of at least one token"),
+        (np.zeros((0, 2), int), ValueError, r"tokens has shape \(0, 2\): need at least one row of at least one token"),
+    ):
+        with pytest.raises(error, match=message):
+            mixed(bad)
+    with pytest.raises(TypeError, match="x is a ShapeDtypeStruct"):
+        mixed.runs[0].mixer(jax.ShapeDtypeStruct((1, 2, WIDTH), float))
+    with pytest.raises(TypeError, match="query is a ShapeDtypeStruct"):
+        attend(*[jax.ShapeDtypeStruct((1, 2, 1, 4), float)] * 3)
+
+
+def test_numbers_of_numpy_make_the_same_model_and_go_into_its_plain_config():
+    numpy = DecoderConfig(np.int64(VOCABULARY), np.int32(CONTEXT), np.int64(WIDTH), [Layer(Attention(np.int64(2)))])
+    python = DecoderConfig(VOCABULARY, CONTEXT, WIDTH, [Layer(Attention(2))])
+    assert numpy == python
+    assert from_plain(json.loads(json.dumps(to_plain(numpy)))) == python
+    assert run(Decoder(numpy, rngs=nnx.Rngs(0)), tokens())[0].shape == (3, CONTEXT, VOCABULARY)
 
 
 def test_equal_configs_are_equal_and_hash_alike():

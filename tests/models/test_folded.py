@@ -143,3 +143,15 @@ def test_errors_name_what_is_wrong():
         model(TOKENS, record=("resid",))
     with pytest.raises(ValueError, match="mask has documents and a state is given"):
         model(TOKENS, mask=Causal() & Documents(jnp.zeros((B, T), int)), state=model.init_state(B, T))
+
+
+def test_tokens_that_are_no_array_of_integers_are_named():
+    model = build("fold")
+    for bad, message in (
+        ([[1, 2]], "tokens must be an array, got list"),
+        (jax.ShapeDtypeStruct((1, 2), int), "tokens is a ShapeDtypeStruct"),
+        (jnp.zeros((1, 2)), r"tokens must be integers \[batch, length\], not empty, got float32\(1, 2\)"),
+        (jnp.zeros((1, 0), int), r"tokens must be integers \[batch, length\], not empty, got int32\(1, 0\)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            model(bad)

@@ -180,6 +180,11 @@ def test_top_k_1_is_greedy(model, naive):
         (np.zeros((1, 3), int), {"top_k": 0}, r"need .* top_k >= 1 .* got 1\.0, 0 and None"),
         (np.zeros((1, 3), int), {"top_p": 0.0}, r"need .* 0 < top_p <= 1, got 1\.0, None and 0\.0"),
         (np.zeros((1, 3), int), {"top_p": 1.5}, r"need .* 0 < top_p <= 1, got 1\.0, None and 1\.5"),
+        (np.zeros((1, 3), int), {"end_token": 11}, "end_token is 11: need one from 0 to 10, or None"),
+        (np.zeros((1, 3), int), {"end_token": -1}, "end_token is -1: need one from 0 to 10, or None"),
+        ([[1, 2], [3]], {}, "prompts is ragged, or holds what is no integer: need integers"),
+        ([["a", "b"]], {}, "prompts is ragged, or holds what is no integer: need integers"),
+        ([[1.5, 2]], {}, "prompts must be integers .* got float32"),
         (np.zeros((1, 3), int), {"key": None}, "key is None: need a random key unless temperature is 0"),
     ],
 )
@@ -187,3 +192,37 @@ def test_calls_that_make_no_sense_are_refused(model, prompts, options, message):
     options = {"max_new_tokens": 2, "temperature": 1.0, "key": jax.random.key(0)} | options
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("To be", {}, "prompts is text, 'To be': need integers"),
+        (b"To be", {}, "prompts is text, b'To be': need integers"),
+        ([[1, 2]], {"max_new_tokens": 2.5}, r"max_new_tokens must be an int, got 2\.5"),
+        ([[1, 2]], {"max_new_tokens": 2.0}, r"max_new_tokens must be an int, got 2\.0"),
+        ([[1, 2]], {"max_new_tokens": True}, "max_new_tokens must be an int, got True"),
+        ([[1, 2]], {"key": 0}, r"key must be a random key such as jax\.random\.key\(0\), got 0"),
+        ([[1, 2]], {"key": jnp.zeros(3)}, r"key must be a random key such as jax\.random\.key\(0\)"),
+        ([[1, 2]], {"top_k": 2.5}, r"top_k must be an int, got 2\.5"),
+        ([[1, 2]], {"end_token": 2.0}, r"end_token must be an int, got 2\.0"),
+    ],
+)
+def test_what_is_of_another_type_is_named(model, prompts, options, message):
+    options = {"max_new_tokens": 2, "key": jax.random.key(0)} | options
+    with pytest.raises(TypeError, match=message):
+        generate(model, prompts, **options)
+
+
+def test_integers_of_numpy_lists_and_raw_keys_are_taken(model):
+    settings = {"max_new_tokens": np.int64(NEW), "end_token": np.int32(VOCABULARY - 1), "top_k": np.int64(1)}
+    new = generate(model, PROMPTS.tolist(), LENGTHS.tolist(), key=jax.random.PRNGKey(0), **settings)
+    np.testing.assert_array_equal(new.tokens, greedy(model, end_token=VOCABULARY - 1)[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_without_finite_parameters_generates_no_token(temperature):
+    broken = decoder((PLAIN,))
+    broken.final_norm.scale[...] = broken.final_norm.scale[...].at[0].set(jnp.nan)
+    with pytest.raises(FloatingPointError, match="no token can be drawn after 0 new tokens of prompt 0: the logits"):
+        generate(broken, PROMPTS, LENGTHS, max_new_tokens=NEW, temperature=temperature, key=jax.random.key(0))

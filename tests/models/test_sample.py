@@ -116,3 +116,27 @@ def test_changing_a_setting_does_not_recompile():
 def test_bfloat16_logits_are_drawn_from_in_float32():
     x = jnp.asarray(logits(3, 7), jnp.bfloat16)
     np.testing.assert_array_equal(draw(x, jax.random.key(0)), draw(x.astype(jnp.float32), jax.random.key(0)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_there_is_no_token_where_logits_are_nan_or_leave_none(temperature):
+    """−1, and the other rows draw as they would."""
+    logits = jnp.array([[0.0, jnp.nan, 1.0], [-jnp.inf, -jnp.inf, -jnp.inf], [-jnp.inf, 0.0, -jnp.inf]])
+    for settings in ({}, {"top_k": 2}, {"top_p": 0.5}):
+        np.testing.assert_array_equal(draw(logits, jax.random.key(0), temperature, **settings), [-1, -1, 1])
+    likely = draw(jnp.array([0.0, jnp.inf]), jax.random.key(0), temperature)
+    assert likely == (1 if temperature == 0 else -1)  # inf − inf is no number to draw by
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"temperature": -1.0}, ValueError, r"temperature holds -1\.0: need numbers from 0 on"),
+        ({"top_k": 0}, ValueError, "top_k holds 0: need numbers from 1 on"),
+        ({"top_k": 2.5}, TypeError, r"top_k must be an int, got 2\.5"),
+        ({"top_p": 1.5}, ValueError, r"top_p holds 1\.5: need numbers above 0, and at most 1"),
+    ],
+)
+def test_known_settings_out_of_range_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        sample(jnp.zeros(4), jax.random.key(0), **settings)

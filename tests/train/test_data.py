@@ -29,7 +29,7 @@ def documents_of_one_byte(lengths):
 
 
 def documents_named(count):
-    return [Document(f"name {i}", b"text") for i in range(count)]
+    return [Document(f"name {i}", f"text {i}".encode()) for i in range(count)]
 
 
 def test_decode_inverts_encode_and_drops_specials():
@@ -282,3 +282,40 @@ def test_batch_sizes_and_limits_below_1_are_refused():
             make(windows, 0)
     with pytest.raises(ValueError, match="limit is 0: need at least 1"):
         ordered_batches(windows, 1, limit=0)
+
+
+def test_identical_texts_are_on_one_side_of_a_split():
+    """Whatever their names. Texts that stand alone are drawn as ever."""
+    alone = [Document(f"{i}.py", f"text {i}".encode()) for i in range(60)]
+    copies = [Document(f"copy of {i}.py", f"text {i}".encode()) for i in range(0, 60, 2)]
+    for seed in range(5):
+        for documents in ([*alone, *copies], [*copies, *alone]):
+            train, validation = split(documents, 0.3, seed)
+            assert not {text for _, text in train} & {text for _, text in validation}
+            assert sorted(train + validation) == sorted(documents)
+            assert [x for x in documents if x in validation] == validation
+        before, after = split(alone, 0.3, seed)[1], split([*alone, *copies], 0.3, seed)[1]
+        texts = {text for _, text in copies}
+        assert [x for x in before if x.content not in texts] == [x for x in after if x.content not in texts]
+
+
+def test_copies_alone_are_split_and_named():
+    with pytest.warns(UserWarning, match="the 2 documents 'a' to 'b' have one text, which is on both sides"):
+        train, validation = split([Document("a", b"one"), Document("b", b"one")], 0.5)
+    assert {name for name, _ in (*train, *validation)} == {"a", "b"}
+    assert len(train) == len(validation) == 1
+    train, validation = split([Document("a", b"one"), Document("b", b"one"), Document("c", b"two")], 1e-9)
+    assert {text for _, text in train} != {text for _, text in validation}
+    assert len(train) + len(validation) == 3
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_is_none_is_refused(seed):
+    source = Windows([Document("a", bytes(range(50)))], 4)
+    with pytest.raises(ValueError, match=rf"seed is {seed}: need one from 0 to 2\*\*32 - 1"):
+        batches(source, 2, seed)
+    with pytest.raises(TypeError, match=r"seed must be an int, got 1\.5"):
+        batches(source, 2, 1.5)
+    with pytest.raises(TypeError, match=r"batch_size must be an int, got 2\.0"):
+        batches(source, 2.0)
+    assert next(batches(source, np.int64(2), np.int32(3)))["tokens"].shape == (2, 4)

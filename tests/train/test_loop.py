@@ -202,6 +202,7 @@ def test_a_folder_where_a_run_never_began_can_be_used(tmp_path):
         ({"save_every": -1}, "save_every is -1"),
         ({"keep": 0}, "keep is 0"),
         ({"log_every": 0}, "log_every is 0"),
+        ({"seed": -1}, r"seed is -1: need one from 0 to 2\*\*32 - 1"),
         ({"devices": "tpu"}, "devices is 'tpu': need 'one', 'mesh' or 'pmap'"),
         ({"batch_size": 6, "accumulate": 4}, "need a multiple of 4"),
         ({"batch_size": 12, "accumulate": 1, "devices": "mesh"}, r"12 for 8 device\(s\) .*: need a multiple of 8"),
@@ -212,6 +213,21 @@ def test_a_config_that_makes_no_sense_is_refused_before_anything_is_written(chan
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", changed(**changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "eval_batches", "seed"])
+def test_a_config_without_whole_numbers_is_refused(name, tmp_path):
+    for value in (2.0, True, "2"):
+        with pytest.raises(TypeError, match=f"{name} must be an int, got {value!r}"):
+            run(tmp_path / "run", changed(**{name: value}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_numpy_are_those_of_python(tmp_path):
+    """The folder of one run is that of the other."""
+    numpy = changed(steps=np.int64(2), batch_size=np.int32(8), seed=np.int64(0))
+    assert run(tmp_path / "run", numpy, run_config={"rate": np.float32(0.5)}).complete
+    assert run(tmp_path / "run", changed(steps=2, batch_size=8, seed=0), run_config={"rate": 0.5}).step == 2
 
 
 def test_a_run_config_that_json_cannot_hold_is_refused(tmp_path):

@@ -235,3 +235,25 @@ def test_some_of_the_devices_can_be_chosen(reference):
     for state in (meshed, mapped):
         assert state.params["table"].sharding.device_set == set(two)
         np.testing.assert_allclose(state.params["table"], reference[0].params["table"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda total: total,
+        lambda total: (total,),
+        lambda total: (total, total),
+        lambda total: (total, {"nll": total}),
+        lambda total: (total[None], {"weight": total}),
+    ],
+)
+def test_a_loss_that_is_not_a_total_with_its_sums_is_named(result):
+    def loss_fn(params, batch, key):
+        return result(jnp.sum(params["table"] ** 2))
+
+    optimizer = optax.sgd(0.1)
+    state = init_state({"table": jnp.ones(3)}, optimizer, jax.random.key(0))
+    needed = r"need \(total, sums\), a scalar and a dict of scalars, 'weight' being the number of tokens"
+    for step in (make_step(loss_fn, optimizer), make_evaluation(loss_fn)):
+        with pytest.raises(TypeError, match=f"loss_fn returns .*: {needed}"):
+            jax.jit(step)(state, {"tokens": jnp.zeros((2, 3), int)})
