@@ -78,8 +78,9 @@ def _run(options: argparse.Namespace, command: str, console: Console) -> None:
     for one, config, folder in planned:
         runner.run(one, config, seeds=options.seeds, folder=folder, command=command, console=console)
         results = [report.to_result(seed) for seed in report.read_seeds(folder).values()]
-        for claim, _, verdict in report.judged(one.claims, results):
-            console.print(f"{verdict}: {claim.says}", soft_wrap=True, highlight=False)
+        for claim, _, verdict, criterion in report.held_to(report.written_claims(folder), one.claims, results):
+            moved = f" Criterion: {criterion}." if verdict == report.CHANGED else ""
+            console.print(f"{verdict}: {claim.says}{moved}", soft_wrap=True, highlight=False)
         console.print(f"wrote {folder / 'report.md'}", soft_wrap=True)
     report.write_index(options.folder)
 

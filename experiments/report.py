@@ -7,16 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import statistics
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from experiments.experiment import FIGURES, VERDICTS, Claim, Experiment, Number, Result, Row, Verdict, judge, load
+from experiments.experiment import (
+    FIGURES,
+    VERDICTS,
+    Claim,
+    Experiment,
+    Number,
+    Range,
+    Result,
+    Row,
+    Verdict,
+    judge,
+    load,
+)
 from jaxattn import papers, viz
+
+CRITERIA = "claims.json"  # in the folder of a run: its claims, as they were before it measured anything
+RANGES = ("confirmed", "refuted")
+CHANGED = "criterion changed"
 
 
 def write(file: Path, text: str) -> None:
@@ -64,6 +81,80 @@ def judged(claims: Iterable[Claim], results: Sequence[Result]) -> list[tuple[Cla
     return [(claim, values, judge(claim, values)) for claim, values in by_claim]
 
 
+class Judged(NamedTuple):
+    """A claim with its number by seed, its verdict and its criterion, in words.
+
+    The verdict is `CHANGED` where the criterion is not the one that was written down before measuring; then the
+    criterion says from what to what, and what the verdict would be by the one that was written.
+    """
+
+    claim: Claim
+    values: list[Number]
+    verdict: str
+    criterion: str
+
+
+def write_claims(folder: Path, claims: Iterable[Claim]) -> None:
+    """Write the criteria of the claims down in the folder of a run, before it measures anything."""
+    write(folder / CRITERIA, json.dumps(_plain([dataclasses.asdict(claim) for claim in claims]), indent=1) + "\n")
+
+
+def written_claims(folder: Path) -> list[Claim] | None:
+    """The claims as they were written down before measuring; None for a run that did not."""
+    if not (folder / CRITERIA).exists():
+        return None
+    kept = json.loads((folder / CRITERIA).read_text())
+
+    def allowed(given: Mapping[str, Any] | None) -> Range | None:
+        return None if given is None else Range(**{name: x for name, x in given.items() if x is not None})
+
+    return [Claim(**{**each, **{name: allowed(each[name]) for name in RANGES}}) for each in kept]
+
+
+def _plain(x: Any) -> Any:
+    """Without the ends that a range does not have, for which JSON has no number."""
+    if isinstance(x, dict):
+        return {name: _plain(each) for name, each in x.items()}
+    if isinstance(x, list):
+        return [_plain(each) for each in x]
+    return None if isinstance(x, float) and math.isinf(x) else x
+
+
+def held_to(written: Iterable[Claim] | None, claims: Iterable[Claim], results: Sequence[Result]) -> list[Judged]:
+    """Each claim judged, and held to the criterion that was written down; then the claims that were dropped since."""
+    outcome = judged(claims, results)
+    if written is None:
+        return [Judged(*each, str(each[0].confirmed)) for each in outcome]
+    left = list(written)
+    partners: dict[int, Claim] = {}
+    for alike in (lambda a, b: (a.number, a.says) == (b.number, b.says), lambda a, b: a.number == b.number):
+        for i, (claim, _, _) in enumerate(outcome):
+            found = next((each for each in left if i not in partners and alike(each, claim)), None)
+            if found is not None:
+                partners[i] = found
+                left.remove(found)
+    rows = []
+    for i, (claim, values, verdict) in enumerate(outcome):
+        if i not in partners:
+            rows.append(Judged(claim, values, CHANGED, f"{_criterion(claim)}; written after measuring"))
+        elif any(getattr(claim, name) != getattr(partners[i], name) for name in RANGES):
+            rows.append(Judged(claim, values, CHANGED, f"{_criterion(claim)}; {_was(partners[i], values)}"))
+        else:
+            rows.append(Judged(claim, values, verdict, str(claim.confirmed)))
+    for claim in left:
+        values = [result.numbers.get(claim.number) for result in results]
+        rows.append(Judged(claim, values, CHANGED, f"dropped after measuring; {_was(claim, values)}"))
+    return rows
+
+
+def _criterion(claim: Claim) -> str:
+    return f"{claim.confirmed}" if claim.refuted is None else f"{claim.confirmed} (refuted: {claim.refuted})"
+
+
+def _was(claim: Claim, values: Sequence[Number]) -> str:
+    return f"was {_criterion(claim)}" + (f", by which: {judge(claim, values)}" if values else "")
+
+
 def write_report(folder: Path, experiment: Experiment) -> None:
     """report.md, results.json and one PNG per figure, from all finished seeds in the folder."""
     seeds = read_seeds(folder)
@@ -71,7 +162,8 @@ def write_report(folder: Path, experiment: Experiment) -> None:
     if not results:
         return
     config = json.loads((folder / "config.json").read_text())
-    outcome = judged(experiment.claims, results)
+    written = written_claims(folder)
+    outcome = held_to(written, experiment.claims, results)
     record = {
         **config,
         "claims": [
@@ -83,9 +175,11 @@ def write_report(folder: Path, experiment: Experiment) -> None:
                 "refuted": None if claim.refuted is None else str(claim.refuted),
                 "measured": values,
                 "verdict": verdict,
+                "criterion": criterion,
             }
-            for claim, values, verdict in outcome
+            for claim, values, verdict, criterion in outcome
         ],
+        "criteria_written_before": written is not None,
         "seeds": [{"seed": number, **seed} for number, seed in seeds.items()],
     }
     write(folder / "results.json", json.dumps(record, indent=1) + "\n")
@@ -93,7 +187,7 @@ def write_report(folder: Path, experiment: Experiment) -> None:
     for title in titles:
         figures: list[Any] = [result.figures[title] for result in results if title in result.figures]
         viz.save(type(figures[0]).draw(figures), folder / _file(title))
-    write(folder / "report.md", _markdown(experiment, config["config"], seeds, results, outcome, titles))
+    write(folder / "report.md", _markdown(experiment, config["config"], seeds, results, outcome, titles, written))
 
 
 def write_index(root: Path, *, reports: bool = False) -> str:
@@ -101,7 +195,7 @@ def write_index(root: Path, *, reports: bool = False) -> str:
 
     With `reports` the reports of all runs are written anew too. Folders that hold something else are left alone.
     """
-    parts, lines, counts = ["# Results\n"], [], dict.fromkeys(VERDICTS, 0)
+    parts, lines, counts = ["# Results\n"], [], dict[str, int](dict.fromkeys(VERDICTS, 0))
     for file in sorted(root.glob("*/config.json")):
         folder = file.parent
         try:
@@ -112,14 +206,14 @@ def write_index(root: Path, *, reports: bool = False) -> str:
             if reports:
                 write_report(folder, experiment)
             results = [to_result(seed) for seed in read_seeds(folder).values()]
-            outcome = judged(experiment.claims, results) if results else []
+            outcome = held_to(written_claims(folder), experiment.claims, results) if results else []
         except ValueError as error:
             parts.append(f"- {folder.name}: {error}\n")
             continue
         where = f"[{folder.name}]({folder.name}/report.md)"
-        for claim, values, verdict in outcome:
-            counts[verdict] += 1
-            lines.append([where, f"**{verdict}**", claim.says, _source(claim), str(claim.confirmed), _mean(values)])
+        for claim, values, verdict, criterion in outcome:
+            counts[verdict] = counts.get(verdict, 0) + 1
+            lines.append([where, f"**{verdict}**", claim.says, _source(claim), criterion, _mean(values)])
     parts.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + ".\n")
     parts.append(table(("run", "verdict", "claim", "paper", "criterion", "measured"), lines))
     text = "\n".join(parts)
@@ -152,15 +246,20 @@ def _markdown(
     config: Mapping[str, Any],
     seeds: Mapping[int, Mapping[str, Any]],
     results: Sequence[Result],
-    outcome: Sequence[tuple[Claim, list[Number], Verdict]],
+    outcome: Sequence[Judged],
     titles: Sequence[str],
+    written: Sequence[Claim] | None,
 ) -> str:
     lines = [
-        [f"**{verdict}**", claim.says, _source(claim), str(claim.confirmed), _mean(values), _each(values)]
-        for claim, values, verdict in outcome
+        [f"**{verdict}**", claim.says, _source(claim), criterion, _mean(values), _each(values)]
+        for claim, values, verdict, criterion in outcome
     ]
     parts = [f"# {experiment.name}\n"]
     parts += [table(("verdict", "claim", "paper", "criterion", "measured", "by seed"), lines)]
+    if changed := sum(each.verdict == CHANGED for each in outcome):
+        parts += [f"**{changed} of these criteria changed after they were written down, before measuring.**\n"]
+    if written is None:
+        parts += ["The criteria of this run were not written down before it was measured.\n"]
     parts += [f"{experiment.about} Seeds: {', '.join(map(str, seeds))}; ± is the standard deviation over seeds.\n"]
     for title in dict.fromkeys(title for result in results for title in result.tables):
         rows = [result.tables[title] for result in results if title in result.tables]

@@ -1,6 +1,7 @@
 """Runs an experiment: seed by seed, each finished seed kept, so that running it again goes on where it was.
 
-The folder of a run holds `config.json`, `seeds/N.json` for each finished seed, and what `report.py` makes of them.
+The folder of a run holds `config.json`, `claims.json` with the criteria as they were before anything was measured,
+`seeds/N.json` for each finished seed, and what `report.py` makes of them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def run(experiment: Experiment, config: Any, *, seeds: int, folder: Path, comman
     if (folder / "config.json").exists():
         check_config(json.loads((folder / "config.json").read_text()), record, f"the run in {folder}")
     report.write(folder / "config.json", json.dumps(record, indent=2) + "\n")
+    if not (folder / report.CRITERIA).exists() and not report.read_seeds(folder):
+        report.write_claims(folder, experiment.claims)
+    for claim, _, verdict, criterion in report.held_to(report.written_claims(folder), experiment.claims, []):
+        if verdict == report.CHANGED:
+            console.print(f"{experiment.name}: {verdict}: {claim.says} {criterion}", soft_wrap=True, style="bold red")
     for seed in range(seeds):
         file = folder / "seeds" / f"{seed}.json"
         if file.exists():

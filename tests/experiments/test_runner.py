@@ -293,6 +293,101 @@ def test_what_earlier_versions_did_not_note_of_a_seed_is_missing(toy, tmp_path):
     assert line.endswith(", – |")
 
 
+# Criteria that move
+
+
+def moved(toy, number, **changes):
+    claims = list(toy.claims)
+    claims[number] = dataclasses.replace(claims[number], **changes)
+    return toy._replace(claims=tuple(claims))
+
+
+def verdicts(folder):
+    return [(x["verdict"], x["criterion"]) for x in json.loads((folder / "results.json").read_text())["claims"]]
+
+
+def test_criteria_are_written_before_anything_is_measured(toy, tmp_path):
+    def run(config, seed, folder, console):
+        assert report.written_claims(folder.parent.parent) == list(CLAIMS)
+        return toy.run(config, seed, folder, console)
+
+    folder = go(toy._replace(run=run), tmp_path / "toy")
+    assert verdicts(folder)[0] == ("confirmed", "at least 10")
+    assert "criteri" not in (folder / "report.md").read_text().replace("| criterion |", "")
+    held = (folder / "claims.json").read_text()
+    assert json.loads(held)[0]["confirmed"] == {"low": 10, "high": None, "outside": False}
+    go(moved(toy, 0, confirmed=at_least(3)), folder)
+    assert (folder / "claims.json").read_text() == held
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_criterion_that_moved_after_measuring_is_not_confirmed(toy, tmp_path, resumed, capsys):
+    """Neither when the report is made anew nor when a seed is added; it says from what to what."""
+    folder = go(toy, tmp_path / "toy")
+    later = moved(moved(toy, 0, confirmed=at_least(11)), 1, confirmed=at_most(20), refuted=None)
+    if resumed:
+        console = Console(width=300)
+        runner.run(later, later.default, seeds=3, folder=folder, command="x", console=console)
+        said = capsys.readouterr().out
+        assert "toy: criterion changed: The sum grows. at least 11; was at least 10\n" in said
+        assert "The sum | is small. at most 20; was at most 1 (refuted: at least 5)\n" in said
+    else:
+        report.write_report(folder, later)
+    assert verdicts(folder) == [
+        ("criterion changed", "at least 11; was at least 10, by which: confirmed"),
+        ("criterion changed", "at most 20; was at most 1 (refuted: at least 5), by which: refuted"),
+        ("not seen at this scale", "at least 0"),
+    ]
+    text = (folder / "report.md").read_text()
+    assert "**2 of these criteria changed after they were written down, before measuring.**" in text
+    assert "**confirmed**" not in text
+    assert text.count("| **criterion changed** |") == 2
+
+
+def test_the_index_counts_criteria_that_moved(toy, tmp_path, monkeypatch):
+    go(toy, tmp_path / "toy")
+    monkeypatch.setattr(report, "load", lambda name: moved(toy, 1, confirmed=at_most(20)))
+    text = report.write_index(tmp_path)
+    assert "1 confirmed, 0 refuted, 1 not seen at this scale, 1 criterion changed." in text
+    assert "at most 20 (refuted: at least 5); was at most 1 (refuted: at least 5), by which: refuted" in text
+
+
+def test_claims_that_come_or_go_after_measuring_are_named(toy, tmp_path):
+    folder = go(toy, tmp_path / "toy")
+    new = Claim("The sum is odd.", "performer", "sum", at_least(2))
+    report.write_report(folder, toy._replace(claims=(CLAIMS[2], CLAIMS[0], new)))
+    assert verdicts(folder) == [
+        ("not seen at this scale", "at least 0"),
+        ("confirmed", "at least 10"),
+        ("criterion changed", "at least 2; was at most 1 (refuted: at least 5), by which: refuted"),
+    ]
+    report.write_report(folder, toy._replace(claims=CLAIMS[1:]))
+    assert verdicts(folder)[-1] == (
+        "criterion changed",
+        "dropped after measuring; was at least 10, by which: confirmed",
+    )
+    report.write_report(folder, toy._replace(claims=(*CLAIMS, new)))
+    assert verdicts(folder)[-1] == ("criterion changed", "at least 2; written after measuring")
+
+
+def test_words_and_order_of_claims_may_change(toy, tmp_path):
+    folder = go(toy, tmp_path / "toy")
+    reworded = moved(toy, 0, says="The sum is large.")
+    report.write_report(folder, reworded._replace(claims=reworded.claims[::-1]))
+    assert {verdict for verdict, _ in verdicts(folder)} == {"confirmed", "refuted", "not seen at this scale"}
+
+
+def test_a_run_without_written_criteria_says_so(toy, tmp_path):
+    """Of a version that did not write them; those of now are not taken for them when it goes on."""
+    folder = go(toy, tmp_path / "toy")
+    (folder / "claims.json").unlink()
+    go(toy, folder, seeds=3)
+    assert not (folder / "claims.json").exists()
+    assert (
+        "The criteria of this run were not written down before it was measured." in (folder / "report.md").read_text()
+    )
+
+
 def test_many_may_write_one_file(tmp_path):
     def write(text):
         for _ in range(50):
