@@ -131,9 +131,9 @@ def fit(
     `loss_fn(params, batch, key)` is as `make_step` takes it; batches are those of `Windows`, `[B, L]`, or what a
     `Drawn` source draws. Steps on drawn batches run as one compiled loop from each stop (for the log, an evaluation, a
     checkpoint) to the next, on one device. A line of the log has the metrics of that one step: `loss`, `grad_norm`, the
-    mean per token of each sum of `loss_fn`, `bits_per_byte` where the sums have `nll` and `bytes`, and
-    `tokens_per_second` since the last stop (null where only what compiles was run). Evaluations add the same with
-    `validation_` before the name.
+    mean per token of each sum of `loss_fn`, and `tokens_per_second` since the last stop (null where only what compiles
+    was run). `bits_per_byte`, where the sums have `nll` and `bytes`, is there for `Windows` alone, whose tokens are
+    bytes; what is drawn has neither that nor `bytes`. Evaluations add the same with `validation_` before the name.
 
     Raises, before anything is changed, `ValueError` for a config that makes no sense, and for a folder that holds
     another run or other files. `FloatingPointError` when loss, gradient or parameters are not finite: nothing that is
@@ -185,10 +185,10 @@ def fit(
                 display.update(step, metrics["loss"], speed)
                 line: dict[str, Any] = {"step": step}
                 if logs:
-                    line |= {**_readable(metrics), "tokens_per_second": speed}
+                    line |= {**_readable(metrics, train_data), "tokens_per_second": speed}
                 if evaluates:
                     batches_in_order = ordered_batches(validation_data, config.batch_size, config.eval_batches)
-                    state, validation = _evaluate(evaluation, state, batches_in_order)
+                    state, validation = _evaluate(evaluation, state, batches_in_order, validation_data)
                     line |= {f"validation_{name}": value for name, value in validation.items()}
                 if logs or evaluates:
                     _write(log, line, checkpoints)
@@ -312,18 +312,23 @@ def _on_devices(devices: str, make: Callable[[str | None], Step]) -> Step:
     return on_one_device(make(None))
 
 
-def _evaluate(evaluation: Step, state: State, validation: Iterator[Any]) -> tuple[State, dict[str, float]]:
+def _evaluate(
+    evaluation: Step, state: State, validation: Iterator[Any], data: Windows | Drawn
+) -> tuple[State, dict[str, float]]:
     sums: dict[str, float] = {}
     for batch in validation:
         state, of_batch = evaluation(state, batch)
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in of_batch.items()}
     weight = sums.pop("weight")
     means = {name: value / weight if weight else math.nan for name, value in sums.items()}
-    return state, _readable({**means, "weight": weight})
+    return state, _readable({**means, "weight": weight}, data)
 
 
-def _readable(metrics: Mapping[str, Any]) -> dict[str, float]:
+def _readable(metrics: Mapping[str, Any], data: Windows | Drawn) -> dict[str, float]:
+    """As the log has them; what counts bytes only of data that are text."""
     values = {name: float(value) for name, value in metrics.items() if name != "weight"}
+    if not isinstance(data, Windows):
+        return {name: value for name, value in values.items() if name != "bytes"}
     return values | {"bits_per_byte": bits_per_byte(values)} if {"nll", "bytes"} <= values.keys() else values
 
 

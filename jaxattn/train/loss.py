@@ -64,6 +64,7 @@ def next_token_loss(logits: jax.Array, batch: Mapping[str, Any], z_loss: float =
 def bits_per_byte(sums: Mapping[str, Any]) -> float:
     """nll / (ln 2 · bytes): the bits that coding the text costs for each of its bytes, its document ends included.
 
+    Of text whose tokens are bytes, as those of `Windows`: the ids of another vocabulary below 256 are no bytes.
     Takes sums or their per-token means alike. A uniform guess over the 258 tokens costs log₂ 258 = 8.011 bits for
     each target. NaN where `sums` counts no bytes.
     """

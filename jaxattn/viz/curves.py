@@ -12,12 +12,17 @@ from jaxattn.viz.figure import COLOURS, STYLES
 
 
 def show_curves(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], train: str = "bits_per_byte", label: str = "bits per byte"
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], train: str | None = None, label: str | None = None
 ) -> Figure:
     """The histories of runs, one colour each: `train` as a thin line, `validation_` + train as a line with dots.
 
-    A history is a list of dicts with `step` and, in some of them, these metrics (`train.Result.history`).
+    A history is a list of dicts with `step` and, in some of them, these metrics (`train.Result.history`). Unless
+    `train` is given it is "bits_per_byte" where every run has that, and else "loss"; `label` is its name.
     """
+    if train is None:
+        of_bytes = all(any("bits_per_byte" in line for line in history) for history in runs.values())
+        train = "bits_per_byte" if of_bytes else "loss"
+    label = train.replace("_", " ") if label is None else label
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for (name, history), colour in zip(runs.items(), COLOURS * len(runs), strict=False):

@@ -49,6 +49,18 @@ def test_the_log_is_that_of_any_run(finished):
     assert finished.history[-1]["loss"] < finished.history[0]["loss"] - 0.5
 
 
+def test_what_is_drawn_has_no_bits_per_byte(finished):
+    """Its tokens are no bytes, though some of their ids are below 256. Text that it is validated on has them."""
+    assert not [name for line in finished.history for name in line if name in ("bytes", "bits_per_byte")]
+    assert all("validation_bits_per_byte" in line for line in finished.history if "validation_loss" in line)
+
+
+def test_validation_on_what_is_drawn_has_no_bits_per_byte(tmp_path):
+    own = trained(tmp_path / "run", dataclasses.replace(ONE, steps=2), validation_data=COUNTING)
+    assert "validation_nll" in own.metrics
+    assert not [name for name in own.metrics if "byte" in name]
+
+
 def test_how_many_steps_run_together_changes_nothing(finished, tmp_path):
     every = trained(tmp_path / "every", dataclasses.replace(ONE, log_every=1))
     assert [line["step"] for line in every.history] == list(range(1, 13))

@@ -137,6 +137,19 @@ def test_weights_of_the_wrong_rank_raise():
         viz.show_heads({"a": np.ones((4, 4))})
 
 
+def test_curves_of_what_is_not_bytes_are_losses():
+    """Bits per byte are of runs on text; beside others, only the loss is common to both."""
+    text, drawn = [{"step": 1, "loss": 3.0, "bits_per_byte": 4.0}], [{"step": 1, "loss": 2.0, "validation_loss": 1.0}]
+    for runs, label, heights in (
+        ({"text": text}, "bits per byte", [4.0]),
+        ({"drawn": drawn}, "loss", [2.0, 1.0]),
+        ({"text": text, "drawn": drawn}, "loss", [3.0, 2.0, 1.0]),
+    ):
+        axes = viz.show_curves(runs).axes[0]
+        assert axes.get_ylabel() == label
+        assert [float(line.get_ydata()[0]) for line in axes.get_lines()] == heights
+
+
 def test_curves_show_the_points_of_the_log():
     history = [{"step": 1, "bits_per_byte": 8.0}, {"step": 2, "bits_per_byte": 4.0, "validation_bits_per_byte": 5.0}]
     lines = viz.show_curves({"run": history}).axes[0].get_lines()
