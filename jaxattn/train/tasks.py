@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.core.parts import check_static_int
+from jaxattn.core.parts import check_range, check_static_int
 from jaxattn.train.data import Drawn
 from jaxattn.train.step import LossFunction
 
@@ -54,7 +54,7 @@ def prompt_loss(
     outside the vocabulary makes the loss NaN.
 
     Raises TypeError for lengths that are no integers, and ValueError for lengths that are negative or, when called, for
-    one of which there is no question in the prompt.
+    one of which there is no question in the prompt, and for a known weight below 0; one that is traced makes it NaN.
     """
     if lengths is not None:
         for length in lengths:
@@ -67,7 +67,8 @@ def prompt_loss(
                 f"lengths holds {max(lengths)}: need at most {prompt.y.shape[1] - 1}, one below the examples"
             )
         weights, truth = prompt.weights[:, asked], prompt.y[:, asked]
-        counted = weights != 0
+        check_range("weights", weights, lambda w: w >= 0, "from 0 on")
+        counted, weights = weights != 0, jnp.where(weights < 0, jnp.nan, weights)
         # Selects, before and after: 0 times NaN is NaN, in the loss and in its gradient.
         answers = _where(counted, answer(params, prompt.x, prompt.y))
         each = jnp.where(counted, loss(answers, _where(counted, truth)), 0)

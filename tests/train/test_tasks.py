@@ -85,6 +85,15 @@ def test_a_token_that_counts_and_is_none_makes_the_loss_of_answers_nan(target):
     np.testing.assert_array_equal(gradient[0, 1], 0)
 
 
+def test_weights_below_0_are_refused_or_make_the_loss_nan():
+    prompt = TASK.sample(jax.random.key(0), 4)
+    prompt = prompt._replace(weights=prompt.weights.at[1, 1].set(-1.0))
+    loss = prompt_loss(lambda params, x, y: y, icl.square)
+    with pytest.raises(ValueError, match=r"weights holds -1\.0: need numbers from 0 on"):
+        loss(None, prompt, None)
+    assert np.isnan(jax.jit(lambda prompt: loss(None, prompt, None))(prompt)[0])
+
+
 def test_lengths_that_no_prompt_has_are_refused():
     with pytest.raises(ValueError, match="lengths must be at least 0, got -1"):
         prompt_loss(lambda params, x, y: y, icl.square, [-1])
