@@ -7,7 +7,6 @@ matrices have all D² entries, where a head of H channels has rank H.
 from typing import Literal, get_args
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxattn.core.attend import attend, attention_weights
@@ -52,7 +51,7 @@ class LinearSelfAttention:
         if isinstance(self.scale, str):
             if self.scale not in get_args(get_args(Scale)[0]):
                 raise ValueError(f"LinearSelfAttention: scale is {self.scale!r}: {needed}")
-        elif isinstance(self.scale, int | float | np.number):
+        elif isinstance(self.scale, int | float):
             check_positive("LinearSelfAttention", "scale", self.scale)
         else:
             raise TypeError(f"LinearSelfAttention: scale is {self.scale!r}: {needed}")

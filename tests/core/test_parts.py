@@ -39,7 +39,7 @@ from jaxattn import (
     part,
 )
 from jaxattn.core.feature import ReluFeatures
-from jaxattn.core.merged import LinearSelfAttention
+from jaxattn.core.parts import check_positive
 from jaxattn.core.position import rotary
 
 
@@ -245,7 +245,6 @@ def test_numbers_of_numpy_are_taken_wherever_those_of_python_are():
     assert Window(np.int64(3)).describe() == Window(3).describe()
     assert Prefix(np.int64(3)).describe() == Prefix(3).describe()
     assert ReluFeatures(np.float32(0.5)).offset == 0.5
-    assert LinearSelfAttention(jnp.eye(2), jnp.eye(2), np.float32(3)).scale == 3
     np.testing.assert_array_equal(rotary(x, jnp.arange(6), np.float32(100)), rotary(x, jnp.arange(6), 100.0))
     with pytest.raises(TypeError, match="block must be an int or a tuple of two"):
         attend(x, x, x, implementation="tiled", block=True)
@@ -254,7 +253,7 @@ def test_numbers_of_numpy_are_taken_wherever_those_of_python_are():
 
 
 def test_numbers_of_numpy_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"LinearSelfAttention: scale must be positive, got -1\.0"):
-        LinearSelfAttention(jnp.eye(2), jnp.eye(2), np.float32(-1))
+    with pytest.raises(ValueError, match=r"Temperature: temperature must be positive, got -1\.0"):
+        check_positive("Temperature", "temperature", np.float32(-1))
     with pytest.raises(ValueError, match=r"base must be positive, got -1\.0"):
         rotary(jnp.ones((1, 2, 1, 4)), jnp.arange(2), np.float32(-1))
