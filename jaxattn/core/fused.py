@@ -18,7 +18,7 @@ from jaxattn.core.bias import Bias
 from jaxattn.core.maps import SoftCap
 from jaxattn.core.mask import And, Causal, Lengths, Mask, Window
 from jaxattn.core.normalize import Softmax
-from jaxattn.core.score import Dot
+from jaxattn.core.score import Dot, not_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +129,16 @@ def fused(given: Any, plan: Plan) -> Float[Array, "*b t n v"]:
 
 
 def call(given: Any, plan: Plan, attention: Callable, **options: Any) -> Float[Array, "*b t n v"]:
-    """out = attention(...), with one batch axis. Sequences without a key are computed with one and then zeroed."""
+    """out = attention(...), with one batch axis. Sequences without a key are computed with one and then zeroed.
+
+    Keys beyond a length may hold anything, and a query that is not finite is 0 for the kernel and NaN in the end. Other
+    hidden keys must be finite, since what a kernel does with a weight of 0 is not said.
+    """
     batch = given.query.shape[:-3]
     count = int(np.prod(batch))
     query, key, value = (x.reshape(count, *x.shape[-3:]) for x in given[:3])
+    wrong = not_finite(query)[..., None]
+    query = jnp.where(wrong, 0, query)
     options |= {"scale": plan.scale, "is_causal": plan.is_causal, "local_window_size": plan.window}
     if given.bias is not None:
         bias = jnp.asarray(given.bias.array)
@@ -142,7 +148,10 @@ def call(given: Any, plan: Plan, attention: Callable, **options: Any) -> Float[A
         options["bias"] = bias.reshape(-1, *bias.shape[-3:])
     lengths = next((term.lengths for term in _terms(given.mask) if isinstance(term, Lengths)), None)
     if lengths is None:
-        return attention(query, key, value, **options).reshape(given.query.shape)
+        return jnp.where(wrong, jnp.nan, attention(query, key, value, **options)).reshape(given.query.shape)
     lengths = jnp.broadcast_to(jnp.asarray(lengths), tuple(batch)).reshape(count).astype(jnp.int32)
+    there = (jnp.arange(key.shape[1]) < lengths[:, None])[..., None, None]
+    key, value = jnp.where(there, key, 0), jnp.where(there, value, 0)
     out = attention(query, key, value, key_value_seq_lengths=jnp.clip(lengths, 1, key.shape[1]), **options)
+    out = jnp.where(wrong, jnp.nan, out)
     return jnp.where((lengths > 0)[:, None, None, None], out, 0).reshape(given.query.shape)

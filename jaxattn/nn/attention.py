@@ -15,7 +15,7 @@ from jaxattn.core.maps import Dropout
 from jaxattn.core.mask import Mask, Within, documents_of, places_in_documents
 from jaxattn.core.measure import Measure
 from jaxattn.core.normalize import Softmax
-from jaxattn.core.parts import check_array
+from jaxattn.core.parts import check_array, take
 from jaxattn.core.position import RotaryScaling, rotary, rotary_channels
 from jaxattn.core.score import Dot
 from jaxattn.nn.mechanisms import ShortConvolution
@@ -198,6 +198,12 @@ class MultiHeadAttention(nnx.Module):
         if state is not None:
             _check_rows_alone(score_maps, weight_maps)
         own = _part(self.mask)
+        ids = None if state is not None else documents_of(mask)
+        if may_be_padded(positions) or ids is not None:  # padding may hold anything, and must not reach a gradient
+            at = jnp.arange(x.shape[-2]) if positions is None else jnp.asarray(positions)
+            there = at >= 0 if ids is None else take(jnp.asarray(ids), at, grid=1, fill=-1) >= 0
+            x = jnp.where(there[..., None], x, 0)
+            source = x if context is None or isinstance(context, KeyValue) else context
         earlier: dict[str, Array] = {}
         if isinstance(state, ConvolvedState):
             state, earlier = state

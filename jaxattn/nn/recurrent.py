@@ -304,6 +304,8 @@ class Recurrent(nnx.Module):
         positions = after + jnp.arange(length) if positions is None else positions
         positions = jnp.broadcast_to(positions, (batch, length))
         seen = positions >= 0 if segments is None else (positions >= 0) & (segments >= 0)
+        if padded or segments is not None:
+            x = jnp.where(seen[..., None], x, 0)  # padding may hold anything, and must not reach a gradient
 
         past = Past({} if state is None else state["past"], seen, segments, padded=padded)
         inputs, rest = self.mechanism.inputs(x, positions, past)

@@ -65,6 +65,26 @@ def test_the_translated_call_is_the_call(name):
         np.testing.assert_allclose(x, y, rtol=0, atol=200 * np.finfo(np.float32).eps * max(1, np.abs(y).max()))
 
 
+def test_what_a_length_hides_may_hold_anything():
+    lengths = np.array([3, 0])
+    hidden = (np.arange(S) >= lengths[:, None])[..., None, None]
+    options = {"mask": ja.Lengths(lengths)}
+
+    def by(query, key, value):
+        arrays = given(jnp.float32, **options)._replace(query=query, key=key, value=value)
+        plan = fused.Plan("", None, False, None, None)
+        return fused.call(arrays, plan, jax.nn.dot_product_attention, implementation="xla")
+
+    query = jnp.asarray(QUERY).at[0, 1, 0, 0].set(np.nan)
+    out, pull = jax.vjp(by, query, *(jnp.where(hidden, np.nan, x) for x in (KEY, VALUE)))
+    expected, pull_expected = jax.vjp(by, QUERY, KEY, VALUE)
+    assert np.isnan(out[0, 1, 0]).all()
+    used = jnp.ones_like(out).at[0, 1, 0].set(0)
+    np.testing.assert_allclose(jnp.where(used == 0, 0, out), jnp.where(used == 0, 0, expected), atol=1e-6)
+    for d, d2 in zip(pull(used), pull_expected(used), strict=True):
+        np.testing.assert_allclose(d, d2, atol=1e-6)
+
+
 def test_tokamax_is_the_call():
     """On a CPU it computes with XLA; the arguments mean the same. Part of the tests where it is installed."""
     attention = pytest.importorskip("tokamax").dot_product_attention
