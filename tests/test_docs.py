@@ -51,7 +51,7 @@ def read(weights, value):
 
 def test_packed_documents_have_sinks_of_their_own(page):
     p = page("attend")
-    assert_close(p.packed[6:], p.alone)
+    assert_close(p.packed[6:], p.by_itself)
     assert np.isnan(p.spoiled[12:15]).all()
     assert np.isfinite(p.spoiled[:12]).all()
     assert np.isfinite(p.spoiled[15:]).all()

@@ -71,7 +71,9 @@ def attend(
 
     A query, key or value with an infinite or undefined number makes a row NaN that sees it, and reaches no other row,
     forward or in a gradient: hidden keys may hold anything, and so may queries whose result is not used. Not so where
-    maps let rows read each other (a `halo`, or the whole matrix), and in "fused" only for keys beyond `Lengths`.
+    maps let rows read each other (a `halo`, or the whole matrix), and in "fused" only for keys beyond `Lengths`. What a
+    single query (T = 1) sees is not looked at, for that would read a cache twice: its result is what arithmetic gives,
+    and is to be used.
 
     implementation: "dense" holds all T x S weights; "rows" a block of complete rows at a time; "tiled" a tile at a
     time, skipping tiles in which the mask hides everything; both need memory linear in T + S and recompute for

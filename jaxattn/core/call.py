@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -73,7 +74,7 @@ def prepare(given: Given) -> Call:
         key_positions = key_positions[..., None, None, :]
     key_positions = key_positions.astype(np.int32)
     shown = None
-    if given.mask is not None and length == 1:
+    if length == 1 and (given.mask is not None or given.query_positions is not None):
         shown = visible(given.mask, query_positions, key_positions)[..., 0, :]
     elif empty_slots:
         shown = (key_positions >= 0)[..., 0, :]
@@ -104,50 +105,59 @@ def _to_any_head(shown: Bool[Array, "*b #n s"], heads: int) -> Bool[Array, "*#b 
 
 
 class Wrong(NamedTuple):
-    """What is not finite: the rows of such queries, and the keys that make a row wrong if it sees them (of G = K or N
-    heads). None where there is nothing to keep out of: all rows see the same keys, or maps let rows read each other.
-    With maps, which may mix heads, all heads of a token are wrong or none."""
+    """What is not finite. None where there is nothing to keep it out of: where maps let rows read each other.
+
+    With maps, which may mix heads, all heads of a token are wrong or none in `queries` and `seen`.
+    """
 
     queries: Bool[Array, "*b n t"] | None
-    keys: Bool[Array, "*b g s"] | None
+    seen: Bool[Array, "*b g s"] | None  # keys that make a row wrong which sees them, of G = K or N heads
+    keys: Bool[Array, "*b s k"] | None
+    values: Bool[Array, "*b s kv"] | None
+
+
+def find_wrong(call: Call) -> Wrong:
+    """Where the call is not finite. Of a single query, whose keys `prepare` has hidden, only the query is looked at."""
+    maps = (*call.score_maps, *call.weight_maps)
+    if any(each.halo or "matrix" in (each.scores_need, each.weights_need) for each in maps):
+        return Wrong(None, None, None, None)
+
+    def in_all_heads(x: Bool[Array, "*b g s"]) -> Bool[Array, "*b g s"]:
+        return jnp.broadcast_to(x.any(-2, keepdims=True), x.shape) if maps else x
+
+    queries, heads = in_all_heads(not_finite(call.query).swapaxes(-1, -2)), call.query.shape[-2]
+    fewest = min(call.key.shape[-2], call.value.shape[-2])
+    if call.query.shape[-3] == 1 and (call.mask is None or _heads_of(call) in (1, fewest)):
+        return Wrong(queries, None, None, None)
+    keys, values = not_finite(call.key), not_finite(call.value)
+    key, value = keys.swapaxes(-1, -2), values.swapaxes(-1, -2)
+    if key.shape[-2] != value.shape[-2]:
+        key, value = repeated(key, heads), repeated(value, heads)
+    return Wrong(queries, in_all_heads(key | value), keys, values)
 
 
 def hide(call: Call) -> tuple[Call, Wrong]:
     """The call without what is not finite, and where that was."""
-    keys = wrong_keys(call)
-    if _rows_mix(call):
-        return call, Wrong(None, None)
-    queries = _in_all_heads(call, not_finite(call.query).swapaxes(-1, -2))
-    call = dataclasses.replace(call, query=without(call.query, queries))
-    if keys is not None:
-        call = dataclasses.replace(call, key=without(call.key, keys), value=without(call.value, keys))
-    return call, Wrong(queries, keys)
+    wrong = find_wrong(call)
+    if wrong.queries is not None:
+        call = dataclasses.replace(call, query=without(call.query, wrong.queries.swapaxes(-1, -2)))
+    if wrong.keys is not None:
+        call = dataclasses.replace(call, key=without(call.key, wrong.keys), value=without(call.value, wrong.values))
+    return call, wrong
 
 
-def wrong_keys(call: Call) -> Bool[Array, "*b g s"] | None:
-    """`Wrong.keys` of a call."""
-    if call.mask is None or call.query.shape[-3] == 1 or _rows_mix(call):
-        return None
-    key, value = (not_finite(x).swapaxes(-1, -2) for x in (call.key, call.value))
-    if key.shape[-2] != value.shape[-2]:
-        key, value = (repeated(x, call.query.shape[-2]) for x in (key, value))
-    return _in_all_heads(call, key | value)
+def without(x: Float[Array, "*b h"], wrong: Bool[Array, "*b"] | None) -> Float[Array, "*b h"]:
+    """x with zeros for the wrong vectors."""
+    return x if wrong is None else jnp.where(wrong[..., None], 0, x)
 
 
-def without(x: Float[Array, "*b s k h"], wrong: Bool[Array, "*b g s"]) -> Float[Array, "*b s k h"]:
-    """x with zeros where any of the heads that read head k is wrong."""
-    return jnp.where(_to_any_head(wrong, x.shape[-2])[..., None], 0, x)
+def _heads_of(call: Call) -> int:
+    """How many heads the mask tells apart."""
+    return jax.eval_shape(lambda *places: visible(call.mask, *places), call.query_positions, call.key_positions).shape[
+        -3
+    ]
 
 
 def repeated(x: Bool[Array, "*b g s"], heads: int) -> Bool[Array, "*b n s"]:
     """What holds for G heads, for the N heads that read them."""
     return x if x.shape[-2] == heads else jnp.repeat(x, heads // x.shape[-2], -2)
-
-
-def _rows_mix(call: Call) -> bool:
-    maps = (*call.score_maps, *call.weight_maps)
-    return any(each.halo or "matrix" in (each.scores_need, each.weights_need) for each in maps)
-
-
-def _in_all_heads(call: Call, x: Bool[Array, "*b g s"]) -> Bool[Array, "*b g s"]:
-    return jnp.broadcast_to(x.any(-2, keepdims=True), x.shape) if call.score_maps or call.weight_maps else x

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxattn.core.score import product
 
@@ -37,6 +37,12 @@ class Side(NamedTuple):
 
     scored: Array
     state: Float[Array, "... m c k"]
+    reads: Bool[Array, "... m c 1"] | None = None  # whether a row reads anything of the state; None: all do
+
+    def read(self, memory: Float[Array, "... m k v"]) -> Float[Array, "... m c v"]:
+        """What the rows find in the state. One that the chunk has forgotten altogether may be anything."""
+        found = product(self.state, memory)
+        return found if self.reads is None else jnp.where(self.reads, found, 0)
 
 
 class Decay(Protocol):
@@ -110,7 +116,7 @@ class HeadDecay(NamedTuple):
 
     def rows(self, x: Array, before: bool = False) -> Side:
         kept = _shifted(self.kept, jnp.ones_like(self.kept[..., :1, :]), -2) if before else self.kept
-        return Side(heads(x), heads(x) * kept)
+        return Side(heads(x), heads(x) * kept, kept != 0)
 
     def columns(self, x: Array) -> Side:
         return Side(heads(x), heads(x) * self.after)
@@ -178,11 +184,12 @@ class ChannelDecay(NamedTuple):
 
     def rows(self, x: Array, before: bool = False) -> Side:
         if not before:
-            return Side(heads(x[..., None, :, :, :] * self.levels), heads(x * self.kept))
+            reads = heads((self.kept != 0).any(-1, keepdims=True))
+            return Side(heads(x[..., None, :, :, :] * self.levels), heads(x * self.kept), reads)
         # What row i sees before its token is what it would see after token i - 1.
         earlier = jnp.roll(x, -1, -3)[..., None, :, :, :]
         kept = _shifted(self.kept, jnp.ones_like(self.kept[..., :1, :, :]), -3)
-        return Side(heads(earlier * self.levels), heads(x * kept))
+        return Side(heads(earlier * self.levels), heads(x * kept), heads((kept != 0).any(-1, keepdims=True)))
 
     def columns(self, x: Array) -> Side:
         return Side(heads(x[..., None, :, :, :] * self.levels), heads(x * self.after))

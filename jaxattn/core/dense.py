@@ -22,8 +22,11 @@ def weigh(call: Call, wrong: Wrong) -> tuple[View, Rows | None]:
     rows = wrong.queries
     if rows is not None:
         sees, sees_wrong = shown.any(-1), jnp.zeros_like(rows)
-        if wrong.keys is not None:
-            sees, sees_wrong = _seen(shown, wrong.keys, rows.shape[-2])
+        if wrong.seen is not None and call.mask is None:  # every query that is there sees all keys that are there
+            there = call.key_positions[..., 0, :] >= 0
+            sees_wrong = sees & (repeated(wrong.seen, rows.shape[-2]) & there).any(-1)[..., None]
+        elif wrong.seen is not None:
+            sees, sees_wrong = _seen(shown, wrong.seen, rows.shape[-2])
         rows = (rows & sees) | sees_wrong
         shown = shown & ~rows[..., None]
     scores = mapped_scores(call.score, call.bias, call.score_maps, query, key, shown, *positions)

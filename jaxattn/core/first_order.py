@@ -26,6 +26,7 @@ def _raise(*_: Any, message: str) -> Any:
 # A tangent that is transposed, as in reverse mode, and never computed.
 _tangent = _identity("tangent_of_reverse_mode")
 _tangent.def_impl(_raise)
+batching.primitive_batchers[_tangent] = lambda _, axes, message: _raise(message=message)
 mlir.register_lowering(_tangent, _raise)
 ad.deflinear2(_tangent, lambda cotangent, _, message: (cotangent,))
 

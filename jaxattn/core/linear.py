@@ -198,7 +198,7 @@ class _Given(NamedTuple):
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _attention(given: _Given, read: Read, form: Form, chunk: int) -> tuple[Array, LinearState]:
-    given, wrong = _hide(given, read)
+    given, wrong = _hide(given, read, form)
     tokens, memory, segment, heads = _prepare(given, read)
     if form == "step":
         memory, out = steps(tokens, memory, read)
@@ -223,14 +223,14 @@ class _Wrong(NamedTuple):
     memory: Array
 
 
-def _hide(given: _Given, read: Read) -> tuple[_Given, _Wrong | None]:
+def _hide(given: _Given, read: Read, form: Form) -> tuple[_Given, _Wrong | None]:
     """The call with zeros for what is not finite, and what that reaches: its own segment, from its token on.
 
-    A single token without segments is left as it is, for what it holds reaches what it should.
+    A single step without segments is left as it is, for what it holds reaches what it should.
     """
     query, key, value, log_decay, erase, bonus, state, _ = given
     (*_, length, _, _), starts = key.shape, _starts(given)
-    if length == 1 and starts is None:
+    if length == 1 and starts is None and form == "step":
         return given, None
     open_gates = None if log_decay is None else jnp.maximum(log_decay, CLOSED)  # a gate that is closed is finite
     vectors = {"key": key, "value": value}
@@ -257,7 +257,8 @@ def _hide(given: _Given, read: Read) -> tuple[_Given, _Wrong | None]:
 
     states = math.lcm(*(x.shape[-1] for x in wrong.values()), 1 if log_decay is None else _heads(log_decay, key))
     heads = max(states, query.shape[-2])
-    of_token = functools.reduce(jnp.logical_or, (_repeat(x[..., None], states)[..., 0] for x in wrong.values()))
+    by_state = {name: _repeat(x[..., None], states)[..., 0] for name, x in wrong.items()}
+    of_token = functools.reduce(jnp.logical_or, by_state.values())
     place = jnp.arange(length)[:, None]
     if starts is None:
         first = jnp.where(of_token, place, length).min(-2, keepdims=True)
@@ -273,8 +274,8 @@ def _hide(given: _Given, read: Read) -> tuple[_Given, _Wrong | None]:
             last = jnp.maximum(last, earlier)
         after, before = last >= start, jnp.concatenate([earlier, last[..., :-1, :]], -2) >= start
     reached = {"post": after, "pre": before, "all": jnp.broadcast_to(after[..., -1:, :], after.shape)}[read]
-    if bonus is not None:
-        reached = reached | of_token
+    if bonus is not None:  # which is of the token's own key and value
+        reached = reached | by_state["key"] | by_state["value"]
     reached, wrong_query = (_repeat(x[..., None], heads)[..., 0] for x in (reached, wrong_query))
     return given, _Wrong(reached | wrong_query, after[..., -1, :])
 

@@ -250,6 +250,11 @@ def check_array(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be an array, got {type(x).__name__}")
 
 
+def as_ids(x: Any) -> Int[Array, "..."]:
+    """Integers in at least 32 bits, in which a comparison with a size does not wrap as it may in 8: 258 is 2 there."""
+    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.int32))
+
+
 def check_floating(name: str, x: Any) -> None:
     """Raises TypeError for what is no array of floating-point numbers."""
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):

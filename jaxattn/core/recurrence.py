@@ -229,13 +229,13 @@ def _pass(kind: type[Decay], read: Read, tokens: Tokens, memory: Array) -> tuple
     writes = [(key, value)]
     if isinstance(tokens.erase, Delta):
         beta, row = heads(tokens.erase.beta), decay.rows(tokens.key)
-        error = beta * (value - product(row.state, memory))
+        error = beta * (value - row.read(memory))
         writes = [(key, product(unit_lower_inverse(beta * decay.scores(row, key)), error))]
     elif isinstance(tokens.erase, Erase):
         row, write = decay.rows(tokens.erase.read, True), decay.columns(tokens.erase.write)
-        found = product(row.state, memory) + product(decay.scores(row, key, True), value)
+        found = row.read(memory) + product(decay.scores(row, key, True), value)
         writes.append((write, product(unit_lower_inverse(-decay.scores(row, write, True)), found)))
-    out = sum((product(decay.scores(query, a, before), b) for a, b in writes), product(query.state, memory))
+    out = sum((product(decay.scores(query, a, before), b) for a, b in writes), query.read(memory))
     add = sum((product(a.state.swapaxes(-1, -2), b) for a, b in writes), jnp.zeros((), memory.dtype))
     memory = decay.leave(memory, add)
     out = heads(out)

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.call import Call, repeated, without, wrong_keys
+from jaxattn.core.call import Call, find_wrong, repeated, without
 from jaxattn.core.first_order import not_reversed, reverse_only
 from jaxattn.core.mask import visible
 from jaxattn.core.parts import cotangent, inexact_leaves, mesh_axes, vary, vary_like
@@ -55,13 +55,14 @@ class Learned(NamedTuple):
 
 class Given(NamedTuple):
     """What it does not. `poison` is NaN for the keys that make a row wrong if it sees them (see `Wrong`), 0 for others.
-    It makes the total of such a row NaN, and with it all of its results."""
+    It makes the total of such a row NaN, and with it all of its results. `wrong` are the keys and values themselves."""
 
     mask: Any
     query_positions: Int[Array, "*b 1 t 1"]
     key_positions: Int[Array, "*b #n 1 s"]
     active: Schedule
     poison: Float[Array, "*b n 1 s"] | None
+    wrong: tuple[Bool[Array, "*b s k"], Bool[Array, "*b s kv"]] | None
 
 
 class Plan(NamedTuple):
@@ -225,17 +226,11 @@ def _forward(plan: Plan, learned: Learned, given: Given, keep: bool) -> tuple[Ar
 
 
 def _without_wrong(plan: Plan, learned: Learned, given: Given) -> Learned:
-    """Zeros for the keys and values that are poison. Not done before, where it would also cost in the gradient."""
-    if given.poison is None:
+    """Zeros for the wrong keys and values. Not done before, where it would also cost in the gradient."""
+    if given.wrong is None:
         return learned
-    wrong = jnp.isnan(given.poison[..., 0, :])
-
-    def clean(x: Array) -> Array:
-        if plan.heads_first:
-            return without(x.swapaxes(-2, -3), wrong).swapaxes(-2, -3)
-        return without(x, wrong)
-
-    return learned._replace(key=clean(learned.key), value=clean(learned.value))
+    key, value = (x.swapaxes(-1, -2) if plan.heads_first else x for x in given.wrong)
+    return learned._replace(key=without(learned.key, key), value=without(learned.value, value))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -419,12 +414,13 @@ def tiled(
         (call.score, call.bias, call.score_maps, call.normalize, weight_maps),
     )
     positions = _pad(call.query_positions, -2, queries, fill=-1), _pad(call.key_positions, -1, keys, fill=-1)
-    poison = None
-    if (wrong := wrong_keys(call)) is not None:
-        dtype = accumulator(call.query, call.key)
-        poison = jnp.where(repeated(_pad(wrong, -1, keys), call.query.shape[-2]), jnp.nan, jnp.zeros((), dtype))
-        poison = poison[..., None, :]
-    given = Given(call.mask, *jax.tree.map(jnp.asarray, (*positions, active, poison)))
+    found = find_wrong(call)
+    poison = wrong = None
+    if found.seen is not None:
+        seen = repeated(_pad(found.seen, -1, keys), call.query.shape[-2])
+        poison = jnp.where(seen, jnp.nan, jnp.zeros((), accumulator(call.query, call.key)))[..., None, :]
+        wrong = _pad(found.keys, -2, keys), _pad(found.values, -2, keys)
+    given = Given(call.mask, *jax.tree.map(jnp.asarray, (*positions, active, poison, wrong)))
     learned = vary(jax.tree.map(jnp.asarray, learned), mesh_axes((learned, given)))
     leaves, rebuild = inexact_leaves(learned)
     learned = rebuild(reverse_only(leaves, FIRST_ORDER))

@@ -582,20 +582,51 @@ def test_what_is_not_finite_reaches_only_later_tokens_of_its_document(name, form
             used, out, memory, slopes = run(spoiled)
             np.testing.assert_allclose(used, fine[0], atol=1e-5)
             np.testing.assert_allclose(memory, fine[2], atol=1e-5)
-            assert not np.isfinite(out[at if options["read"] == "post" or each == "query" else at + 1]).any()
+            # With a bonus, what reads before the write still reads the key and value of its own token.
+            own = options["read"] == "post" or each == "query" or ("bonus" in given and each in ("key", "value"))
+            assert not np.isfinite(out[at if own else at + 1]).any()
+            if not own:
+                np.testing.assert_allclose(out[at], fine[1][at], atol=1e-5)
             for d, expected in zip(jax.tree.leaves(slopes), jax.tree.leaves(fine[3]), strict=True):
                 assert np.isfinite(d).all()
                 rows = clean if d.shape[:1] == (T,) else slice(None)
                 np.testing.assert_allclose(d[rows], expected[rows], atol=1e-4)
 
 
-def test_a_document_that_overflows_ends_with_itself():
-    """Step by step: a rule that diverges in one document leaves the next one what it would be alone."""
-    key = jnp.ones((40, 1, 4)) * 3
-    value, ids = jnp.ones((40, 1, 2)), jnp.asarray(np.repeat([0, 1], [36, 4]))
-    erase = Delta(jnp.full((40, 1), 2.0))
-    out, state = linear_attention(key, key, value, erase=erase, segment_ids=ids, form="step")
-    assert not np.isfinite(out[35]).any()
-    alone, last = linear_attention(key[36:], key[36:], value[36:], erase=Delta(erase.beta[36:]), form="step")
-    np.testing.assert_array_equal(out[36:], alone)
-    np.testing.assert_array_equal(state.memory, last.memory)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+def test_a_document_that_overflows_ends_with_itself(decay, form):
+    """A rule that diverges in one document leaves the next one what it would be alone, wherever chunks are cut."""
+    key, value = jnp.full((12, 1, 4), 1e25), jnp.full((12, 1, 2), 1e25)
+    key, value = (jnp.where((jnp.arange(12) < 5)[:, None, None], x, 1.0) for x in (key, value))
+    shape = {"none": None, "head": (12, 1), "channel": (12, 1, 4)}[decay]
+    options = {"log_decay": None if shape is None else jnp.full(shape, -0.1)}
+    out, state = linear_attention(
+        key, key, value, segment_ids=jnp.asarray(np.arange(12) >= 5, int), form=form, chunk=4, **options
+    )
+    assert not np.isfinite(out[4]).any()
+    options = {name: None if x is None else x[5:] for name, x in options.items()}
+    alone, last = linear_attention(key[5:], key[5:], value[5:], form="step", **options)
+    if form in ("chunk", "associative"):  # the chunk that holds both documents multiplies what it keeps of the first
+        out, alone = out[8:], alone[3:]
+    if form != "parallel":
+        np.testing.assert_allclose(out[-len(alone) :], alone, rtol=1e-5)
+        np.testing.assert_allclose(state.memory, last.memory, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_token_that_is_read_before_it_is_written_reaches_no_output(form):
+    state = LinearState(jnp.asarray(normal(1, K, V), jnp.float32), jnp.int32(0))
+    query, value = jnp.asarray(normal(1, 1, K), jnp.float32), jnp.asarray(normal(1, 1, V), jnp.float32)
+
+    @jax.jit
+    def call(query, key, read):
+        erase = Erase(read, jnp.ones((1, 1, K)))
+        return linear_attention(query, key, value, state=state, erase=erase, read="pre", form=form)[0].sum()
+
+    bad, fine = jnp.full((1, 1, K), jnp.nan), jnp.ones((1, 1, K))
+    expected, slope = jax.value_and_grad(call)(query, fine, fine)
+    for key, read in ((bad, fine), (fine, bad)):
+        found, found_slope = jax.value_and_grad(call)(query, key, read)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        np.testing.assert_allclose(found_slope, slope, rtol=1e-6)

@@ -125,6 +125,53 @@ def test_one_query_does_not_read_what_it_does_not_see():
             np.testing.assert_array_equal(d, d2)
 
 
+@pytest.mark.parametrize("implementation", ["dense", "rows", "tiled"])
+@pytest.mark.parametrize("heads", [(1, 4), (4, 1), (2, 4), (2, 1)], ids=str)
+def test_one_head_does_not_reach_the_others(heads, implementation):
+    """Of more value heads than key heads, and of fewer: only heads that read it become NaN, the others stay."""
+    query, key, value = drawn(heads)
+    options = {"mask": ja.Causal(), "implementation": implementation, "block": 4}
+    expected = attend(query, key, value, **options)
+    for name in ("key", "value"):
+        arrays = {"key": key, "value": value}
+        arrays[name] = arrays[name].at[0, 2, 0].set(np.nan)
+        out = attend(query, **arrays, **options)
+        reached = np.zeros(out.shape[:3], bool)
+        reached[0, 2:, : N // arrays[name].shape[-2]] = True
+        assert np.isnan(out[reached]).all()
+        np.testing.assert_allclose(out[~reached], expected[~reached], atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "rows", "tiled"])
+def test_a_single_query_whose_heads_see_different_keys(implementation):
+    query, key, value = drawn((1, 1))
+    shown = np.ones((N, 1, T), bool)
+    shown[:2, :, 2] = False
+    options = {"mask": ja.Explicit(jnp.asarray(shown)), "implementation": implementation}
+    out = attend(query[:, :1], key, value.at[:, 2].set(np.nan), **options)
+    np.testing.assert_allclose(out[:, :, :2], attend(query[:, :1], key, value, **options)[:, :, :2], atol=1e-6)
+    assert np.isnan(out[:, :, 2:]).all()
+
+
+@pytest.mark.parametrize("implementation", ["dense", "rows", "tiled"])
+def test_without_a_mask_an_empty_query_sees_nothing_and_an_unused_row_has_no_gradient(implementation):
+    query, key, value = drawn((2, 2))
+    places = jnp.where(jnp.arange(T) == 3, -1, jnp.arange(T))
+    options = {"implementation": implementation, "block": 4}
+    for spoil in ({"key": key.at[0, 5].set(np.nan)}, {"value": value.at[0, 5].set(np.nan)}):
+        arrays = {"key": key, "value": value} | spoil
+        out = attend(query, **arrays, query_positions=places, **options)
+        np.testing.assert_array_equal(out[:, 3], 0)
+        assert np.isnan(out[0, 4]).all()
+
+        def loss(null, arrays):
+            out, extras = attend(query, **arrays, normalize=ja.Softmax(null), return_lse=True, **options)
+            return out[1].sum() + extras["lse"][1].sum()
+
+        slope, expected = (jax.grad(loss)(jnp.zeros(N), each) for each in (arrays, {"key": key, "value": value}))
+        np.testing.assert_allclose(slope, expected, atol=1e-5)
+
+
 def test_measures_of_other_rows_are_what_they_were():
     """Rows of their own, and `RowsOf` those that are asked for."""
     query, key, value = drawn((2, 2))

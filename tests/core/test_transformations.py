@@ -147,6 +147,8 @@ def test_what_tiled_cannot_differentiate_names_what_can():
         "jvp": lambda: jax.jvp(call, (QUERY,), (QUERY,)),
         "jvp of jit": lambda: jax.jvp(jax.jit(call), (QUERY,), (QUERY,)),
         "jit of jvp": lambda: jax.jit(lambda x: jax.jvp(call, (x,), (x,)))(QUERY),
+        "vmap of jvp": lambda: jax.vmap(lambda x: jax.jvp(call, (x,), (x,)))(jnp.stack([QUERY, QUERY])),
+        "jacobian forward": lambda: jax.jacfwd(call)(QUERY),
         "gradient of a gradient": lambda: jax.grad(lambda x: (jax.grad(call)(x) ** 2).sum())(QUERY),
         "the same under jit": lambda: jax.jit(jax.grad(lambda x: (jax.grad(call)(x) ** 2).sum()))(QUERY),
     }
