@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.core.mask import Causal
 from jaxattn.core.merged import LinearSelfAttention, SoftmaxHeads
-from jaxattn.core.parts import check_static_int, part
+from jaxattn.core.parts import as_ids, check_static_int, part
 from jaxattn.icl.layers import LinearLayers, SoftmaxLayer
 
 Form = Literal["von oswald", "ahn", "zhang"]
@@ -121,6 +121,7 @@ class InductionCircuit:
         """
         if tokens.shape[-1] > self.length:
             raise ValueError(f"tokens has {tokens.shape[-1]} positions: need at most {self.length}")
+        tokens = as_ids(tokens)
         inside = (tokens >= 0) & (tokens < self.vocabulary)
         symbols = jnp.where(inside[..., None], jax.nn.one_hot(tokens, self.vocabulary), jnp.nan)
         places = jnp.broadcast_to(jnp.eye(self.length)[: tokens.shape[-1]], (*tokens.shape, self.length))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from jaxattn.core.parts import check_static_int, part
+from jaxattn.core.parts import as_ids, check_static_int, part
 from jaxattn.icl.prompt import Prompt
 
 
@@ -80,6 +80,7 @@ class PointerChasing:
             found = _walk(jnp.zeros_like(before).at[before].set(after), tokens[-1], jnp.where(fits, hops, 0))
             return jnp.where(fits, found, -1)
 
+        x = as_ids(x)
         return jnp.zeros_like(x).at[:, -1].set(jax.vmap(answer)(x))
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxattn.core.parts import check_all_positive, check_static_int, part
+from jaxattn.core.parts import as_ids, check_all_positive, check_static_int, part
 from jaxattn.icl.prompt import Prompt
 
 
@@ -79,7 +79,7 @@ class MarkovBayes:
         check_all_positive("MarkovBayes", "concentration", self.concentration)
 
     def __call__(self, x: Int[Array, "b t"], y: Int[Array, "b t"]) -> Float[Array, "b t v"]:
-        index = jnp.arange(x.shape[1])
+        x, index = as_ids(x), jnp.arange(x.shape[1])
         contexts = x[:, jnp.maximum(index[:, None] - jnp.arange(self.order), 0)]
         whole = index >= self.order  # whether the context is of states alone
         same = (contexts[:, :, None] == contexts[:, None]).all(-1) & whole & whole[:, None] & (index < index[:, None])

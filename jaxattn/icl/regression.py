@@ -146,6 +146,7 @@ class Lasso(Predictor):
         w, none = jnp.zeros(dim, x.dtype), jnp.zeros((), jnp.int32)
         end = jax.lax.while_loop(unfinished, step, _LassoState(w, w, *problem.loss_and_gap(w), none, none))
         converged = (end.gap <= self.tolerance * end.loss) | (end.idle >= PATIENCE)
+        converged = converged & jnp.isfinite(end.loss) & jnp.isfinite(end.gap)
         moved = given.newton_step(end.best)  # 0, but with the derivatives of the minimum
         return LassoFit(end.best + moved - jax.lax.stop_gradient(moved), end.gap, end.sweeps, converged)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn import nn
 from jaxattn.cache import check_room
 from jaxattn.core.mask import Mask
-from jaxattn.core.parts import check_array
+from jaxattn.core.parts import as_ids, check_array
 from jaxattn.models.config import DecoderConfig, Layer
 from jaxattn.nn import EDITED, SITES, Recorder
 from jaxattn.nn.parameter import linear_map, rms_norm, undecayed
@@ -116,6 +116,7 @@ class Decoder(nnx.Module):
 
     def embedded(self, tokens: Int[Array, "b t"], positions: Int[Array, "#b t"] | None) -> Float[Array, "b t d"]:
         """The embedding of each token: NaN outside the vocabulary, and that of token 0 where that is padding (−1)."""
+        tokens = as_ids(tokens)
         inside = (tokens >= 0) & (tokens < self.embed.num_embeddings)
         x = self.embed(jnp.where(inside, tokens, 0))  # its own look-up counts negative ones from the end
         fine = inside if positions is None else inside | (positions < 0)

@@ -58,9 +58,16 @@ def sample(
     return jnp.where(strange, -1, jnp.where(temperature == 0, greedy, drawn)).astype(jnp.int32)
 
 
-def _check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
+def _check_kinds(temperature: Any, top_k: Any, top_p: Any) -> None:
     if top_k is not None and not jnp.issubdtype(jnp.result_type(top_k), jnp.integer):
         raise TypeError(f"top_k must be an int, got {top_k!r}")
+    for name, x in (("temperature", temperature), ("top_p", top_p)):
+        if x is not None and not isinstance(x, int | float | np.number | np.ndarray | jax.Array):
+            raise TypeError(f"{name} must be a number, got {x!r}")
+
+
+def _check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
+    _check_kinds(temperature, top_k, top_p)
     check_range("temperature", temperature, lambda x: x >= 0, "from 0 on")
     check_range("top_k", top_k, lambda x: x >= 1, "from 1 on")
     check_range("top_p", top_p, lambda x: (x > 0) & (x <= 1), "above 0, and at most 1")
@@ -127,6 +134,7 @@ def generate(
             f"max_new_tokens is {max_new_tokens} after a prompt of {longest}: "
             f"need 1 to {context - longest}, so that both fit the model's context of {context}"
         )
+    _check_kinds(temperature, top_k, top_p)
     if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(
             f"need temperature >= 0, top_k >= 1 and 0 < top_p <= 1, got {temperature}, {top_k} and {top_p}"

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.parts import check_array, check_range
+from jaxattn.core.parts import as_ids, check_array, check_range
 from jaxattn.train.data import BOS
 
 Sums = dict[str, jax.Array]
@@ -38,6 +38,7 @@ def next_token_loss(logits: jax.Array, batch: Mapping[str, Any], z_loss: float =
     targets, weights = jnp.asarray(batch["targets"]), jnp.asarray(batch["weights"], jnp.float32)
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"batch['targets'] has dtype {targets.dtype}: need integers")
+    targets = as_ids(targets)
     for name, array in (("targets", targets), ("weights", weights)):
         if array.shape != logits.shape[:-1]:
             raise ValueError(

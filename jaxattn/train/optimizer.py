@@ -131,10 +131,14 @@ def make_optimizer(
 def _roles(params: Any, roles: Roles) -> Any:
     """The role of each leaf of the parameters."""
     said = roles(params) if callable(roles) else roles
-    for role in jax.tree.leaves(said):
+    for role in jax.tree.leaves(said, is_leaf=lambda role: role is None):
         if role not in get_args(Role):
             raise ValueError(f"roles holds {role!r}: need one of {', '.join(get_args(Role))}")
-    return jax.tree.map(lambda role, node: jax.tree.map(lambda _: role, node), said, params)
+    try:
+        return jax.tree.map(lambda role, node: jax.tree.map(lambda _: role, node), said, params)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"roles must be a pytree like the parameters, or a prefix of theirs: {reason}") from error
 
 
 def _hidden(params: Any, roles: Roles) -> Any:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.core.parts import check_range, check_static_int
+from jaxattn.core.parts import as_ids, check_range, check_static_int
 from jaxattn.train.data import Drawn
 from jaxattn.train.step import LossFunction
 
@@ -73,7 +73,8 @@ def prompt_loss(
         answers = _where(counted, answer(params, prompt.x, prompt.y))
         each = jnp.where(counted, loss(answers, _where(counted, truth)), 0)
         if jnp.issubdtype(truth.dtype, jnp.integer) and answers.ndim == truth.ndim + 1:
-            outside = counted & ((truth < 0) | (truth >= answers.shape[-1]))
+            ids = as_ids(truth)
+            outside = counted & ((ids < 0) | (ids >= answers.shape[-1]))
             each = jnp.where(outside, jnp.nan, 1) * each
         return (weights * each).sum(), {"weight": weights.sum()}
 

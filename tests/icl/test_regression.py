@@ -557,3 +557,14 @@ def test_inputs_may_be_integers(name):
 def test_what_has_no_other_length_is_not_compared():
     with pytest.raises(TypeError, match=r"task is Copying: need one with with_length\(length\), such as FunctionTask"):
         icl.compare(icl.Copying(letters=4, string=3), {"zero": icl.Zero()}, [1], KEY)
+
+
+def test_lasso_does_not_call_nan_converged():
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 6, 3), (2, 6)))
+    for of_x, of_y in ((x.at[0, 0, 0].set(np.nan), y), (x, y.at[0, 0].set(np.inf))):
+        answers = icl.Lasso(0.1)(of_x, of_y)
+        assert np.isnan(answers[0, 1:]).all()
+        assert np.isfinite(answers[1]).all()
+        found = icl.Lasso(0.1).fit(of_x[0], of_y[0], jnp.ones(6, bool))
+        assert not found.converged

@@ -59,6 +59,16 @@ def test_a_token_outside_the_vocabulary_gives_nan_where_it_is_seen(mixed, logits
     np.testing.assert_array_equal(found[1:], logits[1:])
 
 
+def test_narrow_integers_are_the_tokens_they_say():
+    """The size of the vocabulary does not fit their 8 bits."""
+    layers = (Layer(Attention(heads=2)),)
+    model = Decoder(DecoderConfig(vocabulary=258, width=8, layers=layers), rngs=nnx.Rngs(0))
+    given = np.array([[1, 100, 50, 3]])
+    expected = model(jnp.asarray(given))[0]
+    for dtype in (np.uint8, np.int8):
+        np.testing.assert_array_equal(model(jnp.asarray(given, dtype))[0], expected)
+
+
 def test_a_vocabulary_of_one_token_has_no_others():
     model = decoder((PLAIN,))
     model = Decoder(dataclasses.replace(model.config, vocabulary=1), rngs=nnx.Rngs(0))

@@ -188,3 +188,14 @@ def test_a_traced_weight_below_0_makes_the_loss_nan():
     logits, batch = random_batch(vocabulary=7)
     total, sums = jax.jit(next_token_loss)(logits, {**batch, "weights": batch["weights"].at[1, 1].set(-1.0)})
     assert np.isnan([total, sums["nll"], sums["weight"]]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int64])
+def test_narrow_integers_are_the_numbers_they_say(dtype):
+    """258 in 8 bits is 2: a target of 100 is inside a vocabulary of 300 all the same, and a byte."""
+    logits, weights = jax.random.normal(jax.random.key(0), (1, 2, 300)), jnp.ones((1, 2))
+    targets = np.array([[1, 100]], dtype)
+    total, sums = next_token_loss(logits, {"targets": targets, "weights": weights})
+    expected, _ = next_token_loss(logits, {"targets": targets.astype(np.int32), "weights": weights})
+    np.testing.assert_array_equal(total, expected)
+    assert sums["bytes"] == 2

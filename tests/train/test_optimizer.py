@@ -88,6 +88,10 @@ def test_a_role_that_is_none_is_refused():
     optimizer = make_optimizer(OptimizerConfig(), 200, roles={"w": "kernel"})
     with pytest.raises(ValueError, match="roles holds 'kernel'"):
         optimizer.init({"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match="roles holds None"):
+        decay_mask({"w": jnp.ones(3)}, {"w": None})
+    with pytest.raises(ValueError, match="roles must be a pytree like the parameters, or a prefix of theirs"):
+        decay_mask({"w": jnp.ones(3), "b": jnp.ones(3)}, {"w": "hidden"})
 
 
 ROLES = {"kernel": "hidden", "scale": "undecayed", "w": "decayed"}
