@@ -1,6 +1,6 @@
 """attend: the one call for everything that weighs keys. Checks it, picks an implementation, explains the choice."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.core import fused
 from jaxattn.core.call import Given, hide, prepare
@@ -39,7 +39,7 @@ def attend(
     *,
     score: Any = Dot(),
     bias: Any = None,
-    mask: Mask | None = None,
+    mask: Mask | Bool[Array, "..."] | Callable | None = None,
     normalize: Normalize = Softmax(),
     score_maps: Sequence[Map] = (),
     weight_maps: Sequence[Map] = (),
@@ -55,6 +55,9 @@ def attend(
 
     The defaults are softmax attention with scale H**-0.5 (Vaswani et al., 2017). N is a multiple of K and of Kv: query
     head n reads key head n // (N / K) and value head n // (N / Kv). Any number of batch axes, also none.
+
+    mask also takes an array of booleans and bias an array of numbers that broadcast to [..., N, T, S]. Both also take a
+    function of positions, mask(query, key), which is called on arrays [..., 1, T, 1] and [..., 1, 1, S].
 
     Every slot takes parts; see the first lines of `jaxattn.core.score`, `bias`, `maps`, `mask`, `normalize` and
     `measure` for the ones there are and what a new one must offer. All their arrays get gradients. Maps are applied in
@@ -90,7 +93,7 @@ def attend(
     call = Given(
         query, key, value, score, bias, score_maps, mask, normalize, weight_maps, measures, dropout,
         query_positions, key_positions,
-    )  # fmt: skip
+    ).in_parts()  # fmt: skip
     for argument in ("query", "key", "value"):
         check_array(argument, getattr(call, argument))
     name, _ = _choose(call, block, implementation, return_lse)
@@ -110,7 +113,7 @@ def attention_weights(
     *,
     score: Any = Dot(),
     bias: Any = None,
-    mask: Mask | None = None,
+    mask: Mask | Bool[Array, "..."] | Callable | None = None,
     normalize: Normalize = Softmax(),
     score_maps: Sequence[Map] = (),
     weight_maps: Sequence[Map] = (),
@@ -124,7 +127,7 @@ def attention_weights(
     call = Given(
         query, key, key, score, bias, score_maps, mask, normalize, weight_maps, {}, None,
         query_positions, key_positions,
-    )  # fmt: skip
+    ).in_parts()  # fmt: skip
     for argument in ("query", "key"):
         check_array(argument, getattr(call, argument))
     check(call)
@@ -142,7 +145,8 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
     defaults |= {"weight_maps": (), "measures": {}, "dropout": None, "query_positions": None, "key_positions": None}
     if unknown := set(options) - set(defaults):
         raise TypeError(f"explain got unknown arguments {sorted(unknown)}: need those of attend")
-    name, reasons = _choose(Given(query, key, value, *(defaults | options).values()), block, implementation, return_lse)
+    given = Given(query, key, value, *(defaults | options).values()).in_parts()
+    name, reasons = _choose(given, block, implementation, return_lse)
     print("\n".join(f"{'->' if other == name else '  '} {other}: {reason}" for other, reason in reasons.items()))
     return name
 

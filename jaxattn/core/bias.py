@@ -11,7 +11,9 @@ Tables know two kinds of tile. On a *run*, where both positions go up by one, an
 slicing; that is fast, and is what training and prefill have. Anywhere else it is looked up pair by pair.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -93,6 +95,30 @@ class Bias:
         fits = size[0] <= total.shape[-2] and size[1] <= total.shape[-1]
         new = jax.lax.cond(run, sliced, scattered) if fits else scattered()
         return Bias(new.reshape(jnp.shape(self.array)))
+
+
+@part
+class BiasFunction:
+    """function(query position, key position): what a plain function in the bias slot becomes.
+
+    It is called on arrays of positions, [..., 1, T, 1] and [..., 1, 1, S], and returns numbers that broadcast against
+    both. Arrays that the function closes over are constants: for a gradient write a part. Define the function once,
+    for another function is another program.
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, query: Queries, key: Keys) -> Values:
+        return self.function(query, key)
+
+
+def as_bias(bias: Any) -> Any:
+    """The bias that an array or a function stands for: `Bias(array)`, `BiasFunction(function)`; a part is itself."""
+    if bias is None or isinstance(bias, type) or dataclasses.is_dataclass(bias):
+        return bias
+    if hasattr(bias, "shape") and hasattr(bias, "dtype"):
+        return Bias(bias)
+    return BiasFunction(bias) if callable(bias) else bias
 
 
 @part

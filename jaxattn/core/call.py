@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.mask import Mask, visible
+from jaxattn.core.bias import as_bias
+from jaxattn.core.mask import Mask, as_mask, visible
 from jaxattn.core.score import not_finite
 
 
@@ -28,6 +29,27 @@ class Given(NamedTuple):
     dropout: Any
     query_positions: Any
     key_positions: Any
+
+    def in_parts(self) -> "Given":
+        """With the parts that arrays and functions in the slots of mask and bias stand for.
+
+        Raises ValueError for an array that does not broadcast to [..., N, T, S], TypeError for one of the wrong kind.
+        """
+        for slot in ("mask", "bias"):
+            given = getattr(self, slot)
+            if hasattr(given, "dtype") and self.query_positions is None and self.key_positions is None:
+                check_pairs(slot, given, self.query, self.key)
+        return self._replace(mask=as_mask(self.mask), bias=as_bias(self.bias))
+
+
+def check_pairs(name: str, x: Any, query: Any, key: Any) -> None:
+    """Raises ValueError for an array that does not broadcast to [..., N, T, S], one number per pair of a call."""
+    if not all(len(getattr(x, "shape", ())) > 2 for x in (query, key)):
+        return  # which is what is wrong with the call
+    rows = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
+    pairs = zip(x.shape[::-1], rows[::-1], strict=False)
+    if len(x.shape) > len(rows) or any(a not in (1, b) for a, b in pairs):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: need one that broadcasts to [..., N, T, S] = {rows}")
 
 
 @dataclasses.dataclass(frozen=True)

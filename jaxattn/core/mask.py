@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -50,8 +51,9 @@ def every_slot(positions: Any, condition: Any) -> Any:
 
 
 def _as_mask(other: Any) -> Any:
+    other = as_mask(other)
     if not isinstance(other, Mask):
-        raise TypeError(f"a mask combines with masks, got {type(other).__name__}: need Explicit(array) for an array")
+        raise TypeError(f"a mask combines with masks, arrays and functions, got {type(other).__name__}")
     return other
 
 
@@ -111,6 +113,20 @@ class Mask(abc.ABC):
             "a mask is neither true nor false: combine masks by &, | and ~, since Python's `and`, `or` and `not` would "
             "drop one of them"
         )
+
+
+def as_mask(mask: Any) -> Any:
+    """The mask that an array or a function stands for: `Explicit(array)`, `MaskFunction(function)`; a mask is itself.
+
+    Raises TypeError for an array that is not boolean.
+    """
+    if mask is None or isinstance(mask, Mask | type) or dataclasses.is_dataclass(mask):
+        return mask
+    if hasattr(mask, "shape") and hasattr(mask, "dtype"):
+        if mask.dtype != bool:
+            raise TypeError(f"mask has dtype {mask.dtype}: need booleans, True where a query sees a key, or a Mask")
+        return Explicit(mask)
+    return MaskFunction(mask) if callable(mask) else mask
 
 
 def _places(name: str, given: Any) -> Any:
@@ -505,6 +521,24 @@ class Explicit(Mask):
 
     def describe(self):
         return "a table of pairs"
+
+
+@part
+class MaskFunction(Mask):
+    """function(query position, key position): what a plain function in the mask slot becomes.
+
+    It is called on arrays of positions, [..., 1, T, 1] and [..., 1, 1, S], and returns booleans that broadcast against
+    both. Arrays that the function closes over are constants, and another function is another program: define it once.
+    A mask class can say more, such as which tiles are empty (`bounds`).
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, query, key):
+        return self.function(query, key)
+
+    def describe(self):
+        return getattr(self.function, "__name__", "a function of positions")
 
 
 @part

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 def _is_static(hint: Any) -> bool:
     origin = typing.get_origin(hint)
+    if hint is Callable or origin is Callable:
+        return True
     if origin is typing.Literal:
         return True
     if origin in _CONTAINERS:
@@ -34,9 +36,9 @@ def _is_static(hint: Any) -> bool:
 def part(cls: type[T]) -> type[T]:
     """Makes `cls` a part: a frozen dataclass registered with JAX as a pytree.
 
-    A field annotated with plain Python types (`int`, `float`, `bool`, `str`, `None`, tuples and unions of them) is
-    static: it is hashed into the compiled program. Every other field (arrays, other parts) is a leaf or a subtree.
-    A `__post_init__` runs when a user makes a part, and not when JAX rebuilds one from its leaves.
+    A field annotated with plain Python types (`int`, `float`, `bool`, `str`, `None`, tuples and unions of them) or as
+    a `Callable` is static: it is hashed into the compiled program. Every other field (arrays, other parts) is a leaf or
+    a subtree. A `__post_init__` runs when a user makes a part, and not when JAX rebuilds one from its leaves.
 
         @part
         class Scaled:

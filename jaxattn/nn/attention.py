@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn.cache import Cache, append, by_position, empty, unseen
 from jaxattn.core.attend import Implementation, attend, attention_weights
 from jaxattn.core.maps import Dropout
-from jaxattn.core.mask import Mask, Within, documents_of, places_in_documents
+from jaxattn.core.mask import Mask, Within, as_mask, documents_of, places_in_documents
 from jaxattn.core.measure import Measure
 from jaxattn.core.normalize import Softmax
 from jaxattn.core.parts import check_array, take
@@ -182,6 +182,7 @@ class MultiHeadAttention(nnx.Module):
         `Causal()` and `Documents(ids)`, which say which tokens follow each other.
         """
         check_array("x", x)
+        mask = as_mask(mask)
         tap = Recorder(record, (*SITES, *self.measures, "kv"))
         shared = context if isinstance(context, KeyValue) else None
         if (self.key is None) != (shared is not None):

@@ -103,11 +103,6 @@ BAD = {
     "block triple": ({"block": (4, 4, 4)}, TypeError, r"block must be an int or a tuple of two, .* got \(4, 4, 4\)"),
     "block float": ({"block": 4.0}, TypeError, r"block must be an int or a tuple of two, .* got 4\.0"),
     "block bool": ({"block": True}, TypeError, "block must be an int or a tuple of two, .* got True"),
-    "mask array": (
-        {"mask": zeros(5, 7, dtype=bool)},
-        TypeError,
-        r"mask must be a Mask such as Causal\(\) or Explicit\(array\), got ndarray",
-    ),
     "mask heads": (
         {"mask": Explicit(zeros(3, 5, 7, dtype=bool))},
         ValueError,
@@ -151,7 +146,6 @@ BAD = {
         TypeError,
         r"score_maps: SoftCap.cap is static, .*: need a Python value, got float32\[\]",
     ),
-    "bias array": ({"bias": zeros(8, 5, 7)}, TypeError, "score and bias must be parts"),
     "scale": ({"score": Dot(zeros(8))}, TypeError, r"score: Dot.scale must be Float.*, got float32\[8\]"),
     "score": ({"score": 0.5}, TypeError, "score and bias must be parts"),
     "normalize": ({"normalize": "softmax"}, TypeError, r"normalize must be a normaliser such as Softmax\(\), got str"),
@@ -311,3 +305,68 @@ def test_auto_serves_a_long_call_with_tiled():
     assert f"{2**12}x{2**12}" not in text
     text = jax.jit(lambda x: attend(x, x, x, mask=Causal(), implementation="dense")).lower(x).as_text()
     assert f"{2**12}x{2**12}" in text
+
+
+# Arrays and functions in the slots of mask and bias.
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def near(query, key):
+    return abs(query - key) < 3
+
+
+def slope(query, key):
+    return -0.1 * abs(query - key)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_arrays_and_functions_stand_for_the_parts_they_become(implementation):
+    query, key, value = random(2, 5, 4, 8), random(2, 7, 2, 8, seed=1), random(2, 7, 2, 8, seed=2)
+    table = np.random.default_rng(3).random((2, 1, 5, 7)) < 0.6
+    numbers = random(4, 5, 7, seed=4)
+    options = {"implementation": implementation, "block": 3}
+    places = np.arange(5)[:, None], np.arange(7)
+    for given, parts in (
+        ({"mask": table}, {"mask": Explicit(table)}),
+        ({"mask": jnp.asarray(table[0, 0])}, {"mask": Explicit(jnp.asarray(table[0, 0]))}),
+        ({"bias": numbers}, {"bias": Bias(numbers)}),
+        ({"mask": near}, {"mask": Explicit(near(*places))}),
+        (
+            {"mask": Causal() & near, "bias": slope},
+            {"mask": Explicit(near(*places)) & Causal(), "bias": slope(*places)},
+        ),
+        ({"mask": Causal() & table}, {"mask": Causal() & Explicit(table)}),
+        ({"mask": ~(Causal() | table)}, {"mask": ~(Causal() | Explicit(table))}),
+    ):
+        found, expected = (attend(query, key, value, **options, **each) for each in (given, parts))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        explain(query, key, value, **given)
+    grad = jax.grad(lambda bias: attend(query, key, value, bias=bias, **options).sum())(jnp.asarray(numbers))
+    assert grad.shape == numbers.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (
+            {"mask": np.ones((5, 8), bool)},
+            ValueError,
+            r"mask has shape \(5, 8\): need one that broadcasts to \[\.\.\., N",
+        ),
+        ({"mask": np.ones((2, 1, 1, 5, 7), bool)}, ValueError, "mask has shape"),
+        ({"mask": np.ones((5, 7))}, TypeError, "mask has dtype float64: need booleans"),
+        ({"bias": random(3, 5, 7)}, ValueError, r"bias has shape \(3, 5, 7\)"),
+        ({"bias": np.ones((5, 7), bool)}, TypeError, "bias: Bias.array must be Float"),
+        ({"mask": "causal"}, TypeError, "mask must be a Mask"),
+        ({"mask": [[True]]}, TypeError, "mask must be a Mask"),
+        ({"mask": lambda query: query}, TypeError, "mask=MaskFunction does not fit"),
+    ],
+    ids=lambda x: "",
+)
+def test_arrays_that_fit_no_pairs_are_refused(options, kind, message):
+    for call in (attend, explain):
+        with pytest.raises(kind, match=message):
+            call(**GOOD, **options)
