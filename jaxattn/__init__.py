@@ -3,6 +3,7 @@
 from jaxattn.core.attend import attend, explain
 from jaxattn.core.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias
 from jaxattn.core.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
+from jaxattn.core.dot_product import dot_product_attention
 from jaxattn.core.feature import (
     Elu1Features,
     Features,
@@ -135,6 +136,8 @@ from jaxattn.core.state_equation import (
     state_space_equation,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "EMPTY",
     "NTK",
@@ -249,6 +252,7 @@ __all__ = [
     "combine",
     "distillation_loss",
     "divide",
+    "dot_product_attention",
     "explain",
     "gated_rnn_equation",
     "inverse_softplus",

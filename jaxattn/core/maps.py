@@ -316,18 +316,20 @@ class Dropout:
 
     Each keep_ij is a function of the key, the batch entry, the head and the two positions alone, so every
     implementation and every block size drops the same weights, and nothing is stored for the backward pass.
-    Raises ValueError unless 0 <= rate < 1.
+    With `shared`, all batch entries and heads drop the same pairs. Raises ValueError unless 0 <= rate < 1.
     """
 
     rate: float
     key: Seed
+    shared: bool = False
 
     def __post_init__(self):
         check_rate("Dropout", self.rate)
 
     def draw(self, batch: tuple[int, ...], heads: int) -> Seeded:
         """The same dropout with one seed per batch entry and head."""
-        return Seeded(self.rate, noise.seeds(self.key, (*batch, heads)))
+        seeds = noise.seeds(self.key, () if self.shared else (*batch, heads))
+        return Seeded(self.rate, jnp.broadcast_to(seeds, (*batch, heads, 1, 1)))
 
 
 def check_rate(owner: str, rate: float) -> None:
