@@ -72,8 +72,11 @@ def linear_attention(
     divisor of M; head n reads memory n // (N / M). Computed in float32, or float64 if any argument is; `out` has
     value's dtype.
 
-    A token with an infinite or undefined number makes those outputs NaN that read it, itself and later tokens of its
-    segment, and the last state if that has read it. It reaches no other output, forward or in a gradient.
+    With `segment_ids` a token that holds an infinite or undefined number makes those outputs NaN that read it, itself
+    and later tokens of its segment, and the last state if that has read it. It reaches no other output, forward or in a
+    gradient. Without segments nobody looks for such a token, which would cost a tenth of the time: forward it may
+    reach earlier tokens of its chunk (not in "step"), and in gradients any token, also where its output is not used.
+    `segment_ids` of zeros keep it apart there, too.
 
     Raises ValueError for shapes that do not fit, gates out of range (where they are known: not under `jit`), segments
     that decrease, a state of another shape or dtype, and a chunk that is no power of two; TypeError for other types.
@@ -198,7 +201,7 @@ class _Given(NamedTuple):
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _attention(given: _Given, read: Read, form: Form, chunk: int) -> tuple[Array, LinearState]:
-    given, wrong = _hide(given, read, form)
+    given, wrong = _hide(given, read)
     tokens, memory, segment, heads = _prepare(given, read)
     if form == "step":
         memory, out = steps(tokens, memory, read)
@@ -223,14 +226,13 @@ class _Wrong(NamedTuple):
     memory: Array
 
 
-def _hide(given: _Given, read: Read, form: Form) -> tuple[_Given, _Wrong | None]:
+def _hide(given: _Given, read: Read) -> tuple[_Given, _Wrong | None]:
     """The call with zeros for what is not finite, and what that reaches: its own segment, from its token on.
 
-    A single step without segments is left as it is, for what it holds reaches what it should.
+    A call without segments is left as it is: to look for what is not finite takes a tenth of the time of all else.
     """
     query, key, value, log_decay, erase, bonus, state, _ = given
-    (*_, length, _, _), starts = key.shape, _starts(given)
-    if length == 1 and starts is None and form == "step":
+    if (starts := _starts(given)) is None:
         return given, None
     open_gates = None if log_decay is None else jnp.maximum(log_decay, CLOSED)  # a gate that is closed is finite
     vectors = {"key": key, "value": value}
@@ -259,21 +261,17 @@ def _hide(given: _Given, read: Read, form: Form) -> tuple[_Given, _Wrong | None]
     heads = max(states, query.shape[-2])
     by_state = {name: _repeat(x[..., None], states)[..., 0] for name, x in wrong.items()}
     of_token = functools.reduce(jnp.logical_or, by_state.values())
-    place = jnp.arange(length)[:, None]
-    if starts is None:
-        first = jnp.where(of_token, place, length).min(-2, keepdims=True)
-        after, before = place >= first, place > first
-    else:
-        last = jax.lax.cummax(jnp.where(of_token, place, -2), axis=of_token.ndim - 2)
-        start = jax.lax.cummax(jnp.where(starts[..., None], place, -1), axis=starts.ndim - 1)
-        earlier = jnp.full_like(last[..., :1, :], -2)
-        if state is not None:
-            lost = ~jnp.isfinite(state.memory).all((-1, -2))
-            given = given._replace(state=state._replace(memory=jnp.where(lost[..., None, None], 0, state.memory)))
-            earlier = jnp.where(lost[..., None, :], -1, earlier)
-            last = jnp.maximum(last, earlier)
-        after, before = last >= start, jnp.concatenate([earlier, last[..., :-1, :]], -2) >= start
-    reached = {"post": after, "pre": before, "all": jnp.broadcast_to(after[..., -1:, :], after.shape)}[read]
+    place = jnp.arange(key.shape[-3])[:, None]
+    last = jax.lax.cummax(jnp.where(of_token, place, -2), axis=of_token.ndim - 2)
+    start = jax.lax.cummax(jnp.where(starts[..., None], place, -1), axis=starts.ndim - 1)
+    earlier = jnp.full_like(last[..., :1, :], -2)
+    if state is not None:
+        lost = ~jnp.isfinite(state.memory).all((-1, -2))
+        given = given._replace(state=state._replace(memory=jnp.where(lost[..., None, None], 0, state.memory)))
+        earlier = jnp.where(lost[..., None, :], -1, earlier)
+        last = jnp.maximum(last, earlier)
+    after, before = last >= start, jnp.concatenate([earlier, last[..., :-1, :]], -2) >= start
+    reached = after if read == "post" else before
     if bonus is not None:  # which is of the token's own key and value
         reached = reached | by_state["key"] | by_state["value"]
     reached, wrong_query = (_repeat(x[..., None], heads)[..., 0] for x in (reached, wrong_query))

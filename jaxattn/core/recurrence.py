@@ -75,7 +75,7 @@ class StateMap(NamedTuple):
 
     def keep(self, memory: Float[Array, "... k v"]) -> Float[Array, "... k v"]:
         """through S: what the tokens leave of a state."""
-        return self.through[..., None] * memory if self.is_diagonal else product(self.through, memory)
+        return decayed(self.through[..., None], memory) if self.is_diagonal else product(self.through, memory)
 
     @property
     def is_diagonal(self) -> bool:

@@ -622,7 +622,8 @@ def test_one_token_that_is_read_before_it_is_written_reaches_no_output(form):
     @jax.jit
     def call(query, key, read):
         erase = Erase(read, jnp.ones((1, 1, K)))
-        return linear_attention(query, key, value, state=state, erase=erase, read="pre", form=form)[0].sum()
+        options = {"state": state, "segment_ids": jnp.zeros(1, int), "erase": erase, "read": "pre", "form": form}
+        return linear_attention(query, key, value, **options)[0].sum()
 
     bad, fine = jnp.full((1, 1, K), jnp.nan), jnp.ones((1, 1, K))
     expected, slope = jax.value_and_grad(call)(query, fine, fine)

@@ -545,5 +545,9 @@ def test_documents_give_each_document_the_mask_it_would_have_alone():
     assert not by_row[8, 4]
     with pytest.raises(ValueError, match="within counts places in one row: need key_ids=None"):
         Documents(jnp.asarray(ids), jnp.asarray(ids)).within(own)
-    with pytest.raises(TypeError, match="a mask combines with masks"):
-        Documents(jnp.asarray(ids)).within(ids)
+    for wrong, message in (
+        (ids, "mask has dtype int64: need booleans"),
+        ("causal", "a mask combines with masks, arrays"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Documents(jnp.asarray(ids)).within(wrong)
