@@ -74,9 +74,9 @@ def attend(
 
     A query, key or value with an infinite or undefined number makes a row NaN that sees it, and reaches no other row,
     forward or in a gradient: hidden keys may hold anything, and so may queries whose result is not used. Not so where
-    maps let rows read each other (a `halo`, or the whole matrix), and in "fused" only for keys beyond `Lengths`. What a
-    single query (T = 1) sees is not looked at, for that would read a cache twice: its result is what arithmetic gives,
-    and is to be used.
+    maps let rows read each other (a `halo`, or the whole matrix), and in "fused" only for keys beyond `Lengths`. Of a
+    single query (T = 1) the keys are not looked at, for that would read a cache twice: those that a mask hides from it
+    must be finite. Those of empty slots, position −1, may hold anything there, too.
 
     implementation: "dense" holds all T x S weights; "rows" a block of complete rows at a time; "tiled" a tile at a
     time, skipping tiles in which the mask hides everything; both need memory linear in T + S and recompute for

@@ -77,8 +77,7 @@ class Call:
 
 
 def prepare(given: Given) -> Call:
-    """Default positions filled in, dropout seeds drawn, and zeros for what may be anything: the contents of empty
-    slots, and keys that the only query does not see (of several queries some may see them: see `wrong_keys`)."""
+    """Default positions filled in, the contents of empty slots zeroed (they may be anything), dropout seeds drawn."""
     query, key, value = given.query, given.key, given.value
     *batch, length, heads, _ = query.shape
     query_positions, key_positions = given.query_positions, given.key_positions
@@ -95,13 +94,11 @@ def prepare(given: Given) -> Call:
     if key_positions.ndim < len(batch) + 2:
         key_positions = key_positions[..., None, None, :]
     key_positions = key_positions.astype(np.int32)
-    shown = None
-    if length == 1 and (given.mask is not None or given.query_positions is not None):
-        shown = visible(given.mask, query_positions, key_positions)[..., 0, :]
-    elif empty_slots:
-        shown = (key_positions >= 0)[..., 0, :]
-    if shown is not None:
-        key, value = (jnp.where(_to_any_head(shown, x.shape[-2])[..., None], x, 0) for x in (key, value))
+    if empty_slots:
+        there = (key_positions >= 0)[..., 0, :]
+        key, value = (
+            jnp.where(_to_any_head(there, x.shape[-2]).swapaxes(-1, -2)[..., None], x, 0) for x in (key, value)
+        )
     slots = ("score", "bias", "score_maps", "mask", "normalize", "weight_maps", "measures")
     return Call(
         query=query,
@@ -114,11 +111,11 @@ def prepare(given: Given) -> Call:
     )
 
 
-def _to_any_head(shown: Bool[Array, "*b #n s"], heads: int) -> Bool[Array, "*#b s #k"]:
+def _to_any_head(shown: Bool[Array, "*b #n s"], heads: int) -> Bool[Array, "*b #k s"]:
     """Which keys are shown to any of the query heads that read key head k."""
     if shown.shape[-2] > 1:
         shown = shown.reshape(*shown.shape[:-2], heads, -1, shown.shape[-1]).any(-2)
-    return shown.swapaxes(-1, -2)
+    return shown
 
 
 # A weight of 0 does not keep an infinite or undefined number out of a product, so keys and values with one are set to 0
@@ -139,7 +136,8 @@ class Wrong(NamedTuple):
 
 
 def find_wrong(call: Call) -> Wrong:
-    """Where the call is not finite. Of a single query, whose keys `prepare` has hidden, only the query is looked at."""
+    """Where the call is not finite. Of a single query only the query is looked at: to look at all keys, or to zero
+    some, would be to read a cache twice."""
     maps = (*call.score_maps, *call.weight_maps)
     if any(each.halo or "matrix" in (each.scores_need, each.weights_need) for each in maps):
         return Wrong(None, None, None, None)

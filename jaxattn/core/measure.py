@@ -206,4 +206,4 @@ class Lookback(Measure):
             return jnp.where(some, view.weights, 0).sum(-1) / jnp.maximum(some.sum(-1), 1)
 
         context, new = mean(before), mean(~before)
-        return ratio(context, context + new)
+        return jnp.where(context + new <= 0, 0, ratio(context, context + new))
