@@ -136,8 +136,11 @@ class Wrong(NamedTuple):
 
 
 def find_wrong(call: Call) -> Wrong:
-    """Where the call is not finite. Of a single query only the query is looked at: to look at all keys, or to zero
-    some, would be to read a cache twice."""
+    """Where the call is not finite.
+
+    Of a call with one query only the query is looked at, unless heads that share a key see different keys. To look at
+    all keys, or to zero some, would read a cache twice.
+    """
     maps = (*call.score_maps, *call.weight_maps)
     if any(each.halo or "matrix" in (each.scores_need, each.weights_need) for each in maps):
         return Wrong(None, None, None, None)
@@ -173,9 +176,8 @@ def without(x: Float[Array, "*b h"], wrong: Bool[Array, "*b"] | None) -> Float[A
 
 def _heads_of(call: Call) -> int:
     """How many heads the mask tells apart."""
-    return jax.eval_shape(lambda *places: visible(call.mask, *places), call.query_positions, call.key_positions).shape[
-        -3
-    ]
+    positions = call.query_positions, call.key_positions
+    return jax.eval_shape(lambda *places: visible(call.mask, *places), *positions).shape[-3]
 
 
 def repeated(x: Bool[Array, "*b g s"], heads: int) -> Bool[Array, "*b n s"]:
