@@ -20,6 +20,7 @@ from jaxattn.core.measure import Measure
 from jaxattn.core.normalize import Normalize, Softmax, Streaming
 from jaxattn.core.parts import check_array
 from jaxattn.core.rows import rows
+from jaxattn.core.schedule import FEW_QUERIES, READ_BYTES
 from jaxattn.core.score import Dot, accumulator
 from jaxattn.core.tiled import tiled
 
@@ -74,9 +75,8 @@ def attend(
 
     A query, key or value with an infinite or undefined number makes a row NaN that sees it, and reaches no other row,
     forward or in a gradient: hidden keys may hold anything, and so may queries whose result is not used. Not so where
-    maps let rows read each other (a `halo`, or the whole matrix), and in "fused" only for keys beyond `Lengths`. Of a
-    single query (T = 1) the keys are not looked at, for that would read a cache twice: those that a mask hides from it
-    must be finite. Those of empty slots, position −1, may hold anything there, too.
+    maps let rows read each other (a `halo`, or the whole matrix), where only empty slots may, and in "fused" only for
+    keys beyond `Lengths`.
 
     implementation: "dense" holds all T x S weights; "rows" a block of complete rows at a time; "tiled" a tile at a
     time, skipping tiles in which the mask hides everything; both need memory linear in T + S and recompute for
@@ -210,7 +210,11 @@ def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> 
     limit, small = f"{DENSE_BYTES / 2**20:,.4g} MiB", size <= DENSE_BYTES
     # A few queries that see all keys: their scores are small beside the keys, and no tile can be skipped.
     held_anyway = key.size * key.dtype.itemsize + given.value.size * given.value.dtype.itemsize
-    few = not small and given.mask is None and given.key_positions is None and DENSE_SHARE * size <= held_anyway
+    sees_all = given.mask is None and given.key_positions is None
+    few = not small and sees_all and DENSE_SHARE * size <= held_anyway
+    # A few queries that see some keys, as in decoding: zeros for what they must not see would be a copy of all keys.
+    decoding = query.shape[-3] <= FEW_QUERIES and not sees_all and held_anyway > READ_BYTES
+    decoding &= jax.default_backend() == "cpu"
     needs = _needs(given)
     by_rows, by_matrix = (" and ".join(needs[need]) for need in ("rows", "matrix"))
     kernel = fused.plan(given, return_lse)
@@ -227,14 +231,14 @@ def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> 
         return implementation, why
     if refusals["fused"] is None:
         name = "fused"
-    elif small or few or refusals["rows"]:
+    elif refusals["rows"] or ((few or small) and (refusals["tiled"] or not decoding)):
         name = "dense"
     else:
         name = "rows" if refusals["tiled"] else "tiled"
     why = {
         "dense": f"{held}, {'at most' if small else 'more than'} {limit}{', but little beside key and value' * few}",
         "rows": "serves this call in linear memory, in plain JAX; chosen above the limit where tiled cannot serve",
-        "tiled": f"serves this call in linear memory; chosen above {limit}",
+        "tiled": f"serves this call in linear memory; chosen above {limit}, and for few queries with many keys",
         "fused": "serves this call with a library's kernel",
     }
     return name, {other: f"cannot serve {refusals[other]}" if refusals[other] else why[other] for other in why}

@@ -77,7 +77,7 @@ class Call:
 
 
 def prepare(given: Given) -> Call:
-    """Default positions filled in, the contents of empty slots zeroed (they may be anything), dropout seeds drawn."""
+    """Default positions filled in, queries that are not there zeroed (they may be anything), dropout seeds drawn."""
     query, key, value = given.query, given.key, given.value
     *batch, length, heads, _ = query.shape
     query_positions, key_positions = given.query_positions, given.key_positions
@@ -86,7 +86,6 @@ def prepare(given: Given) -> Call:
     else:
         query = jnp.where((query_positions >= 0)[..., None, None], query, 0)
     query_positions = query_positions.astype(np.int32)[..., None, :, None]
-    empty_slots = key_positions is not None
     if key_positions is None:
         key_positions = np.arange(key.shape[-3], dtype=np.int32)
     elif key_positions.ndim == len(batch) + 2:
@@ -94,11 +93,6 @@ def prepare(given: Given) -> Call:
     if key_positions.ndim < len(batch) + 2:
         key_positions = key_positions[..., None, None, :]
     key_positions = key_positions.astype(np.int32)
-    if empty_slots:
-        there = (key_positions >= 0)[..., 0, :]
-        key, value = (
-            jnp.where(_to_any_head(there, x.shape[-2]).swapaxes(-1, -2)[..., None], x, 0) for x in (key, value)
-        )
     slots = ("score", "bias", "score_maps", "mask", "normalize", "weight_maps", "measures")
     return Call(
         query=query,
@@ -120,64 +114,103 @@ def _to_any_head(shown: Bool[Array, "*b #n s"], heads: int) -> Bool[Array, "*b #
 
 # A weight of 0 does not keep an infinite or undefined number out of a product, so keys and values with one are set to 0
 # beforehand, and the rows that see them to NaN afterwards. The cotangents of such rows are dropped. Thus what is not
-# finite reaches no other row, neither forward nor in a gradient.
+# finite reaches no other row, neither forward nor in a gradient. What no query reads is set to 0 with them.
 
 
-class Wrong(NamedTuple):
-    """What is not finite. None where there is nothing to keep it out of: where maps let rows read each other.
+class WrongKeys(NamedTuple):
+    """What must not be multiplied: not finite, or read by no query. None where there can be nothing of the kind."""
 
-    With maps, which may mix heads, all heads of a token are wrong or none in `queries` and `seen`.
-    """
-
-    queries: Bool[Array, "*b n t"] | None
     seen: Bool[Array, "*b g s"] | None  # keys that make a row wrong which sees them, of G = K or N heads
     keys: Bool[Array, "*b s k"] | None
     values: Bool[Array, "*b s kv"] | None
 
 
-def find_wrong(call: Call) -> Wrong:
-    """Where the call is not finite.
+class Wrong(NamedTuple):
+    """What is not finite, and keys that no query reads. None where there is nothing to keep it out of.
 
-    Of a call with one query only the query is looked at, unless heads that share a key see different keys. To look at
-    all keys, or to zero some, would read a cache twice.
+    With maps, which may mix heads, all heads of a token are wrong or none in `queries` and `keys.seen`.
     """
+
+    queries: Bool[Array, "*b n t"] | None
+    of_keys: WrongKeys
+
+
+class Guard(NamedTuple):
+    """How what is wrong is found; static.
+
+    queries, keys: whether they are looked at for what is not finite (keys with values). one: whether there is a single
+    query, so that the mask alone says which keys are read. empty: whether there may be empty slots. heads: N. mixed:
+    whether maps may mix heads.
+    """
+
+    queries: bool
+    keys: bool
+    one: bool
+    empty: bool
+    heads: int
+    mixed: bool
+
+    def in_all_heads(self, x: Bool[Array, "*b g s"]) -> Bool[Array, "*b g s"]:
+        """x, or whether it holds in any head, where heads may be mixed."""
+        return jnp.broadcast_to(x.any(-2, keepdims=True), x.shape) if self.mixed else x
+
+
+def guard_of(call: Call) -> Guard:
+    """Keys of a single query are not looked at, which would take as long as to attend to them: what the query sees
+    makes its row wrong, and what it does not see is not read. But where heads that share a key see different ones."""
     maps = (*call.score_maps, *call.weight_maps)
-    if any(each.halo or "matrix" in (each.scores_need, each.weights_need) for each in maps):
-        return Wrong(None, None, None, None)
+    rows_alone = not any(each.halo or "matrix" in (each.scores_need, each.weights_need) for each in maps)
+    one, empty = call.query.shape[-3] == 1, not isinstance(call.key_positions, np.ndarray)
+    apart = False
+    if one and call.mask is not None:
+        positions = call.query_positions, call.key_positions
+        told_apart = jax.eval_shape(lambda *places: visible(call.mask, *places), *positions).shape[-3]
+        apart = told_apart not in (1, min(call.key.shape[-2], call.value.shape[-2]))
+    one_sees = rows_alone and one and call.mask is not None
+    return Guard(rows_alone, rows_alone and (apart or not one), one_sees, empty, call.query.shape[-2], bool(maps))
 
-    def in_all_heads(x: Bool[Array, "*b g s"]) -> Bool[Array, "*b g s"]:
-        return jnp.broadcast_to(x.any(-2, keepdims=True), x.shape) if maps else x
 
-    queries, heads = in_all_heads(not_finite(call.query).swapaxes(-1, -2)), call.query.shape[-2]
-    fewest = min(call.key.shape[-2], call.value.shape[-2])
-    if call.query.shape[-3] == 1 and (call.mask is None or _heads_of(call) in (1, fewest)):
-        return Wrong(queries, None, None, None)
-    keys, values = not_finite(call.key), not_finite(call.value)
-    key, value = keys.swapaxes(-1, -2), values.swapaxes(-1, -2)
-    if key.shape[-2] != value.shape[-2]:
-        key, value = repeated(key, heads), repeated(value, heads)
-    return Wrong(queries, in_all_heads(key | value), keys, values)
+def wrong_queries(guard: Guard, query: Float[Array, "*b t n h"]) -> Bool[Array, "*b n t"] | None:
+    """The queries that are not finite."""
+    return guard.in_all_heads(not_finite(query).swapaxes(-1, -2)) if guard.queries else None
+
+
+def wrong_keys(
+    guard: Guard,
+    key: Float[Array, "*b s k h"],
+    value: Float[Array, "*b s kv v"],
+    mask: Mask | None,
+    query_positions: Int[Array, "*#b 1 t 1"],
+    key_positions: Int[Array, "*#b #n 1 s"],
+) -> WrongKeys:
+    """Which of these keys and values must not be multiplied."""
+    seen = keys = values = None
+    if guard.keys:
+        keys, values = not_finite(key), not_finite(value)
+        of_key, of_value = keys.swapaxes(-1, -2), values.swapaxes(-1, -2)
+        if of_key.shape[-2] != of_value.shape[-2]:
+            of_key, of_value = repeated(of_key, guard.heads), repeated(of_value, guard.heads)
+        seen = guard.in_all_heads(of_key | of_value)
+    if guard.one or guard.empty:
+        read = (visible(mask, query_positions, key_positions) if guard.one else key_positions >= 0)[..., 0, :]
+        of_key, of_value = (~_to_any_head(read, x.shape[-2]).swapaxes(-1, -2) for x in (key, value))
+        keys, values = (of_key if keys is None else of_key | keys), (of_value if values is None else of_value | values)
+    return WrongKeys(seen, keys, values)
 
 
 def hide(call: Call) -> tuple[Call, Wrong]:
-    """The call without what is not finite, and where that was."""
-    wrong = find_wrong(call)
-    if wrong.queries is not None:
-        call = dataclasses.replace(call, query=without(call.query, wrong.queries.swapaxes(-1, -2)))
-    if wrong.keys is not None:
-        call = dataclasses.replace(call, key=without(call.key, wrong.keys), value=without(call.value, wrong.values))
-    return call, wrong
+    """The call with zeros for what must not be multiplied, and where that was."""
+    guard = guard_of(call)
+    of_keys = wrong_keys(guard, call.key, call.value, call.mask, call.query_positions, call.key_positions)
+    wrong = Wrong(wrong_queries(guard, call.query), of_keys)
+    query = call.query if wrong.queries is None else without(call.query, wrong.queries.swapaxes(-1, -2))
+    key, value = without(call.key, of_keys.keys), without(call.value, of_keys.values)
+    return dataclasses.replace(call, query=query, key=key, value=value), wrong
 
 
-def without(x: Float[Array, "*b h"], wrong: Bool[Array, "*b"] | None) -> Float[Array, "*b h"]:
+def without(x: Float[Array, "*b h"], wrong: Bool[Array, "*#b"] | None) -> Float[Array, "*b h"]:
     """x with zeros for the wrong vectors."""
     return x if wrong is None else jnp.where(wrong[..., None], 0, x)
-
-
-def _heads_of(call: Call) -> int:
-    """How many heads the mask tells apart."""
-    positions = call.query_positions, call.key_positions
-    return jax.eval_shape(lambda *places: visible(call.mask, *places), *positions).shape[-3]
 
 
 def repeated(x: Bool[Array, "*b g s"], heads: int) -> Bool[Array, "*b n s"]:

@@ -19,14 +19,14 @@ def weigh(call: Call, wrong: Wrong) -> tuple[View, Rows | None]:
     query, key = call.query.swapaxes(-2, -3), call.key.swapaxes(-2, -3)
     positions = call.query_positions, call.key_positions
     shown = visible(call.mask, *positions)
-    rows = wrong.queries
+    rows, seen = wrong.queries, wrong.of_keys.seen
     if rows is not None:
         sees, sees_wrong = shown.any(-1), jnp.zeros_like(rows)
-        if wrong.seen is not None and call.mask is None:  # every query that is there sees all keys that are there
+        if seen is not None and call.mask is None:  # a query that is there sees every key that is
             there = call.key_positions[..., 0, :] >= 0
-            sees_wrong = sees & (repeated(wrong.seen, rows.shape[-2]) & there).any(-1)[..., None]
-        elif wrong.seen is not None:
-            sees, sees_wrong = _seen(shown, wrong.seen, rows.shape[-2])
+            sees_wrong = sees & (repeated(seen, rows.shape[-2]) & there).any(-1)[..., None]
+        elif seen is not None:
+            sees, sees_wrong = _seen(shown, seen, rows.shape[-2])
         rows = (rows & sees) | sees_wrong
         shown = shown & ~rows[..., None]
     scores = mapped_scores(call.score, call.bias, call.score_maps, query, key, shown, *positions)

@@ -74,9 +74,9 @@ def linear_attention(
 
     With `segment_ids` a token that holds an infinite or undefined number makes those outputs NaN that read it, itself
     and later tokens of its segment, and the last state if that has read it. It reaches no other output, forward or in a
-    gradient. Without segments nobody looks for such a token, which would cost a tenth of the time: forward it may
-    reach earlier tokens of its chunk (not in "step"), and in gradients any token, also where its output is not used.
-    `segment_ids` of zeros keep it apart there, too.
+    gradient. Without segments this holds for queries. Keys, values and gates are not looked at there, which would cost
+    a tenth of the time: one that is not finite may reach earlier tokens of its chunk (not in "step"), and in gradients
+    any token. `segment_ids` of zeros keep it apart there, too.
 
     Raises ValueError for shapes that do not fit, gates out of range (where they are known: not under `jit`), segments
     that decrease, a state of another shape or dtype, and a chunk that is no power of two; TypeError for other types.
@@ -215,6 +215,7 @@ def _attention(given: _Given, read: Read, form: Form, chunk: int) -> tuple[Array
     memory = memory.reshape(*segment.shape, *memory.shape[-3:])
     if wrong is not None:
         out = jnp.where(wrong.out[..., None], jnp.nan, out)
+    if wrong is not None and wrong.memory is not None:
         memory = jnp.where(wrong.memory[..., None, None], jnp.nan, memory)
     return out.astype(given.value.dtype), LinearState(memory, segment)
 
@@ -223,17 +224,20 @@ class _Wrong(NamedTuple):
     """What a number that is not finite has reached: outputs [..., T, N], and the last memory [..., M]."""
 
     out: Array
-    memory: Array
+    memory: Array | None
 
 
 def _hide(given: _Given, read: Read) -> tuple[_Given, _Wrong | None]:
     """The call with zeros for what is not finite, and what that reaches: its own segment, from its token on.
 
-    A call without segments is left as it is: to look for what is not finite takes a tenth of the time of all else.
+    Of a call without segments only the queries are looked at: to look at all takes a tenth of the time of all else.
     """
     query, key, value, log_decay, erase, bonus, state, _ = given
     if (starts := _starts(given)) is None:
-        return given, None
+        wrong_query = not_finite(query)
+        heads = max(_states(given), query.shape[-2])
+        given = given._replace(query=jnp.where(wrong_query[..., None], 0, query))
+        return given, _Wrong(_repeat(wrong_query[..., None], heads)[..., 0], None)
     open_gates = None if log_decay is None else jnp.maximum(log_decay, CLOSED)  # a gate that is closed is finite
     vectors = {"key": key, "value": value}
     if isinstance(erase, Delta):
@@ -276,6 +280,16 @@ def _hide(given: _Given, read: Read) -> tuple[_Given, _Wrong | None]:
         reached = reached | by_state["key"] | by_state["value"]
     reached, wrong_query = (_repeat(x[..., None], heads)[..., 0] for x in (reached, wrong_query))
     return given, _Wrong(reached | wrong_query, after[..., -1, :])
+
+
+def _states(given: _Given) -> int:
+    """The number of memories M."""
+    sizes = [x.shape[-2] for x in jax.tree.leaves((given.key, given.value))]
+    if isinstance(given.erase, Delta):
+        sizes.append(given.erase.beta.shape[-1])
+    elif isinstance(given.erase, Erase):
+        sizes.append(given.erase.read.shape[-2])
+    return math.lcm(*sizes, 1 if given.log_decay is None else _heads(given.log_decay, given.key))
 
 
 def _heads(log_decay: Array, key: Array) -> int:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxattn.core.call import Call, find_wrong, repeated, without
+from jaxattn.core.call import Call, Guard, WrongKeys, guard_of, repeated, without, wrong_keys
 from jaxattn.core.first_order import not_reversed, reverse_only
 from jaxattn.core.mask import visible
 from jaxattn.core.parts import cotangent, inexact_leaves, mesh_axes, vary, vary_like
@@ -54,32 +54,35 @@ class Learned(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What it does not. `poison` is NaN for the keys that make a row wrong if it sees them (see `Wrong`), 0 for others.
-    It makes the total of such a row NaN, and with it all of its results. `wrong` are the keys and values themselves."""
+    """What it does not. `wrong` is None where it is found a tile at a time, see `Plan.heads_first`."""
 
     mask: Any
     query_positions: Int[Array, "*b 1 t 1"]
     key_positions: Int[Array, "*b #n 1 s"]
     active: Schedule
-    poison: Float[Array, "*b n 1 s"] | None
-    wrong: tuple[Bool[Array, "*b s k"], Bool[Array, "*b s kv"]] | None
+    wrong: WrongKeys | None
 
 
 class Plan(NamedTuple):
     """What is static.
 
-    heads_first: keys and values were laid out heads first before the loops, and not a tile at a time, which is slower
-    where each is visited a few times only.
+    heads_first: keys and values were laid out heads first before the loops, and what must not be multiplied was found;
+    not a tile at a time, which is faster where each is visited a few times only.
     """
 
     block: Block
     kinds: Kinds
     heads_first: bool
+    guard: Guard
     dtype: Any  # of out
 
 
 class Keys(NamedTuple):
-    """A tile of keys, heads first, at an offset into all of them."""
+    """A tile of keys, heads first, at an offset into all of them.
+
+    `poison` is NaN for the keys that make a row wrong if it sees them (see `WrongKeys`), 0 for others. It makes the
+    total of such a row NaN, and with it all of its results.
+    """
 
     key: Float[Array, "*b k bk h"]
     value: Float[Array, "*b kv bk v"]
@@ -122,13 +125,21 @@ def _queries(plan: Plan, learned: Learned, given: Given, row: Any) -> tuple[Arra
 def _keys(plan: Plan, learned: Learned, given: Given, granule: Any, masked: bool) -> Keys:
     """The tile of keys that starts at a granule."""
     start, size = granule * plan.block.granule, plan.block.keys
-    arrays = learned.key, learned.value
+    positions = _slice(given.key_positions, start, size, -1)
+    seen = None if given.wrong is None or given.wrong.seen is None else _slice(given.wrong.seen, start, size, -1)
     if plan.heads_first:
-        key, value = (_slice(x, start, size, -2) for x in arrays)
+        key, value = (_slice(x, start, size, -2) for x in (learned.key, learned.value))
     else:
-        key, value = (_slice(x, start, size, -3).swapaxes(-2, -3) for x in arrays)
-    poison = None if given.poison is None else _slice(given.poison, start, size, -1)
-    return Keys(key, value, _slice(given.key_positions, start, size, -1), poison, start, masked)
+        key, value = (_slice(x, start, size, -3) for x in (learned.key, learned.value))
+        # Query positions are read only where there is a single query.
+        wrong = wrong_keys(plan.guard, key, value, given.mask, given.query_positions, positions)
+        key, value, seen = without(key, wrong.keys), without(value, wrong.values), wrong.seen
+        key, value = key.swapaxes(-2, -3), value.swapaxes(-2, -3)
+    poison = None
+    if seen is not None:
+        poison = jnp.where(repeated(seen, plan.guard.heads), jnp.nan, jnp.zeros((), accumulator(learned.query, key)))
+        poison = poison[..., None, :]
+    return Keys(key, value, positions, poison, start, masked)
 
 
 def _shown(mask: Any, keys: Keys, positions: tuple[Array, Array]) -> Any:
@@ -225,21 +236,21 @@ def _forward(plan: Plan, learned: Learned, given: Given, keep: bool) -> tuple[Ar
     return jax.lax.fori_loop(0, count, one_query_tile, vary(carry, mesh_axes((learned, given))))
 
 
-def _without_wrong(plan: Plan, learned: Learned, given: Given) -> Learned:
+def _without_wrong(learned: Learned, given: Given) -> Learned:
     """Zeros for the wrong keys and values. Not done before, where it would also cost in the gradient."""
-    if given.wrong is None:
+    if given.wrong is None or given.wrong.keys is None or given.wrong.values is None:
         return learned
-    key, value = (x.swapaxes(-1, -2) if plan.heads_first else x for x in given.wrong)
+    key, value = given.wrong.keys.swapaxes(-1, -2), given.wrong.values.swapaxes(-1, -2)
     return learned._replace(key=without(learned.key, key), value=without(learned.value, value))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(plan: Plan, learned: Learned, given: Given) -> tuple[Array, Array]:
-    return _forward(plan, _without_wrong(plan, learned, given), given, keep=False)[:2]
+    return _forward(plan, _without_wrong(learned, given), given, keep=False)[:2]
 
 
 def _attention_forward(plan: Plan, learned: Learned, given: Given) -> tuple[tuple[Array, Array], Any]:
-    learned = _without_wrong(plan, learned, given)
+    learned = _without_wrong(learned, given)
     out, lse, sums = _forward(plan, learned, given, keep=True)
     return (out, lse), (learned, given, sums)
 
@@ -414,15 +425,14 @@ def tiled(
         (call.score, call.bias, call.score_maps, call.normalize, weight_maps),
     )
     positions = _pad(call.query_positions, -2, queries, fill=-1), _pad(call.key_positions, -1, keys, fill=-1)
-    found = find_wrong(call)
-    poison = wrong = None
-    if found.seen is not None:
-        seen = repeated(_pad(found.seen, -1, keys), call.query.shape[-2])
-        poison = jnp.where(seen, jnp.nan, jnp.zeros((), accumulator(call.query, call.key)))[..., None, :]
-        wrong = _pad(found.keys, -2, keys), _pad(found.values, -2, keys)
-    given = Given(call.mask, *jax.tree.map(jnp.asarray, (*positions, active, poison, wrong)))
+    guard, wrong = guard_of(call), None
+    if heads_first:
+        found = wrong_keys(guard, call.key, call.value, call.mask, call.query_positions, call.key_positions)
+        axes = zip(found, (-1, -2, -2), strict=True)
+        wrong = WrongKeys(*(None if x is None else _pad(x, axis, keys) for x, axis in axes))
+    given = Given(call.mask, *jax.tree.map(jnp.asarray, (*positions, active, wrong)))
     learned = vary(jax.tree.map(jnp.asarray, learned), mesh_axes((learned, given)))
     leaves, rebuild = inexact_leaves(learned)
     learned = rebuild(reverse_only(leaves, FIRST_ORDER))
-    out, lse = _attention(Plan(chosen, kinds, heads_first, call.value.dtype), learned, given)
+    out, lse = _attention(Plan(chosen, kinds, heads_first, guard, call.value.dtype), learned, given)
     return out[..., : lengths[0], :, :], lse.swapaxes(-1, -2)[..., : lengths[0], :], {}

@@ -594,6 +594,30 @@ def test_what_is_not_finite_reaches_only_later_tokens_of_its_document(name, form
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_query_whose_output_is_not_used_may_hold_anything(name, form):
+    """Also where nothing is packed: its own output is NaN, and no gradient or state is."""
+    given, options = arrays(CASES[name], jnp.float32)
+    unused = (np.arange(T) == 3)[:, None, None]
+
+    @jax.jit
+    def run(given):
+        def call(given):
+            out, state = linear_attention(**given, **options, form=form, chunk=8)
+            return jnp.where(unused, 0, out), out, state.memory
+
+        (used, out, memory), pull = jax.vjp(call, given)
+        return used, memory, pull((jnp.cos(used), jnp.zeros_like(out), jnp.cos(memory)))[0], out
+
+    *fine, _ = run(given | {"query": jnp.where(unused, 0, given["query"])})
+    for fill in (np.nan, np.inf):
+        *found, out = run(given | {"query": jnp.where(unused, fill, given["query"])})
+        assert np.isnan(out[3]).all()
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(fine), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
 def test_a_document_that_overflows_ends_with_itself(decay, form):
     """A rule that diverges in one document leaves the next one what it would be alone, wherever chunks are cut."""

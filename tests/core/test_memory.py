@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxattn import Causal, attend
+from jaxattn.core.schedule import READ_BYTES
 
 HEADS, WIDTH = 8, 64
 
@@ -32,10 +33,15 @@ def test_memory_is_linear_in_length():
     assert temporaries(8192) < 2.5 * temporaries(4096)
 
 
+@pytest.mark.parametrize("slots", [False, True], ids=["whole", "slots"])
 @pytest.mark.parametrize("mask", [None, Causal()], ids=["full", "causal"])
-def test_decoding_holds_no_copy_of_the_cache(mask):
+def test_decoding_holds_no_copy_of_the_cache(mask, slots):
+    """No more than a tile of keys and one of values, however long the cache, also where slots may be empty."""
     query, cache = (jax.ShapeDtypeStruct((2, length, HEADS, WIDTH), jnp.float32) for length in (1, 16384))
-    last = jax.ShapeDtypeStruct((1,), jnp.int32)
-    call = jax.jit(lambda q, k, v, last: attend(q, k, v, mask=mask, query_positions=last))
-    temporaries = call.lower(query, cache, cache, last).compile().memory_analysis().temp_size_in_bytes
-    assert temporaries < cache.size * 4 / 8
+    last, held = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (2, 16384)))
+
+    def call(q, k, v, last, held):
+        return attend(q, k, v, mask=mask, query_positions=last, key_positions=held if slots else None)
+
+    memory = jax.jit(call).lower(query, cache, cache, last, held).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2.25 * READ_BYTES < cache.size * 4 / 7

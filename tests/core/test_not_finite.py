@@ -126,6 +126,45 @@ def test_one_query_does_not_read_empty_slots():
             np.testing.assert_array_equal(d, d2)
 
 
+SINGLE = {
+    "padding": ja.Lengths(jnp.asarray(LENGTHS)),
+    "window": ja.Window(3, 2) & ja.Explicit(jnp.asarray(PLACES != 7)),
+    "by key head": ja.Explicit(jnp.asarray(np.arange(2)[:, None] != PLACES % 2).repeat(2, 0)[:, None]),
+    "by query head": ja.Explicit(jnp.asarray(np.arange(N)[:, None] != PLACES % N)[:, None]),
+}
+
+
+@pytest.mark.parametrize("implementation", ["dense", "rows", "tiled", "auto"])
+@pytest.mark.parametrize("case", SINGLE)
+def test_what_is_hidden_from_a_single_query_may_hold_anything(case, implementation):
+    """Every key that no head sees, or of another head: outputs, lse and gradients are those of zeros in its place."""
+    query, key, value = drawn((2, 2))
+    at, mask = jnp.asarray([6]), SINGLE[case]
+    shown = ja.Explicit(jnp.asarray(mask.to_array(np.asarray(at), PLACES)))
+    by_key_head = jnp.broadcast_to(mask.to_array(np.asarray(at), PLACES), (B, N, 1, T)).reshape(B, 2, 2, T).any(2)
+    hidden = ~by_key_head.swapaxes(1, 2)[..., None]  # [B, T, K, 1]
+
+    @jax.jit
+    def results(key, value):
+        found = []
+        for given in (shown, mask):
+            options = {"mask": given, "query_positions": at} if given is mask else {"mask": given}
+            options |= {"implementation": implementation, "block": 4}
+
+            def call(query, key, value, options=options):
+                return attend(query, key, value, return_lse=True, **options)
+
+            (out, extras), pull = jax.vjp(call, query[:, :1], key, value)
+            found.append((out, extras["lse"], *pull((jnp.cos(out), {"lse": jnp.sin(extras["lse"])}))))
+        return found
+
+    expected = results(*(jnp.where(hidden, 0, x) for x in (key, value)))
+    for fill in (np.nan, np.inf):
+        found = results(*(jnp.where(hidden, fill, x) for x in (key, value)))
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-6)
+
+
 @pytest.mark.parametrize("implementation", ["dense", "rows", "tiled"])
 @pytest.mark.parametrize("heads", [(1, 4), (4, 1), (2, 4), (2, 1)], ids=str)
 def test_one_head_does_not_reach_the_others(heads, implementation):
