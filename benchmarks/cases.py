@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn import Alibi, Causal, Delta, Documents, Erase, Neural, RelativeBias, SoftCap, Window
-from jaxattn.core.mask import visible
+from jaxattn.core.attend.mask import visible
 
 HEADS, HEAD_DIM = 8, 64
 WINDOW, DOCUMENT, HIDDEN = 256, 512, 16

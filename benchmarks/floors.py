@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from benchmarks.cases import HEAD_DIM, HEADS, RECURRENCES, Setting, visible_pairs
 from benchmarks.measure import median, take_turns
 
-QUERIES, KEYS = 256, 512  # the largest tile of `jaxattn.core.schedule` on a CPU
+QUERIES, KEYS = 256, 512  # the largest tile of `jaxattn.core.attend.schedule` on a CPU
 REPEATS = 16  # per timing and inside one program, so that neither starting it nor fresh memory counts
 
 

@@ -22,7 +22,7 @@ from jaxattn import (
     moment_match,
     orthogonal_gaussian,
 )
-from jaxattn.core.feature import HedgehogKind
+from jaxattn.core.linear.feature import HedgehogKind
 
 
 @dataclass(frozen=True)

@@ -1,58 +1,11 @@
 """jaxattn: attention in JAX. The calls and the parts; subpackages are imported by name (`from jaxattn import nn`)."""
 
-from jaxattn.core.attend import attend, explain
-from jaxattn.core.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias
-from jaxattn.core.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
-from jaxattn.core.dot_product import dot_product_attention
-from jaxattn.core.feature import (
-    Elu1Features,
-    Features,
-    HedgehogFeatures,
-    IdentityFeatures,
-    LogNormalFeatures,
-    ReluFeatures,
-    StandardizedFeatures,
-    TaylorFeatures,
-    UnitFeatures,
-    distillation_loss,
-    moment_match,
-)
-from jaxattn.core.gate import (
-    bounded_decay,
-    inverse_softplus,
-    lower_bounded_decay,
-    retention,
-    running_softmax,
-    softplus_decay,
-)
-from jaxattn.core.graph import Ancestors, Graph
-from jaxattn.core.inner import (
-    DotProduct,
-    Huber,
-    Identity,
-    InnerLoss,
-    Link,
-    LpError,
-    LqMirror,
-    LqScale,
-    MatrixMemory,
-    Memory,
-    MLPMemory,
-    SigmoidLink,
-    SoftmaxLink,
-    SoftThreshold,
-    SquaredError,
-)
-from jaxattn.core.linear import (
-    LinearState,
-    append_one,
-    divide,
-    linear_attention,
-    linear_step,
-    mixing_matrix,
-    state_map,
-)
-from jaxattn.core.maps import (
+from jaxattn.core.attend.api import attend, explain
+from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias
+from jaxattn.core.attend.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
+from jaxattn.core.attend.dot_product import dot_product_attention
+from jaxattn.core.attend.graph import Ancestors, Graph
+from jaxattn.core.attend.maps import (
     Convolution,
     Dropout,
     DropTopK,
@@ -65,7 +18,7 @@ from jaxattn.core.maps import (
     Temporal,
     TopKWeights,
 )
-from jaxattn.core.mask import (
+from jaxattn.core.attend.mask import (
     Causal,
     Chunked,
     Dilated,
@@ -79,7 +32,7 @@ from jaxattn.core.mask import (
     Window,
     Within,
 )
-from jaxattn.core.measure import (
+from jaxattn.core.attend.measure import (
     ArgMax,
     Distance,
     Entropy,
@@ -92,9 +45,7 @@ from jaxattn.core.measure import (
     RowsOf,
     TopWeights,
 )
-from jaxattn.core.memory import MemoryState, memory_read, memory_scan
-from jaxattn.core.merged import LinearSelfAttention, SoftmaxHeads
-from jaxattn.core.normalize import (
+from jaxattn.core.attend.normalize import (
     Elementwise,
     Elu1,
     Entmax15,
@@ -111,9 +62,8 @@ from jaxattn.core.normalize import (
     TopK,
     score_function,
 )
-from jaxattn.core.partial import EMPTY, Partial, merge
-from jaxattn.core.parts import part
-from jaxattn.core.position import (
+from jaxattn.core.attend.partial import EMPTY, Partial, merge
+from jaxattn.core.attend.position import (
     NTK,
     Interpolate,
     LearnedPositions,
@@ -124,10 +74,40 @@ from jaxattn.core.position import (
     rotary_2d,
     sinusoidal,
 )
-from jaxattn.core.random_feature import RandomFeatures, orthogonal_gaussian
-from jaxattn.core.recurrence import Delta, Erase, StateMap, combine
-from jaxattn.core.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum
-from jaxattn.core.state_equation import (
+from jaxattn.core.attend.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum
+from jaxattn.core.linear.api import (
+    LinearState,
+    append_one,
+    divide,
+    linear_attention,
+    linear_step,
+    mixing_matrix,
+    state_map,
+)
+from jaxattn.core.linear.feature import (
+    Elu1Features,
+    Features,
+    HedgehogFeatures,
+    IdentityFeatures,
+    LogNormalFeatures,
+    ReluFeatures,
+    StandardizedFeatures,
+    TaylorFeatures,
+    UnitFeatures,
+    distillation_loss,
+    moment_match,
+)
+from jaxattn.core.linear.gate import (
+    bounded_decay,
+    inverse_softplus,
+    lower_bounded_decay,
+    retention,
+    running_softmax,
+    softplus_decay,
+)
+from jaxattn.core.linear.random_feature import RandomFeatures, orthogonal_gaussian
+from jaxattn.core.linear.recurrence import Delta, Erase, StateMap, combine
+from jaxattn.core.linear.state_equation import (
     StateEquation,
     attention_equation,
     gated_rnn_equation,
@@ -135,6 +115,26 @@ from jaxattn.core.state_equation import (
     softmax_equation,
     state_space_equation,
 )
+from jaxattn.core.memory.api import MemoryState, memory_read, memory_scan
+from jaxattn.core.memory.inner import (
+    DotProduct,
+    Huber,
+    Identity,
+    InnerLoss,
+    Link,
+    LpError,
+    LqMirror,
+    LqScale,
+    MatrixMemory,
+    Memory,
+    MLPMemory,
+    SigmoidLink,
+    SoftmaxLink,
+    SoftThreshold,
+    SquaredError,
+)
+from jaxattn.core.merged import LinearSelfAttention, SoftmaxHeads
+from jaxattn.core.part import part
 
 __version__ = "0.1.0"
 

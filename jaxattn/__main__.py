@@ -16,8 +16,8 @@ from flax import nnx
 
 import jaxattn
 from jaxattn import analysis, models
-from jaxattn.core.mask import Causal, Mask
-from jaxattn.core.normalize import Normalize, Softmax
+from jaxattn.core.attend.mask import Causal, Mask
+from jaxattn.core.attend.normalize import Normalize, Softmax
 
 try:
     from jsonargparse import auto_cli

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxattn.core.parts import part
+from jaxattn.core.part import part
 
 
 @part

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.mask import Mask
-from jaxattn.core.parts import part
+from jaxattn.core.attend.mask import Mask
+from jaxattn.core.part import part
 
 
 @part

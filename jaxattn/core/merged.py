@@ -9,12 +9,14 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxattn.core.attend import attend, attention_weights
-from jaxattn.core.linear import linear_attention
-from jaxattn.core.mask import Mask
-from jaxattn.core.parts import check_positive, part
-from jaxattn.core.recurrence import Read
-from jaxattn.core.score import Bilinear, product
+from jaxattn.core.attend.api import attend, attention_weights
+from jaxattn.core.attend.mask import Mask
+from jaxattn.core.attend.score import Bilinear
+from jaxattn.core.checks import check_positive
+from jaxattn.core.linear.api import linear_attention
+from jaxattn.core.linear.recurrence import Read
+from jaxattn.core.matmul import product
+from jaxattn.core.part import part
 
 Scale = Literal["context", "running"] | float
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxattn.core.parts import check_range, check_static_int, part
+from jaxattn.core.checks import check_range, check_static_int
+from jaxattn.core.part import part
 from jaxattn.icl.function import Finite
 from jaxattn.icl.predict import Predictor
 from jaxattn.icl.task import Function, FunctionTask

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxattn.core.parts import check_probability, check_static_int, part
+from jaxattn.core.checks import check_probability, check_static_int
+from jaxattn.core.part import part
 from jaxattn.icl.function import Finite, check_count, choose
 from jaxattn.icl.task import Function, happens
 from jaxattn.icl.teaching import Plantable, Teachable

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxattn.core.parts import check_probability, check_range, check_static_int, part
+from jaxattn.core.checks import check_probability, check_range, check_static_int
+from jaxattn.core.part import part
 from jaxattn.icl.prompt import Prompt
 from jaxattn.icl.task import happens
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.mask import Causal
+from jaxattn.core.attend.mask import Causal
+from jaxattn.core.checks import as_ids, check_static_int
 from jaxattn.core.merged import LinearSelfAttention, SoftmaxHeads
-from jaxattn.core.parts import as_ids, check_static_int, part
+from jaxattn.core.part import part
 from jaxattn.icl.layers import LinearLayers, SoftmaxLayer
 
 Form = Literal["von oswald", "ahn", "zhang"]

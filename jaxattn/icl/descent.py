@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxattn.core.parts import check_all_positive, check_range, check_static_int, part, ratio
+from jaxattn.core.checks import check_all_positive, check_range, check_static_int
+from jaxattn.core.numeric import ratio
+from jaxattn.core.part import part
 from jaxattn.icl.predict import Predictor, shown
 from jaxattn.icl.regression import pseudo_inverse
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxattn.core.parts import check_static_int, part
+from jaxattn.core.checks import check_static_int
+from jaxattn.core.part import part
 from jaxattn.icl.inputs import check_covariance, check_dimension, root
 from jaxattn.icl.task import Function
 from jaxattn.icl.teaching import Plantable

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jaxattn.core.parts import check_static_int, part, ratio
+from jaxattn.core.checks import check_static_int
+from jaxattn.core.numeric import ratio
+from jaxattn.core.part import part
 from jaxattn.icl.task import Function, Inputs, Query
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxattn.core.parts import check_positive, check_range, check_static_int
+from jaxattn.core.checks import check_positive, check_range, check_static_int
 from jaxattn.icl.inputs import check_covariance
 from jaxattn.icl.theory import Number, check_setting
 

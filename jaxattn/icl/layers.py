@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxattn.core.merged import LinearSelfAttention, SoftmaxHeads
-from jaxattn.core.parts import part
+from jaxattn.core.part import part
 from jaxattn.icl.predict import Predictor, shown
 
 

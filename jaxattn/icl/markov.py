@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxattn.core.parts import as_ids, check_all_positive, check_static_int, part
+from jaxattn.core.checks import as_ids, check_all_positive, check_static_int
+from jaxattn.core.part import part
 from jaxattn.icl.prompt import Prompt
 
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxattn.core.parts import check_all_positive, check_static_int, part
+from jaxattn.core.checks import check_all_positive, check_static_int
+from jaxattn.core.part import part
 from jaxattn.icl.predict import Predictor, check_single, shown
 
 

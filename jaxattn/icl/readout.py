@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxattn.core.merged import LinearSelfAttention, SoftmaxHeads
-from jaxattn.core.parts import ratio
+from jaxattn.core.numeric import ratio
 
 
 def effective_kq(

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.parts import check_all_positive, check_static_int, part, ratio
+from jaxattn.core.checks import check_all_positive, check_static_int
+from jaxattn.core.numeric import ratio
+from jaxattn.core.part import part
 from jaxattn.icl.inputs import check_covariance, check_dimension, root
 from jaxattn.icl.predict import Predictor, check_single, shown
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxattn.core.parts import check_static_int, part
+from jaxattn.core.checks import check_static_int
+from jaxattn.core.part import part
 from jaxattn.icl.prompt import Prompt
 
 

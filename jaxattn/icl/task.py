@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxattn.core.parts import check_range, check_static_int, part
+from jaxattn.core.checks import check_range, check_static_int
+from jaxattn.core.part import part
 from jaxattn.icl.prompt import Prompt
 
 

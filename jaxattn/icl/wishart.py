@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxattn.core.parts import check_static_int
+from jaxattn.core.checks import check_static_int
 
 
 def eigenvalue_mean(

@@ -13,10 +13,10 @@ import jax
 from flax import nnx
 
 from jaxattn import nn
-from jaxattn.core.bias import Alibi
-from jaxattn.core.mask import Causal, Mask
-from jaxattn.core.normalize import Normalize, Softmax
-from jaxattn.core.position import RotaryScaling
+from jaxattn.core.attend.bias import Alibi
+from jaxattn.core.attend.mask import Causal, Mask
+from jaxattn.core.attend.normalize import Normalize, Softmax
+from jaxattn.core.attend.position import RotaryScaling
 
 
 class Mixer(abc.ABC):

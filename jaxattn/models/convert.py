@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxattn import nn
-from jaxattn.core.mask import Causal, Documents
+from jaxattn.core.attend.mask import Causal, Documents
 from jaxattn.models.config import Attention, Mixer
 from jaxattn.models.decoder import Decoder
 

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn import nn
 from jaxattn.cache import check_room
-from jaxattn.core.mask import Mask
-from jaxattn.core.parts import as_ids, check_array
+from jaxattn.core.attend.mask import Mask
+from jaxattn.core.checks import as_ids, check_array
 from jaxattn.models.config import DecoderConfig, Layer
 from jaxattn.nn import EDITED, SITES, Recorder
 from jaxattn.nn.parameter import linear_map, rms_norm, undecayed

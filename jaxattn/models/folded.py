@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn import nn
-from jaxattn.core.mask import Causal, Mask, Sinks
-from jaxattn.core.parts import check_array
+from jaxattn.core.attend.mask import Causal, Mask, Sinks
+from jaxattn.core.checks import check_array
 from jaxattn.models.config import Attention, DecoderConfig
 from jaxattn.models.decoder import Decoder
 from jaxattn.nn.packing import scan_segments, where_row

@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from jaxattn.core.parts import check_int, check_range, part
+from jaxattn.core.checks import check_int, check_range
+from jaxattn.core.part import part
 from jaxattn.models.decoder import Decoder
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from flax import nnx
 
 from jaxattn import nn
-from jaxattn.core.mask import Causal, Mask
+from jaxattn.core.attend.mask import Causal, Mask
 from jaxattn.models.config import Mixer
 from jaxattn.models.recurrent import NeuralMemory
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from jaxattn.core.feature import TaylorFeatures
-from jaxattn.core.mask import Causal, Mask, Sinks, Window
+from jaxattn.core.attend.mask import Causal, Mask, Sinks, Window
+from jaxattn.core.linear.feature import TaylorFeatures
 from jaxattn.models.config import Attention, FeedForward, Layer, Mixer
 from jaxattn.models.hybrid import Hymba
 from jaxattn.models.recurrent import GatedConvolution, LinearAttention

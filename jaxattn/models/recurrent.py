@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 
 from jaxattn import nn
-from jaxattn.core.feature import Elu1Features, Features
-from jaxattn.core.inner import Identity, InnerLoss, Link, SquaredError
+from jaxattn.core.linear.feature import Elu1Features, Features
+from jaxattn.core.memory.inner import Identity, InnerLoss, Link, SquaredError
 from jaxattn.models.config import Mixer
 
 

@@ -10,14 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxattn.cache import Cache, append, by_position, empty, unseen
-from jaxattn.core.attend import Implementation, attend, attention_weights
-from jaxattn.core.maps import Dropout
-from jaxattn.core.mask import Mask, Within, as_mask, documents_of, places_in_documents
-from jaxattn.core.measure import Measure
-from jaxattn.core.normalize import Softmax
-from jaxattn.core.parts import check_array, take
-from jaxattn.core.position import RotaryScaling, rotary, rotary_channels
-from jaxattn.core.score import Dot
+from jaxattn.core.attend.api import Implementation, attend, attention_weights
+from jaxattn.core.attend.maps import Dropout
+from jaxattn.core.attend.mask import Mask, Within, as_mask, documents_of, places_in_documents
+from jaxattn.core.attend.measure import Measure
+from jaxattn.core.attend.normalize import Softmax
+from jaxattn.core.attend.position import RotaryScaling, rotary, rotary_channels
+from jaxattn.core.attend.score import Dot
+from jaxattn.core.checks import check_array
+from jaxattn.core.table import take
 from jaxattn.nn.mechanisms import ShortConvolution
 from jaxattn.nn.parameter import linear_map, rms_norm
 from jaxattn.nn.recurrent import Past, may_be_padded, segments_of

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxattn.core.bias import RelativeBias
-from jaxattn.core.feature import HedgehogFeatures, HedgehogKind
-from jaxattn.core.maps import Convolution, MixHeads, Temperature
-from jaxattn.core.normalize import Softmax
-from jaxattn.core.random_feature import RandomFeatures, RandomKind, orthogonal_gaussian
-from jaxattn.core.score import Additive, Bilinear, Neural
+from jaxattn.core.attend.bias import RelativeBias
+from jaxattn.core.attend.maps import Convolution, MixHeads, Temperature
+from jaxattn.core.attend.normalize import Softmax
+from jaxattn.core.attend.score import Additive, Bilinear, Neural
+from jaxattn.core.linear.feature import HedgehogFeatures, HedgehogKind
+from jaxattn.core.linear.random_feature import RandomFeatures, RandomKind, orthogonal_gaussian
 from jaxattn.nn.parameter import decayed, undecayed
 
 lecun, he = jax.nn.initializers.lecun_normal(), jax.nn.initializers.he_normal()

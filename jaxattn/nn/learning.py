@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxattn.core.inner import Identity, InnerLoss, Link, MLPMemory, SquaredError
-from jaxattn.core.parts import check_static_int
-from jaxattn.core.position import rotary, rotary_channels
+from jaxattn.core.attend.position import rotary, rotary_channels
+from jaxattn.core.checks import check_static_int
+from jaxattn.core.memory.inner import Identity, InnerLoss, Link, MLPMemory, SquaredError
 from jaxattn.nn.mechanisms import Gate, HeadOutput, Projections, ShortConvolution, head_dim_of, unit
 from jaxattn.nn.parameter import decayed, layer_norm, linear_map, undecayed
 from jaxattn.nn.recurrent import LearningInputs

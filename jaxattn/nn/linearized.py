@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.attend import attention_weights
-from jaxattn.core.feature import distillation_loss
-from jaxattn.core.linear import append_one, divide
-from jaxattn.core.mask import Causal, Documents, visible
-from jaxattn.core.normalize import Softmax
-from jaxattn.core.parts import ratio
-from jaxattn.core.score import Dot
+from jaxattn.core.attend.api import attention_weights
+from jaxattn.core.attend.mask import Causal, Documents, visible
+from jaxattn.core.attend.normalize import Softmax
+from jaxattn.core.attend.score import Dot
+from jaxattn.core.linear.api import append_one, divide
+from jaxattn.core.linear.feature import distillation_loss
+from jaxattn.core.numeric import ratio
 from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.learned import HedgehogMap
 from jaxattn.nn.recurrent import LinearInputs, Past

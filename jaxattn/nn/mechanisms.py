@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxattn.core.feature import Elu1Features, Features
-from jaxattn.core.gate import (
+from jaxattn.core.attend.position import rotary
+from jaxattn.core.linear.api import append_one, divide
+from jaxattn.core.linear.feature import Elu1Features, Features
+from jaxattn.core.linear.gate import (
     bounded_decay,
     inverse_softplus,
     lower_bounded_decay,
@@ -21,10 +23,8 @@ from jaxattn.core.gate import (
     running_softmax,
     softplus_decay,
 )
-from jaxattn.core.linear import append_one, divide
-from jaxattn.core.parts import ratio
-from jaxattn.core.position import rotary
-from jaxattn.core.recurrence import Delta, Erase
+from jaxattn.core.linear.recurrence import Delta, Erase
+from jaxattn.core.numeric import ratio
 from jaxattn.nn.parameter import decayed, layer_norm, linear_map, rms_norm, undecayed
 from jaxattn.nn.recurrent import LinearInputs, Passed, Past
 

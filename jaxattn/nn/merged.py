@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxattn.core import merged
+from jaxattn.core.checks import check_static_int
 from jaxattn.core.merged import Scale
-from jaxattn.core.parts import check_static_int
 from jaxattn.nn.parameter import decayed
 
 

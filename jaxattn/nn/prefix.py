@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.mask import Causal, Documents, Mask
+from jaxattn.core.attend.mask import Causal, Documents, Mask
 from jaxattn.nn.packing import in_order, layout
 from jaxattn.nn.parameter import undecayed
 from jaxattn.nn.recurrent import segments_of

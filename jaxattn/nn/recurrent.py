@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxattn.core.attend import attend
-from jaxattn.core.inner import Identity, InnerLoss, Link, Memory, SquaredError
-from jaxattn.core.linear import Form, linear_attention, mixing_matrix
-from jaxattn.core.mask import And, Causal, Documents, Mask, Window
-from jaxattn.core.memory import memory_scan
-from jaxattn.core.recurrence import Delta, Erase, Read
+from jaxattn.core.attend.api import attend
+from jaxattn.core.attend.mask import And, Causal, Documents, Mask, Window
+from jaxattn.core.linear.api import Form, linear_attention, mixing_matrix
+from jaxattn.core.linear.recurrence import Delta, Erase, Read
+from jaxattn.core.memory.api import memory_scan
+from jaxattn.core.memory.inner import Identity, InnerLoss, Link, Memory, SquaredError
 from jaxattn.nn.packing import earlier, in_order, layout, scatter
 from jaxattn.nn.sites import Recorder
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxattn.core.parts import part
+from jaxattn.core.part import part
 
 Value = TypeVar("Value")
 

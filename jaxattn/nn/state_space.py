@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxattn.core.gate import inverse_softplus, softplus_decay
+from jaxattn.core.linear.gate import inverse_softplus, softplus_decay
 from jaxattn.nn.mechanisms import Projections, ShortConvolution, head_dim_of, step_bias
 from jaxattn.nn.parameter import linear_map, rms_norm, undecayed
 from jaxattn.nn.recurrent import LinearInputs

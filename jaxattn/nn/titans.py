@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxattn.core.mask import Causal, Mask, Sinks, Window
-from jaxattn.core.memory import MemoryState, memory_read
+from jaxattn.core.attend.mask import Causal, Mask, Sinks, Window
+from jaxattn.core.memory.api import MemoryState, memory_read
 from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.hybrid import Chain, Parallel
 from jaxattn.nn.learning import NeuralMemory

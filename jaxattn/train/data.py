@@ -20,7 +20,7 @@ import grain
 import jax
 import numpy as np
 
-from jaxattn.core.parts import check_int
+from jaxattn.core.checks import check_int
 
 BOS = 256
 EOS = 257

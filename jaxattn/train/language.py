@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxattn.core.mask import Documents
-from jaxattn.core.parts import check_range
+from jaxattn.core.attend.mask import Documents
+from jaxattn.core.checks import check_range
 from jaxattn.train.loss import next_token_loss
 from jaxattn.train.step import LossFunction, Params
 

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from jaxattn.core.parts import check_int
+from jaxattn.core.checks import check_int
 from jaxattn.train.checkpoint import Checkpoints, check_config, is_full_disk
 from jaxattn.train.data import TRAINING, Drawn, Windows, batches, check_seed, drawn_batch, ordered_batches
 from jaxattn.train.log import Display, Log

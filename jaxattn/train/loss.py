@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.parts import as_ids, check_array, check_range
+from jaxattn.core.checks import as_ids, check_array, check_range
 from jaxattn.train.data import BOS
 
 Sums = dict[str, jax.Array]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.core.parts import as_ids, check_range, check_static_int
+from jaxattn.core.checks import as_ids, check_range, check_static_int
 from jaxattn.train.data import Drawn
 from jaxattn.train.step import LossFunction
 

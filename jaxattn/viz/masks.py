@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from jaxattn.core.mask import Mask
+from jaxattn.core.attend.mask import Mask
 from jaxattn.viz.figure import COLOURS, panels
 
 VISIBLE = ListedColormap(["#f2f2ee", COLOURS[0]])

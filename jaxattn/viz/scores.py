@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxattn.core.maps import Map
-from jaxattn.core.mask import Mask
-from jaxattn.core.normalize import Normalize, Softmax
-from jaxattn.core.position import RotaryScaling, rotary_frequencies
+from jaxattn.core.attend.maps import Map
+from jaxattn.core.attend.mask import Mask
+from jaxattn.core.attend.normalize import Normalize, Softmax
+from jaxattn.core.attend.position import RotaryScaling, rotary_frequencies
 from jaxattn.viz.figure import COLOURS, SIGNED, WEIGHTS, panels, whole_ticks
 
 CHANNELS, BASE = 64, 10000.0

@@ -36,7 +36,7 @@ from jaxattn import (
     attend,
     part,
 )
-from jaxattn.core.mask import places_in_documents
+from jaxattn.core.attend.mask import places_in_documents
 
 IMPLEMENTATIONS = ("dense", "rows", "tiled")
 FACTOR = 20  # epsilons of the accumulator, times the oracle's magnitude

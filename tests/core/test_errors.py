@@ -24,7 +24,7 @@ from jaxattn import (
     explain,
     part,
 )
-from jaxattn.core.normalize import Normalize
+from jaxattn.core.attend.normalize import Normalize
 
 
 def zeros(*shape, dtype=np.float32):

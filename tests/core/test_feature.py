@@ -25,7 +25,7 @@ from jaxattn import (
     moment_match,
     orthogonal_gaussian,
 )
-from jaxattn.core.parts import check_fields
+from jaxattn.core.part import check_fields
 
 T, S, N, K, H = 5, 6, 4, 2, 3
 

@@ -7,8 +7,8 @@ import pytest
 
 import jaxattn as ja
 from jaxattn import attend, explain
-from jaxattn.core import fused
-from jaxattn.core.attend import Given
+from jaxattn.core.attend import fused
+from jaxattn.core.attend.call import Given
 
 B, T, S, N, K, H = 2, 8, 8, 4, 2, 8
 RNG = np.random.default_rng(0)

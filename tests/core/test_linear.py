@@ -29,7 +29,7 @@ from jaxattn import (
     mixing_matrix,
     state_map,
 )
-from jaxattn.core.decay import MILD, ChannelDecay, MildDecay, decay_matrix, ends, unit_lower_inverse
+from jaxattn.core.linear.decay import MILD, ChannelDecay, MildDecay, decay_matrix, ends, unit_lower_inverse
 
 T, N, K, V = 37, 2, 4, 3  # two spans of chunks of 4, the last incomplete
 FORMS = ("step", "parallel", "chunk", "associative")

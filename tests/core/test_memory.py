@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxattn import Causal, attend
-from jaxattn.core.schedule import READ_BYTES
+from jaxattn.core.attend.schedule import READ_BYTES
 
 HEADS, WIDTH = 8, 64
 

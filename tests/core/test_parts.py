@@ -38,9 +38,9 @@ from jaxattn import (
     attend,
     part,
 )
-from jaxattn.core.feature import ReluFeatures
-from jaxattn.core.parts import check_positive
-from jaxattn.core.position import rotary
+from jaxattn.core.attend.position import rotary
+from jaxattn.core.checks import check_positive
+from jaxattn.core.linear.feature import ReluFeatures
 
 
 def normal(*shape, seed=0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxattn.core.score import FEW_ROWS, grouped_matmul
+from jaxattn.core.matmul import FEW_ROWS, grouped_matmul
 
 # batch, query heads, queries, groups, columns: with few rows and many, one batch axis larger than 1 and several.
 SIZES = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from jaxattn import Causal, Documents, Dot, Explicit, Lengths, Sinks, Softmax, Window, attend
-from jaxattn.core.schedule import BLOCKS, Block, Kinds, blocks_for, choose_block, fit, schedule
+from jaxattn.core.attend.schedule import BLOCKS, Block, Kinds, blocks_for, choose_block, fit, schedule
 
 BATCH, HEADS, LENGTH, BLOCK = (2,), 4, 12, (4, 3)
 PLACES = arrays(np.int32, LENGTH, elements=st.integers(-1, 15))

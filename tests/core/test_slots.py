@@ -100,8 +100,8 @@ def test_float32_and_bfloat16_round_the_oracle(name):
 
 def test_the_table_of_slots_is_complete():
     import jaxattn
-    from jaxattn.core.maps import Map
-    from jaxattn.core.normalize import Elementwise, Normalize, Streaming
+    from jaxattn.core.attend.maps import Map
+    from jaxattn.core.attend.normalize import Elementwise, Normalize, Streaming
 
     kinds = [getattr(jaxattn, name) for name in jaxattn.__all__]
     parts = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Map | Normalize)]

@@ -8,11 +8,11 @@ from PIL import Image
 
 import jaxattn
 from experiments import gallery
-from jaxattn.core import bias
-from jaxattn.core.maps import Dropout, Map
-from jaxattn.core.mask import Mask
-from jaxattn.core.normalize import Normalize
-from jaxattn.core.position import RotaryScaling
+from jaxattn.core.attend import bias
+from jaxattn.core.attend.maps import Dropout, Map
+from jaxattn.core.attend.mask import Mask
+from jaxattn.core.attend.normalize import Normalize
+from jaxattn.core.attend.position import RotaryScaling
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE = (DOCS / "gallery.md").read_text()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxattn import LinearSelfAttention, SoftmaxHeads, icl
-from jaxattn.core.attend import attention_weights
+from jaxattn.core.attend.api import attention_weights
 
 KEY = jax.random.key(0)
 

@@ -8,7 +8,7 @@ from flax import nnx
 from mixers import B, D, N, T, X, alone, assert_close, build, run, start
 
 from jaxattn import Causal, Documents, Sinks, Window, memory_scan, models, nn
-from jaxattn.core.position import rotary
+from jaxattn.core.attend.position import rotary
 
 MEMORY = models.NeuralMemory(heads=N, hidden=(6,), inner_batch=2, documents=2)
 STILL = models.NeuralMemory(heads=N, hidden=(6,), inner_batch=2, documents=2, convolution=0)

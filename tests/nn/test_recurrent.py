@@ -22,7 +22,8 @@ from jaxattn import (
     models,
     nn,
 )
-from jaxattn.core.gate import (
+from jaxattn.core.attend.position import rotary
+from jaxattn.core.linear.gate import (
     bounded_decay,
     inverse_softplus,
     lower_bounded_decay,
@@ -30,7 +31,6 @@ from jaxattn.core.gate import (
     running_softmax,
     softplus_decay,
 )
-from jaxattn.core.position import rotary
 from jaxattn.nn import Recurrent
 
 SPECS = {

@@ -1,0 +1,245 @@
+"""attend: the one call for everything that weighs keys. Checks it, picks an implementation, explains the choice."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxattn.core.attend import fused
+from jaxattn.core.attend.call import Given, hide, prepare
+from jaxattn.core.attend.check import check
+from jaxattn.core.attend.dense import dense, marked, weigh
+from jaxattn.core.attend.maps import Dropout, Map, Need
+from jaxattn.core.attend.mask import Mask
+from jaxattn.core.attend.measure import Measure
+from jaxattn.core.attend.normalize import Normalize, Softmax, Streaming
+from jaxattn.core.attend.rows import rows
+from jaxattn.core.attend.schedule import FEW_QUERIES, READ_BYTES
+from jaxattn.core.attend.score import Dot
+from jaxattn.core.attend.tiled import tiled
+from jaxattn.core.checks import check_array
+from jaxattn.core.matmul import accumulator
+
+Implementation = Literal["auto", "dense", "rows", "tiled", "fused"]
+IMPLEMENTATIONS = ("dense", "rows", "tiled", "fused")
+
+# Up to this many bytes of scores the dense implementation is about as fast as the tiled one (see `benchmarks`).
+DENSE_BYTES = 2**22
+# Or where they take no more than this share of what key and value take, and no tile can be skipped.
+DENSE_SHARE = 8
+
+
+def attend(
+    query: Float[Array, "*b t n h"],
+    key: Float[Array, "*b s k h"],
+    value: Float[Array, "*b s kv v"],
+    *,
+    score: Any = Dot(),
+    bias: Any = None,
+    mask: Mask | Bool[Array, "..."] | Callable | None = None,
+    normalize: Normalize = Softmax(),
+    score_maps: Sequence[Map] = (),
+    weight_maps: Sequence[Map] = (),
+    measures: Mapping[str, Measure] = MappingProxyType({}),
+    query_positions: Int[Array, "*#b t"] | None = None,
+    key_positions: Int[Array, "*#b s"] | Int[Array, "*b s k"] | None = None,
+    dropout: Dropout | None = None,
+    return_lse: bool = False,
+    block: int | tuple[int, int] | None = None,
+    implementation: Implementation = "auto",
+) -> Any:
+    """out_i = Σ_j w_ij v_j,  w = weight_maps(normalize(score_maps(score(q, k) + bias) where mask)),  per head.
+
+    The defaults are softmax attention with scale H**-0.5 (Vaswani et al., 2017). N is a multiple of K and of Kv: query
+    head n reads key head n // (N / K) and value head n // (N / Kv). Any number of batch axes, also none.
+
+    mask also takes an array of booleans and bias an array of numbers that broadcast to [..., N, T, S]. Both also take a
+    function of positions, mask(query, key), which is called on arrays [..., 1, T, 1] and [..., 1, 1, S].
+
+    Every slot takes parts; see the first lines of `jaxattn.core.attend.score`, `bias`, `maps`, `mask`, `normalize` and
+    `measure` for the ones there are and what a new one must offer. All their arrays get gradients. Maps are applied in
+    order; `dropout` acts on the weights last.
+
+    query_positions [..., T] and key_positions [..., S] are ints, by default 0..T−1 and 0..S−1; key_positions may also
+    differ by key head, [..., S, K], with all batch axes. Position −1 marks an empty slot: as a key it is never seen, as
+    a query its row is zero, and whatever the arrays hold there is ignored.
+
+    Scores and statistics are float32 (float64 for float64 inputs); `out` [..., T, N, V] has value's dtype. With
+    `return_lse` or `measures` the result is (out, extras): extras["lse"] [..., T, N] is the log of each row's total
+    weight, differentiable, and extras[name] what each measure says of the weights, in the same pass.
+    A row with no visible key gives out = 0 and lse = −inf, or with a null logit the lse that is its mass.
+
+    A query, key or value with an infinite or undefined number makes a row NaN that sees it, and reaches no other row,
+    forward or in a gradient: hidden keys may hold anything, and so may queries whose result is not used. Not so where
+    maps let rows read each other (a `halo`, or the whole matrix), where only empty slots may, and in "fused" only for
+    keys beyond `Lengths`.
+
+    implementation: "dense" holds all T x S weights; "rows" a block of complete rows at a time; "tiled" a tile at a
+    time, skipping tiles in which the mask hides everything; both need memory linear in T + S and recompute for
+    gradients.
+    "fused" is a library's kernel. "auto" takes the fastest that serves the call (see `explain`); a named one is never
+    replaced. "tiled" has reverse-mode derivatives of first order: for `jax.jvp` and gradients of gradients name "rows"
+    or "dense". `block` is the tile size of "tiled", an int or (queries, keys), and
+    the number of queries at a time of "rows"; by default it fits the call.
+
+    Raises TypeError or ValueError, naming the argument, for shapes that do not fit, integer arrays, positions of the
+    wrong shape, empty axes and unknown implementations; NotImplementedError if the named implementation cannot serve a
+    part.
+    """
+    call = Given(
+        query, key, value, score, bias, score_maps, mask, normalize, weight_maps, measures, dropout,
+        query_positions, key_positions,
+    ).in_parts()  # fmt: skip
+    for argument in ("query", "key", "value"):
+        check_array(argument, getattr(call, argument))
+    name, _ = _choose(call, block, implementation, return_lse)
+    block = (block, block) if isinstance(block, int | np.integer) else block
+    kernel = fused.plan(call, return_lse) if name == "fused" else None
+    call = call._replace(measures=dict(measures))
+    # NumPy leaves in the dtypes that JAX has now: an int64 table may else be taken for one under x64, or for none.
+    call = jax.tree.map(lambda x: x.astype(jnp.result_type(x)) if isinstance(x, np.ndarray) else x, call)
+    out, lse, measured = _attend(call, block=block, implementation=name, kernel=kernel)
+    extras = ({"lse": lse} if return_lse else {}) | measured
+    return (out, extras) if return_lse or measures else out
+
+
+def attention_weights(
+    query: Float[Array, "*b t n h"],
+    key: Float[Array, "*b s k h"],
+    *,
+    score: Any = Dot(),
+    bias: Any = None,
+    mask: Mask | Bool[Array, "..."] | Callable | None = None,
+    normalize: Normalize = Softmax(),
+    score_maps: Sequence[Map] = (),
+    weight_maps: Sequence[Map] = (),
+    query_positions: Int[Array, "*#b t"] | None = None,
+    key_positions: Int[Array, "*#b s"] | Int[Array, "*b s k"] | None = None,
+) -> tuple[Float[Array, "*b n t s"], Float[Array, "*b n t s"]]:
+    """(weights, scores) [..., N, T, S] of the same call to `attend`, for looking at; hidden scores are −inf.
+
+    Memory is T x S per head: for long inputs see `RowsOf`. Arguments and errors are those of `attend`.
+    """
+    call = Given(
+        query, key, key, score, bias, score_maps, mask, normalize, weight_maps, {}, None,
+        query_positions, key_positions,
+    ).in_parts()  # fmt: skip
+    for argument in ("query", "key"):
+        check_array(argument, getattr(call, argument))
+    check(call)
+    return _weights(call)
+
+
+def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
+    """Prints which implementation `attend` with these arguments would use and why not the others; returns its name.
+
+    Takes what `attend` takes; arrays may be `jax.ShapeDtypeStruct`s, since only shapes and dtypes are looked at.
+    """
+    return_lse = options.pop("return_lse", False)
+    block, implementation = options.pop("block", None), options.pop("implementation", "auto")
+    defaults: dict[str, Any] = {"score": Dot(), "bias": None, "score_maps": (), "mask": None, "normalize": Softmax()}
+    defaults |= {"weight_maps": (), "measures": {}, "dropout": None, "query_positions": None, "key_positions": None}
+    if unknown := set(options) - set(defaults):
+        raise TypeError(f"explain got unknown arguments {sorted(unknown)}: need those of attend")
+    given = Given(query, key, value, *(defaults | options).values()).in_parts()
+    name, reasons = _choose(given, block, implementation, return_lse)
+    print("\n".join(f"{'->' if other == name else '  '} {other}: {reason}" for other, reason in reasons.items()))
+    return name
+
+
+@jax.jit
+def _weights(given: Given):
+    view = marked(*weigh(*hide(prepare(given))))
+    return view.weights, jnp.where(view.visible, view.scores, -jnp.inf)
+
+
+@partial(jax.jit, static_argnames=("block", "implementation", "kernel"))
+def _attend(given: Given, *, block, implementation, kernel):
+    if implementation == "fused":
+        return fused.fused(given, kernel), None, {}
+    call = prepare(given)
+    if implementation == "dense":
+        out, lse, measured = dense(call)
+    elif implementation == "rows":
+        out, lse, measured = rows(call, None if block is None else block[0])
+    else:
+        out, lse, measured = tiled(call, block)
+    batch = given.query.ndim - 3
+    by_row = {name for name, measure in call.measures.items() if measure.over == "rows"}
+    measured = {
+        name: jax.tree.map(lambda x: x.swapaxes(batch, batch + 1), result) if name in by_row else result
+        for name, result in measured.items()
+    }
+    return out.astype(given.value.dtype), lse.astype(accumulator(given.query, given.key, given.value)), measured
+
+
+def _needs(given: Given) -> dict[Need, list[str]]:
+    """Which parts need complete rows, and which the whole matrix."""
+    needs: dict[Need, list[str]] = {"tile": [], "rows": [], "matrix": []}
+    if not isinstance(given.normalize, Streaming):
+        needs["rows"].append(f"normalize={type(given.normalize).__name__}")
+    for each in given.score_maps:
+        needs[each.scores_need].append(f"score_maps={type(each).__name__}")
+    for each in given.weight_maps:
+        needs[each.weights_need].append(f"weight_maps={type(each).__name__}")
+    for each in given.measures.values():
+        needs["rows"].append(f"measures={type(each).__name__}")
+    return needs
+
+
+def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> tuple[str, dict[str, str]]:
+    """The implementation to use, and for each one why (not). Raises what `attend` raises."""
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        choices = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation {implementation!r} is unknown: need 'auto', {choices}")
+    if block is not None:
+        sizes = block if isinstance(block, tuple) else (block, block)
+        whole = [isinstance(size, int | np.integer) and not isinstance(size, bool) for size in sizes]
+        if len(sizes) != 2 or not all(whole):
+            raise TypeError(f"block must be an int or a tuple of two, (queries, keys), got {block!r}")
+        if min(sizes) < 1:
+            raise ValueError(f"block must be at least 1, got {block}")
+    check(given)
+    query, key = given.query, given.key
+    size = accumulator(query, key).itemsize * query.size // query.shape[-1] * key.shape[-3]
+    held = f"the {query.shape[-3]} x {key.shape[-3]} scores of all heads take {size / 2**20:,.4g} MiB"
+    limit, small = f"{DENSE_BYTES / 2**20:,.4g} MiB", size <= DENSE_BYTES
+    # A few queries that see all keys: their scores are small beside the keys, and no tile can be skipped.
+    held_anyway = key.size * key.dtype.itemsize + given.value.size * given.value.dtype.itemsize
+    sees_all = given.mask is None and given.key_positions is None
+    few = not small and sees_all and DENSE_SHARE * size <= held_anyway
+    # A few queries that see some keys, as in decoding: zeros for what they must not see would be a copy of all keys.
+    decoding = query.shape[-3] <= FEW_QUERIES and not sees_all and held_anyway > READ_BYTES
+    decoding &= jax.default_backend() == "cpu"
+    needs = _needs(given)
+    by_rows, by_matrix = (" and ".join(needs[need]) for need in ("rows", "matrix"))
+    kernel = fused.plan(given, return_lse)
+    refusals: dict[str, str | None] = {"dense": None, "rows": None, "tiled": None}
+    refusals["fused"] = kernel if isinstance(kernel, str) else None
+    if by_matrix:
+        refusals["rows"] = refusals["tiled"] = f"{by_matrix}: it needs all queries and keys at once"
+    elif by_rows:
+        refusals["tiled"] = f"{by_rows}: it needs whole rows, not a few keys at a time"
+    if implementation != "auto" and (refusal := refusals[implementation]):
+        raise NotImplementedError(f"implementation {implementation!r} cannot serve {refusal}")
+    if implementation != "auto":
+        why = {other: "named in the call" if other == implementation else "another was named" for other in refusals}
+        return implementation, why
+    if refusals["fused"] is None:
+        name = "fused"
+    elif refusals["rows"] or ((few or small) and (refusals["tiled"] or not decoding)):
+        name = "dense"
+    else:
+        name = "rows" if refusals["tiled"] else "tiled"
+    why = {
+        "dense": f"{held}, {'at most' if small else 'more than'} {limit}{', but little beside key and value' * few}",
+        "rows": "serves this call in linear memory, in plain JAX; chosen above the limit where tiled cannot serve",
+        "tiled": f"serves this call in linear memory; chosen above {limit}, and for few queries with many keys",
+        "fused": "serves this call with a library's kernel",
+    }
+    return name, {other: f"cannot serve {refusals[other]}" if refusals[other] else why[other] for other in why}

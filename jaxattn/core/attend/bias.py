@@ -1,0 +1,254 @@
+"""Biases: what is added to a score because of where the query and the key stand.
+
+A bias is a part called on the positions of a tile, `bias(query [..., 1, T, 1], key [..., 1, 1, S])`, and returns
+something that broadcasts to [..., N, T, S]. A bias never hides a key: that is a mask's work.
+
+A bias with a large table may also have `accumulate(d_bias, query, key)`, called on a part of the same structure that
+holds the gradient so far: it returns that part with the gradient of one tile added. Without it each tile's gradient is
+made at full size first, which costs time in proportion to the table.
+
+Tables know two kinds of tile. On a *run*, where both positions go up by one, an entry or a distance is found by
+slicing; that is fast, and is what training and prefill have. Anywhere else it is looked up pair by pair.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxattn.core.checks import MOST, check_positive, check_static_int
+from jaxattn.core.part import part
+from jaxattn.core.table import on_shared_axis, take, take_pairs
+
+Queries = Int[Array, "*b 1 t 1"]
+Keys = Int[Array, "*b #n 1 s"]
+Values = Float[Array, "*b n t s"]
+
+
+def _run(positions: Any, axis: int) -> tuple[Any, Any]:
+    """(first position, whether all of them go up by one from it along the axis, in every batch entry alike)."""
+    first = positions.reshape(-1)[0]
+    step = np.arange(positions.shape[axis]).reshape((-1, *(1,) * (-1 - axis)))
+    return first, (positions == first + step).all() & (first >= 0)
+
+
+@part
+class Bias:
+    """bias = array[..., n, query position, key position]; 0 at positions outside the array.
+
+    `array` is a table over positions, [..., N, P, R] or with fewer axes, [P, R], [R], []; axes of size 1 are shared
+    by all positions, heads or batch entries. Learned if you differentiate with respect to it: its gradient is summed
+    into an array of its own size, a tile at a time.
+    """
+
+    array: Float[Array, "..."]
+
+    def _table(self) -> Float[Array, "*batch heads p r"]:
+        array = jnp.asarray(self.array)
+        return array.reshape((1,) * (3 - array.ndim) + array.shape)
+
+    def _places(self, query: Queries, key: Keys) -> tuple[Any, Any, Bool[Array, ""], tuple[int, int]]:
+        """Positions (0 on shared axes), whether they are a run inside the table, and the size of the tile in it."""
+        rows, columns = self._table().shape[-2:]
+        query, key = on_shared_axis(rows, query, -2), on_shared_axis(columns, key, -1)
+        (row, run), (column, run2) = _run(query, -2), _run(key, -1)
+        size = query.shape[-2], key.shape[-1]
+        inside = (row + size[0] <= rows) & (column + size[1] <= columns)
+        return query, key, run & run2 & inside, size
+
+    def __call__(self, query: Queries, key: Keys) -> Values:
+        table = self._table()
+        query, key, run, size = self._places(query, key)
+        shape = jax.eval_shape(lambda: take_pairs(table, query, key, 2, 0)).shape
+        if size[0] > table.shape[-2] or size[1] > table.shape[-1]:
+            return take_pairs(table, query, key, grid=2, fill=0)
+
+        def sliced() -> Array:
+            start = [jnp.int32(0)] * (table.ndim - 2) + [query.reshape(-1)[0], key.reshape(-1)[0]]
+            return jnp.broadcast_to(jax.lax.dynamic_slice(table, start, (*table.shape[:-2], *size)), shape)
+
+        return jax.lax.cond(run, sliced, lambda: take_pairs(table, query, key, grid=2, fill=0))
+
+    def accumulate(self, d_bias: Values, query: Queries, key: Keys) -> "Bias":
+        """self + the gradient of a tile, where d_bias [..., N or 1, T, S] is the gradient of what the call returned."""
+        total = self._table()
+        query, key, run, size = self._places(query, key)
+        # Batch and head axes that the table shares are summed first.
+        lead = (*(1,) * (d_bias.ndim - total.ndim), *total.shape[:-2])
+        shared = tuple(i for i, n in enumerate(lead) if n == 1)
+        d_bias = jnp.broadcast_to(d_bias, (*np.broadcast_shapes(d_bias.shape[:-2], lead), *d_bias.shape[-2:]))
+        d_bias = d_bias.astype(total.dtype)
+
+        def sliced() -> Array:
+            tile = d_bias.sum(shared, keepdims=True).reshape(*total.shape[:-2], *d_bias.shape[-2:])
+            start = [jnp.int32(0)] * (total.ndim - 2) + [query.reshape(-1)[0], key.reshape(-1)[0]]
+            old = jax.lax.dynamic_slice(total, start, (*total.shape[:-2], *size))
+            return jax.lax.dynamic_update_slice(total, old + tile, start)
+
+        def scattered() -> Array:
+            _, pull = jax.vjp(lambda table: take_pairs(table, query, key, grid=2, fill=0), total)
+            return total + pull(d_bias)[0]
+
+        fits = size[0] <= total.shape[-2] and size[1] <= total.shape[-1]
+        new = jax.lax.cond(run, sliced, scattered) if fits else scattered()
+        return Bias(new.reshape(jnp.shape(self.array)))
+
+
+@part
+class BiasFunction:
+    """function(query position, key position): what a plain function in the bias slot becomes.
+
+    It is called on arrays of positions, [..., 1, T, 1] and [..., 1, 1, S], and returns numbers that broadcast against
+    both. Arrays that the function closes over are constants: for a gradient write a part. Define the function once,
+    for another function is another program.
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, query: Queries, key: Keys) -> Values:
+        return self.function(query, key)
+
+
+def as_bias(bias: Any) -> Any:
+    """The bias that an array or a function stands for: `Bias(array)`, `BiasFunction(function)`; a part is itself."""
+    if bias is None or isinstance(bias, type) or dataclasses.is_dataclass(bias):
+        return bias
+    if hasattr(bias, "shape") and hasattr(bias, "dtype"):
+        return Bias(bias)
+    return BiasFunction(bias) if callable(bias) else bias
+
+
+@part
+class KeyBias:
+    """bias = array[..., n, key position], whatever the query: how much a key matters; 0 outside the array.
+
+    `array` [..., N or 1, R], or R = 1 for one number that all keys share. A prior over keys (bird's-eye importance, key
+    embeddings); log m is the effect of m copies of a key.
+    """
+
+    array: Float[Array, "*batch heads key_positions"]
+
+    def __call__(self, query: Queries, key: Keys) -> Values:
+        array = jnp.asarray(self.array)
+        return take(array, on_shared_axis(array.shape[-1], key, -1), 2, fill=0)
+
+
+@part
+class Alibi:
+    """bias = −slope_n · |query position − key position|  (Press et al., 2022)."""
+
+    slopes: Float[Array, " heads"]
+
+    @classmethod
+    def geometric(cls, heads: int) -> "Alibi":
+        """The paper's slopes: 2^(−8 n / N) for n = 1..N when N is a power of two.
+
+        Otherwise those of the largest power of two below N, followed by every other slope of twice that many heads.
+        Raises TypeError for a number that is not an int, ValueError for one below 1.
+        """
+        check_static_int("Alibi", "heads", heads, 1)
+        power = 2 ** math.floor(math.log2(heads))
+        slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
+        finer = [2 ** (-8 * (n + 1) / (2 * power)) for n in range(0, 2 * power, 2)]
+        return cls(jnp.asarray((slopes + finer)[:heads], jnp.float32))
+
+    def __call__(self, query: Queries, key: Keys) -> Values:
+        return -self.slopes[:, None, None] * jnp.abs(query - key)
+
+
+@part
+class RelativeBias:
+    """bias = table[n, bucket(query position − key position)]: relative distances in buckets of growing size.
+
+    T5 (Raffel et al., 2020). `table` [N or 1, B]. Causal (the default): the first B/2 buckets are the distances
+    0 .. B/2 − 1, the others grow geometrically up to
+    `max_distance`, and all beyond it share the last; keys after the query share bucket 0.
+    `bidirectional` gives each direction half of the buckets: the first for keys at or before the query.
+    Raises ValueError for fewer buckets than 2 (4 in two directions), an odd number, or a max_distance that leaves none.
+    """
+
+    table: Float[Array, "heads buckets"]
+    max_distance: int = 128
+    bidirectional: bool = False
+
+    def __post_init__(self):
+        check_static_int("RelativeBias", "max_distance", self.max_distance, 1)
+
+    def _first_distances(self) -> np.ndarray:
+        """The least distance of every bucket of one direction."""
+        buckets = jnp.shape(self.table)[-1] // (2 if self.bidirectional else 1)
+        exact = buckets // 2
+        if buckets < 2 or jnp.shape(self.table)[-1] % (4 if self.bidirectional else 2) or self.max_distance <= exact:
+            raise ValueError(
+                f"RelativeBias: table has {jnp.shape(self.table)[-1]} buckets and max_distance is {self.max_distance}: "
+                "need an even number of buckets per direction, and a distance above half of it"
+            )
+        steps = np.arange(buckets - exact) / (buckets - exact)
+        # Distances that are whole numbers in exact arithmetic must not be rounded up past themselves.
+        grown = np.ceil(exact * (self.max_distance / exact) ** steps - 1e-9)
+        return np.concatenate([np.arange(exact), grown]).astype(np.int32)
+
+    def bucket(self, distance: Int[Array, "..."]) -> Int[Array, "..."]:
+        """The bucket of query position − key position."""
+        first = self._first_distances()
+        distance = jnp.asarray(distance)
+        if not self.bidirectional:
+            return jnp.searchsorted(first, jnp.maximum(distance, 0), side="right") - 1
+        ahead = jnp.where(distance < 0, len(first), 0)
+        return ahead + jnp.searchsorted(first, jnp.abs(distance), side="right") - 1
+
+    def __call__(self, query: Queries, key: Keys) -> Values:
+        table = jnp.asarray(self.table)
+        (row, run), (column, run2) = _run(query, -2), _run(key, -1)
+        rows, columns = query.shape[-2], key.shape[-1]
+        batch = np.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        shape = (*np.broadcast_shapes(batch, table.shape[:1]), rows, columns)
+
+        def by_distance() -> Array:
+            # Entry (i, j) of the tile is entry j − i + rows − 1 of a vector over its distances. Rows of one length cut
+            # from copies of a vector that is longer by one start one entry earlier each: a copy, where a lookup per
+            # pair would be many times slower, most of all its gradient.
+            # Sums of positions near 2³¹ would not fit; so far apart all distances share a bucket.
+            distance = jnp.clip(row - column, -MOST, MOST) + rows - 1 - jnp.arange(rows + columns - 1)
+            vector = table[:, self.bucket(distance)]
+            size = rows + columns - 1
+            copies = jnp.broadcast_to(jnp.pad(vector, [(0, 0), (0, 1)])[:, None], (len(table), rows, size + 1))
+            skewed = copies.reshape(len(table), -1)[:, : rows * size].reshape(-1, rows, size)
+            return jnp.broadcast_to(skewed[..., rows - 1 :], shape)
+
+        def by_pair() -> Array:
+            return jnp.broadcast_to(take(table, self.bucket(query - key), 2, fill=0), shape)
+
+        return jax.lax.cond(run & run2, by_distance, by_pair)
+
+
+def log_gaussian(centres: Array, sigma: Any, query: Queries, key: Keys) -> Values:
+    """−(key − centres[query])² / (2 σ²), 0 where the query is outside the table; one centre is shared by all."""
+    place = on_shared_axis(jnp.shape(centres)[-1], query, -2)
+    inside = (place >= 0) & (place < jnp.shape(centres)[-1])
+    centre = take(jnp.asarray(centres), place, 2, fill=0)
+    return jnp.where(inside, -jnp.square((key - centre) / sigma) / 2, 0)
+
+
+@part
+class LogGaussian:
+    """bias = −(j − c_i)² / (2 σ²): weights fall off around a predicted centre (local attention, Luong et al., 2015).
+
+    `centres` [..., N or 1, P]: where each query position looks, in key positions, real-valued, so that it is learned.
+    `sigma` > 0 is a number or an array. As σ -> ∞ the bias goes to 0. Under softmax this equals multiplying the
+    weights by the Gaussian and normalising the row again; for the paper's form, not normalised, see `GaussianWindow`.
+    """
+
+    centres: Float[Array, "*batch heads positions"]
+    sigma: Float[Array, ""] | float
+
+    def __post_init__(self):
+        check_positive("LogGaussian", "sigma", self.sigma)
+
+    def __call__(self, query: Queries, key: Keys) -> Values:
+        return log_gaussian(self.centres, self.sigma, query, key)

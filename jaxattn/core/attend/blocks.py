@@ -1,0 +1,262 @@
+"""Which blocks of the (query, key) plane are active: found from masks, positions or scores, and used as a mask.
+
+Block selection (MoBA, NSA, Quest, ..) is a table of booleans: here `BlockIndex` makes it, `Blocks` reads it in the mask
+slot, and `attend(implementation="tiled")` skips what it leaves out. Nothing of size T x S is held. For decoding, where
+one query chooses single tokens, `select_tokens` copies the chosen ones out instead.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxattn.core.attend.mask import Mask, tile_range
+from jaxattn.core.checks import check_static_int, positions_fit
+from jaxattn.core.matmul import accumulator
+from jaxattn.core.part import part
+from jaxattn.core.table import take_pairs
+
+Block = tuple[int, int]
+
+
+@part
+class BlockIndex:
+    """active[..., n, i, j]: does head n's block i of queries attend to block j of keys?
+
+    `active` is [..., N or 1, QB, KB] and `block` = (queries, keys) the size of a block: block i holds the slots
+    i · size .. (i + 1) · size − 1 of its axis. With blocks of one query each row is a query's own choice.
+
+    `a | b` and `a & b` are union and intersection. Raises TypeError or ValueError for a block that is not two ints of
+    at least 1, ValueError for a union or intersection of indices whose blocks differ.
+    """
+
+    active: Bool[Array, "*batch heads query_blocks key_blocks"]
+    block: tuple[int, int]
+
+    def __post_init__(self):
+        _check_block(self.block)
+
+    @classmethod
+    def from_mask(cls, mask: Mask, lengths: tuple[int, int], block: Block) -> "BlockIndex":
+        """The blocks in which a mask shows something, at the positions 0..T−1 and 0..S−1 of lengths = (T, S).
+
+        `Blocks` of it & the mask is the mask again. See `from_positions`.
+        """
+        query, key = (np.arange(length, dtype=np.int32) for length in lengths)
+        return cls.from_positions(query, key, mask, block)
+
+    @classmethod
+    def from_positions(
+        cls,
+        query_positions: Int[Array, "*#b t"] | np.ndarray,
+        key_positions: Int[Array, "*#b s"] | np.ndarray,
+        mask: Mask | None,
+        block: Block,
+    ) -> "BlockIndex":
+        """The blocks of slots in which a mask (None shows all) may show a pair that is at these positions.
+
+        Slots are in any order, and empty (−1) in a cache or in padding; blocks of empty slots are inactive. Blocks are
+        judged by the mask's `bounds`: one that these cannot rule out is active. NumPy in and a static mask, NumPy out.
+        Raises TypeError for positions that are not integers.
+        """
+        _check_block(block)
+        for name, places in (("query_positions", query_positions), ("key_positions", key_positions)):
+            if not hasattr(places, "dtype") or not jnp.issubdtype(places.dtype, jnp.integer):
+                raise TypeError(
+                    f"{name} must be an integer array, got {getattr(places, 'dtype', type(places).__name__)}"
+                )
+        query = _cut(query_positions, block[0])[..., None, :, None, :]
+        key = _cut(key_positions, block[1])[..., None, None, :, :]
+        possible = np.True_ if mask is None else mask.bounds(query, key)[0]
+        return cls(possible & (query >= 0).any(-1) & (key >= 0).any(-1), block)
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Float[Array, "*b n qb kb"],
+        k: int,
+        block: Block,
+        forced: Bool[Array, "*#b #n #qb #kb"] | None = None,
+        causal: bool = True,
+    ) -> "BlockIndex":
+        """For each block of queries, the k blocks of keys with the highest scores; among equals the first ones.
+
+        `forced` blocks are active whatever their score and count among the k; where there are more of them, all are
+        active. A score of −∞ or NaN is never chosen, so a row may have fewer than k.
+
+        With `causal`, and both axes starting at position 0, blocks that lie in the future of all queries of the row
+        are never active, forced or not, and the current ones, those not wholly past for its first query, are forced
+        (MoBA, Lu et al., 2025). Mask the current blocks with `Causal()` as well. When queries do not start at
+        position 0, as in decoding, give `causal=False`, −∞ for the future and `forced` for the present. Scores that
+        pool several queries look ahead within their block, whatever is masked later.
+
+        Choosing has no gradient. Raises ValueError for a k below 1 or scores with fewer than three axes, TypeError for
+        a k that is not an int.
+        """
+        _check_block(block)
+        check_static_int("from_scores", "k", k, 1)
+        if scores.ndim < 3 or not jnp.issubdtype(scores.dtype, jnp.floating):
+            raise ValueError(f"scores is {scores.dtype}{list(scores.shape)}: need floating point [..., N, QB, KB]")
+        rows, columns = scores.shape[-2:]
+        first, start = np.arange(rows)[:, None] * block[0], np.arange(columns) * block[1]
+        eligible = (start < first + block[0]) if causal else np.ones((rows, columns), bool)
+        must = eligible & (start + block[1] > first) if causal else np.zeros((rows, columns), bool)
+        if forced is not None:
+            must = must | (forced & eligible)
+        # A zero of either sign is the same score; a score of +∞ must not pass before a forced block.
+        ranked = jnp.where(scores == 0, 0, jnp.minimum(scores, jnp.finfo(scores.dtype).max))
+        ranked = jnp.where(must, jnp.inf, jnp.where(eligible & ~jnp.isnan(scores), ranked, -jnp.inf))
+        best, chosen = jax.lax.top_k(jax.lax.stop_gradient(ranked), min(k, columns))
+        active = jnp.put_along_axis(jnp.zeros(ranked.shape, bool), chosen, best > -jnp.inf, axis=-1, inplace=False)
+        return cls(active | must, block)
+
+    def transpose(self) -> "BlockIndex":
+        """The query blocks that each key block is read by."""
+        return BlockIndex(self.active.swapaxes(-1, -2), self.block[::-1])
+
+    def density(self) -> Float[Array, ""]:
+        """The share of blocks that are active."""
+        return jnp.asarray(self.active, jnp.float32).mean()
+
+    def __or__(self, other: "BlockIndex") -> "BlockIndex":
+        return BlockIndex(self.active | self._fitting(other).active, self.block)
+
+    def __and__(self, other: "BlockIndex") -> "BlockIndex":
+        return BlockIndex(self.active & self._fitting(other).active, self.block)
+
+    def _fitting(self, other: "BlockIndex") -> "BlockIndex":
+        mine, its = ((index.block, index.active.shape[-2:]) for index in (self, other))
+        if mine != its:
+            raise ValueError(f"blocks of {mine[0]}, {mine[1]} of them, and of {its[0]}, {its[1]}: need the same")
+        return other
+
+
+@part
+class Blocks(Mask):
+    """The query's block attends to the key's block: index.active[..., n, ⌊query / queries⌋, ⌊key / keys⌋].
+
+    Positions stand for slots: those of a call are by default. Positions outside the index are hidden. A call skips the
+    tiles in which no block is active, for all heads and batch entries at once, and masks none in which all are.
+    """
+
+    index: BlockIndex
+
+    def __call__(self, query, key):
+        queries, keys = self.index.block
+        return take_pairs(jnp.asarray(self.index.active), query // queries, key // keys, grid=2, fill=False)
+
+    def bounds(self, query, key):
+        # The active blocks in the rectangle that a tile's positions span, from sums over all blocks above and left.
+        active = jnp.asarray(self.index.active, jnp.int32)
+        sums = jnp.pad(active.cumsum(-1).cumsum(-2), [(0, 0)] * (active.ndim - 2) + [(1, 0), (1, 0)])
+
+        def span(positions, size, count):
+            first, last = (x // size for x in tile_range(positions))
+            return jnp.clip(first, 0, count), jnp.clip(last + 1, 0, count), last - first + 1
+
+        top, bottom, rows = span(query, self.index.block[0], active.shape[-2])
+        left, right, columns = span(key, self.index.block[1], active.shape[-1])
+
+        def above(row, column):
+            return take_pairs(sums, row, column, grid=2, fill=0)
+
+        found = above(bottom, right) - above(top, right) - above(bottom, left) + above(top, left)
+        return found > 0, found == rows * columns
+
+    def describe(self):
+        return f"active blocks of {self.index.block[0]} x {self.index.block[1]}"
+
+
+def block_means(key: Float[Array, "*b s k h"], size: int) -> Float[Array, "*b kb k h"]:
+    """The mean of each block of `size` keys, [..., KB, K, H], in float32 or better: MoBA's centroids.
+
+    The last block may be shorter; its mean is over the keys it has. MoBA (Lu et al., 2025) of query and key is
+
+        scores = Dot(1.0)(query.swapaxes(-2, -3), block_means(key, size).swapaxes(-2, -3))  # [..., N, T, KB]
+        index = BlockIndex.from_scores(scores, k, (1, size))
+        attend(query, key, value, mask=Causal() & Blocks(index))
+
+    Raises ValueError for a size below 1, TypeError for one that is not an int.
+    """
+    check_static_int("block_means", "size", size, 1)
+    *batch, length, heads, width = key.shape
+    blocks = -(-length // size)
+    padded = jnp.pad(
+        key.astype(accumulator(key)), [(0, 0)] * len(batch) + [(0, blocks * size - length), (0, 0), (0, 0)]
+    )
+    count = np.minimum(size, length - size * np.arange(blocks))
+    return padded.reshape(*batch, blocks, size, heads, width).sum(-3) / count[:, None, None].astype(padded.dtype)
+
+
+def select_tokens(
+    scores: Float[Array, "*b k s"],
+    key: Float[Array, "*b s k h"],
+    value: Float[Array, "*b s k v"],
+    k: int,
+    key_positions: Int[Array, "*#b s"] | None = None,
+) -> tuple[Float[Array, "*b c k h"], Float[Array, "*b c k v"], Int[Array, "*b c k"]]:
+    """The k best-scored tokens of every key head, copied out: (key, value, key positions), [..., k, K, ..].
+
+    For decoding: the few queries that share a key head read `attend(query, key, value, key_positions=positions)` of
+    what is returned, and nothing else of a long cache is touched again. Among equal scores the first tokens are taken.
+    A score of −∞ or NaN is never chosen; a head with fewer than k others has empty slots (position −1). With k >= S
+    all tokens are there and the result is that of plain attention. Gradients flow to keys and values, not to scores.
+
+    Raises ValueError for shapes that do not fit and a k below 1, TypeError for a k that is not an int.
+    """
+    check_static_int("select_tokens", "k", k, 1)
+    *batch, length, heads, _ = key.shape
+    if scores.shape != (*batch, heads, length):
+        raise ValueError(f"scores has shape {scores.shape}: need [..., K, S] = {(*batch, heads, length)}")
+    ranked = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0, scores))
+    best, slots = jax.lax.top_k(jax.lax.stop_gradient(ranked), min(k, length))
+    return take_tokens(jnp.where(best > -jnp.inf, slots, -1), key, value, key_positions)
+
+
+def take_tokens(
+    slots: Int[Array, "*b k c"],
+    key: Float[Array, "*b s k h"],
+    value: Float[Array, "*b s k v"],
+    key_positions: Int[Array, "*#b s"] | None = None,
+) -> tuple[Float[Array, "*b c k h"], Float[Array, "*b c k v"], Int[Array, "*b c k"]]:
+    """The tokens in the given slots of every key head, [..., K, c], as (key, value, key positions) [..., c, K, ..].
+
+    A slot outside 0..S−1, such as −1, gives an empty one: position −1. `key_positions` are 0..S−1 unless given.
+    Raises ValueError for shapes that do not fit, TypeError for slots or positions that are not integers.
+    """
+    *batch, length, heads, _ = key.shape
+    if not jnp.issubdtype(slots.dtype, jnp.integer):
+        raise TypeError(f"slots must be integers, got {slots.dtype}")
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(f"value has shape {value.shape} but key has {key.shape}: need the same but for the last axis")
+    if slots.shape[:-1] != (*batch, heads):
+        raise ValueError(f"slots has shape {slots.shape}: need [..., K, c] = {(*batch, heads)} and any c")
+    places = jnp.arange(length, dtype=jnp.int32) if key_positions is None else jnp.asarray(key_positions)
+    if not jnp.issubdtype(places.dtype, jnp.integer):
+        raise TypeError(f"key_positions must be integers, got {places.dtype}")
+    if not positions_fit(places.shape, tuple(batch), length):
+        raise ValueError(f"key_positions has shape {places.shape}: need [..., {length}] with batch axes {tuple(batch)}")
+    slots = slots.swapaxes(-1, -2)
+    inside = (slots >= 0) & (slots < length)
+    index = jnp.where(inside, slots, 0)
+    taken = (jnp.take_along_axis(x, index[..., None], axis=-3) for x in (key, value))
+    places = jnp.take_along_axis(jnp.broadcast_to(places[..., None], key.shape[:-1]), index, axis=-2)
+    return (*taken, jnp.where(inside, places, -1))  # type: ignore[return-value]
+
+
+def _check_block(block: Any) -> None:
+    if not isinstance(block, tuple) or len(block) != 2:
+        raise TypeError(f"block must be a tuple of two, (queries, keys), got {block!r}")
+    for size in block:
+        check_static_int("BlockIndex", "block", size, 1)
+
+
+def _cut(positions: Any, size: int) -> Any:
+    """[..., L] as [..., ceil(L / size), size], padded with empty slots."""
+    xp: Any = np if isinstance(positions, np.ndarray) else jnp
+    short = -positions.shape[-1] % size
+    padding = [(0, 0)] * (positions.ndim - 1) + [(0, short)]
+    padded = xp.pad(positions.astype(np.int32), padding, constant_values=-1)
+    return padded.reshape(*positions.shape[:-1], -1, size)

@@ -1,0 +1,77 @@
+"""The definition: all scores at once. Serves every part, in memory batch x N x T x S; the oracle of the others."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxattn.core.attend.call import Call, Wrong, hide, repeated
+from jaxattn.core.attend.mask import visible
+from jaxattn.core.attend.measure import View
+from jaxattn.core.attend.score import mapped_scores
+from jaxattn.core.matmul import grouped_matmul, product
+
+Rows = Bool[Array, "*b n t"]
+
+
+def weigh(call: Call, wrong: Wrong) -> tuple[View, Rows | None]:
+    """score, bias, score maps, mask, normaliser and weight maps, in this order; not dropout. And which rows are wrong:
+    in the view they see nothing."""
+    query, key = call.query.swapaxes(-2, -3), call.key.swapaxes(-2, -3)
+    positions = call.query_positions, call.key_positions
+    shown = visible(call.mask, *positions)
+    rows, seen = wrong.queries, wrong.of_keys.seen
+    if rows is not None:
+        sees, sees_wrong = shown.any(-1), jnp.zeros_like(rows)
+        if seen is not None and call.mask is None:  # a query that is there sees every key that is
+            there = call.key_positions[..., 0, :] >= 0
+            sees_wrong = sees & (repeated(seen, rows.shape[-2]) & there).any(-1)[..., None]
+        elif seen is not None:
+            sees, sees_wrong = _seen(shown, seen, rows.shape[-2])
+        rows = (rows & sees) | sees_wrong
+        shown = shown & ~rows[..., None]
+    scores = mapped_scores(call.score, call.bias, call.score_maps, query, key, shown, *positions)
+    shown = jnp.broadcast_to(shown, scores.shape)
+    weights, lse = call.normalize.weights(scores, shown, *(positions if call.normalize.positional else ()))
+    for weight_map in call.weight_maps:
+        weights = weight_map(weights, shown, *positions)
+    return View(weights, scores, shown, lse, *map(jnp.asarray, positions)), rows
+
+
+def _seen(shown: Bool[Array, "*#b #n t s"], keys: Bool[Array, "*b g s"], heads: int) -> tuple[Array, Rows]:
+    """The rows [..., 1 or N, T] that see any key, and those that see one of these keys. By a product with columns of
+    zeros and ones, which is faster than to look at every pair of every head."""
+    columns = keys[..., None, :, :] if shown.shape[-3] == 1 else repeated(keys, heads)[..., None, :]
+    columns = jnp.concatenate([jnp.ones_like(columns[..., :1, :]), columns], -2).swapaxes(-1, -2)
+    counts = product(shown.astype(jnp.float32), columns.astype(jnp.float32))  # [..., 1, T, 1 + G] or [..., N, T, 2]
+    found = counts[..., 0, :, 1:].swapaxes(-1, -2) if shown.shape[-3] == 1 else counts[..., 1]
+    return counts[..., 0] > 0, repeated(found > 0, heads)
+
+
+def marked(view: View, rows: Rows | None) -> View:
+    """The view with NaN in the wrong rows."""
+    if rows is None:
+        return view
+    weights, scores = (jnp.where(rows[..., None], jnp.nan, x) for x in (view.weights, view.scores))
+    lse, shown = jnp.where(rows, jnp.nan, view.lse), view.visible | rows[..., None]
+    return view._replace(weights=weights, scores=scores, lse=lse, visible=shown)
+
+
+def read(
+    call: Call, view: View, rows: Rows | None
+) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:
+    """(out, lse, measured) of the rows in view."""
+    told = marked(view, rows)
+    measured = {name: measure(told) for name, measure in call.measures.items()}
+    weights = view.weights
+    if call.dropout is not None:
+        weights = call.dropout(weights, view.visible, view.query_positions, view.key_positions)
+    out = grouped_matmul(weights, call.value.swapaxes(-2, -3).astype(weights.dtype))
+    out = out if rows is None else jnp.where(rows[..., None], jnp.nan, out)
+    return out.swapaxes(-2, -3), told.lse.swapaxes(-1, -2), measured
+
+
+def dense(call: Call) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:
+    """out = Σ_j w_j v_j with the weights of `weigh`; lse; and what is measured, rows as [..., N, T, *c]."""
+    call, wrong = hide(call)
+    return read(call, *weigh(call, wrong))

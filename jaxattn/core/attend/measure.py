@@ -1,0 +1,212 @@
+"""Measures: what can be said of attention weights without ever holding them all.
+
+A measure is a part called on a `View` of complete rows, `measure(view)`. Its `over` says what the core does with the
+results of one block of queries after another:
+
+    "rows"    [..., N, T, *c], one result per query: put one after the other, returned as [..., T, N, *c]
+    "sum"     any shape, a contribution of these queries to one result: added up, returned as it is
+
+So memory is linear in length whatever is measured, and each measure is its dense definition. All are differentiable but
+for positions (`ArgMax`, those of `TopWeights`). Weights are those that read the values, after normalisation and
+weight maps, before dropout. They need not sum to one (sigmoid, maps); a measure says so where it normalises rows.
+"""
+
+import abc
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxattn.core.checks import check_entries, check_static_int, count_ids
+from jaxattn.core.numeric import ratio
+from jaxattn.core.part import part
+from jaxattn.core.table import take
+
+
+class View(NamedTuple):
+    """Complete rows of weights, [..., N, T, S], and where they stand, [..., 1, T, 1] and [..., 1 or N, 1, S].
+
+    Rows of empty query slots see nothing: their weights are 0.
+    """
+
+    weights: Float[Array, "*b n t s"]
+    scores: Float[Array, "*b n t s"]
+    visible: Bool[Array, "*b n t s"]
+    lse: Float[Array, "*b n t"]
+    query_positions: Int[Array, "*b 1 t 1"]
+    key_positions: Int[Array, "*b #n 1 s"]
+
+
+class Measure(abc.ABC):
+    """What a part must offer to be measured beside `out`; see the head of this file."""
+
+    over: ClassVar[Literal["rows", "sum"]] = "rows"
+
+    @abc.abstractmethod
+    def __call__(self, view: View) -> Any:
+        """The results for these rows."""
+
+
+def _shares(weights: Float[Array, "*b n t s"]) -> Float[Array, "*b n t s"]:
+    """Rows divided by their totals; rows without weight stay 0."""
+    return ratio(weights, weights.sum(-1, keepdims=True))
+
+
+@part
+class Entropy(Measure):
+    """H_i = −Σ_j p_ij log p_ij in nats, p the row divided by its total: 0 for one key, log n for n equal ones.
+
+    0 for a row without weight. For softmax H = lse − Σ_j p_j s_j. [..., T, N]
+    """
+
+    def __call__(self, view):
+        p = _shares(view.weights)
+        some = ~(p <= 0)  # NaN stays NaN
+        return -jnp.where(some, p * jnp.log(jnp.where(some, p, 1)), 0).sum(-1)
+
+
+@part
+class Mass(Measure):
+    """m_ig = Σ_{j in group g} w_ij, that is `attend` with one-hot values. [..., T, N, G]
+
+    `groups` [..., P] is a table over key positions of ids 0 .. size − 1; keys with another id, or outside the table,
+    count for none. G is `size`, by default one more than the largest id; under `jit`, where ids are not known, give it.
+    """
+
+    groups: Int[Array, "*batch positions"]
+    size: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "size", count_ids("Mass", self.groups, self.size))
+
+    def __call__(self, view):
+        groups = jnp.asarray(self.groups)[..., None, :]
+        check_entries("Mass", "groups", groups, view.key_positions)
+        ids = take(groups, view.key_positions, 2, fill=-1)
+        member = (ids[..., 0, :, None] == jnp.arange(self.size)).astype(view.weights.dtype)  # [..., 1 or N, S, G]
+        return jnp.matmul(view.weights, member, precision=jax.lax.Precision.HIGHEST)
+
+
+@part
+class Received(Measure):
+    """r_j = Σ_i w_ij, what each key receives from all queries: the column sums. [..., S, N]
+
+    The gradient of Σ_i lse_i in a zero bias per key, for softmax. Σ_j r_j is the number of queries that see a key.
+    """
+
+    over: ClassVar[Literal["rows", "sum"]] = "sum"
+
+    def __call__(self, view):
+        return view.weights.sum(-2).swapaxes(-1, -2)
+
+
+@part
+class MaxWeight(Measure):
+    """max_j w_ij, 0 for a row that sees nothing. For softmax exp(max_j s_ij − lse_i). [..., T, N]"""
+
+    def __call__(self, view):
+        best = jnp.where(view.visible, view.weights, -jnp.inf).max(-1)
+        return jnp.where(view.visible.any(-1), best, 0)
+
+
+@part
+class ArgMax(Measure):
+    """The position of the key with the largest weight (ties: the first), −1 for a row that sees nothing. [..., T, N]"""
+
+    def __call__(self, view):
+        return TopWeights(1)(view)[1][..., 0]
+
+
+@part
+class TopWeights(Measure):
+    """(weights, positions) of the k keys with the largest weights, in descending order; each [..., T, N, k].
+
+    Ties: the first keys. Where fewer are visible, weight 0 and position −1.
+    """
+
+    k: int
+
+    def __post_init__(self):
+        check_static_int("TopWeights", "k", self.k, 1)
+
+    def __call__(self, view):
+        weights = jnp.where(view.visible, view.weights, -jnp.inf)
+        best, index = jax.lax.top_k(weights, min(self.k, weights.shape[-1]))
+        places = jnp.broadcast_to(view.key_positions, view.weights.shape)
+        seen = ~jnp.isneginf(best)
+        found = jnp.where(seen, best, 0), jnp.where(seen, jnp.take_along_axis(places, index, -1), -1)
+        short = [(0, 0)] * (best.ndim - 1) + [(0, self.k - best.shape[-1])]
+        return jnp.pad(found[0], short), jnp.pad(found[1], short, constant_values=-1)
+
+
+@part
+class Distance(Measure):
+    """Σ_j p_ij |query position − key position|, p the row divided by its total; 0 without weight. [..., T, N]"""
+
+    def __call__(self, view):
+        apart = jnp.abs(view.query_positions - view.key_positions).astype(view.weights.dtype)
+        return (_shares(view.weights) * apart).sum(-1)
+
+
+@part
+class LagProfile(Measure):
+    """a_d = Σ_i w_{i, i−d} for d = 0 .. lags − 1, by positions: how much is read d tokens back. [..., N, lags]
+
+    Lag 1 is the previous-token head; divide by the number of queries at positions >= d for a mean.
+    """
+
+    lags: int
+
+    over: ClassVar[Literal["rows", "sum"]] = "sum"
+
+    def __post_init__(self):
+        check_static_int("LagProfile", "lags", self.lags, 1)
+
+    def __call__(self, view):
+        lag = view.query_positions - view.key_positions
+        shape = view.weights.shape
+        index = jnp.broadcast_to(jnp.where((lag >= 0) & (lag < self.lags), lag, self.lags), shape)
+        flat, index = (x.reshape(*shape[:-2], -1) for x in (view.weights, index))
+        total = jnp.zeros((*shape[:-2], self.lags + 1), flat.dtype)
+        heads = tuple(i[..., None] for i in jnp.indices(shape[:-2], sparse=True))
+        return total.at[(*heads, index)].add(flat)[..., :-1]
+
+
+@part
+class RowsOf(Measure):
+    """All weights of the queries at a few positions, [..., N, R, S]; `positions` [R]. Zeros where no query stands."""
+
+    positions: Int[Array, " rows"]
+
+    over: ClassVar[Literal["rows", "sum"]] = "sum"
+
+    def __call__(self, view):
+        here = (jnp.asarray(self.positions)[:, None] == view.query_positions[..., 0, :, 0][..., None, None, :]) & (
+            view.query_positions[..., 0, :, 0][..., None, None, :] >= 0
+        )
+        weights = jnp.where(here.any(-2)[..., None], view.weights, 0)  # rows that are not asked for may be NaN
+        return jnp.matmul(here.astype(weights.dtype), weights, precision=jax.lax.Precision.HIGHEST)
+
+
+@part
+class Lookback(Measure):
+    """ā_C / (ā_C + ā_G): ā_C the mean weight of visible keys before `split`, ā_G that of the others. [..., T, N]
+
+    The lookback ratio (Chuang et al., 2024): how much is read from the context, against what was generated since.
+    Equal weights give ½ wherever both parts are visible; a part of which nothing is visible has mean 0; 0 where both
+    are. `split` is a position, one number or one per batch entry [...].
+    """
+
+    split: Int[Array, "*batch"] | int
+
+    def __call__(self, view):
+        split = jnp.asarray(self.split)[..., None, None, None]
+        before = view.key_positions < split
+
+        def mean(some: Array) -> Array:
+            some = some & view.visible
+            return jnp.where(some, view.weights, 0).sum(-1) / jnp.maximum(some.sum(-1), 1)
+
+        context, new = mean(before), mean(~before)
+        return jnp.where(context + new <= 0, 0, ratio(context, context + new))

@@ -1,0 +1,440 @@
+"""Attention a tile at a time: memory linear in length, empty tiles skipped, gradients by recomputation.
+
+For each query tile the tiles of keys in its row of the `Schedule` are visited, and three numbers per query are carried:
+the reference r (for softmax the maximum score so far), total = Σ_j w(s_j, r) and numerator = Σ_j w(s_j, r) v_j. The
+normaliser's `finish` turns them into out and lse. So the backward pass of this file is the derivative of two plain
+sums, at fixed r, whatever the normaliser:
+
+    ds_j = ∂w(s_j, r)/∂s · (d_numerator·v_j + d_total),    dv_j = Σ_i w(s_ij, r_i) d_numerator_i
+
+and ds is pulled back through score, bias and maps by `jax.vjp` on the tile, which reaches every array they hold. Weight
+maps that act on tiles change the weights in the numerator, and not those in the total.
+
+Layouts are chosen for matrix products on a CPU, which are slow where the left operand has to be transposed. Keys and
+values are laid out heads first, once or a tile at a time. Their gradients are summed up as [H, S] and [V, S], because
+d_valueᵀ = d_numeratorᵀ · weights leaves the large operand, the weights, as it is.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxattn.core.attend.call import Call, Guard, WrongKeys, guard_of, repeated, without, wrong_keys
+from jaxattn.core.attend.mask import visible
+from jaxattn.core.attend.schedule import Block, Kinds, Schedule, blocks_for, choose_block, fit, schedule
+from jaxattn.core.attend.score import mapped_scores
+from jaxattn.core.first_order import not_reversed, reverse_only
+from jaxattn.core.matmul import accumulator, grouped_matmul, matmul, one_batch_axis
+from jaxattn.core.mesh import mesh_axes, vary, vary_like
+from jaxattn.core.part import cotangent, inexact_leaves
+
+FIRST_ORDER = (
+    "implementation 'tiled' has first derivatives in reverse mode only: for jax.jvp, and for gradients of gradients, "
+    "name implementation='rows', whose memory is linear in length too, or 'dense'"
+)
+
+
+class Sums(NamedTuple):
+    """What is carried over tiles of keys, per query; see the head of this file."""
+
+    numerator: Float[Array, "*b n t v"]
+    total: Float[Array, "*b n t"]
+    reference: Float[Array, "*b n t"]
+
+
+class Learned(NamedTuple):
+    """What the custom gradient differentiates. Lengths are whole numbers of tiles."""
+
+    query: Float[Array, "*b t n h"]
+    key: Float[Array, "*b s k h"] | Float[Array, "*b k s h"]  # see `Plan.heads_first`
+    value: Float[Array, "*b s kv v"] | Float[Array, "*b kv s v"]
+    parts: Any  # (score, bias, score_maps, normalize, weight_maps)
+
+
+class Given(NamedTuple):
+    """What it does not. `wrong` is None where it is found a tile at a time, see `Plan.heads_first`."""
+
+    mask: Any
+    query_positions: Int[Array, "*b 1 t 1"]
+    key_positions: Int[Array, "*b #n 1 s"]
+    active: Schedule
+    wrong: WrongKeys | None
+
+
+class Plan(NamedTuple):
+    """What is static.
+
+    heads_first: keys and values were laid out heads first before the loops, and what must not be multiplied was found;
+    not a tile at a time, which is faster where each is visited a few times only.
+    """
+
+    block: Block
+    kinds: Kinds
+    heads_first: bool
+    guard: Guard
+    dtype: Any  # of out
+
+
+class Keys(NamedTuple):
+    """A tile of keys, heads first, at an offset into all of them.
+
+    `poison` is NaN for the keys that make a row wrong if it sees them (see `WrongKeys`), 0 for others. It makes the
+    total of such a row NaN, and with it all of its results.
+    """
+
+    key: Float[Array, "*b k bk h"]
+    value: Float[Array, "*b kv bk v"]
+    positions: Int[Array, "*b #n 1 bk"]
+    poison: Float[Array, "*b n 1 bk"] | None
+    start: Int[Array, ""]
+    masked: bool
+
+
+def _slice(x: Array, start: Any, size: int, axis: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim + axis)
+
+
+def _put(x: Array, part: Array, start: Any, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, x.ndim + axis)
+
+
+def _add(x: Array, part: Array, start: Any) -> Array:
+    """x[..., start : start + part.shape[-1]] += part."""
+    old = _slice(x, start, part.shape[-1], -1)
+    return _put(x, old + part.reshape(old.shape).astype(x.dtype), start, -1)
+
+
+def _pad(x: Any, axis: int, length: int, fill: int = 0) -> Any:
+    """x, filled up to a length along an axis (negative)."""
+    if x.shape[axis] == length:
+        return x
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    widths = [(0, length - n if i == x.ndim + axis else 0) for i, n in enumerate(x.shape)]
+    return xp.pad(x, widths, constant_values=fill)
+
+
+def _queries(plan: Plan, learned: Learned, given: Given, row: Any) -> tuple[Array, Array]:
+    """A tile of queries [*b, n, bq, h] and their positions [*b, 1, bq, 1]."""
+    size = plan.block.queries
+    query = _slice(learned.query, row * size, size, -3).swapaxes(-2, -3)
+    return query, _slice(given.query_positions, row * size, size, -2)
+
+
+def _keys(plan: Plan, learned: Learned, given: Given, granule: Any, masked: bool) -> Keys:
+    """The tile of keys that starts at a granule."""
+    start, size = granule * plan.block.granule, plan.block.keys
+    positions = _slice(given.key_positions, start, size, -1)
+    seen = None if given.wrong is None or given.wrong.seen is None else _slice(given.wrong.seen, start, size, -1)
+    if plan.heads_first:
+        key, value = (_slice(x, start, size, -2) for x in (learned.key, learned.value))
+    else:
+        key, value = (_slice(x, start, size, -3) for x in (learned.key, learned.value))
+        # Query positions are read only where there is a single query.
+        wrong = wrong_keys(plan.guard, key, value, given.mask, given.query_positions, positions)
+        key, value, seen = without(key, wrong.keys), without(value, wrong.values), wrong.seen
+        key, value = key.swapaxes(-2, -3), value.swapaxes(-2, -3)
+    poison = None
+    if seen is not None:
+        poison = jnp.where(repeated(seen, plan.guard.heads), jnp.nan, jnp.zeros((), accumulator(learned.query, key)))
+        poison = poison[..., None, :]
+    return Keys(key, value, positions, poison, start, masked)
+
+
+def _shown(mask: Any, keys: Keys, positions: tuple[Array, Array]) -> Any:
+    """The mask on a tile, None where it shows all.
+
+    A branch that is always taken makes XLA hold the result. Otherwise it would put the mask into every loop over scores
+    that reads it, and evaluate it anew for every head.
+    """
+    if not keys.masked:
+        return None
+
+    def hidden(*positions: Array) -> Array:
+        shown = visible(mask, *positions)
+        return vary_like(jnp.zeros(shown.shape, bool), shown)
+
+    return jax.lax.cond(keys.start >= 0, partial(visible, mask), hidden, *positions)
+
+
+def _over_keys(plan: Plan, learned: Learned, given: Given, row: Any, visit: Any, carry: Any) -> Any:
+    """carry = visit(keys, carry) over the tiles of keys of one query tile: first the full ones, with no mask."""
+    starts, full, count = given.active.starts[row], given.active.full[row], given.active.count[row]
+
+    def visit_at(t: Any, masked: bool, carry: Any) -> Any:
+        return visit(_keys(plan, learned, given, starts[t], masked), carry)
+
+    if plan.kinds.single:
+        return visit_at(0, plan.kinds.partial, carry)
+    if plan.kinds.full:
+        carry = jax.lax.fori_loop(0, full, lambda t, c: visit_at(t, False, c), carry)
+    if plan.kinds.partial:
+        carry = jax.lax.fori_loop(full, count, lambda t, c: visit_at(t, True, c), carry)
+    return carry
+
+
+def _sums(plan: Plan, learned: Learned, given: Given, row: Any) -> Sums:
+    """The three numbers of one query tile."""
+    score, bias, score_maps, normalize, weight_maps = learned.parts
+    query, query_positions = _queries(plan, learned, given, row)
+
+    def visit(keys: Keys, sums: Sums | None) -> Sums:
+        positions = query_positions, keys.positions
+        shown = _shown(given.mask, keys, positions)
+        scores = mapped_scores(score, bias, score_maps, query, keys.key, shown, *positions)
+        if keys.poison is not None:
+            scores = scores + keys.poison
+        if keys.masked:
+            scores = jnp.where(shown, scores, -jnp.inf)
+        reference = normalize.reference(scores)
+        if sums is not None:
+            reference = jnp.maximum(sums.reference, reference)
+        finite = jnp.where(jnp.isneginf(reference), 0, reference)
+        weights = normalize.weight(scores, finite)
+        total = weights.sum(-1)
+        for weight_map in weight_maps:
+            weights = weight_map(weights, shown, *positions)
+        numerator = grouped_matmul(weights, keys.value.astype(weights.dtype))
+        if sums is None:
+            return Sums(numerator, total, reference)
+        shrink = jnp.exp(sums.reference - finite)
+        return Sums(sums.numerator * shrink[..., None] + numerator, sums.total * shrink + total, reference)
+
+    start = None
+    if not plan.kinds.single:
+        rows, dtype = query.shape[:-1], accumulator(learned.query, learned.key, learned.value)
+        start = Sums(
+            jnp.zeros((*rows, learned.value.shape[-1]), dtype), jnp.zeros(rows, dtype), jnp.full(rows, -jnp.inf, dtype)
+        )
+        start = vary(start, mesh_axes((learned, given)))
+    sums = _over_keys(plan, learned, given, row, visit, start)
+    return sums._replace(reference=jnp.where(jnp.isneginf(sums.reference), 0, sums.reference))
+
+
+def _forward(plan: Plan, learned: Learned, given: Given, keep: bool) -> tuple[Array, Array, Sums | None]:
+    """out [*b, t, n, v], lse [*b, n, t], and if they are to be kept the sums of all queries, laid out likewise."""
+    *batch, length, heads, _ = learned.query.shape
+    dtype = accumulator(learned.query, learned.key, learned.value)
+    wide = (*batch, length, heads, learned.value.shape[-1])
+    out, rows = jnp.zeros(wide, plan.dtype), jnp.zeros((*batch, heads, length), dtype)
+    carry = (out, rows, Sums(jnp.zeros(wide, dtype), rows, rows) if keep else None)
+
+    def one_query_tile(row: Any, carry: Any) -> Any:
+        out, lse, kept = carry
+        sums = _sums(plan, learned, given, row)
+        start = row * plan.block.queries
+        out_row, lse_row = learned.parts[3].finish(*sums)
+        if kept is not None:
+            kept = Sums(
+                _put(kept.numerator, sums.numerator.swapaxes(-2, -3), start, -3),
+                *(_put(x, x_row, start, -1) for x, x_row in zip(kept[1:], sums[1:], strict=True)),
+            )
+        return _put(out, out_row.swapaxes(-2, -3), start, -3), _put(lse, lse_row, start, -1), kept
+
+    count = length // plan.block.queries
+    return jax.lax.fori_loop(0, count, one_query_tile, vary(carry, mesh_axes((learned, given))))
+
+
+def _without_wrong(learned: Learned, given: Given) -> Learned:
+    """Zeros for the wrong keys and values. Not done before, where it would also cost in the gradient."""
+    if given.wrong is None or given.wrong.keys is None or given.wrong.values is None:
+        return learned
+    key, value = given.wrong.keys.swapaxes(-1, -2), given.wrong.values.swapaxes(-1, -2)
+    return learned._replace(key=without(learned.key, key), value=without(learned.value, value))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan: Plan, learned: Learned, given: Given) -> tuple[Array, Array]:
+    return _forward(plan, _without_wrong(learned, given), given, keep=False)[:2]
+
+
+def _attention_forward(plan: Plan, learned: Learned, given: Given) -> tuple[tuple[Array, Array], Any]:
+    learned = _without_wrong(learned, given)
+    out, lse, sums = _forward(plan, learned, given, keep=True)
+    return (out, lse), (learned, given, sums)
+
+
+def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Learned, None]:
+    learned, given, all_sums = residuals
+    d_out, d_lse = cotangents
+    score, bias, *others = learned.parts
+    leaves, rebuild = inexact_leaves((score, *others))
+    bias_leaves, rebuild_bias = inexact_leaves(bias)
+    size, groups = plan.block.queries, learned.value.shape[-3 if plan.heads_first else -2]
+    dtype = all_sums.total.dtype
+
+    def one_query_tile(row: Any, carry: Any) -> Any:
+        d_all_queries, *carry, d_leaves, d_bias_leaves = carry
+        start = row * size
+        query, query_positions = _queries(plan, learned, given, row)
+        sums = Sums(
+            _slice(all_sums.numerator, start, size, -3).swapaxes(-2, -3),
+            *(_slice(x, start, size, -1) for x in all_sums[1:]),
+        )
+        # Wrong rows: weights under a reference above all scores are 0, and so is what comes of their cotangents.
+        wrong = jnp.isnan(sums.total)
+        sums = Sums(
+            jnp.where(wrong[..., None], 0, sums.numerator),
+            jnp.where(wrong, 1, sums.total),
+            jnp.where(wrong, jnp.finfo(dtype).max / 4, sums.reference),
+        )
+        query = jnp.where(jnp.isfinite(query), query, 0)
+        d_out_row = _slice(d_out, start, size, -3).swapaxes(-2, -3).astype(dtype)
+        (out_row, _), pull = jax.vjp(lambda leaves, *sums: rebuild(leaves)[2].finish(*sums), leaves, *sums)
+        d_more, d_numerator, d_total, _ = pull((d_out_row.astype(out_row.dtype), _slice(d_lse, start, size, -1)))
+        d_leaves = jax.tree.map(jnp.add, d_leaves, d_more)
+        *batch, heads, rows, width = d_numerator.shape
+        d_numerator_by_group = d_numerator.reshape(*batch, groups, heads // groups * rows, width)
+        # Transposed here and not where it is read, which is in the loop over keys.
+        transposed = d_numerator_by_group.swapaxes(-1, -2)
+
+        def visit(keys: Keys, carry: Any) -> Any:
+            d_query, d_key, d_value, d_leaves, d_bias_leaves = carry
+            positions = query_positions, keys.positions
+            shown = _shown(given.mask, keys, positions)
+
+            def weights_of(query, key, bias_tile, leaves):
+                """The weights of the tile, and what weight maps make of them."""
+                score, score_maps, normalize, weight_maps = rebuild(leaves)
+                made = None if bias is None else lambda *_: bias_tile
+                scores = mapped_scores(score, made, score_maps, query, key, shown, *positions)
+                scores = jnp.where(shown, scores, -jnp.inf) if keys.masked else scores
+                weights = normalize.weight(scores, sums.reference)
+                if not weight_maps:
+                    return weights, None
+                mapped = weights
+                for weight_map in weight_maps:
+                    mapped = weight_map(mapped, shown, *positions)
+                return weights, mapped
+
+            bias_tile: Any = None
+            pull_bias: Any = None
+            if bias is not None:
+                bias_tile, pull_bias = jax.vjp(lambda leaves: rebuild_bias(leaves)(*positions), bias_leaves)
+            (weights, mapped), pull = jax.vjp(weights_of, query, keys.key, bias_tile, leaves)
+            d_mapped = matmul(d_numerator_by_group, keys.value.astype(dtype), (-1, -1))
+            d_mapped = d_mapped.reshape(weights.shape).astype(weights.dtype)
+            every = jnp.broadcast_to(d_total[..., None], weights.shape).astype(weights.dtype)
+            d_weights = (d_mapped + every, None) if mapped is None else (every, d_mapped)
+            d_query_here, d_key_here, d_bias, d_leaves_here = pull(d_weights)
+            kept = weights if mapped is None else mapped
+            d_value_here = matmul(transposed, kept.reshape(*transposed.shape[:-2], -1, kept.shape[-1]))
+            if hasattr(bias, "accumulate"):
+                total = rebuild_bias(d_bias_leaves).accumulate(d_bias, *positions)
+                d_bias_leaves = inexact_leaves(total)[0]
+            elif bias is not None:
+                d_bias_leaves = jax.tree.map(jnp.add, d_bias_leaves, pull_bias(d_bias)[0])
+            return (
+                d_query_here if d_query is None else d_query + d_query_here,
+                _add(d_key, one_batch_axis(d_key_here).swapaxes(-1, -2), keys.start),
+                _add(d_value, d_value_here, keys.start),
+                jax.tree.map(jnp.add, d_leaves, d_leaves_here),
+                d_bias_leaves,
+            )
+
+        d_query = None
+        if not plan.kinds.single:
+            d_query = vary(jnp.zeros(query.shape, dtype), mesh_axes((learned, given)))
+        d_query, *carry = _over_keys(plan, learned, given, row, visit, (d_query, *carry, d_leaves, d_bias_leaves))
+        return _put(d_all_queries, d_query.swapaxes(-2, -3), start, -3), *carry
+
+    def zeros(leaves):
+        return [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+
+    heads_and_keys = (-3, -2) if plan.heads_first else (-2, -3)
+
+    def columns(x: Array) -> Array:
+        """Zeros [*b, k, h, s]. Rows of a length that is a power of two would share a few sets of the cache."""
+        heads, keys = (x.shape[axis] for axis in heads_and_keys)
+        return jnp.zeros((*x.shape[:-3], heads, x.shape[-1], keys + 16), dtype)
+
+    def like(x: Array, total: Array) -> Array:
+        total = total[..., : x.shape[heads_and_keys[1]]]
+        total = total.swapaxes(-1, -2) if plan.heads_first else jnp.moveaxis(total, -1, -3)
+        return total.astype(x.dtype)
+
+    carry = (
+        jnp.zeros(learned.query.shape, learned.query.dtype),
+        columns(learned.key),
+        columns(learned.value),
+        zeros(leaves),
+        zeros(bias_leaves),
+    )
+    count = learned.query.shape[-3] // size
+    carry = jax.lax.fori_loop(0, count, one_query_tile, vary(carry, mesh_axes((learned, given, cotangents))))
+    if not plan.kinds.single:  # how often its loops run is known to the program alone: they have no reverse mode
+        carry = not_reversed(carry, FIRST_ORDER)
+    d_query, d_key, d_value, d_leaves, d_bias_leaves = carry
+    d_score, *d_others = cotangent((score, *others), d_leaves)
+    gradient = Learned(
+        d_query,
+        like(learned.key, d_key),
+        like(learned.value, d_value),
+        (d_score, cotangent(bias, d_bias_leaves), *d_others),
+    )
+    return gradient, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+# Up to so many visits per key it is faster to lay keys out heads first at each visit; two CPU cores, T = 8192.
+FEW_VISITS = 4
+
+
+def tiled(
+    call: Call, block: tuple[int, int] | None
+) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:
+    """(out, lse, {}) of a call whose parts work on tiles, in tiles of `block` = (queries, keys) or a fitting size."""
+    lengths = call.query.shape[-3], call.key.shape[-3]
+
+    def positions_in_tiles(block: Block) -> tuple[Any, Any]:  # [*b, 1, qb, 1, bq] and [*b, #n, 1, g, granule]
+        query, key = call.query_positions[..., 0], call.key_positions
+        query = _pad(query, -1, -(-lengths[0] // block.queries) * block.queries, fill=-1)
+        key = _pad(key, -1, -(-lengths[1] // block.granule) * block.granule, fill=-1)
+        query, key = (
+            query.reshape(*query.shape[:-1], -1, block.queries),
+            key.reshape(*key.shape[:-1], -1, block.granule),
+        )
+        return query[..., None, :], key
+
+    def index_of(block: Block) -> tuple[Schedule, Kinds]:
+        return schedule(call.mask, *positions_in_tiles(block), block.keys // block.granule)
+
+    if block is None:
+        blocks = blocks_for(lengths[0], call.key.size // lengths[1] * call.key.dtype.itemsize)
+        chosen = choose_block(lambda block: index_of(block)[0], lengths, blocks)
+    else:
+        chosen = fit(Block(*block, block[1]), lengths)
+    active, kinds = index_of(chosen)
+    queries = -(-lengths[0] // chosen.queries) * chosen.queries
+    last = active.starts.max() if isinstance(active.starts, np.ndarray) else -(-lengths[1] // chosen.granule) - 1
+    keys = max(lengths[1], int(last) * chosen.granule + chosen.keys)
+    weight_maps = call.weight_maps if call.dropout is None else (*call.weight_maps, call.dropout)
+    count = active.count
+    visits = int(count.sum()) * chosen.keys / keys if isinstance(count, np.ndarray) else len(count)
+    heads_first = visits > FEW_VISITS
+    key, value = (_pad(x, -3, keys) for x in (call.key, call.value))
+    if heads_first:
+        key, value = key.swapaxes(-2, -3), value.swapaxes(-2, -3)
+    learned = Learned(
+        _pad(call.query, -3, queries),
+        key,
+        value,
+        (call.score, call.bias, call.score_maps, call.normalize, weight_maps),
+    )
+    positions = _pad(call.query_positions, -2, queries, fill=-1), _pad(call.key_positions, -1, keys, fill=-1)
+    guard, wrong = guard_of(call), None
+    if heads_first:
+        found = wrong_keys(guard, call.key, call.value, call.mask, call.query_positions, call.key_positions)
+        axes = zip(found, (-1, -2, -2), strict=True)
+        wrong = WrongKeys(*(None if x is None else _pad(x, axis, keys) for x, axis in axes))
+    given = Given(call.mask, *jax.tree.map(jnp.asarray, (*positions, active, wrong)))
+    learned = vary(jax.tree.map(jnp.asarray, learned), mesh_axes((learned, given)))
+    leaves, rebuild = inexact_leaves(learned)
+    learned = rebuild(reverse_only(leaves, FIRST_ORDER))
+    out, lse = _attention(Plan(chosen, kinds, heads_first, guard, call.value.dtype), learned, given)
+    return out[..., : lengths[0], :, :], lse.swapaxes(-1, -2)[..., : lengths[0], :], {}

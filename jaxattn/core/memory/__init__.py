@@ -1,0 +1,41 @@
+"""`memory_scan`: memories that are trained while they read, their losses and what they keep."""
+
+from jaxattn.core.memory.api import MemoryState, memory_read, memory_scan
+from jaxattn.core.memory.inner import (
+    DotProduct,
+    Huber,
+    Identity,
+    InnerLoss,
+    Link,
+    LpError,
+    LqMirror,
+    LqScale,
+    MatrixMemory,
+    Memory,
+    MLPMemory,
+    SigmoidLink,
+    SoftmaxLink,
+    SoftThreshold,
+    SquaredError,
+)
+
+__all__ = [
+    "DotProduct",
+    "Huber",
+    "Identity",
+    "InnerLoss",
+    "Link",
+    "LpError",
+    "LqMirror",
+    "LqScale",
+    "MLPMemory",
+    "MatrixMemory",
+    "Memory",
+    "MemoryState",
+    "SigmoidLink",
+    "SoftThreshold",
+    "SoftmaxLink",
+    "SquaredError",
+    "memory_read",
+    "memory_scan",
+]
