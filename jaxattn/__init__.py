@@ -138,6 +138,11 @@ from jaxattn.core.part import part
 
 __version__ = "0.1.0"
 
+from jaxattn.core.attend.bias import ScoreBias
+from jaxattn.core.attend.score import Score
+from jaxattn.core.attend.slots import Slots
+from jaxattn.core.attend.tile import Tile
+
 __all__ = [
     "EMPTY",
     "NTK",
@@ -220,9 +225,12 @@ __all__ = [
     "ReluFeatures",
     "ReluSquared",
     "RowsOf",
+    "Score",
+    "ScoreBias",
     "Sigmoid",
     "SigmoidLink",
     "Sinks",
+    "Slots",
     "SoftCap",
     "SoftThreshold",
     "Softmax",
@@ -237,6 +245,7 @@ __all__ = [
     "TaylorFeatures",
     "Temperature",
     "Temporal",
+    "Tile",
     "TopK",
     "TopKWeights",
     "TopWeights",

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxattn.core.attend.bias import ScoreBias
 from jaxattn.core.attend.maps import Map
 from jaxattn.core.attend.mask import Mask
 from jaxattn.core.attend.normalize import Normalize, Softmax
 from jaxattn.core.attend.position import RotaryScaling, rotary_frequencies
+from jaxattn.core.attend.tile import Tile
 from jaxattn.viz.figure import COLOURS, SIGNED, WEIGHTS, panels, whole_ticks
 
 CHANNELS, BASE = 64, 10000.0
@@ -43,17 +45,18 @@ def show_scores(
     keys = queries if keys is None else keys
     if min(queries, keys, heads) < 1:
         raise ValueError(f"queries, keys and heads must be at least 1, got {queries}, {keys} and {heads}")
-    if isinstance(part, Mask) or not (isinstance(part, Map | Normalize | RotaryScaling) or callable(part)):
+    if isinstance(part, Mask) or not (isinstance(part, Map | Normalize | RotaryScaling | ScoreBias)):
         raise TypeError(f"show_scores: need a bias, map, normaliser or rotary scaling, got {type(part).__name__}")
-    places = np.arange(queries, dtype=np.int32)[None, :, None], np.arange(keys, dtype=np.int32)[None, None, :]
+    query, key = (jnp.arange(size, dtype=jnp.int32) for size in (queries, keys))
+    tile = Tile(query[None, :, None], key[None, None, :])
     name = type(part).__name__ if title is None else title
     if isinstance(part, Normalize):
-        return _rows(part, places, heads, name)
+        return _rows(part, tile, heads, name)
     if isinstance(part, Map):
-        return _before_and_after(part, places, heads, on, name)
+        return _before_and_after(part, tile, heads, on, name)
     if isinstance(part, RotaryScaling):
         return _by_distance(part, keys, name)
-    values = np.asarray(part(*places))
+    values = np.asarray(part(tile))
     return _by_pair(np.broadcast_to(values, np.broadcast_shapes(values.shape, (1, queries, keys))), name)
 
 
@@ -75,13 +78,12 @@ def _by_pair(values: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def _rows(part: Normalize, places: tuple[Any, Any], heads: int, title: str) -> Figure:
-    queries, keys = places[0].shape[1], places[1].shape[2]
+def _rows(part: Normalize, tile: Tile, heads: int, title: str) -> Figure:
+    queries, keys = tile.query.shape[1], tile.key.shape[2]
     sharpness = 2.0 ** (np.arange(queries) - 1)
     scores = jnp.asarray(sharpness[:, None] * np.linspace(2, -2, keys), jnp.float32)
     scores = jnp.broadcast_to(scores, (heads, queries, keys))
-    visible = jnp.ones(scores.shape, bool)
-    weights, _ = part.weights(scores, visible, *(places if part.positional else ()))
+    weights, _ = part.weights(scores, tile._replace(visible=jnp.ones(scores.shape, bool)))
     figure = Figure(figsize=(3.6, 3.0), layout="constrained")
     axes = figure.subplots()
     for row, colour in zip(range(queries), COLOURS * queries, strict=False):
@@ -112,12 +114,12 @@ def _by_distance(part: RotaryScaling, keys: int, title: str) -> Figure:
     return figure
 
 
-def _before_and_after(part: Map, places: tuple[Any, Any], heads: int, on: str, title: str) -> Figure:
-    shape = (heads, places[0].shape[1], places[1].shape[2])
+def _before_and_after(part: Map, tile: Tile, heads: int, on: str, title: str) -> Figure:
+    shape = (heads, tile.query.shape[1], tile.key.shape[2])
     before = 2 * jax.random.normal(jax.random.key(0), shape)
     if on == "weights":
-        before, _ = Softmax().weights(before, jnp.ones(shape, bool))
-    after = np.asarray(part(before, None, *places))
+        before, _ = Softmax().weights(before, tile._replace(visible=jnp.ones(shape, bool)))
+    after = np.asarray(part(before, tile))
     first = [np.asarray(x)[0] for x in (before, after)]
     figure, grid = panels(3, shape[2] / shape[1], beside=0.5, columns=3)
     largest = max(float(np.abs(x).max()) for x in first) or 1.0

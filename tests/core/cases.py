@@ -28,6 +28,7 @@ from jaxattn import (
     Mask,
     PerHead,
     Prefix,
+    Score,
     Sigmoid,
     Sinks,
     Softmax,
@@ -50,12 +51,12 @@ VISITS: list[int] = []
 
 
 @part
-class Counted:
+class Counted(Score):
     """Dot, counting how often it is evaluated."""
 
-    def __call__(self, query, key):
+    def __call__(self, query, key, tile):
         jax.debug.callback(lambda: VISITS.append(1))
-        return Dot()(query, key)
+        return Dot()(query, key, tile)
 
 
 # Tables over 16 positions, for a batch of 2 and 4 heads.

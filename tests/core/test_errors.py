@@ -15,6 +15,7 @@ from jaxattn import (
     Dropout,
     Explicit,
     Lengths,
+    Score,
     Sigmoid,
     Sinks,
     SoftCap,
@@ -147,7 +148,7 @@ BAD = {
         r"score_maps: SoftCap.cap is static, .*: need a Python value, got float32\[\]",
     ),
     "scale": ({"score": Dot(zeros(8))}, TypeError, r"score: Dot.scale must be Float.*, got float32\[8\]"),
-    "score": ({"score": 0.5}, TypeError, "score and bias must be parts"),
+    "score": ({"score": 0.5}, TypeError, "score must be a Score such as"),
     "normalize": ({"normalize": "softmax"}, TypeError, r"normalize must be a normaliser such as Softmax\(\), got str"),
     "null logit": (
         {"normalize": Softmax(zeros(2, 8))},
@@ -195,11 +196,11 @@ def test_shapes_are_enough_to_refuse_a_bad_call():
 
 
 @part
-class Wrong:
+class Wrong(Score):
     """A score that forgets the head axis."""
 
-    def __call__(self, query, key):
-        return Dot()(query, key)[..., 0, :, :]
+    def __call__(self, query, key, tile):
+        return Dot()(query, key, tile)[..., 0, :, :]
 
 
 def test_a_shape_without_numbers_is_no_array():
@@ -244,9 +245,9 @@ def test_a_bad_part_is_refused_when_it_is_made(make, exception, message):
 class Top(Normalize):
     """Hard attention: the whole weight on the best key. It needs the whole row."""
 
-    def weights(self, scores, visible):
-        scores = jnp.where(visible, scores, -jnp.inf)
-        best = jax.nn.one_hot(scores.argmax(-1), scores.shape[-1]) * visible
+    def weights(self, scores, tile):
+        scores = jnp.where(tile.visible, scores, -jnp.inf)
+        best = jax.nn.one_hot(scores.argmax(-1), scores.shape[-1]) * tile.visible
         return best, scores.max(-1)
 
 

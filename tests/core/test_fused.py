@@ -13,14 +13,11 @@ from jaxattn.core.attend.call import Given
 B, T, S, N, K, H = 2, 8, 8, 4, 2, 8
 RNG = np.random.default_rng(0)
 QUERY, KEY, VALUE = (RNG.normal(size=(B, n, k, H)).astype(np.float32) for n, k in ((T, N), (S, K), (S, K)))
-SLOTS = {
-    "score": ja.Dot(), "bias": None, "score_maps": (), "mask": None, "normalize": ja.Softmax(), "weight_maps": (),
-    "measures": {}, "dropout": None, "query_positions": None, "key_positions": None,
-}  # fmt: skip
 
 
-def given(dtype=jnp.bfloat16, **options):
-    return Given(*(jnp.asarray(x, dtype) for x in (QUERY, KEY, VALUE)), **(SLOTS | options))
+def given(dtype=jnp.bfloat16, *, query_positions=None, key_positions=None, **slots):
+    arrays = (jnp.asarray(x, dtype) for x in (QUERY, KEY, VALUE))
+    return Given(*arrays, ja.Slots(**slots), query_positions, key_positions)
 
 
 SERVED = {
@@ -132,7 +129,8 @@ def test_kernels_are_refused_for_dtypes_head_dims_and_platforms_they_lack():
     assert "cudnn: head dim 6, need a multiple of 8 up to 128" in fused.plan(narrow, False, "gpu")
     assert fused.plan(given(), False, "cpu") == "platform cpu: library kernels are for GPU and TPU"
     longer = given()._replace(key=jnp.zeros((B, 10, K, H), jnp.bfloat16), value=jnp.zeros((B, 10, K, H), jnp.bfloat16))
-    assert "a causal mask for other queries" in fused.plan(longer._replace(mask=ja.Causal()), False, "gpu")
+    causal = longer._replace(slots=ja.Slots(mask=ja.Causal()))
+    assert "a causal mask for other queries" in fused.plan(causal, False, "gpu")
     assert "cudnn: platform tpu" in fused.plan(given(), False, "tpu")
 
 

@@ -36,6 +36,7 @@ from jaxattn import (
     Sigmoid,
     Sinks,
     Softmax,
+    Tile,
     Window,
     Within,
     attend,
@@ -529,7 +530,7 @@ def test_positions_near_the_largest_integer_do_not_overflow():
             np.testing.assert_array_equal(possible[0, 0, 0], expected.any(0))
             np.testing.assert_array_equal(certain[0, 0, 0], expected.all(0))
     table = jnp.arange(8.0)[None]
-    far = RelativeBias(table, 20)(jnp.array([[[last]]]), jnp.array([[[0, 1, 2]]]))
+    far = RelativeBias(table, 20)(Tile(jnp.array([[[last]]]), jnp.array([[[0, 1, 2]]])))
     np.testing.assert_array_equal(far, 7)
 
 

@@ -30,9 +30,12 @@ from jaxattn import (
     LongRope,
     PerHead,
     Prefix,
+    Score,
+    ScoreBias,
     Sigmoid,
     Sinks,
     Softmax,
+    Tile,
     Window,
     Yarn,
     attend,
@@ -156,28 +159,28 @@ def test_jit_compiles_anew_for_static_fields_and_not_for_arrays():
 
 
 @part
-class Additive:
+class Additive(Score):
     """score = w · tanh(W q + U k)  (Bahdanau et al., 2015), as a user would write it."""
 
     query_weights: Float[Array, "h d"]
     key_weights: Float[Array, "h d"]
     read: Float[Array, " d"]
 
-    def __call__(self, query, key):
+    def __call__(self, query, key, tile):
         key = jnp.repeat(key, query.shape[-3] // key.shape[-3], -3)
         mixed = (query @ self.query_weights)[..., :, None, :] + (key @ self.key_weights)[..., None, :, :]
         return jnp.tanh(mixed) @ self.read
 
 
 @part
-class Recency:
+class Recency(ScoreBias):
     """bias = rate · (key position) inside an optional period, as a user would write it."""
 
     rate: Float[Array, " n"]
     period: int = 5
 
-    def __call__(self, query, key):
-        return self.rate[:, None, None] * (key % self.period)
+    def __call__(self, tile):
+        return self.rate[:, None, None] * (tile.key % self.period)
 
 
 def test_scores_and_biases_of_users_work_and_learn_in_every_implementation():
@@ -212,11 +215,11 @@ def test_alibi_slopes_are_the_papers():
 
 def test_biases_by_hand():
     query, key = np.array([0, 3]).reshape(1, 2, 1), np.array([1, 2, 5]).reshape(1, 1, 3)
-    alibi = Alibi(jnp.array([1.0, 0.5]))(query, key)
+    alibi = Alibi(jnp.array([1.0, 0.5]))(Tile(query, key))
     np.testing.assert_array_equal(alibi, [[[-1, -2, -5], [-2, -1, -2]], [[-0.5, -1, -2.5], [-1, -0.5, -1]]])
-    table = Bias(jnp.arange(12.0).reshape(1, 4, 3))(query, key)  # column 5 is outside
+    table = Bias(jnp.arange(12.0).reshape(1, 4, 3))(Tile(query, key))  # column 5 is outside
     np.testing.assert_array_equal(table, [[[1, 2, 0], [10, 11, 0]]])
-    np.testing.assert_array_equal(Bias(jnp.ones((1, 4, 3)))(query - 1, key)[0, 0], [0, 0, 0])
+    np.testing.assert_array_equal(Bias(jnp.ones((1, 4, 3)))(Tile(query - 1, key))[0, 0], [0, 0, 0])
 
 
 def test_attention_by_hand():

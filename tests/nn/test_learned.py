@@ -20,6 +20,7 @@ from jaxattn import (
     RelativeBias,
     Softmax,
     Temperature,
+    Tile,
     attend,
 )
 from jaxattn.nn import (
@@ -138,7 +139,8 @@ def test_learned_scores_start_about_as_far_apart_as_dot_products(kind, sizes):
     """For queries and keys of unit variance a dot product has standard deviation 1 along a row."""
     owner = kind(*sizes, rngs=nnx.Rngs(0))()
     query, key = (jax.random.normal(k, (1, 200, H)) for k in jax.random.split(jax.random.key(1)))
-    spreads = [np.asarray(score(query, key)).std(-1).mean() for score in (owner, Dot())]
+    tile = Tile(*(jnp.arange(200)[axis] for axis in (np.s_[None, :, None], np.s_[None, None])))
+    spreads = [np.asarray(score(query, key, tile)).std(-1).mean() for score in (owner, Dot())]
     assert 1 / 4 < spreads[0] / spreads[1] < 2
 
 

@@ -1,7 +1,7 @@
 """`attend` and its slots: scores, biases, masks, normalisers, maps, measures, positions, and the ways to compute it."""
 
 from jaxattn.core.attend.api import attend, attention_weights, explain
-from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias
+from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias, ScoreBias
 from jaxattn.core.attend.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
 from jaxattn.core.attend.dot_product import dot_product_attention
 from jaxattn.core.attend.graph import Ancestors, Graph
@@ -76,7 +76,9 @@ from jaxattn.core.attend.position import (
     rotary_2d,
     sinusoidal,
 )
-from jaxattn.core.attend.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum
+from jaxattn.core.attend.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum, Score
+from jaxattn.core.attend.slots import Slots
+from jaxattn.core.attend.tile import Tile
 
 __all__ = [
     "EMPTY",
@@ -138,14 +140,18 @@ __all__ = [
     "ReluSquared",
     "RotaryScaling",
     "RowsOf",
+    "Score",
+    "ScoreBias",
     "Sigmoid",
     "Sinks",
+    "Slots",
     "SoftCap",
     "Softmax",
     "Sparsemax",
     "Streaming",
     "Temperature",
     "Temporal",
+    "Tile",
     "TopK",
     "TopKWeights",
     "TopWeights",

@@ -1,5 +1,6 @@
 """attend: the one call for everything that weighs keys. Checks it, picks an implementation, explains the choice."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from jaxattn.core.attend.normalize import Normalize, Softmax, Streaming
 from jaxattn.core.attend.rows import rows
 from jaxattn.core.attend.schedule import FEW_QUERIES, READ_BYTES
 from jaxattn.core.attend.score import Dot
+from jaxattn.core.attend.slots import Slots
 from jaxattn.core.attend.tiled import tiled
 from jaxattn.core.checks import check_array
 from jaxattn.core.matmul import accumulator
@@ -91,16 +93,14 @@ def attend(
     wrong shape, empty axes and unknown implementations; NotImplementedError if the named implementation cannot serve a
     part.
     """
-    call = Given(
-        query, key, value, score, bias, score_maps, mask, normalize, weight_maps, measures, dropout,
-        query_positions, key_positions,
-    ).in_parts()  # fmt: skip
+    slots: Any = (score, bias, score_maps, mask, normalize, weight_maps, dropout, measures)
+    call = Given(query, key, value, Slots(*slots), query_positions, key_positions).in_parts()
     for argument in ("query", "key", "value"):
         check_array(argument, getattr(call, argument))
     name, _ = _choose(call, block, implementation, return_lse)
     block = (block, block) if isinstance(block, int | np.integer) else block
     kernel = fused.plan(call, return_lse) if name == "fused" else None
-    call = call._replace(measures=dict(measures))
+    call = call._replace(slots=dataclasses.replace(call.slots, measures=dict(measures)))
     # NumPy leaves in the dtypes that JAX has now: an int64 table may else be taken for one under x64, or for none.
     call = jax.tree.map(lambda x: x.astype(jnp.result_type(x)) if isinstance(x, np.ndarray) else x, call)
     out, lse, measured = _attend(call, block=block, implementation=name, kernel=kernel)
@@ -125,10 +125,8 @@ def attention_weights(
 
     Memory is T x S per head: for long inputs see `RowsOf`. Arguments and errors are those of `attend`.
     """
-    call = Given(
-        query, key, key, score, bias, score_maps, mask, normalize, weight_maps, {}, None,
-        query_positions, key_positions,
-    ).in_parts()  # fmt: skip
+    slots: Any = (score, bias, score_maps, mask, normalize, weight_maps)
+    call = Given(query, key, key, Slots(*slots), query_positions, key_positions).in_parts()
     for argument in ("query", "key"):
         check_array(argument, getattr(call, argument))
     check(call)
@@ -142,11 +140,10 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
     """
     return_lse = options.pop("return_lse", False)
     block, implementation = options.pop("block", None), options.pop("implementation", "auto")
-    defaults: dict[str, Any] = {"score": Dot(), "bias": None, "score_maps": (), "mask": None, "normalize": Softmax()}
-    defaults |= {"weight_maps": (), "measures": {}, "dropout": None, "query_positions": None, "key_positions": None}
-    if unknown := set(options) - set(defaults):
+    positions = [options.pop(name, None) for name in ("query_positions", "key_positions")]
+    if unknown := set(options) - {field.name for field in dataclasses.fields(Slots)}:
         raise TypeError(f"explain got unknown arguments {sorted(unknown)}: need those of attend")
-    given = Given(query, key, value, *(defaults | options).values()).in_parts()
+    given = Given(query, key, value, Slots(**options), *positions).in_parts()
     name, reasons = _choose(given, block, implementation, return_lse)
     print("\n".join(f"{'->' if other == name else '  '} {other}: {reason}" for other, reason in reasons.items()))
     return name
@@ -154,8 +151,8 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
 
 @jax.jit
 def _weights(given: Given):
-    view = marked(*weigh(*hide(prepare(given))))
-    return view.weights, jnp.where(view.visible, view.scores, -jnp.inf)
+    view, tile = marked(*weigh(*hide(prepare(given))))
+    return view.weights, jnp.where(tile.visible, view.scores, -jnp.inf)
 
 
 @partial(jax.jit, static_argnames=("block", "implementation", "kernel"))
@@ -170,7 +167,7 @@ def _attend(given: Given, *, block, implementation, kernel):
     else:
         out, lse, measured = tiled(call, block)
     batch = given.query.ndim - 3
-    by_row = {name for name, measure in call.measures.items() if measure.over == "rows"}
+    by_row = {name for name, measure in call.slots.measures.items() if measure.over == "rows"}
     measured = {
         name: jax.tree.map(lambda x: x.swapaxes(batch, batch + 1), result) if name in by_row else result
         for name, result in measured.items()
@@ -181,14 +178,15 @@ def _attend(given: Given, *, block, implementation, kernel):
 def _needs(given: Given) -> dict[Need, list[str]]:
     """Which parts need complete rows, and which the whole matrix."""
     needs: dict[Need, list[str]] = {"tile": [], "rows": [], "matrix": []}
-    if not isinstance(given.normalize, Streaming):
-        needs["rows"].append(f"normalize={type(given.normalize).__name__}")
-    for each in given.score_maps:
+    slots = given.slots
+    if not isinstance(slots.normalize, Streaming):
+        needs["rows"].append(f"normalize={type(slots.normalize).__name__}")
+    for each in slots.score_maps:
         needs[each.scores_need].append(f"score_maps={type(each).__name__}")
-    for each in given.weight_maps:
+    for each in slots.weight_maps:
         needs[each.weights_need].append(f"weight_maps={type(each).__name__}")
-    for each in given.measures.values():
-        needs["rows"].append(f"measures={type(each).__name__}")
+    for measure in slots.measures.values():
+        needs["rows"].append(f"measures={type(measure).__name__}")
     return needs
 
 
@@ -211,7 +209,7 @@ def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> 
     limit, small = f"{DENSE_BYTES / 2**20:,.4g} MiB", size <= DENSE_BYTES
     # A few queries that see all keys: their scores are small beside the keys, and no tile can be skipped.
     held_anyway = key.size * key.dtype.itemsize + given.value.size * given.value.dtype.itemsize
-    sees_all = given.mask is None and given.key_positions is None
+    sees_all = given.slots.mask is None and given.key_positions is None
     few = not small and sees_all and DENSE_SHARE * size <= held_anyway
     # A few queries that see some keys, as in decoding: zeros for what they must not see would be a copy of all keys.
     decoding = query.shape[-3] <= FEW_QUERIES and not sees_all and held_anyway > READ_BYTES

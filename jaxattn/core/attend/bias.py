@@ -1,26 +1,27 @@
 """Biases: what is added to a score because of where the query and the key stand.
 
-A bias is a part called on the positions of a tile, `bias(query [..., 1, T, 1], key [..., 1, 1, S])`, and returns
-something that broadcasts to [..., N, T, S]. A bias never hides a key: that is a mask's work.
+A bias is a part called on a `Tile`, `bias(tile)`, and returns something that broadcasts to [..., N, T, S]. A bias never
+hides a key: that is a mask's work.
 
-A bias with a large table may also have `accumulate(d_bias, query, key)`, called on a part of the same structure that
-holds the gradient so far: it returns that part with the gradient of one tile added. Without it each tile's gradient is
-made at full size first, which costs time in proportion to the table.
+A bias with a large table may also say how to `accumulate` the gradient of one tile into that of the table. Without it
+each tile's gradient is made at full size first, which costs time in proportion to the table.
 
 Tables know two kinds of tile. On a *run*, where both positions go up by one, an entry or a distance is found by
 slicing; that is fast, and is what training and prefill have. Anywhere else it is looked up pair by pair.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxattn.core.attend.tile import Tile
 from jaxattn.core.checks import MOST, check_positive, check_static_int
 from jaxattn.core.part import part
 from jaxattn.core.table import on_shared_axis, take, take_pairs
@@ -28,6 +29,27 @@ from jaxattn.core.table import on_shared_axis, take, take_pairs
 Queries = Int[Array, "*b 1 t 1"]
 Keys = Int[Array, "*b #n 1 s"]
 Values = Float[Array, "*b n t s"]
+
+
+class ScoreBias(abc.ABC):
+    """What a part must offer to stand in the bias slot; see the head of this file.
+
+    Attributes:
+        accumulates: Whether it has `accumulate`.
+    """
+
+    accumulates: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def __call__(self, tile: Tile) -> Values:
+        """What is added to the scores of the tile; broadcasts to [..., N, T, S]."""
+
+    def accumulate(self, d_bias: Values, tile: Tile) -> Any:
+        """This part, which holds the gradient so far, with the gradient of one tile added; where `accumulates`.
+
+        `d_bias` is the gradient of what the call returned for the tile.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no accumulate")
 
 
 def _run(positions: Any, axis: int) -> tuple[Any, Any]:
@@ -38,7 +60,7 @@ def _run(positions: Any, axis: int) -> tuple[Any, Any]:
 
 
 @part
-class Bias:
+class Bias(ScoreBias):
     """bias = array[..., n, query position, key position]; 0 at positions outside the array.
 
     `array` is a table over positions, [..., N, P, R] or with fewer axes, [P, R], [R], []; axes of size 1 are shared
@@ -47,6 +69,8 @@ class Bias:
     """
 
     array: Float[Array, "..."]
+
+    accumulates: ClassVar[bool] = True
 
     def _table(self) -> Float[Array, "*batch heads p r"]:
         array = jnp.asarray(self.array)
@@ -61,9 +85,9 @@ class Bias:
         inside = (row + size[0] <= rows) & (column + size[1] <= columns)
         return query, key, run & run2 & inside, size
 
-    def __call__(self, query: Queries, key: Keys) -> Values:
+    def __call__(self, tile: Tile) -> Values:
         table = self._table()
-        query, key, run, size = self._places(query, key)
+        query, key, run, size = self._places(tile.query, tile.key)
         shape = jax.eval_shape(lambda: take_pairs(table, query, key, 2, 0)).shape
         if size[0] > table.shape[-2] or size[1] > table.shape[-1]:
             return take_pairs(table, query, key, grid=2, fill=0)
@@ -74,10 +98,9 @@ class Bias:
 
         return jax.lax.cond(run, sliced, lambda: take_pairs(table, query, key, grid=2, fill=0))
 
-    def accumulate(self, d_bias: Values, query: Queries, key: Keys) -> "Bias":
-        """self + the gradient of a tile, where d_bias [..., N or 1, T, S] is the gradient of what the call returned."""
+    def accumulate(self, d_bias: Values, tile: Tile) -> "Bias":
         total = self._table()
-        query, key, run, size = self._places(query, key)
+        query, key, run, size = self._places(tile.query, tile.key)
         # Batch and head axes that the table shares are summed first.
         lead = (*(1,) * (d_bias.ndim - total.ndim), *total.shape[:-2])
         shared = tuple(i for i, n in enumerate(lead) if n == 1)
@@ -100,7 +123,7 @@ class Bias:
 
 
 @part
-class BiasFunction:
+class BiasFunction(ScoreBias):
     """function(query position, key position): what a plain function in the bias slot becomes.
 
     It is called on arrays of positions, [..., 1, T, 1] and [..., 1, 1, S], and returns numbers that broadcast against
@@ -110,8 +133,8 @@ class BiasFunction:
 
     function: Callable[..., Any]
 
-    def __call__(self, query: Queries, key: Keys) -> Values:
-        return self.function(query, key)
+    def __call__(self, tile: Tile) -> Values:
+        return self.function(tile.query, tile.key)
 
 
 def as_bias(bias: Any) -> Any:
@@ -124,7 +147,7 @@ def as_bias(bias: Any) -> Any:
 
 
 @part
-class KeyBias:
+class KeyBias(ScoreBias):
     """bias = array[..., n, key position], whatever the query: how much a key matters; 0 outside the array.
 
     `array` [..., N or 1, R], or R = 1 for one number that all keys share. A prior over keys (bird's-eye importance, key
@@ -133,13 +156,13 @@ class KeyBias:
 
     array: Float[Array, "*batch heads key_positions"]
 
-    def __call__(self, query: Queries, key: Keys) -> Values:
+    def __call__(self, tile: Tile) -> Values:
         array = jnp.asarray(self.array)
-        return take(array, on_shared_axis(array.shape[-1], key, -1), 2, fill=0)
+        return take(array, on_shared_axis(array.shape[-1], tile.key, -1), 2, fill=0)
 
 
 @part
-class Alibi:
+class Alibi(ScoreBias):
     """bias = −slope_n · |query position − key position|  (Press et al., 2022)."""
 
     slopes: Float[Array, " heads"]
@@ -157,12 +180,12 @@ class Alibi:
         finer = [2 ** (-8 * (n + 1) / (2 * power)) for n in range(0, 2 * power, 2)]
         return cls(jnp.asarray((slopes + finer)[:heads], jnp.float32))
 
-    def __call__(self, query: Queries, key: Keys) -> Values:
-        return -self.slopes[:, None, None] * jnp.abs(query - key)
+    def __call__(self, tile: Tile) -> Values:
+        return -self.slopes[:, None, None] * jnp.abs(tile.query - tile.key)
 
 
 @part
-class RelativeBias:
+class RelativeBias(ScoreBias):
     """bias = table[n, bucket(query position − key position)]: relative distances in buckets of growing size.
 
     T5 (Raffel et al., 2020). `table` [N or 1, B]. Causal (the default): the first B/2 buckets are the distances
@@ -202,8 +225,9 @@ class RelativeBias:
         ahead = jnp.where(distance < 0, len(first), 0)
         return ahead + jnp.searchsorted(first, jnp.abs(distance), side="right") - 1
 
-    def __call__(self, query: Queries, key: Keys) -> Values:
+    def __call__(self, tile: Tile) -> Values:
         table = jnp.asarray(self.table)
+        query, key = tile.query, tile.key
         (row, run), (column, run2) = _run(query, -2), _run(key, -1)
         rows, columns = query.shape[-2], key.shape[-1]
         batch = np.broadcast_shapes(query.shape[:-2], key.shape[:-2])
@@ -227,16 +251,16 @@ class RelativeBias:
         return jax.lax.cond(run & run2, by_distance, by_pair)
 
 
-def log_gaussian(centres: Array, sigma: Any, query: Queries, key: Keys) -> Values:
+def log_gaussian(centres: Array, sigma: Any, tile: Tile) -> Values:
     """−(key − centres[query])² / (2 σ²), 0 where the query is outside the table; one centre is shared by all."""
-    place = on_shared_axis(jnp.shape(centres)[-1], query, -2)
+    place = on_shared_axis(jnp.shape(centres)[-1], tile.query, -2)
     inside = (place >= 0) & (place < jnp.shape(centres)[-1])
     centre = take(jnp.asarray(centres), place, 2, fill=0)
-    return jnp.where(inside, -jnp.square((key - centre) / sigma) / 2, 0)
+    return jnp.where(inside, -jnp.square((tile.key - centre) / sigma) / 2, 0)
 
 
 @part
-class LogGaussian:
+class LogGaussian(ScoreBias):
     """bias = −(j − c_i)² / (2 σ²): weights fall off around a predicted centre (local attention, Luong et al., 2015).
 
     `centres` [..., N or 1, P]: where each query position looks, in key positions, real-valued, so that it is learned.
@@ -250,5 +274,5 @@ class LogGaussian:
     def __post_init__(self):
         check_positive("LogGaussian", "sigma", self.sigma)
 
-    def __call__(self, query: Queries, key: Keys) -> Values:
-        return log_gaussian(self.centres, self.sigma, query, key)
+    def __call__(self, tile: Tile) -> Values:
+        return log_gaussian(self.centres, self.sigma, tile)

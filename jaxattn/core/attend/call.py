@@ -8,25 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.attend.bias import as_bias
-from jaxattn.core.attend.mask import Mask, as_mask, visible
+from jaxattn.core.attend.maps import Dropout
+from jaxattn.core.attend.mask import Mask, visible
+from jaxattn.core.attend.slots import Slots
+from jaxattn.core.attend.tile import Tile
 from jaxattn.core.matmul import not_finite
 
 
 class Given(NamedTuple):
-    """The arguments of a call to `attend` that mean something, in the order of its slots, as the user gave them."""
+    """The arguments of a call to `attend` that mean something, as the user gave them."""
 
     query: Any
     key: Any
     value: Any
-    score: Any
-    bias: Any
-    score_maps: Any
-    mask: Any
-    normalize: Any
-    weight_maps: Any
-    measures: Any
-    dropout: Any
+    slots: Slots
     query_positions: Any
     key_positions: Any
 
@@ -36,10 +31,10 @@ class Given(NamedTuple):
         Raises ValueError for an array that does not broadcast to [..., N, T, S], TypeError for one of the wrong kind.
         """
         for slot in ("mask", "bias"):
-            given = getattr(self, slot)
+            given = getattr(self.slots, slot)
             if hasattr(given, "dtype") and self.query_positions is None and self.key_positions is None:
                 check_pairs(slot, given, self.query, self.key)
-        return self._replace(mask=as_mask(self.mask), bias=as_bias(self.bias))
+        return self._replace(slots=self.slots.in_parts())
 
 
 def check_pairs(name: str, x: Any, query: Any, key: Any) -> None:
@@ -56,24 +51,22 @@ def check_pairs(name: str, x: Any, query: Any, key: Any) -> None:
 class Call:
     """What every implementation is given: a checked call, with positions that broadcast over tiles.
 
-    Positions are NumPy arrays when they are the default 0..length−1, so that masks can be read at trace time.
-
-    `dropout` is a weight map of its own, after the others, so that measures can look before it.
+    Positions are NumPy arrays when they are the default 0..length−1, so that masks can be read at trace time. The
+    dropout among the slots has its seeds drawn.
     """
 
     query: Float[Array, "*b t n h"]
     key: Float[Array, "*b s k h"]
     value: Float[Array, "*b s kv v"]
-    score: Any
-    bias: Any
-    score_maps: tuple
-    mask: Mask | None
-    normalize: Any
-    weight_maps: tuple
-    measures: dict[str, Any]
-    dropout: Any
+    slots: Slots
     query_positions: Int[Array, "*b 1 t 1"]
     key_positions: Int[Array, "*b #n 1 s"]
+
+    @property
+    def tile(self) -> Tile:
+        """All queries and keys, and which pairs the mask shows."""
+        places = self.query_positions, self.key_positions
+        return Tile(*places, visible(self.slots.mask, *places))
 
 
 def prepare(given: Given) -> Call:
@@ -93,16 +86,10 @@ def prepare(given: Given) -> Call:
     if key_positions.ndim < len(batch) + 2:
         key_positions = key_positions[..., None, None, :]
     key_positions = key_positions.astype(np.int32)
-    slots = ("score", "bias", "score_maps", "mask", "normalize", "weight_maps", "measures")
-    return Call(
-        query=query,
-        key=key,
-        value=value,
-        dropout=None if given.dropout is None else given.dropout.draw(tuple(batch), heads),
-        query_positions=query_positions,
-        key_positions=key_positions,
-        **{slot: getattr(given, slot) for slot in slots},
-    )
+    slots = given.slots
+    if isinstance(slots.dropout, Dropout):
+        slots = dataclasses.replace(slots, dropout=slots.dropout.draw(tuple(batch), heads))
+    return Call(query, key, value, slots, query_positions, key_positions)
 
 
 def _to_any_head(shown: Bool[Array, "*b #n s"], heads: int) -> Bool[Array, "*b #k s"]:
@@ -158,15 +145,15 @@ class Guard(NamedTuple):
 def guard_of(call: Call) -> Guard:
     """Keys of a single query are not looked at, which would take as long as to attend to them: what the query sees
     makes its row wrong, and what it does not see is not read. But where heads that share a key see different ones."""
-    maps = (*call.score_maps, *call.weight_maps)
+    maps = call.slots.maps
     rows_alone = not any(each.halo or "matrix" in (each.scores_need, each.weights_need) for each in maps)
     one, empty = call.query.shape[-3] == 1, not isinstance(call.key_positions, np.ndarray)
     apart = False
-    if one and call.mask is not None:
+    if one and call.slots.mask is not None:
         positions = call.query_positions, call.key_positions
-        told_apart = jax.eval_shape(lambda *places: visible(call.mask, *places), *positions).shape[-3]
+        told_apart = jax.eval_shape(lambda *places: visible(call.slots.mask, *places), *positions).shape[-3]
         apart = told_apart not in (1, min(call.key.shape[-2], call.value.shape[-2]))
-    one_sees = rows_alone and one and call.mask is not None
+    one_sees = rows_alone and one and call.slots.mask is not None
     return Guard(rows_alone, rows_alone and (apart or not one), one_sees, empty, call.query.shape[-2], bool(maps))
 
 
@@ -201,7 +188,7 @@ def wrong_keys(
 def hide(call: Call) -> tuple[Call, Wrong]:
     """The call with zeros for what must not be multiplied, and where that was."""
     guard = guard_of(call)
-    of_keys = wrong_keys(guard, call.key, call.value, call.mask, call.query_positions, call.key_positions)
+    of_keys = wrong_keys(guard, call.key, call.value, call.slots.mask, call.query_positions, call.key_positions)
     wrong = Wrong(wrong_queries(guard, call.query), of_keys)
     query = call.query if wrong.queries is None else without(call.query, wrong.queries.swapaxes(-1, -2))
     key, value = without(call.key, of_keys.keys), without(call.value, of_keys.values)

@@ -1,5 +1,6 @@
 """What a call to attend must be: shapes that fit, parts in their slots. Everything else is refused by name."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.core.attend.bias import ScoreBias
 from jaxattn.core.attend.call import Given, prepare
 from jaxattn.core.attend.maps import Dropout, Map
 from jaxattn.core.attend.mask import Mask
 from jaxattn.core.attend.measure import Measure, View
 from jaxattn.core.attend.normalize import Normalize
+from jaxattn.core.attend.score import Score
+from jaxattn.core.attend.tile import Tile
 from jaxattn.core.checks import check_floating, positions_fit
 from jaxattn.core.matmul import accumulator
 from jaxattn.core.part import check_fields
@@ -52,14 +56,17 @@ def check(given: Given) -> None:
             continue
         if not positions_fit(tuple(x.shape), tuple(batch), size):
             raise ValueError(f"{name} has shape {x.shape}: need [..., {size}] with batch axes that fit {tuple(batch)}")
-    # A read-only mapping is no pytree.
-    jax.eval_shape(_check_slots, given._replace(measures=dict(given.measures)))
+    slots = dataclasses.replace(given.slots, measures=dict(given.slots.measures))  # a read-only mapping is no pytree
+    jax.eval_shape(_check_slots, given._replace(slots=slots))
 
 
+@jax.jit  # which keeps what it has traced, so that a call like an earlier one is checked at once
 def _check_slots(given: Given) -> None:
     """Traces every slot in its turn, so that what does not fit is named by its own."""
     call = prepare(given)
+    slots = call.slots
     places = call.query_positions, call.key_positions
+    tile = Tile(*places)
     *batch, length, heads, _ = given.query.shape
     rows = (*batch, heads, length, given.key.shape[-3])
 
@@ -75,63 +82,62 @@ def _check_slots(given: Given) -> None:
             ) from error
 
     query, key = call.query.swapaxes(-2, -3), call.key.swapaxes(-2, -3)
-    scores = run("score", call.score, query, key, *(places if getattr(call.score, "positional", False) else ()))
+    scores = run("score", slots.score, query, key, tile)
     if scores.shape != rows:
         raise ValueError(f"score gives shape {scores.shape}: need [..., N, T, S] = {rows}")
     scores = scores.astype(accumulator(given.query, given.key))
-    for slot, part in (("bias", call.bias), ("mask", call.mask)):
+    for slot, part, arguments in (("bias", slots.bias, (tile,)), ("mask", slots.mask, places)):
         if part is None:
             continue
-        result = run(slot, part, *places)
+        result = run(slot, part, *arguments)
         try:
             fits = np.broadcast_shapes(result.shape, rows) == rows
         except ValueError:
             fits = False
         if not fits:
             raise ValueError(f"{slot} gives shape {result.shape}: need one that broadcasts to {rows}")
-    for score_map in call.score_maps:
-        scores = run("score_maps", score_map, scores, None, *places)
-    shown = jnp.ones(rows, bool)
-    positional = places if call.normalize.positional else ()
-    weights, lse = run("normalize", call.normalize.weights, scores, shown, *positional)
-    for weight_map in call.weight_maps:
-        weights = run("weight_maps", weight_map, weights, shown, *places)
-    view = View(weights, scores, shown, lse, *map(jnp.asarray, places))
-    for name, measure in call.measures.items():
-        run(f"measures: {name}", measure, view)
+    for score_map in slots.score_maps:
+        scores = run("score_maps", score_map, scores, tile)
+    tile = Tile(jnp.asarray(tile.query), jnp.asarray(tile.key), jnp.ones(rows, bool))
+    weights, lse = run("normalize", slots.normalize.weights, scores, tile)
+    for weight_map in slots.weight_maps:
+        weights = run("weight_maps", weight_map, weights, tile)
+    for name, measure in slots.measures.items():
+        run(f"measures: {name}", measure, View(weights, scores, lse), tile)
 
 
 def _check_parts(given: Given) -> None:
     """Raises for what is not a part, or stands in the wrong slot, or holds something its fields do not say."""
-    slots = ("score", "bias", "mask", "normalize", "dropout")
-    for slot in slots:
-        part = getattr(given, slot)
+    slots, single = given.slots, ("score", "bias", "mask", "normalize", "dropout")
+    for slot in single:
+        part = getattr(slots, slot)
         if isinstance(part, type):
             raise TypeError(f"{slot} is the class {part.__name__}: need one of its parts, {part.__name__}(...)")
-    if given.mask is not None and not isinstance(given.mask, Mask):
-        raise TypeError(f"mask must be a Mask such as Causal() or Explicit(array), got {type(given.mask).__name__}")
-    if not isinstance(given.normalize, Normalize):
-        raise TypeError(f"normalize must be a normaliser such as Softmax(), got {type(given.normalize).__name__}")
-    if given.dropout is not None and not isinstance(given.dropout, Dropout):
-        raise TypeError(f"dropout must be Dropout(rate, key), got {type(given.dropout).__name__}")
-    for slot in ("score", "bias"):
-        part = getattr(given, slot)
-        if not callable(part) and not (slot == "bias" and part is None):
-            got = type(part).__name__
-            raise TypeError(f"score and bias must be parts such as Dot() and Bias(array): {slot} is {got}")
-    for slot in slots:
-        _check_fields(slot, getattr(given, slot))
+    if slots.mask is not None and not isinstance(slots.mask, Mask):
+        raise TypeError(f"mask must be a Mask such as Causal() or Explicit(array), got {type(slots.mask).__name__}")
+    if not isinstance(slots.normalize, Normalize):
+        raise TypeError(f"normalize must be a normaliser such as Softmax(), got {type(slots.normalize).__name__}")
+    if slots.dropout is not None and not isinstance(slots.dropout, Dropout):
+        raise TypeError(f"dropout must be Dropout(rate, key), got {type(slots.dropout).__name__}")
+    if not isinstance(slots.score, Score):
+        raise TypeError(f"score must be a Score such as Dot(), got {type(slots.score).__name__}")
+    if slots.bias is not None and not isinstance(slots.bias, ScoreBias):
+        raise TypeError(
+            f"bias must be a ScoreBias such as Bias(array) or Alibi(slopes), got {type(slots.bias).__name__}"
+        )
+    for slot in single:
+        _check_fields(slot, getattr(slots, slot))
     for slot, example in (("score_maps", "(SoftCap(50.0),)"), ("weight_maps", "(TopKWeights(8),)")):
-        maps = getattr(given, slot)
+        maps = getattr(slots, slot)
         if not isinstance(maps, tuple | list):
             raise TypeError(f"{slot} must be a tuple of maps such as {example}, got {type(maps).__name__}")
         for each in maps:
             if not isinstance(each, Map):
                 raise TypeError(f"{slot} must be a tuple of maps such as {example}, got {type(each).__name__} in it")
             _check_fields(slot, each)
-    if not isinstance(given.measures, Mapping):
-        raise TypeError(f"measures must be a dict such as {{'h': Entropy()}}, got {type(given.measures).__name__}")
-    for name, measure in given.measures.items():
+    if not isinstance(slots.measures, Mapping):
+        raise TypeError(f"measures must be a dict such as {{'h': Entropy()}}, got {type(slots.measures).__name__}")
+    for name, measure in slots.measures.items():
         if not isinstance(measure, Measure):
             raise TypeError(f"measures must map names to measures such as Entropy(), got {name}={measure!r}")
         if name == "lse":

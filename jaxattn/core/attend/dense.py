@@ -6,36 +6,37 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxattn.core.attend.call import Call, Wrong, hide, repeated
-from jaxattn.core.attend.mask import visible
+from jaxattn.core.attend.maps import Seeded
 from jaxattn.core.attend.measure import View
 from jaxattn.core.attend.score import mapped_scores
+from jaxattn.core.attend.tile import Tile
 from jaxattn.core.matmul import grouped_matmul, product
 
 Rows = Bool[Array, "*b n t"]
 
 
-def weigh(call: Call, wrong: Wrong) -> tuple[View, Rows | None]:
+def weigh(call: Call, wrong: Wrong) -> tuple[View, Tile, Rows | None]:
     """score, bias, score maps, mask, normaliser and weight maps, in this order; not dropout. And which rows are wrong:
-    in the view they see nothing."""
+    in the tile they see nothing."""
     query, key = call.query.swapaxes(-2, -3), call.key.swapaxes(-2, -3)
-    positions = call.query_positions, call.key_positions
-    shown = visible(call.mask, *positions)
+    slots, tile = call.slots, call.tile
+    shown: Any = tile.visible
     rows, seen = wrong.queries, wrong.of_keys.seen
     if rows is not None:
         sees, sees_wrong = shown.any(-1), jnp.zeros_like(rows)
-        if seen is not None and call.mask is None:  # a query that is there sees every key that is
-            there = call.key_positions[..., 0, :] >= 0
+        if seen is not None and slots.mask is None:  # a query that is there sees every key that is
+            there = tile.key[..., 0, :] >= 0
             sees_wrong = sees & (repeated(seen, rows.shape[-2]) & there).any(-1)[..., None]
         elif seen is not None:
             sees, sees_wrong = _seen(shown, seen, rows.shape[-2])
         rows = (rows & sees) | sees_wrong
-        shown = shown & ~rows[..., None]
-    scores = mapped_scores(call.score, call.bias, call.score_maps, query, key, shown, *positions)
-    shown = jnp.broadcast_to(shown, scores.shape)
-    weights, lse = call.normalize.weights(scores, shown, *(positions if call.normalize.positional else ()))
-    for weight_map in call.weight_maps:
-        weights = weight_map(weights, shown, *positions)
-    return View(weights, scores, shown, lse, *map(jnp.asarray, positions)), rows
+        tile = tile._replace(visible=shown & ~rows[..., None])
+    scores = mapped_scores(slots.score, slots.bias, slots.score_maps, query, key, tile)
+    tile = tile._replace(visible=jnp.broadcast_to(tile.visible, scores.shape))
+    weights, lse = slots.normalize.weights(scores, tile)
+    for weight_map in slots.weight_maps:
+        weights = weight_map(weights, tile)
+    return View(weights, scores, lse), tile, rows
 
 
 def _seen(shown: Bool[Array, "*#b #n t s"], keys: Bool[Array, "*b g s"], heads: int) -> tuple[Array, Rows]:
@@ -48,27 +49,29 @@ def _seen(shown: Bool[Array, "*#b #n t s"], keys: Bool[Array, "*b g s"], heads: 
     return counts[..., 0] > 0, repeated(found > 0, heads)
 
 
-def marked(view: View, rows: Rows | None) -> View:
-    """The view with NaN in the wrong rows."""
+def marked(view: View, tile: Tile, rows: Rows | None) -> tuple[View, Tile]:
+    """Both with NaN in the wrong rows, which see what they are told."""
+    tile = tile._replace(query=jnp.asarray(tile.query), key=jnp.asarray(tile.key))
     if rows is None:
-        return view
+        return view, tile
     weights, scores = (jnp.where(rows[..., None], jnp.nan, x) for x in (view.weights, view.scores))
-    lse, shown = jnp.where(rows, jnp.nan, view.lse), view.visible | rows[..., None]
-    return view._replace(weights=weights, scores=scores, lse=lse, visible=shown)
+    return View(weights, scores, jnp.where(rows, jnp.nan, view.lse)), tile._replace(
+        visible=tile.visible | rows[..., None]
+    )
 
 
 def read(
-    call: Call, view: View, rows: Rows | None
+    call: Call, view: View, tile: Tile, rows: Rows | None
 ) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:
     """(out, lse, measured) of the rows in view."""
-    told = marked(view, rows)
-    measured = {name: measure(told) for name, measure in call.measures.items()}
+    told = marked(view, tile, rows)
+    measured = {name: measure(*told) for name, measure in call.slots.measures.items()}
     weights = view.weights
-    if call.dropout is not None:
-        weights = call.dropout(weights, view.visible, view.query_positions, view.key_positions)
+    if isinstance(call.slots.dropout, Seeded):
+        weights = call.slots.dropout(weights, tile)
     out = grouped_matmul(weights, call.value.swapaxes(-2, -3).astype(weights.dtype))
     out = out if rows is None else jnp.where(rows[..., None], jnp.nan, out)
-    return out.swapaxes(-2, -3), told.lse.swapaxes(-1, -2), measured
+    return out.swapaxes(-2, -3), told[0].lse.swapaxes(-1, -2), measured
 
 
 def dense(call: Call) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:

@@ -53,29 +53,29 @@ def plan(given: Any, return_lse: bool, platform: str | None = None) -> Plan | st
 def _describe(given: Any, return_lse: bool) -> Plan | str:
     """The call in the libraries' terms, or the first thing in it that neither of them has."""
     length, keys = given.query.shape[-3], given.key.shape[-3]
-    normalize, maps = given.normalize, tuple(given.score_maps)
+    normalize, maps = given.slots.normalize, tuple(given.slots.score_maps)
     unserved = {
         "return_lse=True: the kernels' lse has no gradient": return_lse,
-        "measures": bool(given.measures),
-        "dropout": given.dropout is not None,
-        "weight_maps": bool(given.weight_maps),
+        "measures": bool(given.slots.measures),
+        "dropout": given.slots.dropout is not None,
+        "weight_maps": bool(given.slots.weight_maps),
         "query_positions or key_positions": given.query_positions is not None or given.key_positions is not None,
         f"normalize={type(normalize).__name__}": not isinstance(normalize, Softmax),
         "normalize=Softmax with a null logit or a temperature": jax.tree.leaves(normalize) != [],
-        f"score={type(given.score).__name__}": not isinstance(given.score, Dot),
+        f"score={type(given.slots.score).__name__}": not isinstance(given.slots.score, Dot),
         "score_maps other than one SoftCap": len(maps) > 1 or not all(isinstance(each, SoftCap) for each in maps),
-        f"bias={type(given.bias).__name__}": not (given.bias is None or isinstance(given.bias, Bias)),
+        f"bias={type(given.slots.bias).__name__}": not (given.slots.bias is None or isinstance(given.slots.bias, Bias)),
         "key and value that differ in shape": given.key.shape != given.value.shape,
         "a query, key and value that differ in dtype": len({x.dtype for x in given[:3]}) > 1,
     }
     for reason, holds in unserved.items():
         if holds:
             return reason
-    if not (given.score.scale is None or isinstance(given.score.scale, int | float)):
+    if not (given.slots.score.scale is None or isinstance(given.slots.score.scale, int | float)):
         return "score=Dot with an array for a scale"
-    if given.bias is not None and jnp.shape(given.bias.array)[-2:] != (length, keys):
+    if given.slots.bias is not None and jnp.shape(given.slots.bias.array)[-2:] != (length, keys):
         return f"bias=Bias unless its array ends in ({length}, {keys})"
-    terms = _terms(given.mask)
+    terms = _terms(given.slots.mask)
     windows = [term for term in terms if isinstance(term, Window)]
     others = [term for term in terms if not isinstance(term, Causal | Window | Lengths)]
     if others:
@@ -87,7 +87,7 @@ def _describe(given: Any, return_lse: bool) -> Plan | str:
         return "a window under which a query may see no key"
     is_causal = any(isinstance(term, Causal) for term in terms)
     window = (windows[0].left, 0 if is_causal else windows[0].right) if windows else None
-    return Plan("", given.score.scale, is_causal or (window is not None and window[1] == 0), window,
+    return Plan("", given.slots.score.scale, is_causal or (window is not None and window[1] == 0), window,
                 maps[0].cap if maps else None)  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def _terms(mask: Mask | None) -> list[Mask]:
 
 
 def _cudnn_refusal(given: Any, described: Plan, platform: str) -> str | None:
-    width = given.query.shape[-1]
+    width, bias = given.query.shape[-1], given.slots.bias
     unserved = {
         f"platform {platform}": platform not in ("gpu", "cuda"),
         f"dtype {given.query.dtype}, need float16 or bfloat16": given.query.dtype not in (jnp.float16, jnp.bfloat16),
@@ -109,8 +109,9 @@ def _cudnn_refusal(given: Any, described: Plan, platform: str) -> str | None:
         # Which corner the kernel's causal mask starts from does not matter then.
         "a causal mask for other queries than keys": described.is_causal
         and given.query.shape[-3] != given.key.shape[-3],
-        "a bias of another dtype": given.bias is not None and given.bias.array.dtype != given.query.dtype,
-        "a bias of odd lengths": given.bias is not None and (given.query.shape[-3] % 2 or given.key.shape[-3] % 2),
+        "a bias of another dtype": bias is not None and bias.array.dtype != given.query.dtype,
+        "a bias of odd lengths": given.slots.bias is not None
+        and (given.query.shape[-3] % 2 or given.key.shape[-3] % 2),
     }
     return next((reason for reason, holds in unserved.items() if holds), None)
 
@@ -141,13 +142,13 @@ def call(given: Any, plan: Plan, attention: Callable, **options: Any) -> Float[A
     wrong = not_finite(query)[..., None]
     query = jnp.where(wrong, 0, query)
     options |= {"scale": plan.scale, "is_causal": plan.is_causal, "local_window_size": plan.window}
-    if given.bias is not None:
-        bias = jnp.asarray(given.bias.array)
+    if given.slots.bias is not None:
+        bias = jnp.asarray(given.slots.bias.array)
         bias = bias.reshape((1,) * (len(batch) + 3 - bias.ndim) + bias.shape)
         by_batch = max(bias.shape[:-3], default=1) > 1
         bias = jnp.broadcast_to(bias, (*batch, *bias.shape[-3:])) if by_batch else bias
         options["bias"] = bias.reshape(-1, *bias.shape[-3:])
-    lengths = next((term.lengths for term in _terms(given.mask) if isinstance(term, Lengths)), None)
+    lengths = next((term.lengths for term in _terms(given.slots.mask) if isinstance(term, Lengths)), None)
     if lengths is None:
         return jnp.where(wrong, jnp.nan, attention(query, key, value, **options)).reshape(given.query.shape)
     lengths = jnp.broadcast_to(jnp.asarray(lengths), tuple(batch)).reshape(count).astype(jnp.int32)

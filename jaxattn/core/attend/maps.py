@@ -1,7 +1,7 @@
 """Maps: what is done to the scores before they are masked and normalised, and to the weights before they read values.
 
-A map is a part called on a block of either, `map(x [..., N, T, S], visible, query [..., 1, T, 1], key [..., 1, 1, S])`,
-and returns the block changed. `visible` says which pairs are (True where the mask shows them; None where all are).
+A map is a part called on a block of either, `map(x [..., N, T, S], tile)`, and returns the block changed. The `Tile`
+says where the block stands and which of its pairs are visible.
 
 `scores_need` and `weights_need` say how much a map must see in the slot `score_maps` or `weight_maps`; "rows" unless
 it says otherwise:
@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxattn.core import noise
 from jaxattn.core.attend.bias import log_gaussian
+from jaxattn.core.attend.tile import Tile
 from jaxattn.core.checks import check_entries, check_positive, check_static_int, count_ids
 from jaxattn.core.noise import Seed
 from jaxattn.core.numeric import largest, per_head, ratio
@@ -31,9 +32,7 @@ from jaxattn.core.table import take
 
 Need = Literal["tile", "rows", "matrix"]
 Block = Float[Array, "*b n t s"]
-Visible = Bool[Array, "*#b #n t s"] | None
 Queries = Int[Array, "*b 1 t 1"]
-Keys = Int[Array, "*b #n 1 s"]
 
 
 class Map(abc.ABC):
@@ -48,7 +47,7 @@ class Map(abc.ABC):
         return 0
 
     @abc.abstractmethod
-    def __call__(self, x: Block, visible: Visible, query: Queries, key: Keys) -> Block:
+    def __call__(self, x: Block, tile: Tile) -> Block:
         """The block, mapped."""
 
 
@@ -69,7 +68,7 @@ class SoftCap(Map):
     def __post_init__(self):
         check_positive("SoftCap", "cap", self.cap)
 
-    def __call__(self, x, visible, query, key):
+    def __call__(self, x, tile):
         return x if math.isinf(self.cap) else self.cap * jnp.tanh(x / self.cap)
 
 
@@ -87,7 +86,7 @@ class Temperature(Map):
     def __post_init__(self):
         check_positive("Temperature", "temperature", self.temperature)
 
-    def __call__(self, x, visible, query, key):
+    def __call__(self, x, tile):
         return x / per_head("temperature", self.temperature, x)
 
 
@@ -103,8 +102,8 @@ class Temporal(Map):
     scores_need: ClassVar[Need] = "matrix"
     weights_need: ClassVar[Need] = "matrix"
 
-    def __call__(self, x, visible, query, key):
-        shown = jnp.broadcast_to(True if visible is None else visible, x.shape)
+    def __call__(self, x, tile):
+        shown = tile.shown(x.shape)
         seen_before = jnp.cumsum(shown, -2) - shown > 0
         # A finite stand-in for −∞, below every score by more than any float can tell: cumulative sums keep no NaN.
         low = jax.lax.stop_gradient(x.min((-2, -1), keepdims=True) - 1e4)
@@ -128,12 +127,12 @@ class MixHeads(Map):
 
     scores_need: ClassVar[Need] = "tile"
 
-    def __call__(self, x, visible, query, key):
+    def __call__(self, x, tile):
         heads = x.shape[-3]
         if jnp.shape(self.weight) != (heads, heads):
             raise ValueError(f"MixHeads: weight has shape {jnp.shape(self.weight)}: need ({heads}, {heads})")
-        if visible is not None:
-            x = jnp.where(visible, x, 0)
+        if tile.visible is not None:
+            x = jnp.where(tile.visible, x, 0)
         weight = jnp.asarray(self.weight, x.dtype)
         return jnp.einsum("nm,...mts->...nts", weight, x, precision=jax.lax.Precision.HIGHEST)
 
@@ -155,14 +154,14 @@ class Convolution(Map):
     def halo(self):
         return self.kernel.shape[-2] - 1
 
-    def __call__(self, x, visible, query, key):
+    def __call__(self, x, tile):
         kernel = jnp.asarray(self.kernel, x.dtype)
         heads, rows, columns = kernel.shape
         if columns % 2 == 0 or heads not in (1, x.shape[-3]):
             raise ValueError(
                 f"Convolution: kernel has shape {kernel.shape}: need (1 or {x.shape[-3]} heads, rows, an odd number)"
             )
-        shown = jnp.broadcast_to(True if visible is None else visible, x.shape)
+        shown = tile.shown(x.shape)
         length, keys = x.shape[-2:]
         pad = [(0, 0)] * (x.ndim - 2) + [(rows - 1, 0), (columns // 2, columns // 2)]
         padded = jnp.pad(jnp.where(shown, x, 0), pad)
@@ -192,8 +191,8 @@ class TopKWeights(Map):
     def __post_init__(self):
         check_static_int("TopKWeights", "k", self.k, 1)
 
-    def __call__(self, x, visible, query, key):
-        return _keep(x, largest(x, visible, self.k)[0])
+    def __call__(self, x, tile):
+        return _keep(x, largest(x, tile.visible, self.k)[0])
 
 
 @part
@@ -213,9 +212,9 @@ class DropTopK(Map):
         check_static_int("DropTopK", "k", self.k, 1)
         check_rate("DropTopK", self.rate)
 
-    def __call__(self, x, visible, query, key):
-        top, index = largest(x, visible, self.k)
-        coins = noise.uniform(noise.seeds(self.key, x.shape[:-2]), query, key)
+    def __call__(self, x, tile):
+        top, index = largest(x, tile.visible, self.k)
+        coins = noise.uniform(noise.seeds(self.key, x.shape[:-2]), tile.query, tile.key)
         # Those that are not among the largest get a coin above all others: they are never dropped.
         coins = jnp.take_along_axis(jnp.where(top, coins, 2), index, axis=-1)
         rank = jnp.argsort(jnp.argsort(coins, axis=-1), axis=-1)
@@ -247,13 +246,13 @@ class Reallocate(Map):
         by_masses = self.masses.shape[-1] if counted else self.size
         object.__setattr__(self, "size", count_ids("Reallocate", self.groups, by_masses))
 
-    def __call__(self, x, visible, query, key):
+    def __call__(self, x, tile):
         groups = jnp.asarray(self.groups)[..., None, :]
-        check_entries("Reallocate", "groups", groups, key)
-        ids = take(groups, key, 2, fill=-1)
+        check_entries("Reallocate", "groups", groups, tile.key)
+        ids = take(groups, tile.key, 2, fill=-1)
         member = (ids[..., None] == jnp.arange(self.size)).astype(x.dtype)  # [..., 1 or N, 1, S, G]
         old = jnp.matmul(x, member[..., 0, :, :], precision=jax.lax.Precision.HIGHEST)
-        new = self.masses(old) if callable(self.masses) else self._at(query, old)
+        new = self.masses(old) if callable(self.masses) else self._at(tile.query, old)
         factor = jnp.where(old <= 0, 1, ratio(new, old)).astype(x.dtype)
         by_key = jnp.matmul(factor, member[..., 0, :, :].swapaxes(-1, -2), precision=jax.lax.Precision.HIGHEST)
         return x * jnp.where(ids >= 0, by_key, 1)
@@ -285,8 +284,8 @@ class GaussianWindow(Map):
     def __post_init__(self):
         check_positive("GaussianWindow", "sigma", self.sigma)
 
-    def __call__(self, x, visible, query, key):
-        return x * jnp.exp(log_gaussian(self.centres, self.sigma, query, key)).astype(x.dtype)
+    def __call__(self, x, tile):
+        return x * jnp.exp(log_gaussian(self.centres, self.sigma, tile)).astype(x.dtype)
 
 
 @part
@@ -298,8 +297,8 @@ class Seeded(Map):
 
     weights_need: ClassVar[Need] = "tile"
 
-    def __call__(self, x, visible, query, key):
-        keep = noise.bits(self.seeds, query, key) >= jnp.uint32(min(int(self.rate * 2**32), 2**32 - 1))
+    def __call__(self, x, tile):
+        keep = noise.bits(self.seeds, tile.query, tile.key) >= jnp.uint32(min(int(self.rate * 2**32), 2**32 - 1))
         return jnp.where(keep, x / (1 - self.rate), 0)
 
 

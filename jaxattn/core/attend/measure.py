@@ -1,7 +1,7 @@
 """Measures: what can be said of attention weights without ever holding them all.
 
-A measure is a part called on a `View` of complete rows, `measure(view)`. Its `over` says what the core does with the
-results of one block of queries after another:
+A measure is a part called on a `View` of complete rows and their `Tile`, `measure(view, tile)`; `tile.visible` has the
+shape of the weights. Its `over` says what the core does with the results of one block of queries after another:
 
     "rows"    [..., N, T, *c], one result per query: put one after the other, returned as [..., T, N, *c]
     "sum"     any shape, a contribution of these queries to one result: added up, returned as it is
@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from jaxattn.core.attend.tile import Tile
 from jaxattn.core.checks import check_entries, check_static_int, count_ids
 from jaxattn.core.numeric import ratio
 from jaxattn.core.part import part
@@ -25,17 +26,14 @@ from jaxattn.core.table import take
 
 
 class View(NamedTuple):
-    """Complete rows of weights, [..., N, T, S], and where they stand, [..., 1, T, 1] and [..., 1 or N, 1, S].
+    """Complete rows of weights and scores, [..., N, T, S], and the log of each row's total weight, [..., N, T].
 
     Rows of empty query slots see nothing: their weights are 0.
     """
 
     weights: Float[Array, "*b n t s"]
     scores: Float[Array, "*b n t s"]
-    visible: Bool[Array, "*b n t s"]
     lse: Float[Array, "*b n t"]
-    query_positions: Int[Array, "*b 1 t 1"]
-    key_positions: Int[Array, "*b #n 1 s"]
 
 
 class Measure(abc.ABC):
@@ -44,7 +42,7 @@ class Measure(abc.ABC):
     over: ClassVar[Literal["rows", "sum"]] = "rows"
 
     @abc.abstractmethod
-    def __call__(self, view: View) -> Any:
+    def __call__(self, view: View, tile: Tile) -> Any:
         """The results for these rows."""
 
 
@@ -60,7 +58,7 @@ class Entropy(Measure):
     0 for a row without weight. For softmax H = lse − Σ_j p_j s_j. [..., T, N]
     """
 
-    def __call__(self, view):
+    def __call__(self, view, tile):
         p = _shares(view.weights)
         some = ~(p <= 0)  # NaN stays NaN
         return -jnp.where(some, p * jnp.log(jnp.where(some, p, 1)), 0).sum(-1)
@@ -80,10 +78,10 @@ class Mass(Measure):
     def __post_init__(self):
         object.__setattr__(self, "size", count_ids("Mass", self.groups, self.size))
 
-    def __call__(self, view):
+    def __call__(self, view, tile):
         groups = jnp.asarray(self.groups)[..., None, :]
-        check_entries("Mass", "groups", groups, view.key_positions)
-        ids = take(groups, view.key_positions, 2, fill=-1)
+        check_entries("Mass", "groups", groups, tile.key)
+        ids = take(groups, tile.key, 2, fill=-1)
         member = (ids[..., 0, :, None] == jnp.arange(self.size)).astype(view.weights.dtype)  # [..., 1 or N, S, G]
         return jnp.matmul(view.weights, member, precision=jax.lax.Precision.HIGHEST)
 
@@ -97,7 +95,7 @@ class Received(Measure):
 
     over: ClassVar[Literal["rows", "sum"]] = "sum"
 
-    def __call__(self, view):
+    def __call__(self, view, tile):
         return view.weights.sum(-2).swapaxes(-1, -2)
 
 
@@ -105,17 +103,17 @@ class Received(Measure):
 class MaxWeight(Measure):
     """max_j w_ij, 0 for a row that sees nothing. For softmax exp(max_j s_ij − lse_i). [..., T, N]"""
 
-    def __call__(self, view):
-        best = jnp.where(view.visible, view.weights, -jnp.inf).max(-1)
-        return jnp.where(view.visible.any(-1), best, 0)
+    def __call__(self, view, tile):
+        best = jnp.where(tile.visible, view.weights, -jnp.inf).max(-1)
+        return jnp.where(tile.visible.any(-1), best, 0)
 
 
 @part
 class ArgMax(Measure):
     """The position of the key with the largest weight (ties: the first), −1 for a row that sees nothing. [..., T, N]"""
 
-    def __call__(self, view):
-        return TopWeights(1)(view)[1][..., 0]
+    def __call__(self, view, tile):
+        return TopWeights(1)(view, tile)[1][..., 0]
 
 
 @part
@@ -130,10 +128,10 @@ class TopWeights(Measure):
     def __post_init__(self):
         check_static_int("TopWeights", "k", self.k, 1)
 
-    def __call__(self, view):
-        weights = jnp.where(view.visible, view.weights, -jnp.inf)
+    def __call__(self, view, tile):
+        weights = jnp.where(tile.visible, view.weights, -jnp.inf)
         best, index = jax.lax.top_k(weights, min(self.k, weights.shape[-1]))
-        places = jnp.broadcast_to(view.key_positions, view.weights.shape)
+        places = jnp.broadcast_to(tile.key, view.weights.shape)
         seen = ~jnp.isneginf(best)
         found = jnp.where(seen, best, 0), jnp.where(seen, jnp.take_along_axis(places, index, -1), -1)
         short = [(0, 0)] * (best.ndim - 1) + [(0, self.k - best.shape[-1])]
@@ -144,8 +142,8 @@ class TopWeights(Measure):
 class Distance(Measure):
     """Σ_j p_ij |query position − key position|, p the row divided by its total; 0 without weight. [..., T, N]"""
 
-    def __call__(self, view):
-        apart = jnp.abs(view.query_positions - view.key_positions).astype(view.weights.dtype)
+    def __call__(self, view, tile):
+        apart = jnp.abs(tile.query - tile.key).astype(view.weights.dtype)
         return (_shares(view.weights) * apart).sum(-1)
 
 
@@ -163,8 +161,8 @@ class LagProfile(Measure):
     def __post_init__(self):
         check_static_int("LagProfile", "lags", self.lags, 1)
 
-    def __call__(self, view):
-        lag = view.query_positions - view.key_positions
+    def __call__(self, view, tile):
+        lag = tile.query - tile.key
         shape = view.weights.shape
         index = jnp.broadcast_to(jnp.where((lag >= 0) & (lag < self.lags), lag, self.lags), shape)
         flat, index = (x.reshape(*shape[:-2], -1) for x in (view.weights, index))
@@ -181,9 +179,9 @@ class RowsOf(Measure):
 
     over: ClassVar[Literal["rows", "sum"]] = "sum"
 
-    def __call__(self, view):
-        here = (jnp.asarray(self.positions)[:, None] == view.query_positions[..., 0, :, 0][..., None, None, :]) & (
-            view.query_positions[..., 0, :, 0][..., None, None, :] >= 0
+    def __call__(self, view, tile):
+        here = (jnp.asarray(self.positions)[:, None] == tile.query[..., 0, :, 0][..., None, None, :]) & (
+            tile.query[..., 0, :, 0][..., None, None, :] >= 0
         )
         weights = jnp.where(here.any(-2)[..., None], view.weights, 0)  # rows that are not asked for may be NaN
         return jnp.matmul(here.astype(weights.dtype), weights, precision=jax.lax.Precision.HIGHEST)
@@ -200,12 +198,12 @@ class Lookback(Measure):
 
     split: Int[Array, "*batch"] | int
 
-    def __call__(self, view):
+    def __call__(self, view, tile):
         split = jnp.asarray(self.split)[..., None, None, None]
-        before = view.key_positions < split
+        before = tile.key < split
 
         def mean(some: Array) -> Array:
-            some = some & view.visible
+            some = some & tile.visible
             return jnp.where(some, view.weights, 0).sum(-1) / jnp.maximum(some.sum(-1), 1)
 
         context, new = mean(before), mean(~before)

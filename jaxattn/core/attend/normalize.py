@@ -1,9 +1,9 @@
 """Normalisers: how scores become weights.
 
-A normaliser is a part with `weights(scores [..., N, T, S], visible) -> (weights, lse)` on whole rows. `lse` [..., N, T]
+A normaliser is a part with `weights(scores [..., N, T, S], tile) -> (weights, lse)` on whole rows. `lse` [..., N, T]
 is the log of a row's total weight before normalisation. A row that sees no key has weights 0, and its lse is the log of
-the mass that the normaliser has without keys: that of a null logit, else −inf. A normaliser that draws at random sets
-`positional = True` and is called with the positions [..., 1, T, 1] and [..., 1, 1, S] as well.
+the mass that the normaliser has without keys: that of a null logit, else −inf. `tile.visible` has the shape of the
+scores.
 
 One that can be computed a few keys at a time (a *streaming* normaliser) is defined by
 
@@ -17,13 +17,13 @@ the factor exp(reference − reference'). `finish` is ordinary JAX and may ignor
 """
 
 import abc
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxattn.core import noise
+from jaxattn.core.attend.tile import Tile
 from jaxattn.core.checks import check_positive, check_static_int
 from jaxattn.core.noise import Seed
 from jaxattn.core.numeric import in_range, largest, per_head, ratio
@@ -37,10 +37,8 @@ PerHead = Float[Array, ""] | Float[Array, " heads"] | float
 class Normalize(abc.ABC):
     """What a part must offer to stand in the normalize slot."""
 
-    positional: ClassVar[bool] = False
-
     @abc.abstractmethod
-    def weights(self, scores: Scores, visible: Bool[Array, "*b n t s"]) -> tuple[Scores, Rows]:
+    def weights(self, scores: Scores, tile: Tile) -> tuple[Scores, Rows]:
         """(weights, lse) of whole rows: the definition."""
 
 
@@ -59,9 +57,9 @@ class Streaming(Normalize):
     def finish(self, numerator: Float[Array, "*b n t v"], total: Rows, reference: Rows) -> tuple[Array, Rows]:
         """(out, lse) from the sums over keys."""
 
-    def weights(self, scores, visible):
+    def weights(self, scores, tile):
         """All keys at once. The weights are what reading the identity matrix gives."""
-        scores = jnp.where(visible, scores, -jnp.inf)
+        scores = jnp.where(tile.visible, scores, -jnp.inf)
         reference = jax.lax.stop_gradient(self.reference(scores))
         reference = jnp.where(jnp.isneginf(reference), 0, reference)
         weights = self.weight(scores, reference)
@@ -264,7 +262,8 @@ class Sparsemax(Normalize):
     lse is 0.
     """
 
-    def weights(self, scores, visible):
+    def weights(self, scores, tile):
+        visible = tile.visible
         x, inside = _support(scores, visible, 1)
         count = jnp.maximum(inside.sum(-1, keepdims=True), 1)
         threshold = (jnp.where(inside, x, 0).sum(-1, keepdims=True) - 1) / count
@@ -278,7 +277,8 @@ class Entmax15(Normalize):
     The 1.5-entmax: sparse like sparsemax and smooth like softmax, between the two. lse is 0.
     """
 
-    def weights(self, scores, visible):
+    def weights(self, scores, tile):
+        visible = tile.visible
         x, inside = _support(scores / 2, visible, 2)
         # On the support the threshold is an explicit function of the scores, so its derivatives of any order are right.
         count = jnp.maximum(inside.sum(-1, keepdims=True), 1).astype(scores.dtype)
@@ -300,8 +300,8 @@ class TopK(Normalize):
     def __post_init__(self):
         check_static_int("TopK", "k", self.k, 1)
 
-    def weights(self, scores, visible):
-        return Softmax().weights(scores, largest(scores, visible, self.k)[0])
+    def weights(self, scores, tile):
+        return Softmax().weights(scores, tile._replace(visible=largest(scores, tile.visible, self.k)[0]))
 
 
 @part
@@ -322,11 +322,10 @@ class OneHotSample(Normalize):
     key: Seed
     straight_through: bool = False
 
-    positional: ClassVar[bool] = True
-
-    def weights(self, scores, visible, query, key):  # type: ignore[override]
-        p, lse = Softmax().weights(scores, visible)
-        noisy = scores + noise.gumbel(noise.seeds(self.key, scores.shape[:-2]), query, key)
+    def weights(self, scores, tile):
+        visible = tile.visible
+        p, lse = Softmax().weights(scores, tile)
+        noisy = scores + noise.gumbel(noise.seeds(self.key, scores.shape[:-2]), tile.query, tile.key)
         drawn = jnp.where(visible, noisy, -jnp.inf).argmax(-1, keepdims=True)
         sample = visible & (jnp.arange(scores.shape[-1]) == drawn)
         log_p = jnp.where(sample, scores, 0).sum(-1) - jnp.where(jnp.isneginf(lse), 0, lse)
@@ -348,14 +347,13 @@ class Gumbel(Normalize):
     key: Seed
     temperature: Float[Array, ""] | Float[Array, " heads"] | float = 1.0
 
-    positional: ClassVar[bool] = True
-
     def __post_init__(self):
         check_positive("Gumbel", "temperature", self.temperature)
 
-    def weights(self, scores, visible, query, key):  # type: ignore[override]
-        noisy = scores + noise.gumbel(noise.seeds(self.key, scores.shape[:-2]), query, key).astype(scores.dtype)
-        return Softmax(temperature=self.temperature).weights(noisy, visible)
+    def weights(self, scores, tile):
+        seeds = noise.seeds(self.key, scores.shape[:-2])
+        noisy = scores + noise.gumbel(seeds, tile.query, tile.key).astype(scores.dtype)
+        return Softmax(temperature=self.temperature).weights(noisy, tile)
 
 
 def score_function(

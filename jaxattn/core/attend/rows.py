@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 
 from jaxattn.core.attend.call import Call, hide
 from jaxattn.core.attend.dense import read, weigh
+from jaxattn.core.attend.measure import View
+from jaxattn.core.attend.tile import Tile
 from jaxattn.core.mesh import vary_like
 
 # A block of queries has at most so many rows, and scores, over all heads and batch entries, of at most so many bytes.
@@ -29,7 +31,7 @@ def rows(call: Call, size: int | None) -> tuple[Float[Array, "*b t n v"], Float[
     if size is None:
         size = min(ROWS, max(8, ROW_BYTES // (4 * int(np.prod(batch)) * heads * call.key.shape[-3])))
     size = min(size, length)
-    halo = sum(each.halo for each in (*call.score_maps, *call.weight_maps))
+    halo = sum(each.halo for each in call.slots.maps)
     count = -(-length // size)
 
     def padded(x: Any, axis: int, fill: int) -> Array:
@@ -49,12 +51,12 @@ def rows(call: Call, size: int | None) -> tuple[Float[Array, "*b t n v"], Float[
         of_block = None
         if wrong_queries is not None:  # then there is no halo
             of_block = jax.lax.dynamic_slice_in_dim(wrong_queries, start, size, wrong_queries.ndim - 1)
-        view, wrong_rows = weigh(sub, wrong._replace(queries=of_block))
-        by_row = ("weights", "scores", "visible", "query_positions")
-        view = view._replace(**{name: getattr(view, name)[..., halo:, :] for name in by_row}, lse=view.lse[..., halo:])
-        return read(sub, view, wrong_rows)
+        view, tile, wrong_rows = weigh(sub, wrong._replace(queries=of_block))
+        view = View(view.weights[..., halo:, :], view.scores[..., halo:, :], view.lse[..., halo:])
+        tile = Tile(tile.query[..., halo:, :], tile.key, tile.visible[..., halo:, :])
+        return read(sub, view, tile, wrong_rows)
 
-    summed = [name for name, measure in call.measures.items() if measure.over == "sum"]
+    summed = [name for name, measure in call.slots.measures.items() if measure.over == "sum"]
 
     def step(totals: Any, start: Array) -> tuple:
         out, lse, measured = block(start)

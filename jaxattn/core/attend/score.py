@@ -1,36 +1,47 @@
 """Scores: how well a query matches a key.
 
-A score is a part called on a tile, `score(query [..., N, T, H], key [..., K, S, H]) -> [..., N, T, S]`, heads first,
-in float32 or better. Query head n belongs to key head n // (N / K). A score that reads positions as well sets
-`positional = True` and is called with those of the tile too, [..., 1, T, 1] and [..., 1, 1, S].
+A score is a part called on a tile, `score(query [..., N, T, H], key [..., K, S, H], tile) -> [..., N, T, S]`, heads
+first, in float32 or better. Query head n belongs to key head n // (N / K). The `Tile` says where both stand.
 """
 
+import abc
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxattn.core.attend.tile import Tile
 from jaxattn.core.matmul import accumulator, grouped_matmul, precision, product
 from jaxattn.core.part import part
 
+Scores = Float[Array, "*b n t s"]
 
-def mapped_scores(
-    score: Any, bias: Any, score_maps: tuple, query: Array, key: Array, visible: Any, *positions: Array
-) -> Array:
-    """score(q, k) + bias(positions), through the score maps: a tile of [..., N, T, S], in the accumulator's dtype."""
-    places = positions if getattr(score, "positional", False) else ()
-    scores = score(query, key, *places).astype(accumulator(query, key))
+
+class Score(abc.ABC):
+    """What a part must offer to stand in the score slot; see the head of this file."""
+
+    @abc.abstractmethod
+    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s h"], tile: Tile) -> Scores:
+        """How well each query matches each key, [..., N, T, S]."""
+
+
+def mapped_scores(score: Any, bias: Any, score_maps: tuple, query: Array, key: Array, tile: Tile) -> Scores:
+    """score(q, k) + bias, through the score maps: a tile of [..., N, T, S], in the accumulator's dtype.
+
+    `bias` is a part, the numbers it gave for this tile, or None.
+    """
+    scores = score(query, key, tile).astype(accumulator(query, key))
     if bias is not None:
-        scores = scores + bias(*positions).astype(scores.dtype)
+        scores = scores + (bias(tile) if callable(bias) else bias).astype(scores.dtype)
     for score_map in score_maps:
-        scores = score_map(scores, visible, *positions)
+        scores = score_map(scores, tile)
     return scores
 
 
 @part
-class Dot:
+class Dot(Score):
     """score = scale * q·k. `scale` is H**-0.5 unless given; an array scale is learned.
 
     Scaled dot-product attention (Vaswani et al., 2017). Raises ValueError if query and key head dims differ.
@@ -38,7 +49,7 @@ class Dot:
 
     scale: Float[Array, ""] | float | None = None
 
-    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s h"]) -> Float[Array, "*b n t s"]:
+    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s h"], tile: Tile) -> Scores:
         if query.shape[-1] != key.shape[-1]:
             raise ValueError(
                 f"query has head dim {query.shape[-1]} but key has {key.shape[-1]}: Dot needs them to be equal"
@@ -53,7 +64,7 @@ def _spread(heads: Float[Array, "*b k s h"], count: int) -> Float[Array, "*b n s
 
 
 @part
-class Bilinear:
+class Bilinear(Score):
     """score = qᵀ W k: the `general` score of Luong et al. (2015). W = I/√H is scaled dot product.
 
     `weight` [H, H'] is shared by the heads, or [N, H, H'] one per head; query and key head dims may differ.
@@ -61,7 +72,7 @@ class Bilinear:
 
     weight: Float[Array, "h g"] | Float[Array, "heads h g"]
 
-    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"]) -> Float[Array, "*b n t s"]:
+    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"], tile: Tile) -> Scores:
         rotated = jnp.matmul(
             query, self.weight, precision=precision(query, self.weight), preferred_element_type=accumulator(query)
         )
@@ -98,7 +109,7 @@ def _pairwise(
 
 
 @part
-class Additive:
+class Additive(Score):
     """score = vᵀ tanh(A q + B k)  (Bahdanau et al., 2015), shared by all heads.
 
     `query_weight` A [H, D], `key_weight` B [H', D], `vector` v [D]. A query-independent score if A = 0.
@@ -108,14 +119,14 @@ class Additive:
     key_weight: Float[Array, "g d"]
     vector: Float[Array, " d"]
 
-    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"]) -> Float[Array, "*b n t s"]:
+    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"], tile: Tile) -> Scores:
         dtype = accumulator(query, key)
         query, key = product(query.astype(dtype), self.query_weight), product(key.astype(dtype), self.key_weight)
         return _pairwise(lambda q, k: product(jnp.tanh(q + k), self.vector), query, _spread(key, query.shape[-3]))
 
 
 @part
-class Neural:
+class Neural(Score):
     """score = w₃ᵀ relu(W₂ᵀ relu(W₁ᵀ [q; k] + b₁) + b₂), a network on the pair, shared by all heads.
 
     Neural attention (2025). `w1` [H + H', D] reads the query with its first H rows and the key with the others; `b1`
@@ -130,7 +141,7 @@ class Neural:
     b2: Float[Array, " e"] | None = None
     w3: Float[Array, " e"] | None = None
 
-    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"]) -> Float[Array, "*b n t s"]:
+    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"], tile: Tile) -> Scores:
         width, deep = query.shape[-1], jnp.ndim(self.w2) == 2
         if jnp.shape(self.w1)[0] != width + key.shape[-1] or deep != (self.b2 is not None and self.w3 is not None):
             raise ValueError(
@@ -151,7 +162,7 @@ class Neural:
 
 
 @part
-class NegativeDistance:
+class NegativeDistance(Score):
     """score = −scale · |q − k|²: under softmax a Gaussian kernel of variance 1 / (2 scale).
 
     Equal to 2 scale · q·k − scale · |k|² up to a term that a row shares. `scale` is 1 / (2 √H) unless given, which is
@@ -160,7 +171,7 @@ class NegativeDistance:
 
     scale: Float[Array, ""] | float | None = None
 
-    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s h"]) -> Float[Array, "*b n t s"]:
+    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s h"], tile: Tile) -> Scores:
         if query.shape[-1] != key.shape[-1]:
             raise ValueError(
                 f"query has head dim {query.shape[-1]} but key has {key.shape[-1]}: NegativeDistance needs them equal"
@@ -179,7 +190,7 @@ class NegativeDistance:
 
 
 @part
-class PairSum:
+class PairSum(Score):
     """score = LeakyReLU(a·q + b·k), slope `negative_slope` below 0: graph attention (Veličković et al., 2018).
 
     `query_vector` a [H] or one per head [N, H], `key_vector` b [H'] or [N, H']. Without the LeakyReLU (slope 1) softmax
@@ -190,7 +201,7 @@ class PairSum:
     key_vector: Float[Array, " g"] | Float[Array, "heads g"]
     negative_slope: float = 0.2
 
-    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"]) -> Float[Array, "*b n t s"]:
+    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"], tile: Tile) -> Scores:
         dtype = accumulator(query, key)
         heads = (query.astype(dtype), self.query_vector), (_spread(key, query.shape[-3]).astype(dtype), self.key_vector)
         a, b = ((x * jnp.asarray(vector)[..., None, :]).sum(-1) for x, vector in heads)
@@ -198,7 +209,7 @@ class PairSum:
 
 
 @part
-class Location:
+class Location(Score):
     """score_ij = q_i · w_j with a learned vector per key position: what the key holds is ignored (Luong et al., 2015).
 
     `weight` [R, H], or [N, R, H] one table per head; key positions outside it score 0, and R = 1 is one vector for all.
@@ -206,9 +217,7 @@ class Location:
 
     weight: Float[Array, "positions h"] | Float[Array, "heads positions h"]
 
-    positional: ClassVar[bool] = True
-
-    def __call__(self, query, key, query_positions, key_positions):
+    def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s g"], tile: Tile) -> Scores:
         weight = jnp.asarray(self.weight)
         weight = weight if weight.ndim == 3 else weight[None]
         by_position = jnp.matmul(
@@ -217,7 +226,7 @@ class Location:
             precision=precision(query, weight),
             preferred_element_type=accumulator(query, weight),
         )
-        key_positions = jnp.minimum(key_positions, 0) if weight.shape[-2] == 1 else key_positions
+        key_positions = jnp.minimum(tile.key, 0) if weight.shape[-2] == 1 else tile.key
         inside = (key_positions >= 0) & (key_positions < weight.shape[-2])
         index = jnp.where(inside, key_positions, 0)
         index = index.reshape((1,) * (by_position.ndim - index.ndim) + index.shape)

@@ -27,6 +27,7 @@ from jaxattn.core.attend.call import Call, Guard, WrongKeys, guard_of, repeated,
 from jaxattn.core.attend.mask import visible
 from jaxattn.core.attend.schedule import Block, Kinds, Schedule, blocks_for, choose_block, fit, schedule
 from jaxattn.core.attend.score import mapped_scores
+from jaxattn.core.attend.tile import Tile
 from jaxattn.core.first_order import not_reversed, reverse_only
 from jaxattn.core.matmul import accumulator, grouped_matmul, matmul, one_batch_axis
 from jaxattn.core.mesh import mesh_axes, vary, vary_like
@@ -144,20 +145,21 @@ def _keys(plan: Plan, learned: Learned, given: Given, granule: Any, masked: bool
     return Keys(key, value, positions, poison, start, masked)
 
 
-def _shown(mask: Any, keys: Keys, positions: tuple[Array, Array]) -> Any:
-    """The mask on a tile, None where it shows all.
+def _tile(mask: Any, query_positions: Array, keys: Keys) -> Tile:
+    """The tile of these queries and keys.
 
     A branch that is always taken makes XLA hold the result. Otherwise it would put the mask into every loop over scores
     that reads it, and evaluate it anew for every head.
     """
+    positions = query_positions, keys.positions
     if not keys.masked:
-        return None
+        return Tile(*positions)
 
     def hidden(*positions: Array) -> Array:
         shown = visible(mask, *positions)
         return vary_like(jnp.zeros(shown.shape, bool), shown)
 
-    return jax.lax.cond(keys.start >= 0, partial(visible, mask), hidden, *positions)
+    return Tile(*positions, jax.lax.cond(keys.start >= 0, partial(visible, mask), hidden, *positions))
 
 
 def _over_keys(plan: Plan, learned: Learned, given: Given, row: Any, visit: Any, carry: Any) -> Any:
@@ -182,13 +184,12 @@ def _sums(plan: Plan, learned: Learned, given: Given, row: Any) -> Sums:
     query, query_positions = _queries(plan, learned, given, row)
 
     def visit(keys: Keys, sums: Sums | None) -> Sums:
-        positions = query_positions, keys.positions
-        shown = _shown(given.mask, keys, positions)
-        scores = mapped_scores(score, bias, score_maps, query, keys.key, shown, *positions)
+        tile = _tile(given.mask, query_positions, keys)
+        scores = mapped_scores(score, bias, score_maps, query, keys.key, tile)
         if keys.poison is not None:
             scores = scores + keys.poison
         if keys.masked:
-            scores = jnp.where(shown, scores, -jnp.inf)
+            scores = jnp.where(tile.visible, scores, -jnp.inf)
         reference = normalize.reference(scores)
         if sums is not None:
             reference = jnp.maximum(sums.reference, reference)
@@ -196,7 +197,7 @@ def _sums(plan: Plan, learned: Learned, given: Given, row: Any) -> Sums:
         weights = normalize.weight(scores, finite)
         total = weights.sum(-1)
         for weight_map in weight_maps:
-            weights = weight_map(weights, shown, *positions)
+            weights = weight_map(weights, tile)
         numerator = grouped_matmul(weights, keys.value.astype(weights.dtype))
         if sums is None:
             return Sums(numerator, total, reference)
@@ -293,27 +294,25 @@ def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Arr
 
         def visit(keys: Keys, carry: Any) -> Any:
             d_query, d_key, d_value, d_leaves, d_bias_leaves = carry
-            positions = query_positions, keys.positions
-            shown = _shown(given.mask, keys, positions)
+            tile = _tile(given.mask, query_positions, keys)
 
             def weights_of(query, key, bias_tile, leaves):
                 """The weights of the tile, and what weight maps make of them."""
                 score, score_maps, normalize, weight_maps = rebuild(leaves)
-                made = None if bias is None else lambda *_: bias_tile
-                scores = mapped_scores(score, made, score_maps, query, key, shown, *positions)
-                scores = jnp.where(shown, scores, -jnp.inf) if keys.masked else scores
+                scores = mapped_scores(score, bias_tile, score_maps, query, key, tile)
+                scores = jnp.where(tile.visible, scores, -jnp.inf) if keys.masked else scores
                 weights = normalize.weight(scores, sums.reference)
                 if not weight_maps:
                     return weights, None
                 mapped = weights
                 for weight_map in weight_maps:
-                    mapped = weight_map(mapped, shown, *positions)
+                    mapped = weight_map(mapped, tile)
                 return weights, mapped
 
             bias_tile: Any = None
             pull_bias: Any = None
             if bias is not None:
-                bias_tile, pull_bias = jax.vjp(lambda leaves: rebuild_bias(leaves)(*positions), bias_leaves)
+                bias_tile, pull_bias = jax.vjp(lambda leaves: rebuild_bias(leaves)(tile), bias_leaves)
             (weights, mapped), pull = jax.vjp(weights_of, query, keys.key, bias_tile, leaves)
             d_mapped = matmul(d_numerator_by_group, keys.value.astype(dtype), (-1, -1))
             d_mapped = d_mapped.reshape(weights.shape).astype(weights.dtype)
@@ -322,8 +321,8 @@ def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Arr
             d_query_here, d_key_here, d_bias, d_leaves_here = pull(d_weights)
             kept = weights if mapped is None else mapped
             d_value_here = matmul(transposed, kept.reshape(*transposed.shape[:-2], -1, kept.shape[-1]))
-            if hasattr(bias, "accumulate"):
-                total = rebuild_bias(d_bias_leaves).accumulate(d_bias, *positions)
+            if bias is not None and bias.accumulates:
+                total = rebuild_bias(d_bias_leaves).accumulate(d_bias, tile)
                 d_bias_leaves = inexact_leaves(total)[0]
             elif bias is not None:
                 d_bias_leaves = jax.tree.map(jnp.add, d_bias_leaves, pull_bias(d_bias)[0])
@@ -389,7 +388,7 @@ def tiled(
     call: Call, block: tuple[int, int] | None
 ) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:
     """(out, lse, {}) of a call whose parts work on tiles, in tiles of `block` = (queries, keys) or a fitting size."""
-    lengths = call.query.shape[-3], call.key.shape[-3]
+    lengths, slots = (call.query.shape[-3], call.key.shape[-3]), call.slots
 
     def positions_in_tiles(block: Block) -> tuple[Any, Any]:  # [*b, 1, qb, 1, bq] and [*b, #n, 1, g, granule]
         query, key = call.query_positions[..., 0], call.key_positions
@@ -402,7 +401,7 @@ def tiled(
         return query[..., None, :], key
 
     def index_of(block: Block) -> tuple[Schedule, Kinds]:
-        return schedule(call.mask, *positions_in_tiles(block), block.keys // block.granule)
+        return schedule(slots.mask, *positions_in_tiles(block), block.keys // block.granule)
 
     if block is None:
         blocks = blocks_for(lengths[0], call.key.size // lengths[1] * call.key.dtype.itemsize)
@@ -413,7 +412,7 @@ def tiled(
     queries = -(-lengths[0] // chosen.queries) * chosen.queries
     last = active.starts.max() if isinstance(active.starts, np.ndarray) else -(-lengths[1] // chosen.granule) - 1
     keys = max(lengths[1], int(last) * chosen.granule + chosen.keys)
-    weight_maps = call.weight_maps if call.dropout is None else (*call.weight_maps, call.dropout)
+    weight_maps = slots.weight_maps if slots.dropout is None else (*slots.weight_maps, slots.dropout)
     count = active.count
     visits = int(count.sum()) * chosen.keys / keys if isinstance(count, np.ndarray) else len(count)
     heads_first = visits > FEW_VISITS
@@ -424,15 +423,15 @@ def tiled(
         _pad(call.query, -3, queries),
         key,
         value,
-        (call.score, call.bias, call.score_maps, call.normalize, weight_maps),
+        (slots.score, slots.bias, slots.score_maps, slots.normalize, weight_maps),
     )
     positions = _pad(call.query_positions, -2, queries, fill=-1), _pad(call.key_positions, -1, keys, fill=-1)
     guard, wrong = guard_of(call), None
     if heads_first:
-        found = wrong_keys(guard, call.key, call.value, call.mask, call.query_positions, call.key_positions)
+        found = wrong_keys(guard, call.key, call.value, slots.mask, call.query_positions, call.key_positions)
         axes = zip(found, (-1, -2, -2), strict=True)
         wrong = WrongKeys(*(None if x is None else _pad(x, axis, keys) for x, axis in axes))
-    given = Given(call.mask, *jax.tree.map(jnp.asarray, (*positions, active, wrong)))
+    given = Given(slots.mask, *jax.tree.map(jnp.asarray, (*positions, active, wrong)))
     learned = vary(jax.tree.map(jnp.asarray, learned), mesh_axes((learned, given)))
     leaves, rebuild = inexact_leaves(learned)
     learned = rebuild(reverse_only(leaves, FIRST_ORDER))
