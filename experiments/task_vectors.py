@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments import decoders, function_classes
 from experiments.experiment import Claim, Curves, Result, at_least, at_most
-from jaxattn import icl, models, nn
+from jaxattn import icl, models, trace
 
 LINEAR = function_classes.Config(classes=("linear",))
 
@@ -107,9 +107,9 @@ def draw(config: Config, key: PRNGKeyArray) -> tuple[Any, Float[Array, "k p d"],
     return prompts, queries, jnp.einsum("kpd,kd->kp", queries, weights)
 
 
-def vectors(phi: Float[Array, "l n"], heads: Float[Array, "k l n d"]) -> nn.Add:
+def vectors(phi: Float[Array, "l n"], heads: Float[Array, "k l n d"]) -> trace.Layers:
     """v_l = Σ_h Φ_lh a_lh, added to the residual stream after layer l at every token; one per function."""
-    return nn.Add(jnp.einsum("ln,klnd->kld", phi, heads))
+    return trace.Layers(trace.Add(jnp.einsum("ln,klnd->kld", phi, heads)))
 
 
 def learned(config: Config, loss: Any, shape: tuple[int, ...]) -> tuple[Float[Array, "l n"], list[tuple[int, float]]]:
@@ -156,8 +156,8 @@ def run(config, seed, folder, console):
     effects = np.array([float(measure(*fit, vectors(each, heads))) for each in alone])
     chosen = alone[np.argsort(effects)[: config.top]].sum(0)
 
-    def instead(layer: int, streams: Float[Array, "k l d"]) -> nn.Put:
-        return nn.Put(streams, jnp.broadcast_to((jnp.arange(layers) == layer)[:, None], streams.shape))
+    def instead(layer: int, streams: Float[Array, "k l d"]) -> trace.Layers:
+        return trace.Layers(trace.Put(streams), jnp.broadcast_to(jnp.arange(layers) == layer, streams.shape[:2]))
 
     best = int(np.argmin([float(measure(*fit, instead(layer, streams))) for layer in range(layers)]))
     in_context = jax.jit(decoders.predictor(model))

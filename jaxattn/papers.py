@@ -249,7 +249,7 @@ PAPERS: tuple[Paper, ...] = (
         2025,
         "2502.05390",
         (
-            "jaxattn.nn.Add",
+            "jaxattn.trace.Add",
             "jaxattn.models.Decoder",
         ),
         (

@@ -673,3 +673,17 @@ def test_links_lead_somewhere(name):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", PAGES[target or name], flags=re.MULTILINE)
             assert anchor in map(slug, headings), f"{target}#{anchor}"
+
+
+def test_the_page_on_layers(page):
+    """What it records has the shapes it names, edits are felt, and its mixer decodes as it reads."""
+    layers = page("layers")
+    assert {name: x.shape for name, x in layers.tap.records.items()} == {"queries": (2, 10, 4, 8), "entropy": (2, 10, 4)}
+    assert (layers.records["entropy"].shape, layers.records["last"].shape) == ((3, 1, 12, 4), (3, 1, 1, 32))
+    assert (np.abs(layers.importance) > 0).all()
+    assert layers.damage.shape == (12,)
+    assert all(x > 0 for x in layers.effect)
+    for changed in (layers.steered, layers.cut, layers.marked):
+        assert np.abs(changed - layers.logits).max() > 1e-5
+    np.testing.assert_array_equal(layers.cut[:, :9], layers.logits[:, :9])
+    np.testing.assert_allclose(layers.by_token, layers.whole, atol=1e-6)

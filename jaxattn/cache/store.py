@@ -68,7 +68,7 @@ def append(
     if pinned is None and positions.shape[1] > capacity:
         raise ValueError(f"key has {positions.shape[1]} tokens but the cache has capacity {capacity}")
     if pinned is None:
-        check_room(cache, positions, positions.shape[1])
+        check_room(cache, positions)
     rows = jnp.arange(positions.shape[0])[:, None]
     slots = positions
     if pinned is not None:
@@ -85,21 +85,17 @@ def append(
     )
 
 
-def check_room(state: Any, positions: Int[Array, "#b t"] | None, length: int) -> None:
+def check_room(state: Any, positions: Int[Array, "#b t"]) -> None:
     """Raises ValueError if the state of attention, or one of a tuple of them, has no slot for one of the positions.
 
-    positions None: `length` tokens after the last that it holds. Positions and states that are traced, rings, and
-    states of other mixers are not looked at.
+    Positions that are traced, rings, and states of other mixers are not looked at.
     """
     if isinstance(state, tuple) and not isinstance(state, Cache):
         for each in state:
-            check_room(each, positions, length)
-    if not isinstance(state, Cache) or state.span is not None:
+            check_room(each, positions)
+    if not isinstance(state, Cache) or state.span is not None or isinstance(positions, jax.core.Tracer):
         return
-    held = state.positions if positions is None else positions
-    if isinstance(held, jax.core.Tracer):
-        return
-    last = int(np.max(np.asarray(held), initial=-1)) + (length if positions is None else 0)
+    last = int(np.max(np.asarray(positions), initial=-1))
     if last >= state.positions.shape[-1]:
         raise ValueError(
             f"positions reaches {last} but the state has capacity {state.positions.shape[-1]}: need at most "

@@ -81,8 +81,8 @@ def matching_loss(student: Decoder, teacher: Decoder) -> tuple[Any, Callable[...
 
     def loss_fn(params, batch, key):
         ids = batch["documents"]
-        _, _, records = teacher(batch["tokens"], mask=Documents(ids), record=("embed", "resid"))
-        inputs = jnp.concatenate([records["embed"][None], records["resid"][:-1]])
+        _, _, records = teacher(batch["tokens"], mask=Documents(ids), record=("resid_pre",))
+        inputs = records["resid_pre"]
         losses: list[Array] = []
         first = 0
         model = nnx.merge(graph, params, rest)

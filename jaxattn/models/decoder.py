@@ -1,7 +1,7 @@
 """The decoder-only language model: embedding, pre-norm layers from a list of specs, output projection."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn import nn
 from jaxattn.cache import check_room
-from jaxattn.core.attend.mask import Mask
 from jaxattn.core.checks import as_ids, check_array
 from jaxattn.models.config import DecoderConfig, Layer
-from jaxattn.nn import EDITED, SITES, Recorder
-from jaxattn.nn.parameter import linear_map, rms_norm, undecayed
+from jaxattn.nn.parameter import linear_map, normed, rms_norm, undecayed
+from jaxattn.nn.tap import OF_MODEL, SITES, At, Tap, as_edits, as_records, scanned
+from jaxattn.nn.tokens import Tokens
 
 DOCUMENTS = 8  # how many of them may be packed in a row behind meta tokens: each has its own
 
@@ -31,18 +31,27 @@ class Block(nnx.Module):
         self.feed_forward_norm = None if after is None else rms_norm(features, eps, dtype, rngs)
         self.feed_forward = None if after is None else after.build(features, dtype, rngs)
 
-    def __call__(self, x, positions, mask, state, record, shared, edits):
-        tap = Recorder(record, (*SITES, "kv"), edits)
-        y, state, records = self.mixer(
-            self.mixer_norm(x), context=shared, positions=positions, mask=mask, state=state, record=tuple(tap.record)
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites of the layer, in the order in which it comes to them."""
+        before, after = ("resid_pre", "mixer_norm_scale"), ("attn_out", "resid_mid")
+        inside = tuple(site for site in self.mixer.sites if site != "attn_out")
+        block = ("mlp_norm_scale", "mlp_pre", "mlp_post") if self.feed_forward is not None else ()
+        return (*before, *inside, *after, *block, "mlp_out", "resid")
+
+    def __call__(self, x, tokens, tap, state, shared, give):
+        inside = tap.only(set(self.mixer.sites) - {"attn_out"})
+        x = tap("resid_pre", x)
+        more = {} if give is None else {"give": give}
+        y, state = self.mixer(
+            normed(self.mixer_norm, x, tap, "mixer_norm_scale"), tokens, inside, state, shared, **more
         )
-        x = x + tap("attn_out", y)
+        x = tap("resid_mid", x + tap("attn_out", y))
         if self.feed_forward is None or self.feed_forward_norm is None:
             y = jnp.zeros_like(x)
         else:
-            y = self.feed_forward(self.feed_forward_norm(x))
-        x = tap("resid", x + tap("mlp_out", y))
-        return x, state, records | tap.records
+            y = self.feed_forward(normed(self.feed_forward_norm, x, tap, "mlp_norm_scale"), tap)
+        return tap("resid", x + tap("mlp_out", y)), state
 
 
 class Decoder(nnx.Module):
@@ -68,25 +77,32 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "b t"] | Float[Array, "b t inputs"],
         *,
         positions: Int[Array, "#b t"] | None = None,
-        mask: Mask | None = None,
+        mask: Any = None,
         state: Any = None,
-        record: tuple[str, ...] = (),
         edits: Mapping[str, Any] = {},
-    ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Array]]:
+        record: Any = (),
+    ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Any]]:
         """(logits, state, records).
 
-        positions [B, T] or [T] (default 0..T−1, or after the last one in `state`; −1 is padding); mask is and-ed with
-        each layer's own (for packed documents: `Documents(ids)`); state from `init_state` when decoding; record names
-        sites of `nn.SITES`, each returned with a leading layer axis (but `embed`). Tokens outside the
-        vocabulary, negative ones among them, give NaN logits there and wherever they are seen; those of padding are not
-        read. With meta tokens, records of the layers cover the row that begins with them, and a packed row may hold 8
-        documents: one of more is NaN.
+        Args:
+            tokens: [B, T] ints, or [B, T, inputs] vectors. Tokens outside the vocabulary, negative ones among them,
+                give NaN logits there and wherever they are seen; those of padding are not read.
+            positions: [B, T] or [T], default 0..T−1, or after the last one in `state`; −1 is padding.
+            mask: And-ed with each layer's own; `Documents(ids)` for packed documents.
+            state: From `init_state` when decoding.
+            edits: Site of `trace.SITES` -> what is changed there: an edit, or several in a tuple that act one after
+                the other. An edit is shared by all layers that have the site; `Layers(edit)` has arrays by layer, and
+                {layer: edit} acts in single layers.
+            record: Names of sites, each kept whole; or name -> (site, reducer). Records of layers have a leading layer
+                axis; they are a list by layer, with None for layers without the site, where shapes differ.
 
-        edits: site of `nn.EDITED` -> a part that is called on the value there, [B, T, D], and says what to go on with;
-        its arrays carry a leading layer axis, so that each layer has its own.
+        With meta tokens, what is edited and recorded in the layers covers the row that begins with them, and a packed
+        row may hold 8 documents: one of more is NaN.
 
-        Raises TypeError for tokens that are no array of the right kind, and ValueError for none, unknown sites, edits
-        without a layer axis, and if a site's shape differs between layers.
+        Raises:
+            TypeError: For tokens that are no array of the right kind, and for what is no edit or reducer.
+            ValueError: For no tokens, unknown sites, sites that no layer has, edits without a layer axis, and layers
+                that there are not.
         """
         check_array("tokens", tokens)
         given, inputs = f"{tokens.dtype}{list(tokens.shape)}", self.config.inputs
@@ -96,23 +112,29 @@ class Decoder(nnx.Module):
             raise TypeError(f"tokens must be integers [batch, length], got {given}")
         if 0 in tokens.shape:
             raise ValueError(f"tokens has shape {tokens.shape}: need at least one row of at least one token")
-        self._check_edits(edits)
-        tap = Recorder(record)
+        after = None if state is None else self.reached(state)
+        row = Tokens.of(tokens, positions=positions, mask=mask, after=after)
+        changes, asked = as_edits(edits, sum(self.lengths)), as_records(record)
+        of_model = {site: each for site, each in changes.items() if site in OF_MODEL}
+        tap = Tap(of_model, {name: each for name, each in asked.items() if each[0] in OF_MODEL}).at(row)
         x = tap("embed", self.embed(tokens) if inputs else self.embedded(tokens, positions))
-        if self.meta is None:
-            x, state, records = self.layers(x, positions=positions, mask=mask, state=state, record=record, edits=edits)
-        elif state is None:
-            longer = nn.with_prefix(self.meta[...], x, positions, mask, DOCUMENTS)
-            x, _, records = self.layers(
-                longer.x, positions=longer.positions, mask=longer.mask, record=record, edits=edits
-            )
-            x = longer.strip(x)
-        else:
-            positions = None if positions is None else nn.after_prefix(positions, self.config.meta_tokens)
-            x, state, records = self.layers(x, positions=positions, mask=mask, state=state, record=record, edits=edits)
-        logits = self.final_norm(x)
-        logits = self.embed.attend(logits) if self.head is None else self.head(logits)
+        strip: Callable[[Array], Array] = lambda y: y  # noqa: E731
+        if self.meta is not None and state is None:
+            x, row, strip = nn.with_prefix(self.meta[...], x, row, DOCUMENTS)
+        elif self.meta is not None:
+            row = row.moved(nn.after_prefix(row.positions, self.config.meta_tokens))
+        asked = {name: each for name, each in asked.items() if each[0] not in OF_MODEL}
+        changes = {site: each for site, each in changes.items() if site not in OF_MODEL}
+        x, state, records = self.layers(x, row, state=state, edits=changes, record=asked)
+        x = tap("final_norm", normed(self.final_norm, strip(x), tap, "final_norm_scale"))
+        logits = tap("logits", self.embed.attend(x) if self.head is None else self.head(x))
         return logits, state, tap.records | records
+
+    def reached(self, state: Any) -> Int[Array, " b"]:
+        """The position after the last token that a state holds, not counting meta tokens."""
+        graph, arrays = nnx.split(self.runs[0])
+        first = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays))
+        return first.mixer.reached(jax.tree.map(lambda x: x[0], state[0])) - self.config.meta_tokens
 
     def embedded(self, tokens: Int[Array, "b t"], positions: Int[Array, "#b t"] | None) -> Float[Array, "b t d"]:
         """The embedding of each token: NaN outside the vocabulary, and that of token 0 where that is padding (−1)."""
@@ -125,54 +147,71 @@ class Decoder(nnx.Module):
     def layers(
         self,
         x: Float[Array, "b t d"],
+        tokens: Tokens | None = None,
         *,
-        positions: Int[Array, "#b t"] | None = None,
-        mask: Mask | None = None,
         state: Any = None,
-        record: tuple[str, ...] = (),
         edits: Mapping[str, Any] = {},
-    ) -> tuple[Float[Array, "b t d"], Any, dict[str, Array]]:
+        record: Any = (),
+    ) -> tuple[Float[Array, "b t d"], Any, dict[str, Any]]:
         """(x after all layers, state, records): the model between embedding and final norm, without its meta tokens."""
-        check_room(state, positions, x.shape[1])  # here, since the layers are traced
+        if tokens is None:
+            after = None if state is None else self.reached(state) + self.config.meta_tokens
+            tokens = Tokens.of(x, after=after)
+        check_room(state, tokens.positions)  # here, since the layers are traced
+        changes, asked = as_edits(edits, sum(self.lengths)), as_records(record)
+        self._check_sites(changes, asked)
         states, recorded = [], []
         shared: nn.KeyValue | None = None
         first = 0
         for number, (run, length) in enumerate(zip(self.runs, self.lengths, strict=True)):
             gives = not self.reads[number] and self.reads[number + 1 : number + 2] == (True,)
-            asked, given = (*record, "kv") if gives else record, shared if self.reads[number] else None
+            given = shared if self.reads[number] else None
+            of_run = {name: each for name, each in asked.items() if each[0] in run.sites}
+            sliced, edits_of = scanned(changes, first, length, run.sites)
 
             # Scanned as plain arrays: unlike `nnx.scan` this also works where the model is a constant of a JAX loop.
             graph, arrays = nnx.split(run)
 
-            def layer(x, slices, graph=graph, asked=asked, given=given):
+            def layer(carry, slices, graph=graph, given=given, of_run=of_run, edits_of=edits_of, gives=gives):
+                x, keys = carry
                 arrays, state, edits = slices
                 block = nnx.merge(graph, arrays)
-                x, state, records = block(x, positions, mask, state, asked, given, edits)
-                return x, (state, records, nnx.state(block, nnx.RngCount))
+                tap = Tap(edits_of(edits), of_run).at(tokens)
+                give: dict[str, Any] | None = {} if gives else None
+                x, state = block(x, tokens, tap, state, given, give)
+                keys = keys if give is None else give["keys"]
+                return (x, keys), (state, tap.records, nnx.state(block, nnx.RngCount))
 
-            own = jax.tree.map(lambda each, first=first, last=first + length: each[first:last], dict(edits))
-            x, (new_state, records, counts) = jax.lax.scan(
-                layer, x, (arrays, None if state is None else state[number], own)
-            )
+            own = arrays, None if state is None else state[number], sliced
+            keys = None
+            if gives:  # what the carry begins with has the shapes of what the first layer gives
+                one = jax.tree.map(lambda x: x[0], own)
+                shapes = jax.eval_shape(lambda x, one, layer=layer: layer((x, None), one)[0][1], x, one)
+                keys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (x, shared), (new_state, records, counts) = jax.lax.scan(layer, (x, keys), own)
             first += length
             if not run.deterministic:
                 nnx.update(run, counts)
-            if gives:
-                shared = jax.tree.map(lambda x: x[-1], records.pop("kv"))
             states.append(new_state)
             recorded.append(records)
-        return x, None if state is None else tuple(states), _join(recorded)
+        return x, None if state is None else tuple(states), _join(recorded, self.lengths)
 
-    def _check_edits(self, edits: Mapping[str, Any]) -> None:
-        if unknown := set(edits) - set(EDITED):
-            raise ValueError(f"edits names {sorted(unknown)}: need some of {list(EDITED)}")
-        for site, edit in edits.items():
-            for leaf in jax.tree.leaves(edit):
-                shape = getattr(leaf, "shape", repr(leaf))
-                if shape[:1] != (sum(self.lengths),):
-                    raise ValueError(
-                        f"edits[{site!r}] has a leaf {shape}: need a part of arrays, {sum(self.lengths)} layers first"
-                    )
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All sites of the model."""
+        return tuple(site for site in SITES if site in OF_MODEL or any(site in run.sites for run in self.runs))
+
+    def _check_sites(self, edits: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        by_layer = [run.sites for run, length in zip(self.runs, self.lengths, strict=True) for _ in range(length)]
+        for name, (site, _) in record.items():
+            if not any(site in sites for sites in by_layer):
+                raise ValueError(f"record {name!r} is of {site!r}, which no layer has: need one of {list(self.sites)}")
+        for site, entries in edits.items():
+            for entry in entries:
+                one = isinstance(entry, At)
+                if not any(site in sites for sites in (by_layer[entry.layer : entry.layer + 1] if one else by_layer)):
+                    where = f"layer {entry.layer} does not have" if one else "no layer has"
+                    raise ValueError(f"edits has the site {site!r}, which {where}: need one of {list(self.sites)}")
 
     def init_state(self, batch: int, capacity: int) -> Any:
         """What decoding sequences of at most `capacity` tokens starts from: a pytree, one entry per run of layers.
@@ -217,15 +256,18 @@ def _stack(spec: Layer, length: int, config: DecoderConfig, rngs: nnx.Rngs) -> B
     return create(rngs)
 
 
-def _join(recorded: list[dict[str, Array]]) -> dict[str, Array]:
-    """Records of runs [layers, ...] as records of the model [L, ...]."""
-    joined = {}
-    for site in recorded[0]:
-        if not all(site in records for records in recorded):
-            raise ValueError(f"record {site!r} is not there in every layer: need sites that all of them have")
-        values = [records[site] for records in recorded]
-        shapes = {value.shape[1:] for value in values}
-        if len(shapes) > 1:
-            raise ValueError(f"record {site!r} has different shapes in different layers, {sorted(shapes)}")
-        joined[site] = jnp.concatenate(values)
+def _join(recorded: list[dict[str, Any]], lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Records of runs [layers, ...] as records of the model: [L, ...] where shapes agree, else a list by layer."""
+    joined: dict[str, Any] = {}
+    for name in dict.fromkeys(itertools.chain(*recorded)):
+        of_runs = [records.get(name) for records in recorded]
+        kinds = {tuple((x.shape[1:], x.dtype) for x in jax.tree.leaves(each)) for each in of_runs}
+        if None not in of_runs and len(kinds) == 1:
+            joined[name] = jax.tree.map(lambda *x: jnp.concatenate(x), *of_runs)
+            continue
+        joined[name] = [
+            None if each is None else jax.tree.map(lambda x, layer=layer: x[layer], each)
+            for each, length in zip(of_runs, lengths, strict=True)
+            for layer in range(length)
+        ]
     return joined

@@ -21,7 +21,7 @@ from jaxattn.models.config import Attention, DecoderConfig
 from jaxattn.models.decoder import Decoder
 from jaxattn.nn.packing import scan_segments, where_row
 from jaxattn.nn.parameter import linear_map, rms_norm, undecayed
-from jaxattn.nn.recurrent import segments_of
+from jaxattn.nn.tokens import Tokens
 
 Condense = Literal["fold", "queries"]
 
@@ -104,13 +104,12 @@ class FoldedDecoder(nnx.Module):
             raise TypeError(f"tokens must be integers [batch, length], not empty, got {got}")
         if record:
             raise ValueError(f"record is {record}: a decoder that runs segment by segment records nothing")
-        segments = segments_of(mask, *tokens.shape)
+        row = Tokens.of(tokens, positions=positions, mask=mask)
+        segments, seen = row.segments(len(tokens)), row.seen(len(tokens))
         if segments is not None and state is not None:
             raise ValueError("mask has documents and a state is given: need one or the other")
-        seen = jnp.ones(tokens.shape, bool) if positions is None else jnp.broadcast_to(positions, tokens.shape) >= 0
         x = self.decoder.embedded(tokens, positions)
         if state is None:
-            seen = seen if segments is None else seen & (segments >= 0)
             given: dict[str, Any] = {"size": self.segment, "documents": self.documents, "bptt": self.bptt}
             x = scan_segments(self._segment, self._start(len(x)), x, seen, segments, **given)
         else:
@@ -132,7 +131,8 @@ class FoldedDecoder(nnx.Module):
         of_carry = jnp.broadcast_to(jnp.arange(self.carry), (batch, self.carry))
         of_x = jnp.where(filled, self.carry + jnp.arange(self.segment), -1)
         both = jnp.concatenate([self.enter(self.norm(carry)), x], 1)
-        tops, _, _ = self.decoder.layers(both, positions=jnp.concatenate([of_carry, of_x], 1))
+        tokens = Tokens.of(both, positions=jnp.concatenate([of_carry, of_x], 1))
+        tops, _, _ = self.decoder.layers(both, tokens)
         return self._condense(tops), tops[:, self.carry :]
 
     def _condense(self, tops: Float[Array, "b m+w d"]) -> Float[Array, "b m d"]:
@@ -163,8 +163,8 @@ class FoldedDecoder(nnx.Module):
                 return where_row(opens, tops, held[0]), jax.tree.map(partial(each_layer, opens), keys, held[1])
 
             tops, keys = jax.lax.cond(opens.any(), opened, lambda: held)
-            positions = jnp.where(seen, self.carry + place, -1)[:, None]
-            top, keys, _ = self.decoder.layers(x[:, None], positions=positions, state=keys)
+            tokens = Tokens.of(x[:, None], positions=jnp.where(seen, self.carry + place, -1)[:, None])
+            top, keys, _ = self.decoder.layers(x[:, None], tokens, state=keys)
             tops = tops.at[row, jnp.where(seen, self.carry + place, tops.shape[1])].set(top[:, 0], mode="drop")
             return {"tops": tops, "keys": keys, "count": state["count"] + seen}, top[:, 0]
 

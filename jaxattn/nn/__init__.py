@@ -2,13 +2,14 @@
 
 Every token mixer has one protocol:
 
-    mixer(x, *, context=None, positions=None, mask=None, state=None, record=()) -> (y, state, records)
+    mixer(x, tokens, tap, state=None, context=None) -> (y, state)
     mixer.init_state(batch, capacity) -> state      for positions below `capacity`
 
-`state` is what decoding carries (None outside it), `records` a dict of the sites named in `record`.
+`Tokens` says what stands where, `Tap` what is to be changed and seen, and `state` is what decoding carries (None
+outside it). All but x may be left out.
 """
 
-from jaxattn.nn.attention import ConvolvedState, KeyValue, MultiHeadAttention
+from jaxattn.nn.attention import Context, ConvolvedState, KeyValue, MultiHeadAttention
 from jaxattn.nn.feed_forward import FeedForward
 from jaxattn.nn.hybrid import Chain, Parallel
 from jaxattn.nn.learned import (
@@ -40,26 +41,28 @@ from jaxattn.nn.mechanisms import (
     ShortConvolution,
 )
 from jaxattn.nn.merged import LinearSelfAttention, SoftmaxHeads
+from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.prefix import Prefixed, after_prefix, with_prefix
 from jaxattn.nn.recurrent import Inputs, LearningInputs, LinearInputs, Mechanism, Passed, Past, Recurrent
-from jaxattn.nn.sites import EDITED, SITES, Add, Put, Recorder
 from jaxattn.nn.state_space import S6, Mamba2, mimetic_initialization
+from jaxattn.nn.tap import SITES, Edit, Layers, Reducer, Tap, Whole
 from jaxattn.nn.titans import MemoryAsContext, memory_as_gate, memory_as_layer
+from jaxattn.nn.tokens import Tokens
 
 __all__ = [
-    "EDITED",
     "GLA",
     "HGRN2",
     "RWKV7",
     "S6",
     "SITES",
     "TTT",
-    "Add",
     "AdditiveScore",
     "BilinearScore",
     "Chain",
+    "Context",
     "ConvolvedState",
     "DeltaNet",
+    "Edit",
     "FeedForward",
     "GatedConvolution",
     "HeadMixing",
@@ -69,6 +72,7 @@ __all__ = [
     "KeyQueryConvolution",
     "KeyValue",
     "Latte",
+    "Layers",
     "LearnedTemperature",
     "LearningInputs",
     "LinearAttention",
@@ -79,6 +83,7 @@ __all__ = [
     "Mamba2",
     "Mechanism",
     "MemoryAsContext",
+    "Mixer",
     "MultiHeadAttention",
     "NeuralMemory",
     "NeuralScore",
@@ -88,14 +93,16 @@ __all__ = [
     "Past",
     "Prefixed",
     "Projections",
-    "Put",
     "RandomFeatureMap",
-    "Recorder",
     "Recurrent",
+    "Reducer",
     "RelativePositionBias",
     "RetNet",
     "ShortConvolution",
     "SoftmaxHeads",
+    "Tap",
+    "Tokens",
+    "Whole",
     "after_prefix",
     "memory_as_gate",
     "memory_as_layer",

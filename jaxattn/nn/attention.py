@@ -1,7 +1,7 @@
 """Multi-head attention: projections around `attend`, with every slot an argument."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,32 +10,37 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxattn.cache import Cache, append, by_position, empty, unseen
-from jaxattn.core.attend.api import Implementation, attend, attention_weights
+from jaxattn.core.attend.api import Implementation, attend
 from jaxattn.core.attend.maps import Dropout
-from jaxattn.core.attend.mask import Mask, Within, as_mask, documents_of, places_in_documents
-from jaxattn.core.attend.measure import Measure
 from jaxattn.core.attend.normalize import Softmax
 from jaxattn.core.attend.position import RotaryScaling, rotary, rotary_channels
 from jaxattn.core.attend.score import Dot
+from jaxattn.core.attend.slots import Slots
 from jaxattn.core.checks import check_array
-from jaxattn.core.table import take
 from jaxattn.nn.mechanisms import ShortConvolution
+from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.parameter import linear_map, rms_norm
-from jaxattn.nn.recurrent import Past, may_be_padded, segments_of
-from jaxattn.nn.sites import SITES, Recorder
+from jaxattn.nn.recurrent import Past
+from jaxattn.nn.tap import Tap, Whole
+from jaxattn.nn.tokens import Tokens
 
 
 class KeyValue(NamedTuple):
     """Keys and values as attention meets them, for layers that share those of an earlier one.
 
-    They are rotated, and with a state they are all that it holds. positions: of the keys, and of the queries that came
-    with them; None: 0, 1, ...
+    They are rotated, and with a state they are all that it holds. positions: of the keys; None: 0, 1, ...
     """
 
     key: Float[Array, "b s k h"]
     value: Float[Array, "b s k h"]
-    key_positions: Int[Array, "b s"] | None
-    query_positions: Int[Array, "#b t"] | None
+    positions: Int[Array, "#b s"] | None
+
+
+class Context(NamedTuple):
+    """Another sequence that attention reads: x [B, S, C], and what stands where in it (by default 0..S−1)."""
+
+    x: Float[Array, "b s c"]
+    tokens: Tokens | None = None
 
 
 class ConvolvedState(NamedTuple):
@@ -45,7 +50,7 @@ class ConvolvedState(NamedTuple):
     past: dict[str, Array]
 
 
-class MultiHeadAttention(nnx.Module):
+class MultiHeadAttention(Mixer):
     """y = W_o concat_n(z_n),  z = attend(q, k, v),  q = W_q x,  k = W_k c,  v = W_v c,  with c = context or x.
 
     features: D of x and y. heads: N. key_heads: K (grouped heads; default N, a divisor of N). head_dim: H, default
@@ -54,19 +59,18 @@ class MultiHeadAttention(nnx.Module):
     rotary_scaling: how positions beyond those of training are read, e.g. `Yarn(4.0, 2048)`; the rotated channels of q
     and k are multiplied by its `attention_scale`.
     qk_norm: RMS norm of q and k over H with learned gains and `eps`, before rotation. gate: z ⊙ σ(W_g x) before W_o.
-    own_keys: False for a layer without W_k and W_v, which reads those of another: `context` is then the record `kv` of
-    that layer, a `KeyValue` (cross-layer sharing). project: False for no W_o, so that y has N·H channels.
+    own_keys: False for a layer without W_k and W_v, which reads those of another (cross-layer sharing): `context` is
+    then the `KeyValue` of that layer, see `give`. project: False for no W_o, so that y has N·H channels.
     convolution: the width of a short causal convolution of q, k and v per channel, after their projection; 0 for none.
     dropout: rate on the attention weights, active unless `deterministic` (see `nnx.Module.train` and `eval`).
     mask: in packed rows (`Documents`) it is meant within each document, so that `Sinks(4)` are the first of each.
     score, bias, mask, normalize: parts, or modules that own `nnx.Param`s and return a part when called without
     arguments (`jaxattn.nn.learned`). score_maps, weight_maps: tuples of such. Arrays of a part that is given directly
     are constants: they are not trained.
-    measures: names and measures. Each name is one more site to record; a measure is computed when it is recorded.
     dtype: of the computation (parameters are float32).
 
-    Raises ValueError for sizes that do not divide, cross-attention with rotary positions, dropout without a stream, and
-    measures with the name of a site; TypeError for maps that are not in a tuple and measures that are not in a dict.
+    Raises ValueError for sizes that do not divide, cross-attention with rotary positions, and dropout without a
+    stream; TypeError for maps that are not in a tuple.
     """
 
     def __init__(
@@ -94,7 +98,6 @@ class MultiHeadAttention(nnx.Module):
         normalize: Any = Softmax(),
         score_maps: Sequence[Any] = (),
         weight_maps: Sequence[Any] = (),
-        measures: Mapping[str, Measure] = MappingProxyType({}),
         implementation: Implementation = "auto",
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -126,11 +129,6 @@ class MultiHeadAttention(nnx.Module):
             if not isinstance(maps, list | tuple):
                 raise TypeError(f"{name} must be a tuple such as (SoftCap(50.0),), got {type(maps).__name__}")
         self.score_maps, self.weight_maps = nnx.data(tuple(score_maps)), nnx.data(tuple(weight_maps))
-        if not isinstance(measures, Mapping):
-            raise TypeError(f'measures must be a dict such as {{"entropy": Entropy()}}, got {type(measures).__name__}')
-        if taken := set(measures) & set(SITES):
-            raise ValueError(f"measures have the names of sites, {sorted(taken)}: need others")
-        self.measures = nnx.data(dict(measures))
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return linear_map(inputs, outputs, dtype, rngs, use_bias=use_bias)
@@ -160,113 +158,132 @@ class MultiHeadAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        *,
-        context: Float[Array, "b s c"] | KeyValue | None = None,
-        positions: Int[Array, "#b t"] | None = None,
-        mask: Mask | None = None,
+        tokens: Tokens | None = None,
+        tap: Tap | None = None,
         state: Cache | ConvolvedState | None = None,
-        record: tuple[str, ...] = (),
-    ) -> tuple[Float[Array, "b t d"], Cache | ConvolvedState | None, dict[str, Array]]:
+        context: Context | KeyValue | Array | None = None,
+        give: dict[str, Any] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Cache | ConvolvedState | None]:
         """Self-attention over x, or cross-attention from x to `context`, or to the keys of another layer.
 
-        positions [B, T] or [T]; −1 marks padding, which is not seen. `mask` is and-ed with the module's own. With a
-        `state` from `init_state` the new tokens are appended to it and see what it holds. Positions default to
-        0..T−1, and with a state to those after the last one it holds.
+        Args:
+            x: [B, T, D].
+            tokens: What stands where; by default 0..T−1, and with a state the places after the last that it holds.
+                Their mask is and-ed with the module's own.
+            tap: Edits and records at the sites of this class. Its measures are taken in the one call to `attend`.
+            state: From `init_state`: the new tokens are appended to it and see what it holds.
+            context: Another sequence for cross-attention, or with own_keys=False the `KeyValue` of another layer.
+            give: Takes under "keys" the `KeyValue` for layers without keys of their own.
 
-        `record` names sites of `nn.SITES`, measures by the names they were given (a measure's record is what it says in
-        its docstring, with a batch axis), and `kv`, the `KeyValue` for a layer without keys of its own. Such a layer
-        has no state of its own either, and its positions are those of the layer it reads.
+        Returns:
+            y [B, T, D], and the state after these tokens.
 
-        Raises ValueError for unknown sites and inputs of another width, and for a state under a map that reads other
-        queries (`Temporal`, a `Convolution` of more than one query), which a cache of keys does not keep. With
-        `convolution` also for a context, for documents together with a state, and for a `mask` other than None,
-        `Causal()` and `Documents(ids)`, which say which tokens follow each other.
+        Raises:
+            ValueError: For unknown sites and inputs of another width, and for a state under a map that reads other
+                queries (`Temporal`, a `Convolution` of more than one query), which a cache of keys does not keep. With
+                `convolution` also for a context, for documents together with a state, and for a mask of the tokens
+                other than None, `Causal()` and `Documents(ids)`, which say which tokens follow each other.
         """
         check_array("x", x)
-        mask = as_mask(mask)
-        tap = Recorder(record, (*SITES, *self.measures, "kv"))
-        shared = context if isinstance(context, KeyValue) else None
-        if (self.key is None) != (shared is not None):
+        held, past = (state.cache, state.past) if isinstance(state, ConvolvedState) else (state, {})
+        held = None if self.key is None else held  # a layer that reads the keys of another holds none
+        tokens, tap = self.started(x, tokens, tap, held)
+        source = self._source(x, context, held)
+        if held is not None:
+            _check_rows_alone(*(tuple(map(_part, maps)) for maps in (self.score_maps, self.weight_maps)))
+        x = tokens.clean(x)
+        convolved = self._past(x, tokens, past) if self.convolution else None
+
+        query = tap("q_rotated", self.turn(tap("q", self.queries(x, convolved)), tokens.positions))
+        if isinstance(source, KeyValue):
+            keys = source
+        else:
+            at = tokens if source is None else tokens_of(source)
+            key, value = self.keys_and_values(x if source is None else at.clean(source.x), convolved)
+            key, value = tap("k", key), tap("v", value)
+            key = tap("k_rotated", self.turn(key, at.positions))
+            keys, held = self._stored(KeyValue(key, value, at.known), tokens, held)
+        if give is not None:
+            give["keys"] = keys
+        z = self._attend(query, keys, tokens, tap, held)
+        y = tap("attn_out", self.merge(tap("z", z), x))
+        if held is None:
+            return y, state
+        return y, held if convolved is None else ConvolvedState(held, convolved.kept)
+
+    @property
+    def sites(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of attention; without own keys none of keys and values."""
+        keys = () if self.key is None else ("k", "v", "k_rotated")
+        return ("q", "q_rotated", *keys, "scores", "weights", "lse", "z", "attn_out")
+
+    def _source(self, x: Array, context: Any, held: Any) -> Context | KeyValue | None:
+        """The context as it is read, checked."""
+        context = Context(context) if hasattr(context, "dtype") else context
+        shared = isinstance(context, KeyValue)
+        if (self.key is None) != shared:
             raise ValueError("context must be the KeyValue of another layer where own_keys=False, and only there")
-        if shared is None and context is not None and (state is not None or self.rotary_base is not None):
+        if isinstance(context, Context) and (held is not None or self.rotary_base is not None):
             raise ValueError("cross-attention takes no state and no rotary positions: need rotary_base=None")
         if context is not None and self.convolution:
             raise ValueError("context is given: a convolution sees only tokens of one sequence, need convolution=0")
-        source = x if context is None or isinstance(context, KeyValue) else context
-        for name, given, project in (("x", x, self.query), ("context", source, self.key)):
+        read = context.x if isinstance(context, Context) else x
+        for name, given, project in (("x", x, self.query), ("context", read, self.key)):
             if project is not None and (given.ndim != 3 or given.shape[-1] != project.in_features):
                 raise ValueError(f"{name} has shape {given.shape}: need [batch, length, {project.in_features}]")
-        score_maps, weight_maps = (tuple(map(_part, maps)) for maps in (self.score_maps, self.weight_maps))
-        if state is not None:
-            _check_rows_alone(score_maps, weight_maps)
+        return context
+
+    def _stored(self, new: KeyValue, tokens: Tokens, held: Cache | None) -> tuple[KeyValue, Cache | None]:
+        """The keys and values to attend to, and the state with the new ones in it."""
+        if held is None:
+            return new, None
+        positions = jnp.broadcast_to(tokens.positions, new.key.shape[:2])
         own = _part(self.mask)
-        ids = None if state is not None else documents_of(mask)
-        if may_be_padded(positions) or ids is not None:  # padding may hold anything, and must not reach a gradient
-            at = jnp.arange(x.shape[-2]) if positions is None else jnp.asarray(positions)
-            there = at >= 0 if ids is None else take(jnp.asarray(ids), at, grid=1, fill=-1) >= 0
-            x = jnp.where(there[..., None], x, 0)
-            source = x if context is None or isinstance(context, KeyValue) else context
-        earlier: dict[str, Array] = {}
-        if isinstance(state, ConvolvedState):
-            state, earlier = state
-        past = self._past(x, positions, mask, earlier) if self.convolution else None
-        query = tap("q", self.queries(x, past))
-        if shared is not None:
-            key, value, key_positions, positions = shared
-            query = self.turn(query, positions)
-        else:
-            key, value = self.keys_and_values(source, past)
-            key, value = tap("k", key), tap("v", value)
-            if state is not None:
-                after = state.positions.max(-1, keepdims=True) + 1 + jnp.arange(x.shape[-2])
-                positions = after if positions is None else jnp.broadcast_to(positions, x.shape[:-1])
-            query, key = self.turn(query, positions), self.turn(key, positions)
-            key_positions = positions if context is None else None
-            if state is not None and positions is not None:
-                held, reach = state, own.reach if own is not None and state.span is not None else None
-                state = append(state, key, value, positions, None if reach is None else reach.first)
-                if reach is None or x.shape[-2] == 1:
-                    key, value, key_positions = state.key, state.value, state.positions
-                else:  # a token may need what the last of them has already put out of the ring
-                    pairs = (held.key, key), (held.value, value), (held.positions, positions)
-                    key, value, key_positions = (jnp.concatenate(pair, 1) for pair in pairs)
-            tap("kv", KeyValue(key, value, key_positions, positions))
-        if own is not None and not own.is_relative and (ids := documents_of(mask)) is not None:
-            own = Within(own, places_in_documents(ids))
-        slots = {
-            "score": _part(self.score),
-            "bias": _part(self.bias),
-            "mask": own if mask is None else mask if own is None else own & mask,
-            "normalize": _part(self.normalize),
-            "score_maps": score_maps,
-            "weight_maps": weight_maps,
-            "query_positions": positions,
-            "key_positions": key_positions,
-        }
-        lost = None  # which tokens need one that the cache had no slot for
-        if isinstance(state, Cache) and state.span is None and isinstance(positions, jax.core.Tracer):
-            lost = unseen(state, positions, slots["mask"])[..., None, None]
-            query = jnp.where(lost, jnp.nan, query)
-        if tap.wants("scores", "weights"):
-            weights, scores = attention_weights(query, key, **slots)
-            if isinstance(state, Cache) and state.span is not None and key_positions is not None:
-                weights, scores = (
-                    by_position(x, key_positions, state.span, fill) for x, fill in ((weights, 0.0), (scores, -jnp.inf))
-                )
-            tap("scores", scores)
-            tap("weights", weights)
-        dropout = None
+        reach = own.reach if own is not None and held.span is not None else None
+        after = append(held, new.key, new.value, positions, None if reach is None else reach.first)
+        if reach is None or positions.shape[1] == 1:
+            return KeyValue(after.key, after.value, after.positions), after
+        # A token may need what the last of them has already put out of the ring.
+        pairs = (held.key, new.key), (held.value, new.value), (held.positions, positions)
+        return KeyValue(*(jnp.concatenate(pair, 1) for pair in pairs)), after
+
+    def _attend(self, query: Array, keys: KeyValue, tokens: Tokens, tap: Tap, held: Cache | None) -> Array:
+        """What each head reads, [B, T, N, H]."""
+        own = Slots(
+            score=_part(self.score),
+            bias=_part(self.bias),
+            score_maps=tuple(map(_part, self.score_maps)),
+            mask=tokens.shows(_part(self.mask)),
+            normalize=_part(self.normalize),
+            weight_maps=tuple(map(_part, self.weight_maps)),
+        )
         if self.stream is not None and not self.deterministic:
-            dropout = Dropout(self.dropout, self.stream())
-        measures = {name: measure for name, measure in self.measures.items() if tap.wants(name)}
-        options: dict[str, Any] = {"measures": measures, "dropout": dropout, "implementation": self.implementation}
-        result = attend(query, key, value, **slots, **options)
-        z, measured = result if measures else (result, {})
-        z = z if lost is None else jnp.where(lost, jnp.nan, z)  # also where the mask hides every key
-        for name, said in measured.items():
-            tap(name, said)
-        carried = state if state is None or past is None else ConvolvedState(state, past.kept)
-        return tap("attn_out", self.merge(tap("z", z), x)), carried, tap.records
+            own = dataclasses.replace(own, dropout=Dropout(self.dropout, self.stream()))
+        lost = None  # which tokens need one that the cache had no slot for
+        if held is not None and held.span is None and isinstance(tokens.positions, jax.core.Tracer):
+            positions = jnp.broadcast_to(tokens.positions, query.shape[:2])
+            lost = unseen(held, positions, own.mask)[..., None, None]
+            query = jnp.where(lost, jnp.nan, query)
+        slots, lse = tap.join(own)
+        options: dict[str, Any] = {"return_lse": lse, "implementation": self.implementation}
+        # With a state positions are known to be where they are only as long as none is held before them.
+        at = tokens.known if held is None else tokens.positions
+        options |= {"query_positions": _one_or_all(at), "key_positions": _one_or_all(keys.positions)}
+        result = attend(query, keys.key, keys.value, **vars(slots), **options)
+        z, extras = result if lse or slots.measures else (result, {})
+        if held is not None and held.span is not None:
+            for name, (site, reducer) in tap.asked.items():
+                if site in ("scores", "weights") and keys.positions is not None and isinstance(reducer, Whole):
+                    fill = 0.0 if site == "weights" else -jnp.inf
+                    rows = by_position(extras[name].swapaxes(1, 2), keys.positions, held.span, fill)
+                    extras[name] = rows.swapaxes(1, 2)
+        tap.keep(extras)
+        return z if lost is None else jnp.where(lost, jnp.nan, z)  # also where the mask hides every key
+
+    def reached(self, state: Cache | ConvolvedState) -> Int[Array, " b"]:
+        """The positions at which the tokens that the state holds end."""
+        held = state.cache if isinstance(state, ConvolvedState) else state
+        return held.positions.max(-1) + 1
 
     def init_state(self, batch: int, capacity: int) -> Cache | ConvolvedState | tuple[()]:
         """An empty cache for sequences of at most `capacity` tokens, at positions below it, and for no more than the
@@ -308,25 +325,22 @@ class MultiHeadAttention(nnx.Module):
             merged = merged * nnx.sigmoid(self.gate(x))
         return merged if self.out is None else self.out(merged)
 
-    def turn(self, x: Float[Array, "b t n h"], positions: Int[Array, "#b t"] | None) -> Float[Array, "b t n h"]:
-        """x rotated to its positions, if this attention is rotary."""
+    def turn(self, x: Float[Array, "b t n h"], positions: Int[Array, "#b t"]) -> Float[Array, "b t n h"]:
+        """x rotated to its positions, [1 or B, T] or [T], if this attention is rotary."""
         if self.rotary_base is None:
             return x
-        places = jnp.arange(x.shape[-3]) if positions is None else positions
-        x = rotary(x, places, self.rotary_base, self.rotary_fraction, self.rotary_scaling)
+        x = rotary(x, _one_or_all(positions), self.rotary_base, self.rotary_fraction, self.rotary_scaling)
         if self.rotary_scaling is None or self.rotary_scaling.attention_scale == 1:
             return x
         rotated = jnp.arange(self.head_dim) < rotary_channels(self.head_dim, self.rotary_fraction)
         return x * jnp.where(rotated, self.rotary_scaling.attention_scale, 1).astype(x.dtype)
 
-    def _past(self, x, positions, mask, held) -> Past:
+    def _past(self, x: Array, tokens: Tokens, held: dict[str, Array]) -> Past:
         """What the convolutions see: no padding, and no other document."""
-        segments = segments_of(mask, *x.shape[:2])
+        segments = tokens.segments(x.shape[0])
         if segments is not None and held:
             raise ValueError("mask has documents and a state is given: need one or the other under a convolution")
-        seen = jnp.broadcast_to(True if positions is None else positions >= 0, x.shape[:2])
-        seen = seen if segments is None else seen & (segments >= 0)
-        return Past(held, seen, segments, padded=may_be_padded(positions))
+        return Past(held, tokens.seen(x.shape[0]), segments, padded=tokens.padded)
 
     def _convolved(self, name: str, x: Float[Array, "b t c"], past: Past | None) -> Float[Array, "b t c"]:
         if not self.convolution:
@@ -341,6 +355,16 @@ class MultiHeadAttention(nnx.Module):
 def _own(slot: Any) -> Any:
     """A slot as a module attribute: parts with arrays are data, so that NNX sees their leaves."""
     return slot if isinstance(slot, nnx.Module) else nnx.data(slot)
+
+
+def tokens_of(context: Context) -> Tokens:
+    """What stands where in the context."""
+    return Tokens.of(context.x) if context.tokens is None else context.tokens
+
+
+def _one_or_all(positions: Any) -> Any:
+    """Positions that all rows share as [T]."""
+    return positions[0] if positions is not None and positions.ndim == 2 and positions.shape[0] == 1 else positions
 
 
 def _part(slot: Any) -> Any:

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxattn.nn.parameter import linear_map
+from jaxattn.nn.tap import Tap
 
 Kind = Literal["gelu", "swiglu"]
 
@@ -40,6 +41,9 @@ class FeedForward(nnx.Module):
         self.gate = linear(features, hidden) if kind == "swiglu" else None
         self.down = linear(hidden, features)
 
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        hidden = jax.nn.gelu(self.up(x)) if self.gate is None else jax.nn.silu(self.gate(x)) * self.up(x)
-        return self.down(jnp.asarray(hidden))
+    def __call__(self, x: Float[Array, "*b d"], tap: Tap | None = None) -> Float[Array, "*b d"]:
+        """The sites of `tap` are `mlp_pre`, what the nonlinearity gets, and `mlp_post`, what W₂ gets."""
+        tap = Tap() if tap is None else tap
+        before = tap("mlp_pre", self.up(x) if self.gate is None else self.gate(x))
+        hidden = jax.nn.gelu(before) if self.gate is None else jax.nn.silu(before) * self.up(x)
+        return self.down(tap("mlp_post", jnp.asarray(hidden)))

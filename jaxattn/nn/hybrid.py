@@ -5,21 +5,22 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Int
 
+from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.parameter import linear_map, rms_norm
-from jaxattn.nn.sites import SITES, Recorder
 
 Fuse = Literal["mean", "gate"]
 
 
-class Parallel(nnx.Module):
+class Parallel(Mixer):
     """y = W_o fuse(norm_1(mixer_1(x)), norm_2(mixer_2(x)), …), each RMS-normed with learned gains, because branches
     differ in size.
 
     fuse: "mean" (Hymba, Dong et al., 2024), or "gate": the first times the sigmoid of each other (Titans, Behrouz et
     al., 2025). channels: those of the mixers' outputs, D if not given; W_o stands only where they are not D.
     use_bias: whether W_o has one. eps: of the norms.
-    State: one per mixer. Records: those of the first mixer, but `attn_out`, which is y; keys of another layer
+    State: one per mixer. Sites are those of the first mixer, but `attn_out`, which is y; keys of another layer
     (`context`) go to the first mixer too.
     """
 
@@ -44,36 +45,46 @@ class Parallel(nnx.Module):
         self.norms = nnx.List([rms_norm(channels, eps, dtype, rngs) for _ in mixers])
         self.out = linear_map(channels, features, dtype, rngs, use_bias=use_bias) if channels != features else None
 
-    def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
-        """As any mixer; mask and positions go to every branch."""
-        tap = Recorder(record, (*SITES, "kv"))
+    @property
+    def sites(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the first mixer."""
+        return self.mixers[0].sites
+
+    def __call__(self, x, tokens=None, tap=None, state=None, context=None, give=None):
+        """As any mixer; all branches see the same tokens."""
+        tokens, tap = self.started(x, tokens, tap, state)
         branches: list[Any] = []
         states: list[Any] = []
-        records: dict[str, Any] = {}
         for i, (mixer, norm) in enumerate(zip(self.mixers, self.norms, strict=True)):
-            asked = tuple(tap.record - {"attn_out"}) if i == 0 else ()
-            held, given = None if state is None else state[i], context if i == 0 else None
-            y, held, recorded = mixer(x, context=given, positions=positions, mask=mask, state=held, record=asked)
+            held = None if state is None else state[i]
+            if i:
+                y, held = mixer(x, tokens, None, held)
+            else:
+                more: dict[str, Any] = {} if give is None else {"give": give}
+                y, held = mixer(x, tokens, tap.only(set(self.sites) - {"attn_out"}), held, context, **more)
             branches.append(norm(y))
             states.append(held)
-            records |= recorded
         first, *others = branches
         if self.fuse == "mean":
             y = sum(others, first) / len(branches)
         else:
             y = first * jnp.prod(jnp.stack([nnx.sigmoid(each) for each in others]), 0)
         y = tap("attn_out", y if self.out is None else self.out(y))
-        return y, None if state is None else tuple(states), records | tap.records
+        return y, None if state is None else tuple(states)
+
+    def reached(self, state: tuple[Any, ...]) -> Int[Array, " b"]:
+        """The position after the last token, of the last mixer: the first may hold none."""
+        return self.mixers[-1].reached(state[-1])
 
     def init_state(self, batch: int, capacity: int) -> tuple[Any, ...]:
         """The states of the mixers."""
         return tuple(mixer.init_state(batch, capacity) for mixer in self.mixers)
 
 
-class Chain(nnx.Module):
+class Chain(Mixer):
     """y = mixer_n(… mixer_1(x)): several mixers as one layer, one after the other.
 
-    State: one per mixer. Records: those of the last mixer.
+    State: one per mixer. Sites are those of the last mixer.
     """
 
     def __init__(self, mixers: Sequence[Any]):
@@ -81,18 +92,26 @@ class Chain(nnx.Module):
             raise ValueError("mixers is empty: need at least 1")
         self.mixers = nnx.List(mixers)
 
-    def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
-        """As any mixer; mask and positions go to each of them, context to none."""
+    @property
+    def sites(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the last mixer."""
+        return self.mixers[-1].sites
+
+    def __call__(self, x, tokens=None, tap=None, state=None, context=None):
+        """As any mixer; all see the same tokens, and none a context."""
         if context is not None:
             raise ValueError("context is given: mixers one after the other see only their own tokens")
+        tokens, tap = self.started(x, tokens, tap, state)
         states: list[Any] = []
-        records: dict[str, Any] = {}
         for i, mixer in enumerate(self.mixers):
-            asked = record if i == len(self.mixers) - 1 else ()
             held = None if state is None else state[i]
-            x, held, records = mixer(x, positions=positions, mask=mask, state=held, record=asked)
+            x, held = mixer(x, tokens, tap if i == len(self.mixers) - 1 else None, held)
             states.append(held)
-        return x, None if state is None else tuple(states), records
+        return x, None if state is None else tuple(states)
+
+    def reached(self, state: tuple[Any, ...]) -> Int[Array, " b"]:
+        """The position after the last token."""
+        return self.mixers[-1].reached(state[-1])
 
     def init_state(self, batch: int, capacity: int) -> tuple[Any, ...]:
         """The states of the mixers."""

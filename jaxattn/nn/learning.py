@@ -145,7 +145,7 @@ class TTT(nnx.Module):
         else:
             query, key = (self.linear[name](x) for name in ("query", "key"))
         query, key, value = (y.reshape(*y.shape[:-1], self.heads, -1) for y in (query, key, value))
-        row = past.places(positions) % self.inner_batch
+        row = positions % self.inner_batch
         if self.rotary_base is not None:
             query, key = (rotary(y, row, self.rotary_base) for y in (query, key))
         weights = tuple(jnp.concatenate([w[...], b[...]], 1) for w, b in zip(self.weights, self.biases, strict=True))

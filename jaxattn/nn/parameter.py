@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from jaxattn.core.role import Role
+from jaxattn.nn.tap import Tap
 
 
 def decayed(x: Any) -> nnx.Param:
@@ -66,3 +68,14 @@ def _positive(eps: float) -> float:
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     return eps
+
+
+def normed(norm: nnx.RMSNorm, x: Array, tap: Tap, site: str) -> Array:
+    """norm(x), with √(mean(x²) + eps), by which it divides, at a site."""
+    if not tap.wants(site):
+        return norm(x)
+    square = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    scale = tap(site, jnp.sqrt(square.mean(-1, keepdims=True) + norm.epsilon))
+    dtype = x.dtype if norm.dtype is None else norm.dtype
+    gain: Any = norm.scale
+    return (x / scale * gain[...]).astype(dtype)

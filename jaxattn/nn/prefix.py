@@ -12,28 +12,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.attend.mask import Causal, Documents, Mask
+from jaxattn.core.attend.mask import Causal, Documents
+from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.packing import in_order, layout
 from jaxattn.nn.parameter import undecayed
-from jaxattn.nn.recurrent import segments_of
+from jaxattn.nn.tokens import Tokens
 
 
 class Lengthened(NamedTuple):
-    """Tokens behind their prefix, where they stand, and `strip`, which takes what was made of them to their row."""
+    """x behind its prefix, where both stand, and `strip`, which takes what was made of them to their row."""
 
     x: Float[Array, "b s d"]
-    positions: Int[Array, "b s"]
-    mask: Mask | None
+    tokens: Tokens
     strip: Callable[[Array], Array]
 
 
-def with_prefix(
-    prefix: Float[Array, "n d"],
-    x: Float[Array, "b t d"],
-    positions: Int[Array, "#b t"] | None,
-    mask: Mask | None,
-    documents: int,
-) -> Lengthened:
+def with_prefix(prefix: Float[Array, "n d"], x: Float[Array, "b t d"], tokens: Tokens, documents: int) -> Lengthened:
     """x behind the prefix, which has the positions 0 to n − 1; those of tokens are counted from n.
 
     documents: as many may be packed in a row; a row of more is NaN. Raises ValueError for masks other than `Causal()`
@@ -42,21 +36,21 @@ def with_prefix(
     batch, length, _ = x.shape
     prefix = prefix.astype(x.dtype)
     count = len(prefix)
-    segments = segments_of(mask, batch, length)
+    segments = tokens.segments(batch)
     if segments is None:
         before = jnp.broadcast_to(jnp.arange(count), (batch, count))
-        positions = jnp.arange(length) if positions is None else positions
-        after = jnp.broadcast_to(after_prefix(positions, count), (batch, length))
+        after = jnp.broadcast_to(after_prefix(tokens.positions, count), (batch, length))
         x = jnp.concatenate([jnp.broadcast_to(prefix, (batch, *prefix.shape)), x], 1)
-        return Lengthened(x, jnp.concatenate([before, after], 1), mask, lambda y: y[:, count:])
-    if positions is not None:
+        positions = None if tokens.in_order else jnp.concatenate([before, after], 1)
+        return Lengthened(x, Tokens.of(x, positions=positions, mask=tokens.mask), lambda y: y[:, count:])
+    if not tokens.in_order:
         raise ValueError("positions are given for packed rows behind a prefix: need None, they are counted by the row")
     rows = layout(segments >= 0, in_order(segments), documents=documents, prefix=count)
     is_prefix = rows.filled & (rows.within < count)
     x = jnp.where(is_prefix[..., None], prefix[jnp.minimum(rows.within, count - 1)], rows.put(x))
     ids = jnp.where(rows.filled, rows.ids, -1)
     positions = jnp.where(rows.filled, jnp.arange(ids.shape[1]), -1)
-    return Lengthened(x, positions, Causal() & Documents(ids), rows.take)
+    return Lengthened(x, Tokens.of(x, positions=positions, mask=Causal() & Documents(ids)), rows.take)
 
 
 def after_prefix(positions: Int[Array, "*b t"], count: int) -> Int[Array, "*b t"]:
@@ -64,12 +58,12 @@ def after_prefix(positions: Int[Array, "*b t"], count: int) -> Int[Array, "*b t"
     return jnp.where(positions >= 0, positions + count, -1)
 
 
-class Prefixed(nnx.Module):
+class Prefixed(Mixer):
     """y = mixer([P; x]) without the rows of P: a mixer with learned tokens before every sequence (persistent memory).
 
     mixer: any with the protocol of mixers; for attention with a window take `Window(w) | Causal() & Sinks(tokens)`, or
     the prefix goes out of sight. tokens: n >= 1, from N(0, 1) as they are not normed. documents: at most so many in a
-    packed row. Records cover the longer row, P first.
+    packed row. Its sites are those of the mixer, and cover the longer row, P first.
     """
 
     def __init__(self, mixer: Any, features: int, tokens: int, *, documents: int = 8, rngs: nnx.Rngs):
@@ -78,21 +72,29 @@ class Prefixed(nnx.Module):
         self.mixer, self.documents = mixer, documents
         self.prefix = undecayed(jax.random.normal(rngs.params(), (tokens, features)))
 
-    def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
+    @property
+    def sites(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the mixer."""
+        return self.mixer.sites
+
+    def __call__(self, x, tokens=None, tap=None, state=None, context=None):
         """As the mixer; see `with_prefix` for positions and masks."""
         if context is not None:
             raise ValueError("context is given: a mixer with persistent tokens sees only its own")
         prefix = self.prefix[...]
+        tokens, tap = self.started(x, tokens, tap, state)
         if state is not None:
-            positions = None if positions is None else after_prefix(positions, len(prefix))
-            return self.mixer(x, positions=positions, mask=mask, state=state, record=record)
-        x, positions, mask, strip = with_prefix(prefix, x, positions, mask, self.documents)
-        y, _, records = self.mixer(x, positions=positions, mask=mask, record=record)
-        return strip(y), None, records
+            return self.mixer(x, tokens.moved(after_prefix(tokens.positions, len(prefix))), tap, state)
+        longer = with_prefix(prefix, x, tokens, self.documents)
+        y, _ = self.mixer(longer.x, longer.tokens, tap)
+        return longer.strip(y), None
+
+    def reached(self, state: Any) -> Int[Array, " b"]:
+        """The position after the last token, not counting the prefix."""
+        return self.mixer.reached(state) - len(self.prefix)
 
     def init_state(self, batch: int, capacity: int) -> Any:
         """The state after the prefix."""
         prefix = self.prefix[...]
         x = jnp.broadcast_to(prefix, (batch, *prefix.shape))
-        _, state, _ = self.mixer(x, state=self.mixer.init_state(batch, capacity + len(prefix)))
-        return state
+        return self.mixer(x, state=self.mixer.init_state(batch, capacity + len(prefix)))[1]

@@ -6,22 +6,22 @@ asks of `Past`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxattn.core.attend.api import attend
-from jaxattn.core.attend.mask import And, Causal, Documents, Mask, Window
+from jaxattn.core.attend.mask import Documents, Mask, Window
 from jaxattn.core.linear.api import Form, linear_attention, mixing_matrix
 from jaxattn.core.linear.recurrence import Delta, Erase, Read
 from jaxattn.core.memory.api import memory_scan
 from jaxattn.core.memory.inner import Identity, InnerLoss, Link, Memory, SquaredError
+from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.packing import earlier, in_order, layout, scatter
-from jaxattn.nn.sites import Recorder
+from jaxattn.nn.tap import Tap
+from jaxattn.nn.tokens import Tokens
 
 
 class Inputs(Protocol):
@@ -30,6 +30,9 @@ class Inputs(Protocol):
     query: Array
     key: Array
     value: Array
+
+    def tapped(self, tap: Tap) -> "Inputs":
+        """The same with the edits at `q`, `k` and `v`, which are recorded."""
 
     def run(
         self, state: Any, seen: Bool[Array, "b t"], segments: Int[Array, "b t"] | None, chunk: int | None
@@ -51,6 +54,10 @@ class LinearInputs(NamedTuple):
     bonus: Array | None = None
     read: Read = "post"
     form: Form = "auto"
+
+    def tapped(self, tap):
+        query, key = tap("q", self.query), tap("k", self.key)
+        return self._replace(query=query, key=key, value=tap("v", self.value))
 
     def run(self, state, seen, segments, chunk):
         gates = self._hidden(seen)
@@ -87,6 +94,9 @@ class Passed(NamedTuple):
     def key(self) -> Array:
         return self.value
 
+    def tapped(self, tap):
+        return Passed(tap("v", tap("k", tap("q", self.value))))
+
     def run(self, state, seen, segments, chunk):
         return self.value, ()
 
@@ -113,6 +123,10 @@ class LearningInputs(NamedTuple):
     link: Link = Identity()
     inner_batch: int = 16
     documents: int = 8
+
+    def tapped(self, tap):
+        query, key = tap("q", self.query), tap("k", self.key)
+        return self._replace(query=query, key=key, value=tap("v", self.value))
 
     def run(self, state, seen, segments, chunk):
         batch, length = seen.shape
@@ -242,31 +256,26 @@ class Past:
         return whole
 
 
-def may_be_padded(positions: Int[Array, "#b t"] | None) -> bool:
-    """Whether some are −1, or where they are not known, may be: without them every token is there."""
-    if positions is None or isinstance(positions, jax.core.Tracer):
-        return positions is not None
-    return bool((np.asarray(positions) < 0).any())
-
-
 class Mechanism(Protocol):
     """What a recurrence is made of. Its input x has `in_features` channels."""
 
     in_features: int
 
     def inputs(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], past: Past) -> tuple[Inputs, Any]:
-        """What the memory gets, and whatever else `output` needs."""
+        """What the memory gets, and whatever else `output` needs. positions: in packed rows within each document."""
 
     def output(self, read: Float[Array, "b t n v"], rest: Any) -> Float[Array, "b t d"]:
         """y from what each head read."""
 
 
-class Recurrent(nnx.Module):
+class Recurrent(Mixer):
     """y = output(memory(inputs(x))): a mixer whose state does not grow.
 
     mechanism: one of this package's, or your own. chunk: tokens worked on at once in training; speed only.
-    Its records: `q`, `k`, `v` as the memory gets them, `weights` (the mixing matrix), `z`, `attn_out`.
+    `weights` is the mixing matrix of the memory; it can be recorded, and not edited.
     """
+
+    sites: ClassVar = ("q", "k", "v", "weights", "z", "attn_out")
 
     def __init__(self, mechanism: Mechanism, *, chunk: int | None = None):
         self.mechanism, self.chunk = mechanism, chunk
@@ -274,45 +283,39 @@ class Recurrent(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        *,
-        context: None = None,
-        positions: Int[Array, "#b t"] | None = None,
-        mask: Mask | None = None,
+        tokens: Tokens | None = None,
+        tap: Tap | None = None,
         state: dict[str, Any] | None = None,
-        record: tuple[str, ...] = (),
-    ) -> tuple[Float[Array, "b t d"], dict[str, Any] | None, dict[str, Array]]:
-        """(y, state, records). positions [B, T] or [T]; −1 marks padding, which the memory does not see. With a `state`
-        from `init_state` the tokens continue what it holds, and positions default to those after its last.
+        context: None = None,
+    ) -> tuple[Float[Array, "b t d"], dict[str, Any] | None]:
+        """(y, state), as any mixer. The memory does not see padding, and in packed rows every document begins with an
+        empty one.
 
-        mask: `Documents(ids)` for packed rows, where every document begins with an empty memory; `Causal()` is what a
-        recurrence is anyway. Raises ValueError for any other mask, a context, documents together with a state, inputs
-        of another width, and the record `scores`, which a recurrence does not have.
+        Raises:
+            ValueError: For a mask of the tokens other than `Documents(ids)` and `Causal()`, which is what a recurrence
+                is anyway; a context; documents together with a state; inputs of another width; sites that it does not
+                have, and an edit of `weights`.
         """
-        tap = Recorder(record)
-        if tap.wants("scores"):
-            raise ValueError("record has 'scores', which a recurrent mixer does not have: need 'weights' or others")
+        tokens, tap = self.started(x, tokens, tap, state)
+        if "weights" in tap.edits:
+            raise ValueError("edits has the site 'weights', which a recurrent mixer can only record")
         if context is not None:
             raise ValueError("context is given: a recurrent mixer sees only its own tokens")
         if x.ndim != 3 or x.shape[-1] != self.mechanism.in_features:
             raise ValueError(f"x has shape {x.shape}: need [batch, length, {self.mechanism.in_features}]")
         batch, length, _ = x.shape
-        segments = segments_of(mask, batch, length)
+        segments = tokens.segments(batch)
         if segments is not None and state is not None:
             raise ValueError("mask has documents and a state is given: need one or the other")
-        after = 0 if state is None else state["position"][:, None]
-        padded = may_be_padded(positions)
-        positions = after + jnp.arange(length) if positions is None else positions
-        positions = jnp.broadcast_to(positions, (batch, length))
-        seen = positions >= 0 if segments is None else (positions >= 0) & (segments >= 0)
-        if padded or segments is not None:
-            x = jnp.where(seen[..., None], x, 0)  # padding may hold anything, and must not reach a gradient
+        positions, seen = jnp.broadcast_to(tokens.positions, (batch, length)), tokens.seen(batch)
+        x = tokens.clean(x)
 
-        past = Past({} if state is None else state["past"], seen, segments, padded=padded)
-        inputs, rest = self.mechanism.inputs(x, positions, past)
-        if getattr(inputs, "read", "post") == "all" and (mask is not None or state is not None):
+        past = Past({} if state is None else state["past"], seen, segments, padded=tokens.padded)
+        inputs, rest = self.mechanism.inputs(x, past.places(positions), past)
+        if getattr(inputs, "read", "post") == "all" and (tokens.mask is not None or state is not None):
             given = "mask" if state is None else "state"
             raise ValueError(f"{given} is given, but this mixer reads all of a row at once: need None")
-        tap("q", inputs.query), tap("k", inputs.key), tap("v", inputs.value)
+        inputs = inputs.tapped(tap)
         segments = None if segments is None else in_order(segments)
         if tap.wants("weights"):
             tap("weights", inputs.weights(seen, segments))
@@ -321,7 +324,11 @@ class Recurrent(nnx.Module):
         if state is not None:
             last = jnp.maximum(positions.max(-1) + 1, state["position"])
             state = {"memory": memory, "past": past.kept, "position": last}
-        return y, state, tap.records
+        return y, state
+
+    def reached(self, state: dict[str, Any]) -> Int[Array, " b"]:
+        """The position after the last token that the state has seen."""
+        return state["position"]
 
     def init_state(self, batch: int, capacity: int) -> dict[str, Any]:
         """The state before any token; its size does not depend on `capacity`."""
@@ -330,19 +337,3 @@ class Recurrent(nnx.Module):
         inputs, _ = self.mechanism.inputs(nothing, jnp.full((batch, 1), -1), past)
         _, memory = inputs.run(None, past.seen, None, None)
         return {"memory": memory, "past": past.kept, "position": jnp.zeros(batch, jnp.int32)}
-
-
-def segments_of(mask: Mask | None, batch: int, length: int) -> Int[Array, "b t"] | None:
-    """The document of each token, from a mask that a recurrence can keep."""
-    if mask is None or isinstance(mask, Causal):
-        return None
-    if isinstance(mask, And):
-        both = [each for each in (mask.first, mask.second) if not isinstance(each, Causal)]
-        if len(both) < 2:
-            return segments_of(both[0] if both else None, batch, length)
-    if isinstance(mask, Documents) and mask.key_ids is None and jnp.shape(mask.ids)[-1] == length:
-        return jnp.broadcast_to(jnp.asarray(mask.ids), (batch, length))
-    raise ValueError(
-        f"mask is {type(mask).__name__}: a recurrence or convolution takes None, Causal() or Documents(ids) "
-        "with one id per token"
-    )

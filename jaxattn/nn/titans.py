@@ -5,18 +5,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.core.attend.mask import Causal, Mask, Sinks, Window
 from jaxattn.core.memory.api import MemoryState, memory_read
 from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.hybrid import Chain, Parallel
 from jaxattn.nn.learning import NeuralMemory
+from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.packing import scan_segments, where_row
 from jaxattn.nn.parameter import rms_norm, undecayed
 from jaxattn.nn.prefix import Prefixed
-from jaxattn.nn.recurrent import Past, Recurrent, segments_of
-from jaxattn.nn.sites import Recorder
+from jaxattn.nn.recurrent import Past, Recurrent
+from jaxattn.nn.tokens import Tokens
 
 
 def memory_as_gate(
@@ -64,7 +65,7 @@ def _behind(mixer: nnx.Module, features: int, memory: NeuralMemory, persistent: 
     return Prefixed(mixer, features, persistent, documents=memory.documents, rngs=rngs)
 
 
-class MemoryAsContext(nnx.Module):
+class MemoryAsContext(Mixer):
     """MAC: segments of `segment` tokens, each of which attends to what the memory M recalls for it and writes to M.
 
         h_j = M_{s−1}(x_j)                      M after the segment before
@@ -76,7 +77,7 @@ class MemoryAsContext(nnx.Module):
 
     memory: without a convolution, and its `inner_batch` must divide `segment`, or a segment would end inside one.
     persistent: tokens of P. eps: of the norms. The state holds the memory as it is and as it was, and a segment of
-    keys. With a state, tokens are read one after the other. Records: `attn_out`.
+    keys. With a state, tokens are read one after the other.
     """
 
     def __init__(
@@ -103,28 +104,29 @@ class MemoryAsContext(nnx.Module):
         self.persistent = undecayed(jax.random.normal(rngs.params(), (persistent, features))) if persistent else None
         self.norms = nnx.List([rms_norm(features, eps, dtype, rngs) for _ in range(2)])
 
-    def __call__(self, x, *, context=None, positions=None, mask=None, state=None, record=()):
+    def __call__(self, x, tokens=None, tap=None, state=None, context=None):
         """As `Recurrent`."""
-        tap = Recorder(record, ("attn_out",))
+        tokens, tap = self.started(x, tokens, tap, state)
         if context is not None:
             raise ValueError("context is given: a memory sees only its own tokens")
         if x.ndim != 3 or x.shape[-1] != self.in_features:
             raise ValueError(f"x has shape {x.shape}: need [batch, length, {self.in_features}]")
-        batch, length, _ = x.shape
-        segments = segments_of(mask, batch, length)
+        batch = x.shape[0]
+        segments, seen = tokens.segments(batch), tokens.seen(batch)
         if segments is not None and state is not None:
             raise ValueError("mask has documents and a state is given: need one or the other")
-        after = 0 if state is None else state["position"][:, None]
-        positions = after + jnp.arange(length) if positions is None else positions
-        seen = jnp.broadcast_to(positions, (batch, length)) >= 0
         if state is None:
-            seen = seen if segments is None else seen & (segments >= 0)
             given: dict[str, Any] = {"size": self.segment, "documents": self.memory.documents}
             y = scan_segments(self._segment, self._start(batch), x, seen, segments, **given)
         else:
             y, state = self._tokens(x, seen, state)
-            state |= {"position": jnp.maximum(state["position"], jnp.broadcast_to(positions, seen.shape).max(-1) + 1)}
-        return tap("attn_out", y), state, tap.records
+            last = jnp.broadcast_to(tokens.positions, seen.shape).max(-1) + 1
+            state |= {"position": jnp.maximum(state["position"], last)}
+        return tap("attn_out", y), state
+
+    def reached(self, state: dict[str, Any]) -> Int[Array, " b"]:
+        """The position after the last token that the state has seen."""
+        return state["position"]
 
     def init_state(self, batch: int, capacity: int) -> dict[str, Any]:
         """The state before any token; its size does not depend on `capacity`."""
@@ -146,7 +148,7 @@ class MemoryAsContext(nnx.Module):
             h = self._recall(x[:, None], before)
             pair = jnp.concatenate([h, x[:, None]], 1)
             positions = jnp.where(seen[:, None], self.count + 2 * place[:, None] + jnp.arange(2), -1)
-            y, keys, _ = self.attention(pair, positions=positions, state=keys)
+            y, keys = self.attention(pair, Tokens.of(pair, positions=positions), state=keys)
             memory, out = self._learn(y[:, 1:], seen[:, None], state["memory"])
             after = {"memory": memory, "before": before, "keys": keys, "count": state["count"] + 1}
             return where_row(seen, after | {"position": state["position"]}, state), out[:, 0]
@@ -163,7 +165,7 @@ class MemoryAsContext(nnx.Module):
         """The keys of a segment that holds P alone."""
         keys: Any = self.attention.init_state(batch, self.count + 2 * self.segment)
         if self.persistent is not None:
-            _, keys, _ = self.attention(self._persistent(batch), positions=jnp.arange(self.count), state=keys)
+            _, keys = self.attention(self._persistent(batch), state=keys)
         return keys
 
     def _persistent(self, batch: int) -> Float[Array, "b n d"]:
@@ -185,7 +187,7 @@ class MemoryAsContext(nnx.Module):
         of_h, of_x = (jnp.where(filled, each, -1) for each in (places, places + 1))
         positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(count), (batch, count)), of_h, of_x], 1)
         tokens = jnp.concatenate([self._persistent(batch).astype(x.dtype), h, x], 1)
-        y, _, _ = self.attention(tokens, positions=positions)
+        y, _ = self.attention(tokens, Tokens.of(tokens, positions=positions))
         return y[:, count + size :]
 
     def _learn(self, y: Float[Array, "b t d"], seen: Bool[Array, "b t"], memory: MemoryState | None) -> Any:

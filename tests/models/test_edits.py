@@ -9,30 +9,32 @@ import pytest
 from flax import nnx
 from tiny import CONTEXT, FACTOR, MIXED, PLAIN, VOCABULARY, WIDTH, assert_close, decoder, run, shared, tokens
 
-from jaxattn.models import Decoder, DecoderConfig, FoldedDecoder, Layer
-from jaxattn.nn import EDITED, Add, Put
+from jaxattn import Causal
+from jaxattn.models import Decoder, DecoderConfig, FoldedDecoder, Layer, LinearAttention
+from jaxattn.trace import Add, Layers, Put, Scale
 
 L = len(MIXED)
+ADDED = ("attn_out", "mlp_out", "resid")
 
 
 def drawn(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize("site", EDITED)
+@pytest.mark.parametrize("site", ADDED)
 def test_an_edit_of_strength_0_is_the_identity(site):
     model = shared()
-    edited, *_ = run(model, tokens(), edits={site: Add(jnp.zeros((L, WIDTH)))})
+    edited, *_ = run(model, tokens(), edits={site: Layers(Add(jnp.zeros((L, WIDTH))))})
     np.testing.assert_array_equal(edited, run(model, tokens())[0])
 
 
-@pytest.mark.parametrize("site", EDITED)
+@pytest.mark.parametrize("site", ADDED)
 @pytest.mark.parametrize("layer", range(L))
 def test_what_is_added_at_a_site_is_added_to_the_residual_stream_of_its_layer(site, layer):
     """Each site's value is added to x once, so the record of the layer's end is what it was, plus the vector, when the
     feed-forward block sees none of it: at `attn_out` it does."""
     model, vector = shared(), drawn(CONTEXT, WIDTH)
-    edit = Add(jnp.zeros((L, CONTEXT, WIDTH)).at[layer].set(vector))
+    edit = Layers(Add(jnp.zeros((L, CONTEXT, WIDTH)).at[layer].set(vector)))
     before, after = (
         run(model, tokens(), record=("resid", "attn_out"), **options)[2] for options in ({}, {"edits": {site: edit}})
     )
@@ -46,9 +48,9 @@ def test_what_is_added_at_a_site_is_added_to_the_residual_stream_of_its_layer(si
 
 def test_replacing_the_stream_after_the_last_layer_replaces_the_logits():
     model, vector = shared(), drawn(WIDTH)
-    put = Put(jnp.broadcast_to(vector, (L, WIDTH)), (jnp.arange(L) == L - 1)[:, None])
-    logits, *_ = run(model, tokens(), edits={"resid": put})
-    assert_close(logits, jnp.broadcast_to(model.embed.attend(model.final_norm(vector)), logits.shape), 50)
+    for edit in ({L - 1: Put(vector)}, Layers(Put(jnp.tile(vector, (L, 1))), jnp.arange(L) == L - 1)):
+        logits = nnx.jit(lambda model, edit: model(tokens(), edits={"resid": edit})[0])(model, edit)
+        assert_close(logits, jnp.broadcast_to(model.embed.attend(model.final_norm(vector)), logits.shape), 50)
 
 
 def test_a_sweep_over_edits_is_a_loop_and_a_new_strength_does_not_compile_anew():
@@ -59,7 +61,7 @@ def test_a_sweep_over_edits_is_a_loop_and_a_new_strength_does_not_compile_anew()
     @jax.jit
     def logits(strength):
         traced.append(strength)
-        return model(given, edits={"attn_out": Add(strength * vectors)})[0]
+        return model(given, edits={"attn_out": Layers(Add(strength * vectors))})[0]
 
     each = jnp.stack([logits(strength) for strength in strengths])
     assert len(traced) == 1
@@ -68,24 +70,41 @@ def test_a_sweep_over_edits_is_a_loop_and_a_new_strength_does_not_compile_anew()
 
 def test_gradients_reach_the_vector_of_every_layer():
     model, given = shared(), tokens(batch=1)
-    gradient = jax.grad(lambda edit: (model(given, edits={"resid": edit})[0] ** 2).sum())(Add(jnp.zeros((L, WIDTH))))
-    assert (jnp.abs(gradient.vector).max(-1) > 1e-3).all()
+    edit = Layers(Add(jnp.zeros((L, WIDTH))))
+    gradient = jax.grad(lambda edit: (model(given, edits={"resid": edit})[0] ** 2).sum())(edit)
+    assert (jnp.abs(gradient.edit.vector).max(-1) > 1e-3).all()
 
 
-def test_a_site_that_takes_no_edits_is_refused():
-    with pytest.raises(ValueError, match=r"edits names \['weights'\]"):
-        run(shared(), tokens(), edits={"weights": Add(jnp.zeros((L, WIDTH)))})
+@pytest.mark.parametrize(
+    ("edits", "error", "message"),
+    [
+        ({"residual": Add(1.0)}, ValueError, "edits names the unknown site 'residual': need one of"),
+        ({"lse": Add(1.0)}, ValueError, "edits has the site 'lse', which can be recorded only"),
+        ({"resid": jnp.zeros(3)}, TypeError, r"edits\['resid'\] must be an Edit, got ArrayImpl"),
+        ({"resid": Causal()}, TypeError, r"edits\['resid'\] must be an Edit, got Causal"),
+        ({"weights": Causal()}, TypeError, r"edits\['weights'\] must be a weight map or an Edit, got Causal"),
+        ({"scores": jnp.zeros(3)}, TypeError, r"edits\['scores'\] must be a mask, a bias, a score map or an Edit"),
+        ({"resid": {L: Add(1.0)}}, ValueError, r"edits\['resid'\] has the layer 4: need one from 0 to 3"),
+        ({"logits": {0: Add(1.0)}}, ValueError, r"edits\['logits'\] is by layer, but a model has 'logits' once"),
+        ({"resid": Layers(Add(jnp.zeros((L + 1, WIDTH))))}, ValueError, r"a leaf of shape \(5, 16\): need 4 layers"),
+        (
+            {"resid": Add(jnp.zeros((2, 1, 1, WIDTH)))},
+            ValueError,
+            r"edit Add makes \(2, 3, 12, 16\) of a value of shape",
+        ),
+    ],
+)
+def test_edits_that_mean_nothing_are_refused(edits, error, message):
+    with pytest.raises(error, match=message):
+        shared()(tokens(), edits=edits)
 
 
-@pytest.mark.parametrize("vector", [jnp.zeros(WIDTH), jnp.zeros((L + 1, WIDTH)), jnp.zeros(())])
-def test_an_edit_has_a_vector_for_every_layer(vector):
-    with pytest.raises(ValueError, match=r"edits\['resid'\] has a leaf .*: need a part of arrays, 4 layers first"):
-        shared()(tokens(), edits={"resid": Add(vector)})
-
-
-def test_a_function_is_no_edit():
-    with pytest.raises(ValueError, match=r"edits\['resid'\] has a leaf"):
-        shared()(tokens(), edits={"resid": lambda x: x})
+def test_an_edit_of_a_layer_that_lacks_the_site_is_refused():
+    model = decoder((PLAIN, Layer(LinearAttention(4), None)))
+    with pytest.raises(ValueError, match="edits has the site 'scores', which layer 1 does not have: need one of"):
+        model(tokens(), edits={"scores": {1: Causal()}})
+    with pytest.raises(ValueError, match="edits has the site 'weights', which a recurrent mixer can only record"):
+        model(tokens(), edits={"weights": {1: Scale(0.0)}})
 
 
 def test_a_layer_without_feed_forward_is_its_mixer_alone():

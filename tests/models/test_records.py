@@ -5,11 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import CONTEXT, EPS, HEADS, PLAIN, STREAMING, VOCABULARY, WIDTH, assert_close, decoder, run, tokens
 
-from jaxattn import Causal, Window
-from jaxattn.models import Layer
+from jaxattn import Causal, Entropy, Window, trace
+from jaxattn.models import Layer, LinearAttention
 from jaxattn.nn import SITES
+from jaxattn.nn.tap import OF_MODEL
 
 B, T, H, L = 3, CONTEXT, WIDTH // HEADS, 3
 WINDOWED = Layer(dataclasses.replace(PLAIN.mixer, mask=Causal() & Window(2)), PLAIN.feed_forward)
@@ -33,11 +35,22 @@ def kernels(model, name):
 
 
 def test_every_site_has_its_documented_shape(seen):
-    sizes = {"B": B, "T": T, "S": T, "N": HEADS, "K": HEADS, "H": H, "D": WIDTH}
+    sizes = {
+        "1": 1,
+        "F": 16,
+        "vocabulary": VOCABULARY,
+        "B": B,
+        "T": T,
+        "S": T,
+        "N": HEADS,
+        "K": HEADS,
+        "H": H,
+        "D": WIDTH,
+    }
     shapes = {
         site: tuple(sizes[axis] for axis in text[1 : text.index("]")].split(", ")) for site, text in SITES.items()
     }
-    layered = {site: shape if site == "embed" else (L, *shape) for site, shape in shapes.items()}
+    layered = {site: shape if site in OF_MODEL else (L, *shape) for site, shape in shapes.items()}
     assert {site: value.shape for site, value in seen[1].items()} == layered
 
 
@@ -122,18 +135,61 @@ def test_records_of_a_decoding_step_are_those_of_its_tokens(model, seen):
 
 
 def test_unknown_sites_are_refused(model):
-    with pytest.raises(ValueError, match=r"record names unknown sites \['residual'\]: need some of \['embed'"):
+    with pytest.raises(ValueError, match=r"record names the unknown site 'residual': need one of \['embed'"):
         model(tokens(), record=("residual",))
 
 
-def test_layers_of_different_shapes_have_no_common_record_of_their_keys_but_one_of_the_stream():
-    model = decoder((PLAIN, STREAMING))
-    with pytest.raises(ValueError, match=r"record 'k' has different shapes in different layers, \[.*2, 6\).*4, 4\)\]"):
-        run(model, tokens(), record=("k",))
-    fewer = Layer(dataclasses.replace(PLAIN.mixer, heads=2), PLAIN.feed_forward)
-    model = decoder((PLAIN, fewer))
-    with pytest.raises(ValueError, match="record 'weights' has different shapes in different layers"):
-        run(model, tokens(), record=("weights",))
-    logits, _, records = run(model, tokens(), record=("resid",))
-    assert records["resid"].shape == (2, B, T, WIDTH)
+def test_layers_of_different_shapes_have_a_list_of_records_and_one_array_of_the_stream():
+    model = decoder((PLAIN, STREAMING, STREAMING))
+    logits, _, records = run(model, tokens(), record=("k", "resid"))
+    assert [x.shape for x in records["k"]] == [(B, T, HEADS, H), (B, T, 2, 6), (B, T, 2, 6)]
+    assert records["resid"].shape == (3, B, T, WIDTH)
     assert logits.shape == (B, T, VOCABULARY)
+
+
+def test_a_layer_without_the_site_has_none():
+    model = decoder((PLAIN, Layer(LinearAttention(HEADS), None), PLAIN))
+    _, _, records = run(model, tokens(), record=("scores", "mlp_pre", "resid"))
+    for site in ("scores", "mlp_pre"):
+        assert [x is None for x in records[site]] == [False, True, False]
+    assert records["resid"].shape == (3, B, T, WIDTH)
+    with pytest.raises(ValueError, match="record 'lse' is of 'lse', which no layer has: need one of"):
+        decoder((Layer(LinearAttention(HEADS), None),))(tokens(), record=("lse",))
+
+
+def test_a_reducer_keeps_a_part_and_names_of_other_libraries_mean_the_same_site(model, seen):
+    places, direction = jnp.array([3, 0]), jnp.asarray(np.random.default_rng(0).standard_normal(WIDTH), jnp.float32)
+    record = {
+        "at": ("resid", trace.TokensAt(places)),
+        "mean": ("hook_mlp_out", trace.MeanOfTokens()),
+        "along": ("hook_resid_post", trace.Along(direction)),
+        "entropy": ("attn.hook_pattern", Entropy()),
+    }
+    found = nnx.jit(lambda model: model(tokens(), record=record))(model)[2]
+    assert_close(found["at"], seen[1]["resid"][:, :, [3, 0]], factor=20 * L)
+    assert_close(found["mean"], seen[1]["mlp_out"].mean((1, 2)), factor=20 * L)
+    assert_close(found["along"], seen[1]["resid"] @ np.asarray(direction, np.float64), factor=20 * L)
+    p = seen[1]["weights"]
+    entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
+    assert_close(found["entropy"], entropy.swapaxes(2, 3), factor=20 * L)
+
+
+def test_the_parts_between_sites_are_what_they_say(model, seen):
+    """Norms divide by the scale, the residual stream in the middle is a sum, and lse is that of the scores."""
+    records = seen[1]
+    np.testing.assert_array_equal(records["resid_pre"][1:], records["resid"][:-1])
+    assert_close(records["resid_mid"], records["resid_pre"] + records["attn_out"], factor=2)
+    for site, of in (("mixer_norm_scale", "resid_pre"), ("mlp_norm_scale", "resid_mid")):
+        assert_close(records[site], np.sqrt((records[of] ** 2).mean(-1, keepdims=True) + 1e-6), factor=4)
+    last = records["resid"][-1]
+    assert_close(records["final_norm_scale"], np.sqrt((last**2).mean(-1, keepdims=True) + 1e-6), factor=4)
+    gain = np.asarray(model.final_norm.scale[...], np.float64)
+    assert_close(records["final_norm"], last / records["final_norm_scale"] * gain, factor=20)
+    np.testing.assert_allclose(seen[0], records["logits"], rtol=0, atol=0)
+    expected = np.log(np.exp(records["scores"]).sum(-1)).swapaxes(2, 3)
+    np.testing.assert_allclose(records["lse"], expected, rtol=1e-5, atol=1e-5)
+    rotated = np.einsum("lbtnh,lbsnh->lbnts", records["q_rotated"], records["k_rotated"]) / np.sqrt(H)
+    shown = np.isfinite(records["scores"])
+    np.testing.assert_allclose(records["scores"][shown], rotated[shown], rtol=1e-4, atol=1e-4)
+    down = np.concatenate([np.asarray(run.feed_forward.down.kernel[...], np.float64) for run in model.runs])
+    assert_close(records["mlp_out"], np.einsum("lbtf,lfd->lbtd", records["mlp_post"], down), factor=20)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxattn.nn import Tap, Tokens
+
 B, T, D, N = 2, 11, 16, 2
 X = jax.random.normal(jax.random.key(1), (B, T, D))
 
@@ -18,9 +20,15 @@ def build(spec, seed=0):
     return nnx.merge(graph, params, rest)
 
 
-@nnx.jit(static_argnames="record")
-def run(mixer, x, positions=None, mask=None, state=None, record=()):
-    return mixer(x, positions=positions, mask=mask, state=state, record=record)
+def call(mixer, x, *, positions=None, mask=None, state=None, context=None, record=(), edits=None):
+    """(y, state, records)."""
+    after = mixer.reached(state) if state else None
+    tap = Tap(edits, record)
+    y, state = mixer(x, Tokens.of(x, positions=positions, mask=mask, after=after), tap, state, context)
+    return y, state, tap.records
+
+
+run = nnx.jit(call, static_argnames="record")
 
 
 def alone(mixer, *documents):

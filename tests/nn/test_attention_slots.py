@@ -1,12 +1,11 @@
 """Maps and measures of a module are those of `attend`, and maps that read other queries refuse a cache."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from mixers import call
 from multi_head import assert_close, randomise
 
 from jaxattn import (
@@ -24,14 +23,15 @@ from jaxattn import (
     attend,
 )
 from jaxattn.nn import HeadMixing, KeyQueryConvolution, MultiHeadAttention
+from jaxattn.trace import TokensAt
 
 D, T, B = 16, 7, 2
 MEASURES = {"entropy": Entropy(), "lags": LagProfile(3), "halves": Mass(jnp.array([0, 0, 0, 1, 1, 1, 1]), 2)}
+RECORD = {name: ("weights", measure) for name, measure in MEASURES.items()}
 
 
-@partial(nnx.jit, static_argnames="record")
 def run(module, x, record=(), **options):
-    return module(x, record=record, **options)
+    return nnx.jit(lambda module, x, options: call(module, x, record=record, **options))(module, x, options)
 
 
 def inputs(length=T):
@@ -57,28 +57,26 @@ def test_maps_are_applied_in_order_and_parts_stand_beside_modules():
     assert np.abs(np.asarray(swapped - expected)).max() > 1e-3
 
 
-def test_arrays_of_maps_and_measures_belong_to_the_module_and_are_not_trained():
+def test_arrays_of_maps_belong_to_the_module_and_are_not_trained():
     kernel = jnp.full((4, 2, 3), 0.25)
-    module = build(score_maps=(Convolution(kernel),), measures=MEASURES)
-    held = jax.tree.leaves(nnx.split(module, nnx.Param, ...)[2])
+    held = jax.tree.leaves(nnx.split(build(score_maps=(Convolution(kernel),)), nnx.Param, ...)[2])
     assert [leaf.shape for leaf in held if leaf.ndim == 3] == [(4, 2, 3)]
-    assert [leaf.tolist() for leaf in held if leaf.dtype == jnp.int32] == [MEASURES["halves"].groups.tolist()]
 
 
 def test_a_measure_is_recorded_under_its_own_name_when_asked_for():
-    module = build(measures=MEASURES)
-    y, _, records = run(module, inputs(), record=("entropy", "lags", "halves", "q", "k", "v"))
+    module = build()
+    y, _, records = run(module, inputs(), record=RECORD | {"q": "q", "k": "k", "v": "v"})
     _, expected = attend(records["q"], records["k"], records["v"], mask=Causal(), measures=MEASURES)
     for name in MEASURES:
         assert_close(records[name], expected[name])
     quiet, _, nothing = run(module, inputs())
     assert_close(quiet, y)
     assert nothing == {}
-    assert set(run(module, inputs(), record=("lags",))[2]) == {"lags"}
+    assert set(run(module, inputs(), record={"lags": RECORD["lags"]})[2]) == {"lags"}
 
 
 def test_a_measure_may_give_several_arrays():
-    _, _, records = run(build(measures={"top": TopWeights(2)}), inputs(), record=("top", "weights"))
+    _, _, records = run(build(), inputs(), record={"top": ("weights", TopWeights(2)), "weights": "weights"})
     weights, positions = records["top"]
     assert_close(weights, jnp.sort(records["weights"], -1)[..., :-3:-1].swapaxes(1, 2))
     assert positions.shape == (B, T, 4, 2)
@@ -89,9 +87,9 @@ def test_what_is_measured_has_a_gradient():
 
     @nnx.jit
     def mean_entropy(module, x):
-        return module(x, record=("entropy",))[2]["entropy"].mean()
+        return call(module, x, record=RECORD)[2]["entropy"].mean()
 
-    module = build(measures=MEASURES)
+    module = build()
     before, gradient = nnx.value_and_grad(mean_entropy)(module, inputs())
     nnx.update(module, jax.tree.map(lambda p, g: p + 0.1 * g, nnx.state(module, nnx.Param), gradient))
     assert mean_entropy(module, inputs()) > before + 1e-4
@@ -99,8 +97,8 @@ def test_what_is_measured_has_a_gradient():
 
 def test_maps_of_single_rows_and_measures_decode_through_a_cache():
     maps = {"score_maps": (SoftCap(0.5), HeadMixing(4)), "weight_maps": (TopKWeights(2),)}
-    module = build(**maps, measures={"entropy": Entropy(), "received": Received()})
-    x, record = inputs(), ("entropy", "received")
+    module = build(**maps)
+    x, record = inputs(), {"entropy": ("weights", Entropy()), "received": ("weights", Received())}
     y, _, whole = run(module, x, record)
     state, pieces = module.init_state(B, T), []
     for t in range(T):
@@ -123,7 +121,7 @@ def test_maps_of_single_rows_and_measures_decode_through_a_cache():
 def test_maps_that_read_other_queries_refuse_a_state(options, message):
     module = build(**options)
     with pytest.raises(ValueError, match=f"{message}, which a state does not hold: need state=None"):
-        module(inputs(), state=module.init_state(B, T))
+        call(module, inputs(), state=module.init_state(B, T))
 
 
 def test_a_convolution_of_keys_alone_decodes_through_a_cache():
@@ -134,14 +132,23 @@ def test_a_convolution_of_keys_alone_decodes_through_a_cache():
     assert_close(jnp.concatenate([first, rest], 1), y)
 
 
-def test_maps_outside_a_tuple_and_names_that_are_taken_are_refused():
+def test_maps_outside_a_tuple_are_refused():
     with pytest.raises(TypeError, match=r"score_maps must be a tuple such as \(SoftCap\(50.0\),\), got Temperature"):
         build(score_maps=Temperature(2.0))
     with pytest.raises(TypeError, match=r"weight_maps must be a tuple .* got HeadMixing"):
         build(weight_maps=HeadMixing(4))
-    with pytest.raises(TypeError, match=r"measures must be a dict .* got Entropy"):
-        build(measures=Entropy())
-    with pytest.raises(ValueError, match=r"measures have the names of sites, \['weights'\]: need others"):
-        build(measures={"weights": Entropy()})
-    with pytest.raises(ValueError, match=r"record names unknown sites \['entropie'\]: need some of .*'entropy'"):
-        build(measures=MEASURES)(inputs(), record=("entropie",))
+
+
+@pytest.mark.parametrize(
+    ("record", "error", "message"),
+    [
+        ("weights", TypeError, "record is the text 'weights': need a tuple of sites"),
+        (("entropie",), ValueError, r"record names the unknown site 'entropie': need one of \['embed'"),
+        (("mlp_out",), ValueError, "record 'mlp_out' is of the site 'mlp_out', which MultiHeadAttention does not have"),
+        ({"h": ("z", Entropy())}, TypeError, "record 'h' is of 'z', where it needs a reducer"),
+        ({"h": ("weights", TokensAt(jnp.arange(2)))}, TypeError, "record 'h' is of weights, where it needs a measure"),
+    ],
+)
+def test_records_that_mean_nothing_are_refused(record, error, message):
+    with pytest.raises(error, match=message):
+        call(build(), inputs(), record=record)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from mixers import call
 from multi_head import assert_close, randomise
 
 from jaxattn import Causal, Documents, Window, attend, rotary
@@ -23,7 +24,7 @@ def inputs():
 
 @nnx.jit(static_argnames="record")
 def run(module, x, mask=None, record=()):
-    y, _, records = module(x, mask=mask, record=record)
+    y, _, records = call(module, x, mask=mask, record=record)
     return y, records
 
 
@@ -45,17 +46,17 @@ def test_it_is_attention_of_what_the_convolution_makes(module):
 def test_packed_documents_are_convolved_apart(module):
     x, ids = inputs(), jnp.array([[0, 0, 0, 1, 1, 1, 1]] * B)
     y, _ = run(module, x, Documents(ids))
-    parts = [np.asarray(run(module, x[:, :3])[0]), np.asarray(module(x[:, 3:], positions=jnp.arange(3, T))[0])]
+    parts = [np.asarray(run(module, x[:, :3])[0]), np.asarray(call(module, x[:, 3:], positions=jnp.arange(3, T))[0])]
     assert_close(y, np.concatenate(parts, 1))
 
 
 def test_what_a_convolution_cannot_tell_is_refused(module):
     x = jnp.zeros((B, T, D))
     with pytest.raises(ValueError, match="mask is Window: a recurrence or convolution takes None"):
-        module(x, mask=Window(2))
+        call(module, x, mask=Window(2))
     with pytest.raises(ValueError, match="mask has documents and a state is given"):
-        module(x, mask=Documents(jnp.zeros(T, int)), state=module.init_state(B, T))
+        call(module, x, mask=Documents(jnp.zeros(T, int)), state=module.init_state(B, T))
     with pytest.raises(ValueError, match="a convolution sees only tokens of one sequence"):
-        MultiHeadAttention(D, 4, rotary_base=None, convolution=2, rngs=nnx.Rngs(0))(x, context=x)
+        call(MultiHeadAttention(D, 4, rotary_base=None, convolution=2, rngs=nnx.Rngs(0)), x, context=x)
     with pytest.raises(ValueError, match="convolution must be at least 1 token wide, got -1"):
         MultiHeadAttention(D, 4, convolution=-1, rngs=nnx.Rngs(0))

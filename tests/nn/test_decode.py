@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from mixers import call
 from multi_head import assert_close, randomise
 
 from jaxattn import Alibi, Causal, Sigmoid, Sinks, Window
@@ -34,7 +35,7 @@ CUTS = {"token by token": [1] * T, "3 then 4": [3, 4]}
 
 @nnx.jit
 def run(module, x, **options):
-    y, state, _ = module(x, **options)
+    y, state, _ = call(module, x, **options)
     return y, state
 
 
@@ -119,7 +120,7 @@ def test_decoding_runs_inside_a_loop():
     def loop(graph, arrays, x):
         def one(state, token):
             position, x = token
-            y, state, _ = nnx.merge(graph, arrays)(x[:, None], positions=position[None], state=state)
+            y, state, _ = call(nnx.merge(graph, arrays), x[:, None], positions=position[None], state=state)
             return state, y[:, 0]
 
         return jax.lax.scan(one, module.init_state(3, T), (jnp.arange(T), x.swapaxes(0, 1)))[1].swapaxes(0, 1)
@@ -130,10 +131,10 @@ def test_decoding_runs_inside_a_loop():
 def test_decoding_without_positions_goes_on_after_the_last_token():
     module = MultiHeadAttention(16, 4, mask=Causal(), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 5, 16))
-    whole, _, _ = module(x)
+    whole, _ = module(x)
     state, pieces = module.init_state(2, 8), []
     for start, stop in ((0, 2), (2, 3), (3, 5)):
-        y, state, _ = module(x[:, start:stop], state=state)
+        y, state, _ = call(module, x[:, start:stop], state=state)
         pieces.append(y)
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=40 * np.finfo(np.float32).eps)
     assert state.positions.tolist() == [[0, 1, 2, 3, 4, -1, -1, -1]] * 2
@@ -175,7 +176,7 @@ def test_a_position_beyond_the_capacity_is_refused_where_it_is_known(cut):
         state, start = module.init_state(3, CAPACITY), 0
         for size in cut:
             positions = jnp.arange(start, start + size) if given else None
-            _, state, _ = module(x[:, start : start + size], positions=positions, state=state)
+            _, state, _ = call(module, x[:, start : start + size], positions=positions, state=state)
             start += size
 
     for given in (True, False):
@@ -203,7 +204,7 @@ def test_records_of_a_ring_stand_at_the_positions_of_keys(left):
     """Also where it has as many slots as positions; beyond the capacity they have no place, and are NaN."""
     module = randomise(MultiHeadAttention(D, 4, mask=Window(left), rngs=nnx.Rngs(0)))
     x = np.random.default_rng(1).standard_normal((1, T, D)).astype(np.float32)
-    decode = nnx.jit(lambda module, x, state: module(x, state=state, record=("weights",)))
+    decode = nnx.jit(lambda module, x, state: call(module, x, state=state, record=("weights",)))
     whole = decode(module, x, None)[2]["weights"]
     state = module.init_state(1, 5)
     _, state, records = decode(module, x[:, :3], state)

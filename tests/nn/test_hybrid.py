@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from mixers import B, D, N, T, X, alone, assert_close, build, run, start
+from mixers import B, D, N, T, X, alone, assert_close, build, call, run, start
 
 from jaxattn import Causal, Documents, Sinks, Window, memory_scan, models, nn
 from jaxattn.core.attend.position import rotary
@@ -159,7 +159,7 @@ def test_errors_name_what_is_wrong():
         (lambda: models.Titans("context", N, window=3, memory=STILL).build(D, None, rngs), "segment is 3"),
         (lambda: models.Titans("gate", N, window=0).build(D, None, rngs), "need window >= 1"),
         (lambda: models.Hymba(heads=3).build(D, None, rngs), "heads is 3: need a divisor of 32"),
-        (lambda: nn.Chain([attention])(X, context=X), "context is given"),
+        (lambda: call(nn.Chain([attention]), X, context=X), "context is given"),
         (lambda: nn.S6(D, state=0, rngs=rngs), "state must be at least 1, got 0"),
         (lambda: nn.GatedConvolution(D, expand=0, rngs=rngs), "expand must be at least 1, got 0"),
         (lambda: nn.Latte(D, N, causal=False, window=3, rngs=rngs), "need a window of at least 1, and a causal mixer"),
@@ -169,7 +169,7 @@ def test_errors_name_what_is_wrong():
             make()
     prefixed = nn.Prefixed(attention, D, 2, rngs=rngs)
     with pytest.raises(ValueError, match="positions are given for packed rows behind a prefix"):
-        prefixed(X, positions=jnp.arange(T), mask=Documents(jnp.zeros((B, T), int)))
+        call(prefixed, X, positions=jnp.arange(T), mask=Documents(jnp.zeros((B, T), int)))
 
 
 FULL = {

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from mixers import call
 from multi_head import assert_close, randomise
 
 from jaxattn import (
@@ -83,7 +84,7 @@ OWNERS = {
 
 @partial(nnx.jit, static_argnames="record")
 def run(module, x, record=()):
-    return module(x, record=record)
+    return call(module, x, record=record)
 
 
 def inputs(seed=5):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from mixers import B, D, N, T, X, build
+from mixers import B, D, N, T, X, build, call
 
 from jaxattn import Documents, models
 
@@ -35,7 +35,7 @@ def test_padding_reaches_nothing(name, packed):
     @jax.jit
     def run(params, x):
         def loss(params, x):
-            y, _, _ = nnx.merge(graph, params, rest)(x, **options)
+            y, _, _ = call(nnx.merge(graph, params, rest), x, **options)
             y = jnp.where(padding[..., None], 0, y)
             return jnp.sin(y).sum(), y
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from mixers import B, D, N, T, X, alone, assert_close, build, run, start
+from mixers import B, D, N, T, X, alone, assert_close, build, call, run, start
 
 from jaxattn import (
     Causal,
@@ -88,8 +88,7 @@ def test_decoding_is_the_whole_pass_at_a_state_of_fixed_size(name):
 def test_packed_documents_are_separate_runs_and_the_future_is_not_seen(name):
     mixer = build(SPECS[name])
     ids = jnp.array([[3] * 4 + [5] * 7, [0] * 11])
-    positions = jnp.array([[*range(4), *range(7)], [*range(11)]])
-    y, _, _ = run(mixer, X, positions=positions, mask=Documents(ids))
+    y, _, _ = run(mixer, X, mask=Documents(ids))
     assert_close(y[0], jnp.concatenate(alone(mixer, X[0, :4], X[0, 4:])))
     whole = jnp.stack(alone(mixer, *X))
     assert_close(y[1], whole[1])
@@ -138,8 +137,8 @@ def test_padding_is_not_there_wherever_it_stands(name):
     assert_close(y[0][seen[0]], first)
     assert_close(y[1][seen[1]], second)
     documents = np.array([[0] * 6 + [1] * 5] * 2)
-    within = jnp.array([[-1, -1, 0, 1, 2, -1, 0, -1, -1, 1, 2], [0, -1, 1, 2, 3, 4, -1, -1, -1, 0, 1]])
-    y, _, _ = run(mixer, x, positions=within, mask=Documents(jnp.asarray(documents)))
+    in_row = jnp.where(seen, jnp.arange(T), -1)
+    y, _, _ = run(mixer, x, positions=in_row, mask=Documents(jnp.asarray(documents)))
     for row in range(2):
         pieces = [x[row][seen[row] & (documents[row] == each)] for each in range(2)]
         assert_close(y[row][seen[row]], jnp.concatenate(alone(mixer, *pieces)))
@@ -172,7 +171,7 @@ def test_states_keep_their_types_in_bfloat16(name):
     mixer = SPECS[name].build(D, jnp.bfloat16, nnx.Rngs(0))
     state = start(mixer, B, 9)
     x = X.astype(jnp.bfloat16)
-    y, after = jax.eval_shape(lambda x, state: mixer(x, state=state)[:2], x, state)
+    y, after = jax.eval_shape(lambda x, state: call(mixer, x, state=state)[:2], x, state)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
     assert y.dtype in (jnp.bfloat16, jnp.float32)
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(after["memory"]))
@@ -249,7 +248,7 @@ def test_latte_over_all_tokens_ends_as_the_causal_one_does():
     assert_close(run(both, X, positions=positions)[0][:, :7], run(both, X[:, :7])[0])
     for given in ({"mask": Causal()}, {"state": both.init_state(B, T)}):
         with pytest.raises(ValueError, match="is given, but this mixer reads all of a row at once: need None"):
-            both(X, **given)
+            call(both, X, **given)
 
 
 def test_s6_is_its_recurrence():
@@ -336,14 +335,14 @@ def test_gates_are_the_formulas_and_stay_in_their_range():
     np.testing.assert_allclose(inverse_softplus(jnp.array([1e-6, 89.0, 800.0])), [np.log(1e-6), 89, 800], rtol=1e-5)
     floors = jnp.array([-1.0, -5.0])
     np.testing.assert_allclose(bounded_decay(jnp.zeros(2), floors), floors / 2)
-    for call, message in (
+    for made, message in (
         (lambda: bounded_decay(x, 1.0), r"floor holds 1\.0: need numbers below 0"),
         (lambda: lower_bounded_decay(x, 1.5), r"bound holds 1\.5: need numbers from 0 to below 1"),
         (lambda: lower_bounded_decay(x, -0.5), r"bound holds -0\.5: need numbers from 0 to below 1"),
         (lambda: inverse_softplus(-1.0), r"x holds -1\.0: need numbers above 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            call()
+            made()
 
 
 def test_a_running_softmax_does_not_depend_on_a_constant_and_takes_missing_tokens():
@@ -388,17 +387,20 @@ def test_specs_are_plain_data(name):
     ("call", "message"),
     [
         (lambda m: m(X[..., :3]), r"x has shape \(2, 11, 3\): need \[batch, length, 16\]"),
-        (lambda m: m(X, context=X), "context is given: a recurrent mixer sees only its own tokens"),
+        (lambda m: call(m, X, context=X), "context is given: a recurrent mixer sees only its own tokens"),
         (
-            lambda m: m(X, mask=Window(3)),
+            lambda m: call(m, X, mask=Window(3)),
             r"mask is Window: a recurrence or convolution takes None, Causal\(\) or Documents",
         ),
-        (lambda m: m(X, mask=Documents(jnp.zeros(5, int))), "mask is Documents: .* with one id per token"),
+        (lambda m: call(m, X, mask=Documents(jnp.zeros(5, int))), "mask is Documents: .* with one id per token"),
         (
-            lambda m: m(X, mask=Causal() & Documents(jnp.zeros(T, int)), state=m.init_state(B, 9)),
+            lambda m: call(m, X, mask=Causal() & Documents(jnp.zeros(T, int)), state=m.init_state(B, 9)),
             "need one or the other",
         ),
-        (lambda m: m(X, record=("scores",)), "record has 'scores', which a recurrent mixer does not have"),
+        (
+            lambda m: call(m, X, record=("scores",)),
+            "record 'scores' .*, which Recurrent does not have: need one of",
+        ),
     ],
 )
 def test_calls_that_a_memory_cannot_serve_are_refused(call, message):
@@ -409,7 +411,7 @@ def test_calls_that_a_memory_cannot_serve_are_refused(call, message):
 def test_a_memory_that_learns_has_no_weights_and_takes_so_many_documents():
     mixer = dataclasses.replace(SPECS["yaad"], documents=1).build(D, jnp.float32, nnx.Rngs(0))
     with pytest.raises(ValueError, match="record has 'weights'"):
-        mixer(X, record=("weights",))
+        call(mixer, X, record=("weights",))
     ids = jnp.array([[0] * 5 + [1] * 6, [0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7]])
     y, _, _ = run(mixer, X, mask=Documents(ids))
     assert np.isfinite(y[0]).all()

@@ -182,9 +182,9 @@ def _needs(given: Given) -> dict[Need, list[str]]:
     if not isinstance(slots.normalize, Streaming):
         needs["rows"].append(f"normalize={type(slots.normalize).__name__}")
     for each in slots.score_maps:
-        needs[each.scores_need].append(f"score_maps={type(each).__name__}")
+        needs[each.scores_need].append(f"score_maps={each.kind}")
     for each in slots.weight_maps:
-        needs[each.weights_need].append(f"weight_maps={type(each).__name__}")
+        needs[each.weights_need].append(f"weight_maps={each.kind}")
     for measure in slots.measures.values():
         needs["rows"].append(f"measures={type(measure).__name__}")
     return needs

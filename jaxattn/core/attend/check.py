@@ -75,9 +75,10 @@ def _check_slots(given: Given) -> None:
             return part(*arguments)
         except Exception as error:
             owner = getattr(part, "__self__", part)
+            name = owner.kind if isinstance(owner, Map) else type(owner).__name__
             kind = type(error) if type(error) in (TypeError, NotImplementedError) else ValueError
             raise kind(
-                f"{slot}={type(owner).__name__} does not fit query {given.query.shape} and key {given.key.shape}: "
+                f"{slot}={name} does not fit query {given.query.shape} and key {given.key.shape}: "
                 f"{str(error).strip().splitlines()[0]}"
             ) from error
 

@@ -46,6 +46,11 @@ class Map(abc.ABC):
         """How many queries before a row the map reads."""
         return 0
 
+    @property
+    def kind(self) -> str:
+        """What errors and explanations call it."""
+        return type(self).__name__
+
     @abc.abstractmethod
     def __call__(self, x: Block, tile: Tile) -> Block:
         """The block, mapped."""

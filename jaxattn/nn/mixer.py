@@ -1,0 +1,63 @@
+"""The protocol of token mixers: attention, recurrences, memories, and mixers made of mixers."""
+
+from typing import Any, ClassVar
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxattn.nn.tap import Tap
+from jaxattn.nn.tokens import Tokens
+
+
+class Mixer(nnx.Module):
+    """What moves information between tokens.
+
+        mixer(x, tokens, tap, state=None, context=None) -> (y, state)          x, y [B, T, D]
+        mixer.init_state(batch, capacity) -> state
+
+    A new mixer says which `sites` it has, begins its call with `started`, and calls `x = tap("site", x)` at each.
+
+    Attributes:
+        sites: Where its values can be changed and recorded, in the order in which it comes to them.
+    """
+
+    sites: ClassVar[tuple[str, ...]] = ("attn_out",)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        tokens: Tokens | None = None,
+        tap: Tap | None = None,
+        state: Any = None,
+        context: Any = None,
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """(y, the state after these tokens).
+
+        Args:
+            x: [B, T, D].
+            tokens: What stands where; by default 0..T−1, and with a state the places after the last that it holds.
+            tap: Edits and records.
+            state: What earlier tokens left, from `init_state` or an earlier call; None for a sequence that begins here.
+            context: Another sequence, for mixers that read one.
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch: int, capacity: int) -> Any:
+        """The state before any token, for sequences of up to `capacity` tokens."""
+        raise NotImplementedError
+
+    def reached(self, state: Any) -> Int[Array, " b"]:
+        """The position after the last token that the state holds."""
+        raise NotImplementedError
+
+    def started(self, x: Any, tokens: Tokens | None, tap: Tap | None, state: Any) -> tuple[Tokens, Tap]:
+        """The tokens and the tap of a call, with what stands for None.
+
+        Raises:
+            ValueError: For edits and records at sites that this mixer does not have.
+        """
+        if tokens is None:
+            tokens = Tokens.of(x, after=None if state is None else self.reached(state))
+        tap = Tap() if tap is None else tap
+        tap.check(self, self.sites)
+        return tokens, tap.at(tokens)

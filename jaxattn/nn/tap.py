@@ -1,0 +1,436 @@
+"""What a caller wants to change and to see inside a model: sites, edits, records, and the `Tap` that holds both.
+
+A layer calls `x = tap("site", x)` wherever there is something to change or to see. An edit is a part called as
+`edit(value, where)`, with `where` the `Tokens` of the call, and at the sites `scores` and `weights` the `Tile`. An edit
+is told the positions, so that it does the same in one full pass and token by token.
+
+At `scores` an edit may also be a mask (a pair that it hides is not seen), a bias (which is added) or a score map, and
+at `weights` a weight map. They join the slots of the one call to `attend`, and are served as those are.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jaxattn.core.attend.bias import ScoreBias
+from jaxattn.core.attend.maps import Map, Need
+from jaxattn.core.attend.mask import Mask
+from jaxattn.core.attend.measure import Measure, View
+from jaxattn.core.attend.slots import Slots
+from jaxattn.core.attend.tile import Tile
+from jaxattn.core.part import part
+
+Value = TypeVar("Value")
+
+SITES = {
+    "embed": "[B, T, D] what goes into the first layer",
+    "resid_pre": "[B, T, D] the residual stream before the layer",
+    "mixer_norm_scale": "[B, T, 1] what the norm before the mixer divides by",
+    "q": "[B, T, N, H] queries, before rotation",
+    "k": "[B, S, K, H] keys of this call's tokens, before rotation",
+    "v": "[B, S, K, H] values of this call's tokens",
+    "q_rotated": "[B, T, N, H] queries as they meet the keys",
+    "k_rotated": "[B, S, K, H] keys of this call's tokens as they meet the queries",
+    "scores": "[B, N, T, S] scores after bias, score maps and mask (hidden: −inf)",
+    "weights": "[B, N, T, S] attention weights after weight maps, before dropout",
+    "lse": "[B, T, N] the log of the total weight of each row",
+    "z": "[B, T, N, H] what each head reads, before the output projection",
+    "attn_out": "[B, T, D] what the mixer adds to the residual stream",
+    "resid_mid": "[B, T, D] the residual stream between mixer and feed-forward block",
+    "mlp_norm_scale": "[B, T, 1] what the norm before the feed-forward block divides by",
+    "mlp_pre": "[B, T, F] the hidden units before the nonlinearity",
+    "mlp_post": "[B, T, F] the hidden units as they are projected back",
+    "mlp_out": "[B, T, D] what the feed-forward block adds to the residual stream",
+    "resid": "[B, T, D] the residual stream after the layer",
+    "final_norm_scale": "[B, T, 1] what the norm before the output divides by",
+    "final_norm": "[B, T, D] what the output projection reads",
+    "logits": "[B, T, vocabulary] the output",
+}
+"""Site -> what it holds, in the order in which a model comes to it. In a model, sites of layers carry a layer axis."""
+
+OF_MODEL = ("embed", "final_norm_scale", "final_norm", "logits")
+"""The sites that a model has once, and not in every layer."""
+
+ALIASES = {
+    "hook_embed": "embed",
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid",
+    "ln1.hook_scale": "mixer_norm_scale",
+    "ln2.hook_scale": "mlp_norm_scale",
+    "ln_final.hook_scale": "final_norm_scale",
+    "attn.hook_q": "q",
+    "attn.hook_k": "k",
+    "attn.hook_v": "v",
+    "attn.hook_rot_q": "q_rotated",
+    "attn.hook_rot_k": "k_rotated",
+    "attn.hook_attn_scores": "scores",
+    "attn.hook_pattern": "weights",
+    "attn.hook_z": "z",
+    "hook_attn_out": "attn_out",
+    "mlp.hook_pre": "mlp_pre",
+    "mlp.hook_post": "mlp_post",
+    "hook_mlp_out": "mlp_out",
+    "inputs_embeds": "embed",
+    "hidden_states": "resid",
+    "attentions": "weights",
+}
+"""Names of TransformerLens and of Hugging Face for the same places."""
+
+ATTENTION = ("scores", "weights", "lse")
+"""The sites inside the call to `attend`."""
+
+
+class Edit(abc.ABC):
+    """What a part must offer to change the value of a site.
+
+    Attributes:
+        need: What it must see of scores or weights, as for maps: "tile", or "rows" if it looks along the keys, which
+            makes training through it several times slower. Elsewhere it does not matter.
+    """
+
+    need: ClassVar[Need] = "tile"
+
+    @abc.abstractmethod
+    def __call__(self, value: Array, where: Any) -> Array:
+        """The value to go on with. `where` is the `Tokens` of the call; at scores and weights the `Tile`."""
+
+
+@part
+class Layers:
+    """An edit with arrays of its own in every layer: each of its leaves has a leading layer axis.
+
+    Attributes:
+        edit: The edit.
+        on: [L], in which layers it acts; None for all.
+    """
+
+    edit: Any
+    on: Bool[Array, " layers"] | None = None
+
+
+class Reducer(abc.ABC):
+    """What is kept of the value of a site."""
+
+    @abc.abstractmethod
+    def __call__(self, value: Array, where: Any) -> Any:
+        """What to keep. `where` as for edits."""
+
+
+@part
+class Whole(Reducer):
+    """All of the value. At scores and weights that is T x S per head."""
+
+    def __call__(self, value, where):
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Active:
+    """An edit of one layer, and whether it acts there: None for yes."""
+
+    edit: Any
+    on: Any = None
+
+    def __call__(self, value: Array, where: Any) -> Array:
+        new = self.edit(value, where)
+        if new.shape != value.shape:
+            raise ValueError(
+                f"edit {type(self.edit).__name__} makes {new.shape} of a value of shape {value.shape}: need the same"
+            )
+        new = new.astype(value.dtype)
+        return new if self.on is None else jnp.where(self.on, new, value)
+
+
+@part
+class _Unless(Mask):
+    """The mask where it is on, else no mask."""
+
+    mask: Mask
+    on: Bool[Array, ""]
+
+    def __call__(self, query, key):
+        return self.mask(query, key) | ~jnp.asarray(self.on)
+
+    def bounds(self, query, key):
+        possible, certain = self.mask.bounds(query, key)
+        return possible | ~jnp.asarray(self.on), certain | ~jnp.asarray(self.on)
+
+    @property
+    def is_relative(self):
+        return self.mask.is_relative
+
+
+@part
+class _Lowered(Map):
+    """An edit as a map of scores or weights."""
+
+    edit: Any
+    on: Any
+
+    @property
+    def scores_need(self):  # type: ignore[override]
+        return getattr(self.edit, "scores_need", None) or getattr(self.edit, "need", "tile")
+
+    @property
+    def weights_need(self):  # type: ignore[override]
+        return getattr(self.edit, "weights_need", None) or getattr(self.edit, "need", "tile")
+
+    @property
+    def kind(self):
+        return type(self.edit).__name__
+
+    @property
+    def halo(self):
+        return self.edit.halo if isinstance(self.edit, Map) else 0
+
+    def __call__(self, x, tile):
+        if isinstance(self.edit, ScoreBias):
+            return _Active(_Added(self.edit), self.on)(x, tile)
+        return _Active(self.edit, self.on)(x, tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Added:
+    """A bias as an edit."""
+
+    bias: Any
+
+    def __call__(self, value: Array, where: Tile) -> Array:
+        return value + self.bias(where).astype(value.dtype)
+
+
+@part
+class _Rows(Measure):
+    """Complete rows of weights, or of scores with −inf for hidden pairs."""
+
+    of: str
+
+    def __call__(self, view: View, tile: Tile):
+        return view.weights if self.of == "weights" else jnp.where(tile.visible, view.scores, -jnp.inf)
+
+
+class Tap:
+    """Changes values by the edits of their sites, and keeps what was asked for: `value = tap(site, value)`.
+
+    Args:
+        edits: Site -> an edit, or a tuple of edits that act one after the other.
+        record: Names of sites, each kept whole; or name -> site, or name -> (site, reducer). A reducer is called on the
+            value; at scores and weights it is a measure, or `Whole()`.
+
+    Attributes:
+        records: What was kept, by name.
+
+    Raises:
+        ValueError: For names that are no sites: a record that is silently missing is the classic failure.
+        TypeError: For an edit or a reducer of the wrong kind.
+    """
+
+    def __init__(self, edits: Mapping[str, Any] | None = None, record: Any = ()):
+        self.edits: dict[str, tuple[_Active, ...]] = {}
+        for site, given in (edits or {}).items():
+            several = given if isinstance(given, tuple | list) else (given,)
+            active = tuple(each if isinstance(each, _Active) else _Active(each) for each in several)
+            self.edits[site_of("edits", site)] = active
+            for each in active:
+                _check_edit(site_of("edits", site), each.edit)
+        self.asked = as_records(record)
+        self.records: dict[str, Any] = {}
+        self.where: Any = None
+
+    def at(self, where: Any) -> "Tap":
+        """The same tap for values that stand there: `Tokens`, or a `Tile`."""
+        new = Tap.__new__(Tap)
+        new.edits, new.asked, new.records, new.where = self.edits, self.asked, self.records, where
+        return new
+
+    def only(self, sites: Iterable[str]) -> "Tap":
+        """The same tap, for some of the sites."""
+        new, kept = self.at(self.where), set(sites)
+        new.edits = {site: each for site, each in self.edits.items() if site in kept}
+        new.asked = {name: each for name, each in self.asked.items() if each[0] in kept}
+        return new
+
+    @property
+    def sites(self) -> set[str]:
+        """The sites that have an edit, or of which something is kept."""
+        return {*self.edits, *(site for site, _ in self.asked.values())}
+
+    def check(self, owner: Any, sites: Iterable[str]) -> None:
+        """Raises ValueError if there is an edit or a record at a site that the owner does not have."""
+        sites = list(sites)
+        for name, (site, _) in self.asked.items():
+            if site not in sites:
+                raise ValueError(
+                    f"record {name!r} is of the site {site!r}, which {_name(owner)} does not have: need one of {sites}"
+                )
+        if unknown := sorted(set(self.edits) - set(sites)):
+            raise ValueError(f"edits has the sites {unknown}, which {_name(owner)} does not have: need some of {sites}")
+
+    def wants(self, *sites: str) -> bool:
+        """Whether there is an edit or a record at any of these sites."""
+        return not self.sites.isdisjoint(sites)
+
+    def __call__(self, site: str, value: Value) -> Value:
+        for edit in self.edits.get(site, ()):
+            value = edit(value, self.where)  # type: ignore[arg-type, assignment]
+        for name, (asked, reducer) in self.asked.items():
+            if asked == site:
+                self.records[name] = reducer(value, self.where)
+        return value
+
+    def join(self, slots: Slots) -> tuple[Slots, bool]:
+        """The slots of a call to `attend` with the edits at scores and weights, and with what is to be measured; and
+        whether the lse is wanted."""
+        score_maps, weight_maps, mask = list(slots.score_maps), list(slots.weight_maps), slots.mask
+        for each in self.edits.get("scores", ()):
+            if isinstance(each.edit, Mask):
+                more = each.edit if each.on is None else _Unless(each.edit, each.on)
+                mask = more if mask is None else mask & more
+            else:
+                score_maps.append(_Lowered(each.edit, each.on))
+        weight_maps += [_Lowered(each.edit, each.on) for each in self.edits.get("weights", ())]
+        measures = dict(slots.measures)
+        for name, (site, reducer) in self.asked.items():
+            if site in ("scores", "weights"):
+                measures[name] = _Rows(site) if isinstance(reducer, Whole) else reducer
+        if "lse" in self.edits:
+            raise ValueError("edits has the site 'lse', which can be recorded only: edit 'scores' or 'z'")
+        joined = dataclasses.replace(
+            slots, score_maps=tuple(score_maps), weight_maps=tuple(weight_maps), mask=mask, measures=measures
+        )
+        return joined, any(site == "lse" for site, _ in self.asked.values())
+
+    def keep(self, extras: Mapping[str, Any]) -> None:
+        """Keeps what a call to `attend` with the joined slots has measured."""
+        for name, (site, reducer) in self.asked.items():
+            if site in ("scores", "weights"):
+                found = extras[name]
+                self.records[name] = found.swapaxes(-2, -3) if isinstance(reducer, Whole) else found
+            elif site == "lse":
+                self.records[name] = reducer(extras["lse"], self.where)
+
+
+def site_of(argument: str, name: str) -> str:
+    """The site of this name, or of another library's name for it. Raises ValueError if there is none."""
+    site = ALIASES.get(name, name)
+    if site not in SITES:
+        raise ValueError(f"{argument} names the unknown site {name!r}: need one of {list(SITES)}")
+    return site
+
+
+def as_records(record: Any) -> dict[str, tuple[str, Any]]:
+    """name -> (site, reducer), of what was given for `record`. Raises ValueError and TypeError as `Tap`."""
+    if isinstance(record, str):
+        raise TypeError(f"record is the text {record!r}: need a tuple of sites, or a dict of name -> (site, reducer)")
+    if not isinstance(record, Mapping):
+        record = {name: (name, Whole()) for name in record}
+    found = {}
+    for name, given in record.items():
+        site, reducer = (given, Whole()) if isinstance(given, str) else given
+        site = site_of("record", site)
+        if site in ("scores", "weights") and not isinstance(reducer, Whole | Measure):
+            raise TypeError(
+                f"record {name!r} is of {site}, where it needs a measure such as Entropy(), or Whole(); got {reducer!r}"
+            )
+        if site not in ("scores", "weights") and (isinstance(reducer, Measure) or not callable(reducer)):
+            raise TypeError(
+                f"record {name!r} is of {site!r}, where it needs a reducer such as Whole(), got {reducer!r}"
+            )
+        found[name] = (site, reducer)
+    return found
+
+
+def _check_edit(site: str, edit: Any) -> None:
+    of_scores, of_weights = isinstance(edit, Mask | ScoreBias | Map), isinstance(edit, Map)
+    fits = {"scores": of_scores or _is_function(edit), "weights": of_weights or _is_function(edit)}
+    if fits.get(site, _is_function(edit) and not of_scores):
+        return
+    kinds = {"scores": "a mask, a bias, a score map or an Edit", "weights": "a weight map or an Edit"}
+    raise TypeError(f"edits[{site!r}] must be {kinds.get(site, 'an Edit')}, got {type(edit).__name__}")
+
+
+def _is_function(edit: Any) -> bool:
+    return callable(edit) and not isinstance(edit, type | Mask | ScoreBias) and not hasattr(edit, "dtype")
+
+
+def _name(owner: Any) -> str:
+    return owner if isinstance(owner, str) else type(owner).__name__
+
+
+def scanned(
+    edits: Mapping[str, Any], first: int, count: int, sites: Iterable[str]
+) -> tuple[Any, Callable[[Any], dict]]:
+    """The edits of `count` layers from `first` on that a scan over them takes, and what makes those of one layer.
+
+    Returns what carries a layer axis of `count` entries, and a function of one entry of it that returns
+    site -> edits of that layer.
+    """
+    sliced, plans = [], []
+    for site, entries in edits.items():
+        if site not in sites:
+            continue
+        for entry in entries:
+            if isinstance(entry, Layers):
+                on = None if entry.on is None else jnp.asarray(entry.on)[first : first + count]
+                sliced.append((jax.tree.map(lambda x: x[first : first + count], entry.edit), on))
+                plans.append((site, None))
+            elif isinstance(entry, At):
+                if first <= entry.layer < first + count:
+                    sliced.append((None, jnp.arange(first, first + count) == entry.layer))
+                    plans.append((site, entry.edit))
+            else:
+                sliced.append((None, None))
+                plans.append((site, entry))
+
+    def of_layer(slices: Any) -> dict[str, tuple[_Active, ...]]:
+        found: dict[str, tuple[_Active, ...]] = {}
+        for (site, shared), (own, on) in zip(plans, slices, strict=True):
+            found[site] = (*found.get(site, ()), _Active(own if shared is None else shared, on))
+        return found
+
+    return sliced, of_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """An edit of a single layer."""
+
+    layer: int
+    edit: Any
+
+
+def as_edits(edits: Mapping[str, Any] | None, layers: int) -> dict[str, tuple[Any, ...]]:
+    """site -> edits, each of them shared by all layers, or `Layers`, or `At` one layer.
+
+    Raises ValueError for unknown sites, `Layers` without an axis of so many layers, and layers that there are not;
+    TypeError for what is no edit.
+    """
+    found = {}
+    for name, given in (edits or {}).items():
+        site = site_of("edits", name)
+        entries: list[Any] = []
+        for entry in given if isinstance(given, tuple | list) else (given,):
+            if isinstance(entry, Mapping):
+                for layer, several in entry.items():
+                    if not isinstance(layer, int) or not 0 <= layer < layers:
+                        raise ValueError(f"edits[{name!r}] has the layer {layer!r}: need one from 0 to {layers - 1}")
+                    entries += [At(layer, x) for x in (several if isinstance(several, tuple | list) else (several,))]
+            else:
+                entries.append(entry)
+        for entry in entries:
+            _check_edit(site, entry.edit if isinstance(entry, Layers | At) else entry)
+            if isinstance(entry, Layers | At) and site in OF_MODEL:
+                raise ValueError(f"edits[{name!r}] is by layer, but a model has {site!r} once: need the edit itself")
+            for leaf in jax.tree.leaves(entry) if isinstance(entry, Layers) else ():
+                if jnp.shape(leaf)[:1] != (layers,):
+                    raise ValueError(
+                        f"edits[{name!r}]: Layers has a leaf of shape {jnp.shape(leaf)}: need {layers} layers first"
+                    )
+        found[site] = tuple(entries)
+    return found

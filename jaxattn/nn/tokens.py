@@ -1,0 +1,141 @@
+"""What stands where in one call of a layer: places in the row, documents, padding and the mask of the caller."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxattn.core.attend.mask import And, Causal, Documents, Mask, Within, as_mask, documents_of, places_in_documents
+from jaxattn.core.checks import positions_fit
+from jaxattn.core.part import part
+from jaxattn.core.table import take
+
+
+@part
+class Tokens:
+    """The tokens of one call, as all layers of a model see them. It is made once, by `Tokens.of`.
+
+    Attributes:
+        positions: The place of each token in its row, [1 or B, T]; −1 is padding, which is as if it were not there.
+        documents: The document of each token of packed rows, [1 or B, T]; −1 is padding. None where nothing is packed.
+        mask: What a token may see besides what the mask of a layer says, or None.
+        padded: Whether there may be padding.
+        in_order: Whether positions are known to be 0..T−1, so that masks can be read when the program is made.
+    """
+
+    positions: Int[Array, "#b t"]
+    documents: Int[Array, "#b t"] | None = None
+    mask: Mask | None = None
+    padded: bool = True
+    in_order: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        x: Any,
+        *,
+        positions: Int[Array, "#b t"] | None = None,
+        mask: Any = None,
+        after: Int[Array, " b"] | None = None,
+    ) -> "Tokens":
+        """The tokens of x [B, T, ...].
+
+        Args:
+            x: The input of the layer or the model; only its shape is looked at.
+            positions: [B, T] or [T]; by default 0..T−1, or those that follow `after`.
+            mask: A mask, or an array or function that stands for one. `Documents(ids)` says which tokens of packed rows
+                belong together.
+            after: The positions [B] at which the tokens that a state holds end. None without a state.
+
+        Raises:
+            ValueError: For positions that do not fit x.
+            TypeError: For positions that are no integers.
+        """
+        batch, length = x.shape[:2]
+        in_order = positions is None and after is None
+        padded = positions is not None and _may_be_padded(positions)
+        if positions is None:
+            start = 0 if after is None else after[:, None]
+            positions = start + jnp.arange(length, dtype=jnp.int32)
+        elif not hasattr(positions, "dtype") or not jnp.issubdtype(positions.dtype, jnp.integer):
+            raise TypeError(f"positions must be an integer array, got {getattr(positions, 'dtype', type(positions))}")
+        elif not positions_fit(tuple(positions.shape), (batch,), length):
+            raise ValueError(f"positions has shape {positions.shape}: need ({batch}, {length}) or ({length},)")
+        positions = jnp.asarray(positions).reshape(-1, length)
+        mask = as_mask(mask)
+        ids, documents = documents_of(mask), None
+        if ids is not None:
+            ids = jnp.asarray(ids)
+            documents = take(ids.reshape(-1, ids.shape[-1]), positions, grid=1, fill=-1)
+        return cls(positions, documents, mask, padded, in_order)
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.positions.shape[-1]
+
+    @property
+    def known(self) -> Int[Array, "#b t"] | None:
+        """The positions, or None where they are known to be 0..T−1: what `attend` is best given."""
+        return None if self.in_order else self.positions
+
+    def seen(self, batch: int) -> Bool[Array, "b t"]:
+        """Which tokens are there, and no padding."""
+        there = self.positions >= 0 if self.documents is None else (self.positions >= 0) & (self.documents >= 0)
+        return jnp.broadcast_to(there, (batch, self.length))
+
+    def clean(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """x with zeros for padding, which may hold anything and must not reach a gradient."""
+        if not self.padded and self.documents is None:
+            return x
+        return jnp.where(self.seen(x.shape[0])[..., None], x, 0)
+
+    def shows(self, own: Mask | None) -> Mask | None:
+        """The mask of a layer whose own is `own`: in packed rows it is meant within each document."""
+        if self.mask is None:
+            return own
+        if own is None:
+            return self.mask
+        ids = documents_of(self.mask)
+        if ids is not None and not own.is_relative:
+            own = Within(own, places_in_documents(ids))
+        return own & self.mask
+
+    def segments(self, batch: int) -> Int[Array, "b t"] | None:
+        """The document of each token, for a layer in which tokens follow each other; None where nothing is packed.
+        Padding goes with the token before it.
+
+        Raises:
+            ValueError: For a mask that says more than that the row is causal and which documents it has.
+        """
+        for term in _terms(self.mask):
+            known = isinstance(term, Documents) and term.key_ids is None and jnp.shape(term.ids)[-1] == self.length
+            if not known and not isinstance(term, Causal):
+                raise ValueError(
+                    f"mask is {type(term).__name__}: a recurrence or convolution takes None, Causal() or "
+                    "Documents(ids) with one id per token"
+                )
+        if self.documents is None:
+            return None
+        documents = jnp.broadcast_to(self.documents, (batch, self.length))
+        there = jnp.broadcast_to(self.positions >= 0, documents.shape)
+        last = jax.lax.cummax(jnp.where(there, jnp.arange(self.length), -1), axis=1)
+        return jnp.where(last >= 0, jnp.take_along_axis(documents, jnp.maximum(last, 0), 1), -1)
+
+    def moved(self, positions: Int[Array, "#b t"]) -> "Tokens":
+        """The same tokens at other positions."""
+        return Tokens(positions, self.documents, self.mask, self.padded)
+
+
+def _may_be_padded(positions: Int[Array, "#b t"]) -> bool:
+    """Whether some are −1, or where they are not known, may be."""
+    return isinstance(positions, jax.core.Tracer) or bool((np.asarray(positions) < 0).any())
+
+
+def _terms(mask: Mask | None) -> list[Mask]:
+    """The masks that are and-ed together."""
+    if mask is None:
+        return []
+    return _terms(mask.first) + _terms(mask.second) if isinstance(mask, And) else [mask]

@@ -1,0 +1,86 @@
+"""Edits of values: what is added, scaled or put in their place, and at which tokens.
+
+Arrays broadcast against the value of the site, [B, T, ...]: [D] changes every token, and [B, T, D] each its own. What
+depends on where a token stands is found by its position, so that it is the same in one full pass and token by token.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxattn.core.part import part
+from jaxattn.nn.tap import Edit
+from jaxattn.nn.tokens import Tokens
+
+
+@part
+class Add(Edit):
+    """value + vector."""
+
+    vector: Float[Array, "..."] | float
+
+    def __call__(self, value, where):
+        return value + jnp.asarray(self.vector).astype(value.dtype)
+
+
+@part
+class Scale(Edit):
+    """value · factor; a factor of 1 is the identity. [N, 1] with zeros at the site z switches heads off."""
+
+    factor: Float[Array, "..."] | float
+
+    def __call__(self, value, where):
+        return value * jnp.asarray(self.factor).astype(value.dtype)
+
+
+@part
+class Put(Edit):
+    """The vector in place of the value where `on`, by default everywhere; both broadcast against it."""
+
+    vector: Float[Array, "..."]
+    on: Bool[Array, "..."] | None = None
+
+    def __call__(self, value, where):
+        on = True if self.on is None else jnp.asarray(self.on)
+        return jnp.where(on, jnp.asarray(self.vector).astype(value.dtype), value)
+
+
+@part
+class Patch(Edit):
+    """The value of a token at position positions[p] becomes values[..., p, ...]; other tokens keep theirs.
+
+    Attributes:
+        positions: [P], each at most once.
+        values: [P, ...] or [B, P, ...], as recorded by `TokensAt(positions)`.
+    """
+
+    positions: Int[Array, " p"]
+    values: Float[Array, "..."]
+
+    def __call__(self, value, where):
+        here = _here(where, self.positions)  # [1 or B, T, P]
+        values = jnp.asarray(self.values, value.dtype)
+        values = values.reshape((1,) * (value.ndim - values.ndim) + values.shape)
+        index = jnp.broadcast_to(here.argmax(-1), (*value.shape[:1], *here.shape[1:2]))
+        index = index.reshape(*index.shape, *(1,) * (value.ndim - 2))
+        found = jnp.take_along_axis(jnp.broadcast_to(values, (*value.shape[:1], *values.shape[1:])), index, 1)
+        return jnp.where(here.any(-1).reshape(*here.shape[:2], *(1,) * (value.ndim - 2)), found, value)
+
+
+@part
+class OnlyAt(Edit):
+    """The edit, at tokens that stand at these positions [P] only."""
+
+    edit: Any
+    positions: Int[Array, " p"]
+
+    def __call__(self, value, where):
+        here = _here(where, self.positions).any(-1)
+        here = here.reshape(*here.shape, *(1,) * (value.ndim - 2))
+        return jnp.where(here, self.edit(value, where), value)
+
+
+def _here(where: Tokens, positions: Int[Array, " p"]) -> Bool[Array, "#b t p"]:
+    """Which tokens stand at which of these positions."""
+    return (where.positions[..., None] == jnp.asarray(positions)) & (where.positions >= 0)[..., None]

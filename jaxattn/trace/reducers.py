@@ -1,0 +1,40 @@
+"""What is kept of the value of a site, where all of it would be too much. At scores and weights that is a measure."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxattn.core.part import part
+from jaxattn.nn.tap import Reducer
+
+
+@part
+class TokensAt(Reducer):
+    """The value [B, P, ...] of the tokens at these positions [P]; 0 where no token stands there."""
+
+    positions: Int[Array, " p"]
+
+    def __call__(self, value, where):
+        here = (jnp.asarray(self.positions)[:, None] == where.positions[:, None]) & (where.positions[:, None] >= 0)
+        here = jnp.broadcast_to(here, (value.shape[0], *here.shape[1:]))  # [B, P, T]
+        index = here.argmax(-1).reshape(*here.shape[:2], *(1,) * (value.ndim - 2))
+        found = jnp.take_along_axis(value, index, 1)
+        return jnp.where(here.any(-1).reshape(index.shape), found, 0)
+
+
+@part
+class MeanOfTokens(Reducer):
+    """The mean of the value over all tokens of the batch that are no padding."""
+
+    def __call__(self, value, where):
+        seen = where.seen(value.shape[0]).reshape(*value.shape[:2], *(1,) * (value.ndim - 2))
+        return jnp.where(seen, value, 0).sum((0, 1)) / jnp.maximum(seen.sum(), 1)
+
+
+@part
+class Along(Reducer):
+    """value · direction over the last axis, with directions [D] or [..., D] as many as broadcast against the value."""
+
+    direction: Float[Array, "*#b d"]
+
+    def __call__(self, value, where):
+        return (value * jnp.asarray(self.direction)).sum(-1)

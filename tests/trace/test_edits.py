@@ -1,0 +1,227 @@
+"""The laws of edits: the same in one pass and token by token, nothing at strength 0, one program for all strengths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxattn import Bias, Explicit, KeyBias, Map, Temperature, attend, part, trace
+from jaxattn.models import Attention, Decoder, DecoderConfig, FeedForward, Layer
+from jaxattn.nn import MultiHeadAttention, Tap, Tokens
+from jaxattn.trace import Add, Layers, OnlyAt, Patch, Put, Scale
+
+L, B, T, N, D, V = 3, 2, 9, 4, 16, 11
+H = D // N
+EPS = float(np.finfo(np.float32).eps)
+
+
+def drawn(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@part
+class Reweigh(trace.Edit):
+    """w -> w · factor[n, key], and each row as it was in sum: it looks along the row."""
+
+    factor: Float[Array, "heads keys"]
+
+    need = "rows"
+
+    def __call__(self, value, where):
+        new = (
+            value
+            * jnp.take(self.factor, jnp.maximum(where.key, 0).reshape(-1, where.key.shape[-1])[0], axis=1)[:, None]
+        )
+        return new * value.sum(-1, keepdims=True) / new.sum(-1, keepdims=True)
+
+
+@part
+class Marked(Map):
+    """s + strength for keys at some positions: a score map as an edit."""
+
+    strength: Float[Array, ""]
+    marked: Int[Array, " p"]
+
+    scores_need = "tile"
+
+    def __call__(self, x, tile):
+        return x + self.strength * (tile.key[..., None] == self.marked).any(-1)
+
+
+EDGES = np.ones((N, T, T), bool)
+EDGES[1, 5, 2] = EDGES[0, 7, :7] = False
+
+# name: (site, edit), of the kinds that papers use.
+EDITS = {
+    "ablated heads": ("z", Layers(Scale(jnp.asarray([[1.0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 0.5, 1]])[:, :, None]))),
+    "steered heads": ("z", {1: Add(drawn(N, H))}),
+    "steered tokens": ("resid", OnlyAt(Add(drawn(D)), jnp.array([2, 6]))),
+    "patched tokens": ("resid_mid", {0: Patch(jnp.array([6, 1]), drawn(2, D))}),
+    "replaced keys": ("k", {2: OnlyAt(Put(drawn(N, H)), jnp.array([3]))}),
+    "values": ("v", Scale(0.5)),
+    "rotated queries": ("q_rotated", Add(0.1 * drawn(N, H))),
+    "hidden units": ("mlp_post", Scale(jnp.asarray(np.arange(16) % 3 > 0, np.float32))),
+    "knocked-out edges": ("scores", {1: Explicit(jnp.asarray(EDGES))}),
+    "marked span": ("scores", Layers(KeyBias(drawn(L, N, T)))),
+    "score map": ("scores", Marked(jnp.float32(2.0), jnp.array([1, 4]))),
+    "colder": ("scores", Temperature(jnp.asarray([0.5, 1, 2, 1], jnp.float32))),
+    "weights by row": ("weights", {0: Reweigh(1 + jnp.abs(drawn(N, T)))}),
+    "frozen norm": ("mlp_norm_scale", Put(jnp.float32(1.0))),
+    "embedding": ("embed", Add(drawn(D))),
+    "final norm": ("final_norm", Scale(0.9)),
+    "logits": ("logits", Add(drawn(V))),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    block = FeedForward(hidden=16)
+    layers = [Layer(Attention(N), block), Layer(Attention(N), block), Layer(Attention(N, rotary_base=None), block)]
+    model = Decoder(DecoderConfig(V, T, D, layers, eps=1e-3), rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    nnx.update(
+        model,
+        jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), nnx.state(model, nnx.Param)),
+    )
+    return model
+
+
+TOKENS = np.random.default_rng(1).integers(0, V, (B, T))
+
+
+def close(actual, expected, factor=2000):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=factor * EPS * abs(expected).max())
+
+
+def together(names):
+    """site -> the edits of these names, in order."""
+    found = {}
+    for name in names:
+        site, edit = EDITS[name]
+        found[site] = (*found.get(site, ()), edit)
+    return found
+
+
+@pytest.fixture(scope="module")
+def logits(model):
+    """edits -> logits of all tokens; one program per structure of edits."""
+    graph, state = nnx.split(model)
+    compiled = jax.jit(lambda state, edits: nnx.merge(graph, state)(TOKENS, edits=edits)[0])
+    return lambda edits: compiled(state, edits)
+
+
+GROUPS = [list(EDITS)[start::3] for start in range(3)]
+
+
+@pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
+def test_edits_do_the_same_in_one_pass_in_pieces_and_token_by_token(model, logits, names):
+    edits = together(names)
+    whole = logits(edits)
+    graph, arrays = nnx.split(model)
+
+    @jax.jit
+    def piece(tokens, state):
+        return nnx.merge(graph, arrays)(tokens, state=state, edits=edits)[:2]
+
+    for cut in ([4, *[1] * 5], [T]):
+        state, pieces, first = model.init_state(B, T), [], 0
+        for size in cut:
+            said, state = piece(TOKENS[:, first : first + size], state)
+            pieces.append(said)
+            first += size
+        close(jnp.concatenate(pieces, 1), whole)
+    # Each of them is felt: without it the answer is another.
+    for name in names:
+        assert abs(np.asarray(logits(together([each for each in names if each != name]))) - whole).max() > 1e-4, name
+
+
+def test_edits_of_strength_0_are_the_identity_to_the_bit(logits):
+    """Of additive, scaling, score and mask forms. What renormalises, or divides by a scale, rounds once more."""
+    plain = np.asarray(logits({}))
+    neutral = {
+        "embed": Add(jnp.zeros(D)),
+        "resid_pre": Layers(Add(jnp.zeros((L, D)))),
+        "z": (Scale(jnp.ones((N, 1))), {1: Add(jnp.zeros((N, H)))}),
+        "q": Scale(1.0),
+        "scores": (Layers(KeyBias(jnp.zeros((L, N, T)))), {2: Explicit(np.ones((T, T), bool))}, Temperature(1.0)),
+        "mlp_out": OnlyAt(Put(drawn(D)), jnp.array([T + 5])),
+        "resid": Layers(Put(drawn(L, D)), jnp.zeros(L, bool)),
+        "logits": Scale(1.0),
+    }
+    np.testing.assert_array_equal(logits(neutral), plain)
+    close(logits({"weights": Reweigh(jnp.ones((N, T)))}), plain)
+
+
+def test_a_changed_strength_does_not_compile_anew(model):
+    traced, (graph, state) = [], nnx.split(model)
+
+    @jax.jit
+    def said(edits):
+        traced.append(edits)
+        return nnx.merge(graph, state)(TOKENS, edits=edits)[0]
+
+    for strength in (0.0, 1.0, 2.5):
+        said({"z": {1: Scale(strength)}, "scores": Marked(jnp.float32(strength), jnp.array([1]))})
+    assert len(traced) == 1
+
+
+def test_all_ablations_of_heads_are_one_program_and_equal_the_loop(model, logits):
+    gates = 1 - jnp.eye(L * N).reshape(L * N, L, N, 1)
+    graph, state = nnx.split(model)
+
+    def ablated(gate):
+        return nnx.merge(graph, state)(TOKENS, edits={"z": Layers(Scale(gate))})[0]
+
+    loop = jnp.stack([logits({"z": Layers(Scale(gate))}) for gate in gates])
+    close(jax.jit(jax.vmap(ablated))(gates), loop, 100)
+    close(jax.jit(lambda gates: jax.lax.map(ablated, gates, batch_size=5))(gates), loop, 100)
+    # A head that is off is a head whose rows of the output projection are 0.
+    for layer, head in ((0, 2), (2, 3)):
+        changed = nnx.clone(model)
+        run, place = next((r, layer) for r in changed.runs if layer < 2) if layer < 2 else (changed.runs[1], 0)
+        kernel = run.mixer.out.kernel[...].reshape(-1, N, H, D)
+        run.mixer.out.kernel[...] = kernel.at[place, head].set(0).reshape(run.mixer.out.kernel.shape)
+        close(changed(TOKENS)[0], loop[layer * N + head], 100)
+
+
+def test_what_is_recorded_is_what_goes_on(model):
+    """A record stands after the edits of its site; a patch of another run's record makes the rest of that run."""
+    places = jnp.arange(T)
+    other = np.random.default_rng(2).integers(0, V, (B, T))
+    kept = model(TOKENS, record={"resid": ("resid", trace.TokensAt(places))})[2]["resid"]
+    patched, _, records = model(other, edits={"resid": {1: Patch(places, kept[1])}}, record=("resid",))
+    np.testing.assert_array_equal(records["resid"][1], kept[1])
+    close(patched, model(TOKENS)[0], 100)
+
+
+def test_knocked_out_edges_and_marked_spans_are_those_of_attend():
+    """Dense, rows and tiled, values and gradients, against the mask and the bias given to `attend` itself."""
+    x, strength = drawn(B, T, D), drawn(N, T)
+    for implementation in ("dense", "rows", "tiled"):
+        module = MultiHeadAttention(D, N, rotary_base=None, implementation=implementation, rngs=nnx.Rngs(0))
+
+        def edited(strength, module=module):
+            tap = Tap({"scores": (Explicit(jnp.asarray(EDGES)), KeyBias(strength))}, record=("q", "k", "v", "z"))
+            module(x, Tokens.of(x), tap)
+            return (tap.records["z"] ** 2).sum(), tap.records
+
+        (loss, seen), slope = jax.value_and_grad(edited, has_aux=True)(strength)
+
+        def direct(strength, seen=seen):
+            mask, bias = Explicit(jnp.asarray(EDGES)), Bias(strength[:, None])
+            return (attend(seen["q"], seen["k"], seen["v"], mask=mask, bias=bias, implementation="dense") ** 2).sum()
+
+        expected, expected_slope = jax.value_and_grad(direct)(strength)
+        close(loss, expected, 100)
+        close(slope, expected_slope, 1000)
+
+
+def test_an_edit_says_what_it_needs():
+    """Edits of scores run in tiles; one that looks along a row of weights does not, and is named."""
+    module = MultiHeadAttention(D, N, rotary_base=None, implementation="tiled", rngs=nnx.Rngs(0))
+    x = drawn(B, T, D)
+    with pytest.raises(NotImplementedError, match="'tiled' cannot serve weight_maps=Reweigh: it needs whole rows"):
+        module(x, tap=Tap({"weights": Reweigh(jnp.ones((N, T)))}))
