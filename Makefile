@@ -4,7 +4,7 @@ VENV ?= .venv
 TESTS ?= tests
 BIN = $(VENV)/bin
 
-.PHONY: demo test check format figures clean
+.PHONY: demo test check format tables figures clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo
@@ -20,6 +20,10 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The tables of papers in README.md and docs/papers.md, from the files in jaxattn/papers/data.
+tables: $(VENV)/installed
+	$(BIN)/python -m jaxattn.papers --write .
 
 # The pictures of the README, from a fresh demo run, and those of docs/gallery.md.
 figures: demo
