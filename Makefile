@@ -4,7 +4,7 @@ VENV ?= .venv
 TESTS ?= tests
 BIN = $(VENV)/bin
 
-.PHONY: demo test check format tables figures clean
+.PHONY: demo test check format docs tables figures clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo
@@ -20,6 +20,10 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in site/: open site/index.html. A broken link, or a page that the menu leaves out, is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The tables of papers in README.md and docs/papers.md, from the files in jaxattn/papers/data.
 tables: $(VENV)/installed
@@ -38,4 +42,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
