@@ -678,7 +678,10 @@ def test_links_lead_somewhere(name):
 def test_the_page_on_layers(page):
     """What it records has the shapes it names, edits are felt, and its mixer decodes as it reads."""
     layers = page("layers")
-    assert {name: x.shape for name, x in layers.tap.records.items()} == {"queries": (2, 10, 4, 8), "entropy": (2, 10, 4)}
+    assert {name: x.shape for name, x in layers.tap.records.items()} == {
+        "queries": (2, 10, 4, 8),
+        "entropy": (2, 10, 4),
+    }
     assert (layers.records["entropy"].shape, layers.records["last"].shape) == ((3, 1, 12, 4), (3, 1, 1, 32))
     assert (np.abs(layers.importance) > 0).all()
     assert layers.damage.shape == (12,)

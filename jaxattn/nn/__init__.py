@@ -45,11 +45,12 @@ from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.prefix import Prefixed, after_prefix, with_prefix
 from jaxattn.nn.recurrent import Inputs, LearningInputs, LinearInputs, Mechanism, Passed, Past, Recurrent
 from jaxattn.nn.state_space import S6, Mamba2, mimetic_initialization
-from jaxattn.nn.tap import SITES, Edit, Layers, Reducer, Tap, Whole
+from jaxattn.nn.tap import ALIASES, SITES, Edit, Layers, Reducer, Tap, Whole
 from jaxattn.nn.titans import MemoryAsContext, memory_as_gate, memory_as_layer
 from jaxattn.nn.tokens import Tokens
 
 __all__ = [
+    "ALIASES",
     "GLA",
     "HGRN2",
     "RWKV7",
