@@ -4,7 +4,16 @@ from jaxattn.models.config import Attention, DecoderConfig, FeedForward, Layer, 
 from jaxattn.models.convert import Linearized, linearize, matching_loss
 from jaxattn.models.decoder import Decoder
 from jaxattn.models.folded import FoldedDecoder
-from jaxattn.models.generate import Generation, generate, sample
+from jaxattn.models.generate import (
+    Combine,
+    Contrast,
+    Generation,
+    MinimumLength,
+    Processor,
+    RepetitionPenalty,
+    generate,
+    sample,
+)
 from jaxattn.models.hybrid import Hymba, Titans
 from jaxattn.models.load import from_plain, load_decoder, to_plain
 from jaxattn.models.patterns import based, hymba, pattern
@@ -30,6 +39,8 @@ __all__ = [
     "S6",
     "TTT",
     "Attention",
+    "Combine",
+    "Contrast",
     "Decoder",
     "DecoderConfig",
     "DeltaNet",
@@ -43,8 +54,11 @@ __all__ = [
     "LinearAttention",
     "Linearized",
     "Mamba2",
+    "MinimumLength",
     "Mixer",
     "NeuralMemory",
+    "Processor",
+    "RepetitionPenalty",
     "RetNet",
     "Titans",
     "based",

@@ -1,5 +1,8 @@
 """Generation: prefill, then one compiled loop of sampling and decoding."""
 
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,14 +15,89 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 from jaxattn.core.checks import check_int, check_range
 from jaxattn.core.part import part
 from jaxattn.models.decoder import Decoder
+from jaxattn.nn.tap import as_records
 
 
 @part
 class Generation:
-    """New tokens [B, M], and how many of them each sequence has, its end token included; the rest are −1."""
+    """What `generate` made.
+
+    Attributes:
+        tokens: New tokens [B, M]; −1 after the end of a sequence.
+        lengths: How many of them each sequence has, its end token included.
+        records: Name -> [M, ...], what was recorded when each new token was read; 0 after all sequences have ended.
+        prompt_records: Name -> what was recorded when the prompts were read.
+    """
 
     tokens: Int[Array, "b m"]
     lengths: Int[Array, " b"]
+    records: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompt_records: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Processor(abc.ABC):
+    """What a part must offer to change logits before a token is drawn from them."""
+
+    @abc.abstractmethod
+    def __call__(self, logits: Float[Array, "b vocabulary"], tokens: Int[Array, "b p"]) -> Float[Array, "b vocabulary"]:
+        """The logits to draw from. `tokens` are those so far by position, prompt first; −1 where there is none yet."""
+
+
+class Combine(abc.ABC):
+    """What a part must offer to make one draw of several runs."""
+
+    @abc.abstractmethod
+    def __call__(self, logits: Float[Array, "r b vocabulary"]) -> Float[Array, "b vocabulary"]:
+        """The logits to draw from, of those of R runs that have read the same tokens."""
+
+
+@part
+class MinimumLength(Processor):
+    """The end token is not drawn before a sequence has this many tokens, its prompt included."""
+
+    end_token: int
+    length: Int[Array, ""] | int
+
+    def __call__(self, logits, tokens):
+        short = (tokens >= 0).sum(-1, keepdims=True) < self.length
+        return jnp.where(short & (jnp.arange(logits.shape[-1]) == self.end_token), -jnp.inf, logits)
+
+
+@part
+class RepetitionPenalty(Processor):
+    """Logits of tokens that the sequence has are divided by θ where positive and multiplied by it where negative.
+
+    The penalty of CTRL (Keskar et al., 2019); θ = 1 is the identity, and θ > 1 makes repetitions less likely.
+    """
+
+    theta: Float[Array, ""] | float
+
+    def __call__(self, logits, tokens):
+        batch = jnp.arange(len(tokens))[:, None]
+        there = (
+            jnp.zeros(logits.shape, bool)
+            .at[batch, jnp.where(tokens >= 0, tokens, logits.shape[-1])]
+            .set(True, mode="drop")
+        )
+        return jnp.where(there, jnp.where(logits > 0, logits / self.theta, logits * self.theta), logits)
+
+
+@part
+class Contrast(Combine):
+    """(1 + α) log p₁ − α log p₂ of two runs, over tokens with p₁ >= β max p₁: contrastive decoding (Li et al., 2023).
+
+    α = 0 and β = 0 is the first run alone.
+    """
+
+    alpha: Float[Array, ""] | float = 0.5
+    beta: Float[Array, ""] | float = 0.1
+
+    def __call__(self, logits):
+        if logits.shape[0] != 2:
+            raise ValueError(f"Contrast: {logits.shape[0]} runs are given: need 2")
+        first, second = jax.nn.log_softmax(logits.astype(jnp.float32))
+        likely = first >= jnp.log(self.beta) + first.max(-1, keepdims=True)
+        return jnp.where(likely, (1 + self.alpha) * first - self.alpha * second, -jnp.inf)
 
 
 def sample(
@@ -85,12 +163,31 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     end_token: int | None = None,
+    edits: Mapping[str, Any] | Sequence[Mapping[str, Any]] = {},
+    record: Any = (),
+    processors: Sequence[Processor] = (),
+    combine: Combine | None = None,
 ) -> Generation:
     """Continues each prompt by up to `max_new_tokens` tokens, until its `end_token`.
 
-    prompts [B, P] are right-padded; `lengths` [B] says how much of each row is prompt (default all). Dropout is off.
-    The whole loop is one compiled program, kept for later calls with the same shapes; it stops when every sequence
-    has ended. `sample` tells what temperature, top_k and top_p do; `key` is needed unless temperature is 0.
+    The whole loop is one compiled program, kept for later calls with the same shapes; it stops when every sequence has
+    ended. Dropout is off.
+
+    Args:
+        model: The decoder.
+        prompts: [B, P], right-padded.
+        lengths: [B], how much of each row is prompt; all of it by default.
+        max_new_tokens: M, the most tokens to draw.
+        key: Of the draws; needed unless temperature is 0.
+        temperature: See `sample`; 0 takes the likeliest token.
+        top_k: See `sample`.
+        top_p: See `sample`.
+        end_token: After it a sequence has ended.
+        edits: As of the model, for prompts and new tokens alike. Or a list of R of them: R runs, each with its own
+            edits, that read the same tokens; `combine` makes one draw of their logits.
+        record: As of the model, of the first run; it comes back in `records` and `prompt_records`.
+        processors: Parts that change the logits before a token is drawn, one after the other.
+        combine: What is drawn from, of several runs, such as `Contrast(0.5)`.
 
     Raises ValueError for empty or ragged prompts, unknown tokens or lengths that do not fit, if the prompt and the new
     tokens exceed the model's context, and for sampling parameters out of range; TypeError for prompts that are text, a
@@ -140,6 +237,16 @@ def generate(
         raise ValueError(
             f"need temperature >= 0, top_k >= 1 and 0 < top_p <= 1, got {temperature}, {top_k} and {top_p}"
         )
+    runs = (edits,) if isinstance(edits, Mapping) else tuple(edits)
+    if len(runs) > 1 and combine is None:
+        raise ValueError(f"edits has {len(runs)} runs but combine is None: need a part such as Contrast(0.5)")
+    if combine is not None and (len(runs) < 2 or not isinstance(combine, Combine)):
+        raise ValueError(
+            f"combine is {combine!r} for {len(runs)} runs: need a Combine, and a list of two edits or more"
+        )
+    for processor in processors:
+        if not isinstance(processor, Processor):
+            raise TypeError(f"processors must be a tuple of parts such as RepetitionPenalty(1.2), got {processor!r}")
     if key is None and temperature > 0:
         raise ValueError("key is None: need a random key unless temperature is 0")
     key = jax.random.key(0) if key is None else key
@@ -150,7 +257,11 @@ def generate(
     # In one dtype each, whatever number was given: a temperature of 0 and one of 0.7 run the same program.
     settings = (temperature, jnp.float32), (top_k, jnp.int32), (top_p, jnp.float32), (end_token, jnp.int32)
     scalars = (None if value is None else jnp.asarray(value, dtype) for value, dtype in settings)
-    new, lost = _generate(graph, int(max_new_tokens), arrays, prompts, lengths, key, *scalars)
+    names = tuple(as_records(record).items())
+    # Reducers and measures are parts, so that they go into the program as arrays and not as constants.
+    asked, sites = {name: reducer for name, (_, reducer) in names}, tuple((name, site) for name, (site, _) in names)
+    parts = runs, asked, tuple(processors), combine
+    new, lost = _generate(graph, int(max_new_tokens), sites, arrays, prompts, lengths, key, parts, *scalars)
     if lost.any():
         row = int(lost.argmax())
         raise FloatingPointError(
@@ -168,32 +279,61 @@ def _is_key(key: Any) -> bool:
     return key.shape == () if typed else key.dtype == jnp.uint32 and key.ndim == 1
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _generate(graph, max_new_tokens, arrays, prompts, lengths, key, temperature, top_k, top_p, end_token):
-    model = nnx.merge(graph, arrays)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(graph, max_new_tokens, sites, arrays, prompts, lengths, key, parts, temperature, top_k, top_p, end_token):
+    runs, reducers, processors, combine = parts
+    record = {name: (site, reducers[name]) for name, site in sites}
     batch, length = prompts.shape
     places = jnp.arange(length)
-    logits, state, _ = model(
-        prompts,
-        positions=jnp.where(places < lengths[:, None], places, -1),
-        state=model.init_state(batch, length + max_new_tokens),
-    )
-    logits = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+    def read(tokens, positions, states):
+        """(logits of every run [R, B, T, V], its states, records of the first)."""
+        records: dict[str, Any] = {}
+        said, after = [], []
+        for number, (edits, state) in enumerate(zip(runs, states, strict=True)):
+            options = ({"edits": edits} if edits else {}) | ({"record": record} if record and not number else {})
+            model = nnx.merge(graph, arrays)
+            logits, state, found = model(tokens, positions=positions, state=state, **options)
+            records = records if number else found
+            said.append(logits)
+            after.append(state)
+        return jnp.stack(said), tuple(after), records
+
+    def draw(logits, sequence, step):
+        logits = logits[0] if combine is None else combine(logits)
+        for processor in processors:
+            logits = processor(logits, sequence)
+        return sample(logits, jax.random.fold_in(key, step), temperature, top_k, top_p)
+
+    start = nnx.merge(graph, arrays).init_state(batch, length + max_new_tokens)
+    shown = places < lengths[:, None]
+    logits, states, prompt_records = read(prompts, jnp.where(shown, places, -1), (start,) * len(runs))
+    logits = jnp.take_along_axis(logits, (lengths - 1)[None, :, None, None], axis=2)[:, :, 0]
+    sequence = jnp.full((batch, length + max_new_tokens), -1, jnp.int32)
+    sequence = sequence.at[:, :length].set(jnp.where(shown, prompts, -1).astype(jnp.int32))
+    one = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    shapes = jax.eval_shape(read, one, one, states)[2]
+    kept = jax.tree.map(lambda x: jnp.zeros((max_new_tokens, *x.shape), x.dtype), shapes)
 
     def unfinished(carry):
-        step, _, _, _, done = carry
+        step, *_, done = carry
         return (step < max_new_tokens) & ~done.all()
 
     def one_token(carry):
-        step, logits, state, tokens, done = carry
-        token = sample(logits, jax.random.fold_in(key, step), temperature, top_k, top_p)
+        step, logits, states, tokens, sequence, kept, done = carry
+        token = draw(logits, sequence, step)
         tokens = tokens.at[:, step].set(jnp.where(done, -1, token))
         positions = jnp.where(done, -1, lengths + step)
-        logits, state, _ = nnx.merge(graph, arrays)(token[:, None], positions=positions[:, None], state=state)
-        return step + 1, logits[:, 0], state, tokens, done | (token == end_token) | (token < 0)
+        place = jnp.where(done, sequence.shape[1], positions)
+        sequence = sequence.at[jnp.arange(batch), place].set(token, mode="drop")
+        logits, states, records = read(token[:, None], positions[:, None], states)
+        kept = jax.tree.map(lambda all_, x: all_.at[step].set(x), kept, records)
+        done = done | (token == end_token) | (token < 0)
+        return step + 1, logits[:, :, 0], states, tokens, sequence, kept, done
 
-    start = (0, logits, state, jnp.full((batch, max_new_tokens), -1, jnp.int32), jnp.zeros(batch, bool))
-    _, _, _, tokens, _ = jax.lax.while_loop(unfinished, one_token, start)
+    tokens, done = jnp.full((batch, max_new_tokens), -1, jnp.int32), jnp.zeros(batch, bool)
+    first = (0, logits, states, tokens, sequence, kept, done)
+    _, _, _, tokens, _, kept, _ = jax.lax.while_loop(unfinished, one_token, first)
     lengths = (tokens >= 0).sum(-1)
     ended = (end_token >= 0) & (tokens == end_token).any(-1)
-    return Generation(tokens, lengths), (lengths < max_new_tokens) & ~ended
+    return Generation(tokens, lengths, kept, prompt_records), (lengths < max_new_tokens) & ~ended
