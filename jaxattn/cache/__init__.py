@@ -1,5 +1,20 @@
-"""Decode-time state: what attention keeps of the tokens it has seen."""
+"""Stores: what attention remembers of earlier tokens, in C slots. What is kept x what is chosen to be read."""
 
-from jaxattn.cache.store import Cache, append, by_position, check_room, empty, unseen
+from jaxattn.cache.retain import Everything, HeavyHitters, Recent, Retain
+from jaxattn.cache.select import Quest, Select
+from jaxattn.cache.store import Policy, Store, by_position, check_room, empty, unseen
 
-__all__ = ["Cache", "append", "by_position", "check_room", "empty", "unseen"]
+__all__ = [
+    "Everything",
+    "HeavyHitters",
+    "Policy",
+    "Quest",
+    "Recent",
+    "Retain",
+    "Select",
+    "Store",
+    "by_position",
+    "check_room",
+    "empty",
+    "unseen",
+]

@@ -1,32 +1,215 @@
-"""The plain cache: one slot per position, static shapes, a pytree.
+"""The store of attention: keys and values of earlier tokens, and what is kept, chosen and measured of them.
 
-It has no length field. Which slots hold a token is said by `positions` (−1 is empty), and masks read positions, so
-ragged batches, padding and per-sequence stopping need nothing more.
+A store has static shapes, is a pytree, and has no length: which slots hold a token is said by their positions (−1 is
+empty). Three verbs do everything, `append`, `read` and `observe`, in this order for every call of a layer.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxattn.cache.retain import Everything, Retain
+from jaxattn.cache.select import Select, chosen
 from jaxattn.core.attend.mask import Mask
 from jaxattn.core.part import part
 
 
-@part
-class Cache:
-    """Keys and values of the tokens so far, in slots 0..C−1, and the position of each slot's token (−1: empty).
+class Held(NamedTuple):
+    """Keys and values that a query attends to, where they stand, [B, S, 1 or K], and in which slots, or None."""
 
-    span: how many positions it is for, if it is a ring that keeps all that a mask can show, and so goes on beyond them;
-    None: one slot for each position, and no room for others.
+    key: Float[Array, "b s k h"]
+    value: Float[Array, "b s k v"]
+    positions: Int[Array, "b s g"]
+    slots: Int[Array, "b s g"] | None = None
+
+
+@part
+class Store:
+    """Keys and values in C slots.
+
+    Attributes:
+        key: [B, C, K, H].
+        value: [B, C, Kv, V].
+        positions: [B, C, 1] of the tokens in the slots, or [B, C, K] where key heads keep different ones; −1: empty.
+        last: [B], the position of the newest token so far; −1 before any.
+        retain: What is kept when the slots are full.
+        statistics: What `retain` knows of each slot, by name.
+        select: Which pages a single query reads; None for all.
+        summary: What `select` knows of each page.
+        budget: How many slots may be filled, one number or one per key head [K]; None for all C.
+        past: What a convolution before the keys sees of earlier tokens.
+        fresh: Held that came together, until they were attended to.
+        span: How many positions it is for, and records of weights cover.
     """
 
     key: Float[Array, "b c k h"]
-    value: Float[Array, "b c kv v"]
-    positions: Int[Array, "b c"]
-    span: int | None = None
+    value: Float[Array, "b c k v"]
+    positions: Int[Array, "b c g"]
+    last: Int[Array, " b"]
+    retain: Retain = Everything()
+    statistics: Any = dataclasses.field(default_factory=dict)
+    select: Select | None = None
+    summary: Any = None
+    budget: Int[Array, "..."] | None = None
+    past: Any = dataclasses.field(default_factory=dict)
+    fresh: Any = None
+    span: int = 0
+
+    def append(
+        self, key: Float[Array, "b t k h"], value: Float[Array, "b t k v"], positions: Int[Array, "b t"]
+    ) -> "Store":
+        """With new tokens; those at position −1 are not kept.
+
+        A single token takes a free slot or that of the token that is worth least. Several stand beside the slots until
+        `observe`, so that all of them and all that is held can be attended to. If nothing is ever evicted, each token
+        takes the slot of its position, and one at a position beyond the capacity none: `unseen` says for which tokens
+        that matters.
+        """
+        positions = positions.astype(jnp.int32)
+        key, value = key.astype(self.key.dtype), value.astype(self.value.dtype)
+        new = dataclasses.replace(self, last=jnp.maximum(self.last, positions.max(-1)))
+        if not self.retain.evicts:
+            check_room(self, positions)
+            return new._written(jnp.where(positions < 0, self.positions.shape[1], positions)[..., None], key, value,
+                                positions[..., None])  # fmt: skip
+        if positions.shape[1] > 1:
+            return dataclasses.replace(new, fresh=Held(key, value, positions[..., None]))
+        return new._written(new._free(positions), key, value, positions[..., None])
+
+    def _free(self, positions: Int[Array, "b 1"]) -> Int[Array, "b 1 g"]:
+        """The slot for a single token: one that is empty, or that of the least worth; C for padding."""
+        worth, filled = self._worth(self.positions, self.statistics), self.positions >= 0
+        if self.budget is not None:
+            full = filled.sum(1, keepdims=True) >= self.budget
+            worth = jnp.where(~filled & full, jnp.inf, worth)
+        least = worth == worth.min(1, keepdims=True)
+        oldest = jnp.where(least, self.positions, np.iinfo(np.int32).max).argmin(1, keepdims=True)
+        return jnp.where(positions[..., None] < 0, self.positions.shape[1], oldest)
+
+    def _worth(self, positions: Int[Array, "b c g"], statistics: Any) -> Float[Array, "b c g"]:
+        """What the slots are worth; −inf for empty ones."""
+        worth = self.retain.keep(positions, statistics, self.last[:, None, None])
+        return jnp.where(positions < 0, -jnp.inf, worth)
+
+    def _written(self, slots: Int[Array, "b t g"], key: Array, value: Array, positions: Int[Array, "b t 1"]) -> "Store":
+        """With tokens in these slots."""
+        row, statistics = jnp.arange(len(key))[:, None, None], dict(self.statistics)
+        head = jnp.arange(slots.shape[-1])
+        if slots.shape[-1] == 1:
+            at: Any = row[..., 0], slots[..., 0]
+            new_key, new_value = (held.at[at].set(x, mode="drop") for held, x in ((self.key, key), (self.value, value)))
+        else:
+            at = row, slots, head
+            new_key, new_value = (held.at[at].set(x, mode="drop") for held, x in ((self.key, key), (self.value, value)))
+        at = row, slots, head
+        start = self.retain.start(self.positions.shape)
+        statistics = {
+            name: held.at[at].set(jnp.broadcast_to(start[name], held.shape)[:, :1], mode="drop")
+            for name, held in statistics.items()
+        }
+        places = self.positions.at[at].set(jnp.broadcast_to(positions, slots.shape), mode="drop")
+        new = dataclasses.replace(self, key=new_key, value=new_value, positions=places, statistics=statistics)
+        return new if self.select is None else new._summarised(slots if slots.shape[1] == 1 else None)
+
+    def _summarised(self, slots: Int[Array, "b 1 g"] | None) -> "Store":
+        """With the summary of the page of these slots made anew, or of all pages."""
+        select: Any = self.select
+        key, there = (_pages(x, select.size) for x in (self.key, self.positions >= 0))
+        there = jnp.broadcast_to(there, key.shape[:-1])
+        if slots is None:
+            return dataclasses.replace(self, summary=select.summarise(key, there))
+        page = jnp.minimum(slots // select.size, key.shape[1] - 1)  # [B, 1, G]
+        page = jnp.broadcast_to(page, (*page.shape[:2], key.shape[3]))
+        of_key = jnp.take_along_axis(key, page[:, :, None, :, None], 1)
+        of_there = jnp.take_along_axis(there, page[:, :, None], 1)
+        row, head = jnp.arange(len(key))[:, None, None], jnp.arange(key.shape[3])
+        made = select.summarise(of_key, of_there)
+        return dataclasses.replace(
+            self, summary=jax.tree.map(lambda all_, x: all_.at[row, page, head].set(x), self.summary, made)
+        )
+
+    def read(self, query: Float[Array, "b t n h"]) -> Held:
+        """What these queries attend to: all that is held and what is fresh, or of single queries the chosen pages."""
+        if self.fresh is not None:
+            fresh = self.fresh.positions
+            fresh = jnp.broadcast_to(fresh, (*fresh.shape[:2], self.positions.shape[-1]))
+            pairs = (self.key, self.fresh.key), (self.value, self.fresh.value), (self.positions, fresh)
+            key, value, positions = (jnp.concatenate(pair, 1) for pair in pairs)
+            return Held(key, value, positions)
+        if self.select is None or query.shape[1] > 1 or self.key.shape[1] <= self.select.pages * self.select.size:
+            return Held(self.key, self.value, self.positions)
+        size, heads = self.select.size, self.key.shape[2]
+        scores = self.select.score(query[:, 0].reshape(len(query), heads, -1, query.shape[-1]), self.summary)
+        pages = chosen(scores, self.select.pages, _pages(self.positions, size))  # [B, P, K]
+        slots = (pages[:, :, None] * size + jnp.arange(size)[:, None]).reshape(len(query), -1, heads)
+        key, value, positions = (_take(x, slots) for x in (self.key, self.value, self.positions))
+        return Held(key, value, positions, slots)
+
+    def observe(self, measured: Mapping[str, Float[Array, "b s k"]], seen: Held) -> "Store":
+        """After the queries have attended to what `read` gave: statistics are updated, and what does not fit is cut."""
+        if self.fresh is None:
+            statistics = self.statistics
+            if seen.slots is None:
+                statistics = self.retain.observe(statistics, measured)
+            elif statistics:
+                row, head = jnp.arange(len(self.key))[:, None, None], jnp.arange(seen.slots.shape[-1])
+                of_seen = self.retain.observe({name: _take(x, seen.slots) for name, x in statistics.items()}, measured)
+                statistics = {name: x.at[row, seen.slots, head].set(of_seen[name]) for name, x in statistics.items()}
+            return dataclasses.replace(self, statistics=statistics)
+        count, capacity = seen.positions.shape[1] - self.positions.shape[1], self.positions.shape[1]
+        beside = self.retain.start((*seen.positions.shape[:1], count, seen.positions.shape[2]))
+        statistics = {name: jnp.concatenate([x, beside[name]], 1) for name, x in self.statistics.items()}
+        statistics = self.retain.observe(statistics, measured)
+        worth = self._worth(seen.positions, statistics)
+        order = jnp.lexsort((-seen.positions, -worth), axis=1)[:, :capacity]
+        positions = jnp.take_along_axis(seen.positions, order, 1)
+        if self.budget is not None:
+            positions = jnp.where(jnp.arange(capacity)[:, None] < self.budget, positions, -1)
+        by_place = jnp.where(positions < 0, np.iinfo(np.int32).max, positions).argsort(1)
+        order, positions = (jnp.take_along_axis(x, by_place, 1) for x in (order, positions))
+        new = dataclasses.replace(
+            self,
+            key=_take(seen.key, order),
+            value=_take(seen.value, order),
+            positions=positions,
+            statistics={name: _take(x, order) for name, x in statistics.items()},
+            fresh=None,
+        )
+        return new if self.select is None else new._summarised(None)
+
+
+def _take(x: Array, slots: Int[Array, "b s g"]) -> Array:
+    """x [B, C, 1 or K, ...] at the slots of each head."""
+    heads = max(x.shape[2], slots.shape[2])
+    index = jnp.broadcast_to(slots, (*slots.shape[:2], heads)).reshape(*slots.shape[:2], heads, *(1,) * (x.ndim - 3))
+    return jnp.take_along_axis(jnp.broadcast_to(x, (*x.shape[:2], heads, *x.shape[3:])), index, 1)
+
+
+def _pages(x: Array, size: int) -> Array:
+    """x [B, C, ...] in pages, [B, P, size, ...]."""
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
+@part
+class Policy:
+    """How a store is to keep and choose tokens. Its arrays can change without another program.
+
+    Attributes:
+        retain: What is kept when the slots are full.
+        slots: Slots C; by default one for each position.
+        select: Which pages a single query reads.
+        budget: How many slots may be filled, one number or one per key head.
+    """
+
+    retain: Retain = Everything()
+    slots: int | None = None
+    select: Select | None = None
+    budget: Int[Array, "..."] | None = None
 
 
 def empty(
@@ -34,81 +217,78 @@ def empty(
     capacity: int,
     key_shape: tuple[int, int],
     value_shape: tuple[int, int],
-    dtype,
-    span: int | None = None,
-) -> Cache:
-    """A cache with `capacity` slots; the shapes are (heads, head dim). Raises ValueError for a size below 1."""
+    dtype: Any,
+    policy: Policy | None = None,
+) -> Store:
+    """A store without tokens, for positions below `capacity`; the shapes are (heads, head dim).
+
+    Raises:
+        ValueError: For sizes below 1, slots that the policy cannot work with, and budgets that do not fit.
+    """
     if min(batch, capacity) < 1:
         raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
-    return Cache(
-        jnp.zeros((batch, capacity, *key_shape), dtype),
-        jnp.zeros((batch, capacity, *value_shape), dtype),
-        jnp.full((batch, capacity), -1, jnp.int32),
-        span,
+    policy = Policy() if policy is None else policy
+    retain, select, budget = policy.retain, policy.select, policy.budget
+    slots = capacity if policy.slots is None else policy.slots
+    if slots < 1 or (not retain.evicts and slots != capacity):
+        kind = type(retain).__name__
+        raise ValueError(f"slots is {slots}: need at least 1, and under {kind} the capacity, {capacity}")
+    room = slots if budget is None or isinstance(budget, jax.core.Tracer) else int(np.min(np.asarray(budget)))
+    if not isinstance(retain.least, jax.core.Tracer) and retain.evicts and room <= int(retain.least):
+        raise ValueError(
+            f"{type(retain).__name__} never evicts {int(retain.least)} tokens, but there is room for {room}: need more"
+        )
+    if budget is not None:
+        if not retain.evicts:
+            raise ValueError(f"budget is given, but {type(retain).__name__} keeps all tokens: need None")
+        if jnp.shape(budget) not in ((), (key_shape[0],)) or room < 1:
+            raise ValueError(f"budget has shape {jnp.shape(budget)}: need () or ({key_shape[0]},), numbers from 1 on")
+        budget = jnp.asarray(budget)
+    by_head = retain.by_head or (budget is not None and budget.ndim == 1)
+    if by_head and key_shape[0] != value_shape[0]:
+        raise ValueError(f"keys have {key_shape[0]} heads and values {value_shape[0]}: to evict by head need the same")
+    retain = jax.tree.map(jnp.asarray, retain)  # so that another number is not another program
+    if select is not None and slots % select.size:
+        raise ValueError(f"slots is {slots}: need a multiple of the page size, {select.size}")
+    positions = jnp.full((batch, slots, key_shape[0] if by_head else 1), -1, jnp.int32)
+    store = Store(
+        jnp.zeros((batch, slots, *key_shape), dtype),
+        jnp.zeros((batch, slots, *value_shape), dtype),
+        positions,
+        jnp.full(batch, -1, jnp.int32),
+        retain,
+        retain.start(positions.shape),
+        select,
+        budget=budget,
+        span=capacity,
     )
-
-
-def append(
-    cache: Cache,
-    key: Float[Array, "b t k h"],
-    value: Float[Array, "b t kv v"],
-    positions: Int[Array, "b t"],
-    pinned: int | None = None,
-) -> Cache:
-    """Writes each token to the slot of its position. Tokens at position −1 are not written.
-
-    pinned: the first slots keep the positions below it, and the others are a ring, in which a token takes the place of
-    the one as many positions before it; None for no ring.
-
-    Without a ring a position beyond the capacity has no slot: where positions are known that is a ValueError, as are
-    more tokens than the capacity. Elsewhere such a token is not written, so that what is read for it, or for any other
-    that sees it, is wrong: `unseen` says for which, and attention makes them NaN.
-    """
-    capacity = cache.positions.shape[1]
-    if pinned is None and positions.shape[1] > capacity:
-        raise ValueError(f"key has {positions.shape[1]} tokens but the cache has capacity {capacity}")
-    if pinned is None:
-        check_room(cache, positions)
-    rows = jnp.arange(positions.shape[0])[:, None]
-    slots = positions
-    if pinned is not None:
-        ring = capacity - pinned
-        slots = jnp.where(positions < pinned, positions, pinned + (positions - pinned) % ring)
-        passed = (positions >= pinned) & (positions <= positions.max(-1, keepdims=True) - ring)
-        slots = jnp.where(passed, -1, slots)
-    slots = jnp.where(slots < 0, capacity, slots)  # out of range: dropped
-    return Cache(
-        cache.key.at[rows, slots].set(key.astype(cache.key.dtype), mode="drop"),
-        cache.value.at[rows, slots].set(value.astype(cache.value.dtype), mode="drop"),
-        cache.positions.at[rows, slots].set(positions.astype(jnp.int32), mode="drop"),
-        cache.span,
-    )
+    return store if select is None else store._summarised(None)
 
 
 def check_room(state: Any, positions: Int[Array, "#b t"]) -> None:
     """Raises ValueError if the state of attention, or one of a tuple of them, has no slot for one of the positions.
 
-    Positions that are traced, rings, and states of other mixers are not looked at.
+    Positions that are traced, stores that evict, and states of other mixers are not looked at.
     """
-    if isinstance(state, tuple) and not isinstance(state, Cache):
+    if isinstance(state, tuple):
         for each in state:
             check_room(each, positions)
-    if not isinstance(state, Cache) or state.span is not None or isinstance(positions, jax.core.Tracer):
+    if not isinstance(state, Store) or state.retain.evicts or isinstance(positions, jax.core.Tracer):
         return
-    last = int(np.max(np.asarray(positions), initial=-1))
-    if last >= state.positions.shape[-1]:
+    last, capacity = int(np.max(np.asarray(positions), initial=-1)), state.positions.shape[-2]
+    if last >= capacity:
         raise ValueError(
-            f"positions reaches {last} but the state has capacity {state.positions.shape[-1]}: need at most "
-            f"{state.positions.shape[-1] - 1}, or a state for more tokens"
+            f"positions reaches {last} but the state has capacity {capacity}: need at most {capacity - 1}, or a state "
+            "for more tokens"
         )
 
 
-def unseen(cache: Cache, positions: Int[Array, "b t"], mask: Mask | None) -> Bool[Array, "b t"]:
-    """Which of these tokens may see one of them for which the cache has no slot, itself included: in a row that is not
-    a ring, one at a position beyond the capacity. Of masks that do not bound what they show, all tokens of the row."""
-    lost = positions >= cache.positions.shape[1]
-    if cache.span is not None:
+def unseen(store: Store, positions: Int[Array, "b t"], mask: Mask | None) -> Bool[Array, "b t"]:
+    """Which of these tokens may see one of them for which the store has no slot, itself included: at a position beyond
+    the capacity, if nothing is evicted. Of masks that do not bound what they show, all tokens of the row."""
+    if store.retain.evicts:
         return jnp.zeros(positions.shape, bool)
+    lost = positions >= store.positions.shape[1]
     possible: Any = True
     if mask is not None:
         of_lost = jnp.where(lost, positions, -1)
@@ -120,14 +300,15 @@ def unseen(cache: Cache, positions: Int[Array, "b t"], mask: Mask | None) -> Boo
 
 
 def by_position(
-    x: Float[Array, "b n t c"], positions: Int[Array, "b c"], span: int, fill: float
+    x: Float[Array, "b n t c"], positions: Int[Array, "b c g"], span: int, fill: float
 ) -> Float[Array, "b n t p"]:
     """What is one number per slot, at the slots' positions instead; `fill` at positions that no slot holds. A row that
     holds a position beyond the span is NaN."""
+    places = jnp.repeat(positions, x.shape[1] // positions.shape[-1], -1).swapaxes(1, 2)  # [B, N, C]
 
-    def of_row(x: Float[Array, "n t c"], positions: Int[Array, " c"]) -> Float[Array, "n t p"]:
+    def of_head(x: Float[Array, "t c"], positions: Int[Array, " c"]) -> Float[Array, "t p"]:
         places = jnp.where(positions < 0, span, positions)
         placed = jnp.full((*x.shape[:-1], span), fill, x.dtype).at[..., places].set(x, mode="drop")
         return jnp.where((positions >= span).any(), jnp.nan, placed)
 
-    return jax.vmap(of_row)(x, positions)
+    return jax.vmap(jax.vmap(of_head))(x, places)

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxattn import nn
-from jaxattn.cache import check_room
+from jaxattn.cache import Policy, check_room
 from jaxattn.core.checks import as_ids, check_array
 from jaxattn.models.config import DecoderConfig, Layer
 from jaxattn.nn.parameter import linear_map, normed, rms_norm, undecayed
@@ -213,7 +213,7 @@ class Decoder(nnx.Module):
                     where = f"layer {entry.layer} does not have" if one else "no layer has"
                     raise ValueError(f"edits has the site {site!r}, which {where}: need one of {list(self.sites)}")
 
-    def init_state(self, batch: int, capacity: int) -> Any:
+    def init_state(self, batch: int, capacity: int, store: Policy | None = None) -> Any:
         """What decoding sequences of at most `capacity` tokens starts from: a pytree, one entry per run of layers.
 
         A token beyond the capacity raises ValueError where its position is known, and its logits are NaN under `jit`,
@@ -222,7 +222,7 @@ class Decoder(nnx.Module):
 
         def stacked(run: Block, length: int) -> Any:
             graph, arrays = nnx.split(run)
-            one = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixer.init_state(batch, capacity)
+            one = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixer.init_state(batch, capacity, store)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (length, *x.shape)), one)
 
         capacity += self.config.meta_tokens

@@ -9,7 +9,7 @@ Every token mixer has one protocol:
 outside it). All but x may be left out.
 """
 
-from jaxattn.nn.attention import Context, ConvolvedState, KeyValue, MultiHeadAttention
+from jaxattn.nn.attention import Context, KeyValue, MultiHeadAttention
 from jaxattn.nn.feed_forward import FeedForward
 from jaxattn.nn.hybrid import Chain, Parallel
 from jaxattn.nn.learned import (
@@ -61,7 +61,6 @@ __all__ = [
     "BilinearScore",
     "Chain",
     "Context",
-    "ConvolvedState",
     "DeltaNet",
     "Edit",
     "FeedForward",

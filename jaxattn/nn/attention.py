@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn.cache import Cache, append, by_position, empty, unseen
+from jaxattn.cache import Policy, Recent, Store, by_position, empty, unseen
+from jaxattn.cache.store import Held
 from jaxattn.core.attend.api import Implementation, attend
 from jaxattn.core.attend.maps import Dropout
 from jaxattn.core.attend.normalize import Softmax
@@ -33,7 +34,7 @@ class KeyValue(NamedTuple):
 
     key: Float[Array, "b s k h"]
     value: Float[Array, "b s k h"]
-    positions: Int[Array, "#b s"] | None
+    positions: Int[Array, "#b s g"] | None
 
 
 class Context(NamedTuple):
@@ -41,13 +42,6 @@ class Context(NamedTuple):
 
     x: Float[Array, "b s c"]
     tokens: Tokens | None = None
-
-
-class ConvolvedState(NamedTuple):
-    """What decoding carries under a short convolution: the cache, and the last inputs of each convolution by name."""
-
-    cache: Cache
-    past: dict[str, Array]
 
 
 class MultiHeadAttention(Mixer):
@@ -160,10 +154,10 @@ class MultiHeadAttention(Mixer):
         x: Float[Array, "b t d"],
         tokens: Tokens | None = None,
         tap: Tap | None = None,
-        state: Cache | ConvolvedState | None = None,
+        state: Store | tuple[()] | None = None,
         context: Context | KeyValue | Array | None = None,
         give: dict[str, Any] | None = None,
-    ) -> tuple[Float[Array, "b t d"], Cache | ConvolvedState | None]:
+    ) -> tuple[Float[Array, "b t d"], Store | tuple[()] | None]:
         """Self-attention over x, or cross-attention from x to `context`, or to the keys of another layer.
 
         Args:
@@ -185,45 +179,48 @@ class MultiHeadAttention(Mixer):
                 other than None, `Causal()` and `Documents(ids)`, which say which tokens follow each other.
         """
         check_array("x", x)
-        held, past = (state.cache, state.past) if isinstance(state, ConvolvedState) else (state, {})
-        held = None if self.key is None else held  # a layer that reads the keys of another holds none
-        tokens, tap = self.started(x, tokens, tap, held)
-        source = self._source(x, context, held)
-        if held is not None:
+        store: Any = None if self.key is None else state  # a layer that reads the keys of another holds none
+        tokens, tap = self.started(x, tokens, tap, store)
+        source = self._source(x, context, store)
+        if store is not None:
             _check_rows_alone(*(tuple(map(_part, maps)) for maps in (self.score_maps, self.weight_maps)))
         x = tokens.clean(x)
-        convolved = self._past(x, tokens, past) if self.convolution else None
+        convolved = self._past(x, tokens, {} if store is None else store.past) if self.convolution else None
 
         query = tap("q_rotated", self.turn(tap("q", self.queries(x, convolved)), tokens.positions))
         if isinstance(source, KeyValue):
-            keys = source
+            keys: Any = source
         else:
             at = tokens if source is None else tokens_of(source)
             key, value = self.keys_and_values(x if source is None else at.clean(source.x), convolved)
             key, value = tap("k", key), tap("v", value)
             key = tap("k_rotated", self.turn(key, at.positions))
-            keys, held = self._stored(KeyValue(key, value, at.known), tokens, held)
+            keys = KeyValue(key, value, None if at.known is None else at.known[..., None])
+            if store is not None:
+                store = store.append(key, value, jnp.broadcast_to(tokens.positions, x.shape[:2]))
+                keys = store.read(query)
         if give is not None:
-            give["keys"] = keys
-        z = self._attend(query, keys, tokens, tap, held)
+            give["keys"] = KeyValue(*keys[:3])
+        z, measured = self._attend(query, keys, tokens, tap, store)
         y = tap("attn_out", self.merge(tap("z", z), x))
-        if held is None:
+        if store is None:
             return y, state
-        return y, held if convolved is None else ConvolvedState(held, convolved.kept)
+        store = store.observe(measured, keys)
+        return y, store if convolved is None else dataclasses.replace(store, past=convolved.kept)
 
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those of attention; without own keys none of keys and values."""
-        keys = () if self.key is None else ("k", "v", "k_rotated")
+        keys = () if self.key is None else ("k", "v", "k_rotated", "read")
         return ("q", "q_rotated", *keys, "scores", "weights", "lse", "z", "attn_out")
 
-    def _source(self, x: Array, context: Any, held: Any) -> Context | KeyValue | None:
+    def _source(self, x: Array, context: Any, store: Any) -> Context | KeyValue | None:
         """The context as it is read, checked."""
         context = Context(context) if hasattr(context, "dtype") else context
         shared = isinstance(context, KeyValue)
         if (self.key is None) != shared:
             raise ValueError("context must be the KeyValue of another layer where own_keys=False, and only there")
-        if isinstance(context, Context) and (held is not None or self.rotary_base is not None):
+        if isinstance(context, Context) and (store is not None or self.rotary_base is not None):
             raise ValueError("cross-attention takes no state and no rotary positions: need rotary_base=None")
         if context is not None and self.convolution:
             raise ValueError("context is given: a convolution sees only tokens of one sequence, need convolution=0")
@@ -233,22 +230,10 @@ class MultiHeadAttention(Mixer):
                 raise ValueError(f"{name} has shape {given.shape}: need [batch, length, {project.in_features}]")
         return context
 
-    def _stored(self, new: KeyValue, tokens: Tokens, held: Cache | None) -> tuple[KeyValue, Cache | None]:
-        """The keys and values to attend to, and the state with the new ones in it."""
-        if held is None:
-            return new, None
-        positions = jnp.broadcast_to(tokens.positions, new.key.shape[:2])
-        own = _part(self.mask)
-        reach = own.reach if own is not None and held.span is not None else None
-        after = append(held, new.key, new.value, positions, None if reach is None else reach.first)
-        if reach is None or positions.shape[1] == 1:
-            return KeyValue(after.key, after.value, after.positions), after
-        # A token may need what the last of them has already put out of the ring.
-        pairs = (held.key, new.key), (held.value, new.value), (held.positions, positions)
-        return KeyValue(*(jnp.concatenate(pair, 1) for pair in pairs)), after
-
-    def _attend(self, query: Array, keys: KeyValue, tokens: Tokens, tap: Tap, held: Cache | None) -> Array:
-        """What each head reads, [B, T, N, H]."""
+    def _attend(
+        self, query: Array, keys: KeyValue | Held, tokens: Tokens, tap: Tap, store: Store | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """What each head reads, [B, T, N, H], and what the store wants measured, one number per slot and key head."""
         own = Slots(
             score=_part(self.score),
             bias=_part(self.bias),
@@ -256,52 +241,68 @@ class MultiHeadAttention(Mixer):
             mask=tokens.shows(_part(self.mask)),
             normalize=_part(self.normalize),
             weight_maps=tuple(map(_part, self.weight_maps)),
+            measures={} if store is None else {f"store.{name}": x for name, x in store.retain.measures.items()},
         )
         if self.stream is not None and not self.deterministic:
             own = dataclasses.replace(own, dropout=Dropout(self.dropout, self.stream()))
-        lost = None  # which tokens need one that the cache had no slot for
-        if held is not None and held.span is None and isinstance(tokens.positions, jax.core.Tracer):
+        lost = None  # which tokens need one that the store had no slot for
+        if store is not None and isinstance(tokens.positions, jax.core.Tracer) and not store.retain.evicts:
             positions = jnp.broadcast_to(tokens.positions, query.shape[:2])
-            lost = unseen(held, positions, own.mask)[..., None, None]
+            lost = unseen(store, positions, own.mask)[..., None, None]
             query = jnp.where(lost, jnp.nan, query)
         slots, lse = tap.join(own)
         options: dict[str, Any] = {"return_lse": lse, "implementation": self.implementation}
         # With a state positions are known to be where they are only as long as none is held before them.
-        at = tokens.known if held is None else tokens.positions
-        options |= {"query_positions": _one_or_all(at), "key_positions": _one_or_all(keys.positions)}
+        at = tokens.known if store is None else tokens.positions
+        options |= {"query_positions": _one_or_all(at), "key_positions": _places(keys.positions)}
         result = attend(query, keys.key, keys.value, **vars(slots), **options)
         z, extras = result if lse or slots.measures else (result, {})
-        if held is not None and held.span is not None:
+        if tap.wants("read"):
+            places = tokens.positions[..., None] if keys.positions is None else keys.positions
+            tap("read", jnp.broadcast_to(places, (len(query), *places.shape[1:])))
+        if store is not None and isinstance(keys, Held) and (store.retain.evicts or keys.slots is not None):
             for name, (site, reducer) in tap.asked.items():
-                if site in ("scores", "weights") and keys.positions is not None and isinstance(reducer, Whole):
+                if site in ("scores", "weights") and isinstance(reducer, Whole):
                     fill = 0.0 if site == "weights" else -jnp.inf
-                    rows = by_position(extras[name].swapaxes(1, 2), keys.positions, held.span, fill)
+                    rows = by_position(extras[name].swapaxes(1, 2), keys.positions, store.span, fill)
                     extras[name] = rows.swapaxes(1, 2)
         tap.keep(extras)
-        return z if lost is None else jnp.where(lost, jnp.nan, z)  # also where the mask hides every key
+        z = z if lost is None else jnp.where(lost, jnp.nan, z)  # also where the mask hides every key
+        by_group = {name: x for name, x in extras.items() if name.startswith("store.")}
+        return z, {
+            name.removeprefix("store."): x.reshape(*x.shape[:-1], self.key_heads, -1).sum(-1)
+            for name, x in by_group.items()
+        }
 
-    def reached(self, state: Cache | ConvolvedState) -> Int[Array, " b"]:
+    def reached(self, state: Store) -> Int[Array, " b"]:
         """The positions at which the tokens that the state holds end."""
-        held = state.cache if isinstance(state, ConvolvedState) else state
-        return held.positions.max(-1) + 1
+        return state.last + 1
 
-    def init_state(self, batch: int, capacity: int) -> Cache | ConvolvedState | tuple[()]:
-        """An empty cache for sequences of at most `capacity` tokens, at positions below it, and for no more than the
-        mask lets a query see; nothing for a layer that reads another's. Under a convolution also the inputs before
-        them, which are 0. A cache that holds all that a window can see is a ring, and goes on beyond `capacity`."""
+    def init_state(self, batch: int, capacity: int, store: Policy | None = None) -> Store | tuple[()]:
+        """A store without tokens, for positions below `capacity`; nothing for a layer that reads another's keys.
+
+        Args:
+            batch: B.
+            capacity: Positions below it can be held, and recorded.
+            store: What is kept and read. By default all that the mask lets a query see: of a window a ring, which goes
+                on beyond the capacity.
+
+        Raises:
+            ValueError: For sizes and policies that do not fit.
+        """
         if self.key is None:
             return ()
-        own, slots, span = _part(self.mask), capacity, None
-        if own is not None and own.reach is not None:
-            shown = max(sum(own.reach), own.reach.first + 1)
-            slots, span = (shown, capacity) if shown <= capacity else (capacity, None)
-        shape = (self.key_heads, self.head_dim)
-        cache = empty(batch, slots, shape, shape, self.dtype or jnp.float32, span)
-        if not self.convolution:
-            return cache
-        before = {name: each.weight.shape for name, each in self.convolution.items()}
-        zeros = {name: jnp.zeros((batch, w - 1, c), cache.key.dtype) for name, (w, c) in before.items()}
-        return ConvolvedState(cache, zeros)
+        if store is None:
+            own, store = _part(self.mask), Policy()
+            shown = capacity + 1 if own is None or own.reach is None else max(sum(own.reach), own.reach.first + 1)
+            if shown <= capacity:
+                store = Policy(Recent(own.reach.first), shown)
+        shape, dtype = (self.key_heads, self.head_dim), self.dtype or jnp.float32
+        past = {
+            name: jnp.zeros((batch, each.weight.shape[0] - 1, each.weight.shape[1]), dtype)
+            for name, each in self.convolution.items()
+        }
+        return dataclasses.replace(empty(batch, capacity, shape, shape, dtype, store), past=past)
 
     def queries(self, x: Float[Array, "b t d"], past: Past | None = None) -> Float[Array, "b t n h"]:
         """q of x, convolved and normed if this attention does that, before rotation. past: what a convolution sees of
@@ -365,6 +366,11 @@ def tokens_of(context: Context) -> Tokens:
 def _one_or_all(positions: Any) -> Any:
     """Positions that all rows share as [T]."""
     return positions[0] if positions is not None and positions.ndim == 2 and positions.shape[0] == 1 else positions
+
+
+def _places(positions: Any) -> Any:
+    """Positions of keys [B, S, 1 or K] as `attend` takes them: [B, S], or by key head."""
+    return positions if positions is None or positions.shape[-1] > 1 else _one_or_all(positions[..., 0])
 
 
 def _part(slot: Any) -> Any:

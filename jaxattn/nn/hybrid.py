@@ -76,9 +76,9 @@ class Parallel(Mixer):
         """The position after the last token, of the last mixer: the first may hold none."""
         return self.mixers[-1].reached(state[-1])
 
-    def init_state(self, batch: int, capacity: int) -> tuple[Any, ...]:
+    def init_state(self, batch: int, capacity: int, store: Any = None) -> tuple[Any, ...]:
         """The states of the mixers."""
-        return tuple(mixer.init_state(batch, capacity) for mixer in self.mixers)
+        return tuple(mixer.init_state(batch, capacity, store) for mixer in self.mixers)
 
 
 class Chain(Mixer):
@@ -113,6 +113,6 @@ class Chain(Mixer):
         """The position after the last token."""
         return self.mixers[-1].reached(state[-1])
 
-    def init_state(self, batch: int, capacity: int) -> tuple[Any, ...]:
+    def init_state(self, batch: int, capacity: int, store: Any = None) -> tuple[Any, ...]:
         """The states of the mixers."""
-        return tuple(mixer.init_state(batch, capacity) for mixer in self.mixers)
+        return tuple(mixer.init_state(batch, capacity, store) for mixer in self.mixers)

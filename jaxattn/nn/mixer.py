@@ -42,8 +42,14 @@ class Mixer(nnx.Module):
         """
         raise NotImplementedError
 
-    def init_state(self, batch: int, capacity: int) -> Any:
-        """The state before any token, for sequences of up to `capacity` tokens."""
+    def init_state(self, batch: int, capacity: int, store: Any = None) -> Any:
+        """The state before any token, for sequences of up to `capacity` tokens.
+
+        Args:
+            batch: B.
+            capacity: Positions below it.
+            store: A `cache.Policy`: how attention keeps and reads earlier tokens.
+        """
         raise NotImplementedError
 
     def reached(self, state: Any) -> Int[Array, " b"]:

@@ -93,8 +93,8 @@ class Prefixed(Mixer):
         """The position after the last token, not counting the prefix."""
         return self.mixer.reached(state) - len(self.prefix)
 
-    def init_state(self, batch: int, capacity: int) -> Any:
+    def init_state(self, batch: int, capacity: int, store: Any = None) -> Any:
         """The state after the prefix."""
         prefix = self.prefix[...]
         x = jnp.broadcast_to(prefix, (batch, *prefix.shape))
-        return self.mixer(x, state=self.mixer.init_state(batch, capacity + len(prefix)))[1]
+        return self.mixer(x, state=self.mixer.init_state(batch, capacity + len(prefix), store))[1]

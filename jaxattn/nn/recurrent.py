@@ -330,7 +330,7 @@ class Recurrent(Mixer):
         """The position after the last token that the state has seen."""
         return state["position"]
 
-    def init_state(self, batch: int, capacity: int) -> dict[str, Any]:
+    def init_state(self, batch: int, capacity: int, store: Any = None) -> dict[str, Any]:
         """The state before any token; its size does not depend on `capacity`."""
         nothing = jnp.zeros((batch, 1, self.mechanism.in_features))
         past = Past({}, jnp.zeros((batch, 1), bool), None)

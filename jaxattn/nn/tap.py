@@ -38,6 +38,7 @@ SITES = {
     "k_rotated": "[B, S, K, H] keys of this call's tokens as they meet the queries",
     "scores": "[B, N, T, S] scores after bias, score maps and mask (hidden: −inf)",
     "weights": "[B, N, T, S] attention weights after weight maps, before dropout",
+    "read": "[B, S, 1] positions of the keys that are read; [B, S, K] from a store whose heads keep different ones",
     "lse": "[B, T, N] the log of the total weight of each row",
     "z": "[B, T, N, H] what each head reads, before the output projection",
     "attn_out": "[B, T, D] what the mixer adds to the residual stream",
@@ -299,8 +300,9 @@ class Tap:
         for name, (site, reducer) in self.asked.items():
             if site in ("scores", "weights"):
                 measures[name] = _Rows(site) if isinstance(reducer, Whole) else reducer
-        if "lse" in self.edits:
-            raise ValueError("edits has the site 'lse', which can be recorded only: edit 'scores' or 'z'")
+        for site in ("lse", "read"):
+            if site in self.edits:
+                raise ValueError(f"edits has the site {site!r}, which can be recorded only: edit 'scores' or 'z'")
         joined = dataclasses.replace(
             slots, score_maps=tuple(score_maps), weight_maps=tuple(weight_maps), mask=mask, measures=measures
         )

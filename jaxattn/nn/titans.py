@@ -128,7 +128,7 @@ class MemoryAsContext(Mixer):
         """The position after the last token that the state has seen."""
         return state["position"]
 
-    def init_state(self, batch: int, capacity: int) -> dict[str, Any]:
+    def init_state(self, batch: int, capacity: int, store: Any = None) -> dict[str, Any]:
         """The state before any token; its size does not depend on `capacity`."""
         memory, nothing = self._start(batch), jnp.zeros(batch, jnp.int32)
         return {"memory": memory, "before": memory, "keys": self._opened(batch), "count": nothing, "position": nothing}

@@ -1,13 +1,15 @@
-"""A cache slot holds the last token written to its position, and every other slot stays as it was."""
+"""Stores: what is kept is what the policy says, whatever the calls in which tokens come, and nothing else matters."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn.cache import Cache, append, empty
+from jaxattn.cache import Everything, HeavyHitters, Policy, Quest, Recent, empty
 
-CAPACITY = 6
+CAPACITY, HEADS, H = 6, 2, 4
 POSITIONS = {
     "in order": [[0, 1, 2], [0, 1, 2], [0, 1, 2]],
     "ragged, padded on the right": [[3, 4, 5], [1, 2, -1], [0, -1, -1]],
@@ -16,6 +18,15 @@ POSITIONS = {
     "beyond the capacity": [[4, 5, 6], [5, 6, 7], [6, 7, 1000]],
     "nothing": [[-1, -1, -1]] * 3,
 }
+
+
+def append(store, key, value, positions):
+    """One call of a layer, with queries that look at nothing in particular."""
+    store = store.append(jnp.asarray(key), jnp.asarray(value), jnp.asarray(positions))
+    query = jnp.ones((len(key), key.shape[1], HEADS, H))
+    return store.observe({}, store.read(query))
+
+
 jitted = jax.jit(append)
 
 
@@ -24,88 +35,171 @@ def tokens(seed, length=3, batch=3):
     return (rng.standard_normal((batch, length, *heads)).astype(np.float32) for heads in ((2, 4), (1, 5)))
 
 
+def start(batch=3, capacity=CAPACITY, policy=None, value=(1, 5), dtype=jnp.float32):
+    return empty(batch, capacity, (HEADS, H), value, dtype, policy)
+
+
 def filled():
-    """A cache in which every slot of every row differs, some of them empty."""
+    """A store in which every slot of every row differs, some of them empty."""
     rng = np.random.default_rng(9)
     key, value = tokens(8, CAPACITY)
-    positions = np.where(rng.random((3, CAPACITY)) < 0.5, np.arange(CAPACITY), -1)
-    return Cache(*map(jnp.asarray, (key, value, positions.astype(np.int32))))
+    positions = np.where(rng.random((3, CAPACITY)) < 0.5, np.arange(CAPACITY), -1).astype(np.int32)
+    held = {"key": key, "value": value, "positions": positions[..., None], "last": positions.max(-1)}
+    return dataclasses.replace(start(), **jax.tree.map(jnp.asarray, held))
 
 
 @pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 @pytest.mark.parametrize("write", [append, jitted], ids=["eager", "jit"])
 def test_each_token_goes_to_the_slot_of_its_position_and_nothing_else_changes(positions, write):
     """Of those beyond the capacity, which are refused where they are known."""
-    cache, (key, value) = filled(), tokens(1)
+    store, (key, value) = filled(), tokens(1)
     if write is append and np.max(positions) >= CAPACITY:
         with pytest.raises(ValueError, match=r"positions reaches 1000 but the state has capacity 6: need at most 5"):
-            append(cache, jnp.asarray(key), jnp.asarray(value), jnp.asarray(positions))
+            append(store, key, value, np.array(positions))
         return
-    expected = [np.array(x) for x in (cache.key, cache.value, cache.positions)]
+    expected = [np.array(x) for x in (store.key, store.value, store.positions[..., 0])]
     for b in range(3):
         for t, position in enumerate(positions[b]):
             if 0 <= position < CAPACITY:
                 expected[0][b, position], expected[1][b, position] = key[b, t], value[b, t]
                 expected[2][b, position] = position
-    written = write(cache, jnp.asarray(key), jnp.asarray(value), jnp.asarray(positions))
-    for got, want in zip((written.key, written.value, written.positions), expected, strict=True):
+    written = write(store, key, value, np.array(positions))
+    for got, want in zip((written.key, written.value, written.positions[..., 0]), expected, strict=True):
         np.testing.assert_array_equal(got, want)
 
 
-def test_permuting_the_batch_permutes_the_cache():
-    cache, (key, value) = filled(), tokens(1)
+def test_permuting_the_batch_permutes_the_store():
+    key, value = tokens(1)
     positions, order = np.array(POSITIONS["any order"]), np.array([2, 0, 1])
-    straight = jitted(cache, key, value, positions)
-    permuted = jitted(jax.tree.map(lambda x: x[order], cache), key[order], value[order], positions[order])
+    straight = jitted(filled(), key, value, positions)
+    permuted = jitted(jax.tree.map(lambda x: x[order], filled()), key[order], value[order], positions[order])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), straight, permuted)
 
 
-def test_a_cache_keeps_its_dtype_and_its_shapes():
-    cache = empty(3, CAPACITY, (2, 4), (1, 5), jnp.bfloat16)
+@pytest.mark.parametrize("policy", [Policy(), Policy(Recent(1), 4), Policy(HeavyHitters(1, 2), 8, Quest(2, 2))])
+def test_a_store_keeps_its_dtype_and_its_shapes(policy):
+    capacity = CAPACITY if policy.slots is None else 20
+    store = start(3, capacity, policy, (HEADS, 5), jnp.bfloat16)
+    assert (store.positions == -1).all()
     key, value = tokens(1)
-    written = jitted(cache, key, value, np.array(POSITIONS["in order"]))
-    describe = [[(x.shape, x.dtype) for x in jax.tree.leaves(c)] for c in (cache, written)]
+    value = np.repeat(value, HEADS, 2)
+    measured = {"mass": jnp.ones((3, store.positions.shape[1] + 3, HEADS))}
+    new = store.append(jnp.asarray(key), jnp.asarray(value), jnp.asarray(POSITIONS["in order"]))
+    seen = new.read(jnp.ones((3, 3, HEADS, H)))
+    describe = [
+        [(x.shape, x.dtype) for x in jax.tree.leaves(s)]
+        for s in (store, new.observe({name: x[:, : seen.key.shape[1]] for name, x in measured.items()}, seen))
+    ]
     assert describe[0] == describe[1]
-    assert describe[0] == [((3, 6, 2, 4), jnp.bfloat16), ((3, 6, 1, 5), jnp.bfloat16), ((3, 6), jnp.int32)]
-    assert (cache.positions == -1).all()
-
-
-def test_a_cache_is_a_pytree_that_loops_carry():
-    def one_token(cache, token):
-        position, key, value = token
-        return append(cache, key[:, None], value[:, None], jnp.full((3, 1), position)), None
-
-    key, value = tokens(1)
-    stream = jnp.arange(3), key.swapaxes(0, 1), value.swapaxes(0, 1)
-    looped, _ = jax.jit(lambda cache: jax.lax.scan(one_token, cache, stream))(filled())
-    jax.tree.map(np.testing.assert_array_equal, looped, jitted(filled(), key, value, np.array(POSITIONS["in order"])))
+    assert describe[0][0] == ((3, store.positions.shape[1], 2, 4), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("lengths", [(1,) * 9, (4, 1, 4), (9,), (2, 7)], ids=str)
-def test_a_ring_holds_the_pinned_and_the_last_tokens(lengths):
-    """Two pinned and a ring of four, whatever the calls in which nine tokens come; the second row is two shorter."""
-    cache = empty(2, CAPACITY, (2, 4), (1, 5), jnp.float32)
+def test_sinks_and_recent_tokens_are_kept_however_they_come(lengths):
+    """Two sinks and four recent ones, whatever the calls in which nine tokens come; the second row is two shorter."""
+    store = start(2, 20, Policy(Recent(2), CAPACITY))
     key, value = (x[:2] for x in tokens(1, 9))
     first = 0
     for length in lengths:
         at = np.arange(first, first + length)
         positions = np.stack([at, np.where(at < 7, at, -1)])
-        cache = append(cache, key[:, at], value[:, at], positions, pinned=2)
+        store = append(store, key[:, at], value[:, at], positions)
         first += length
     for row, held in enumerate(([0, 1, 5, 6, 7, 8], [0, 1, 3, 4, 5, 6])):
-        assert sorted(np.asarray(cache.positions[row])) == held
-        for slot, position in enumerate(np.asarray(cache.positions[row])):
-            np.testing.assert_array_equal(cache.key[row, slot], key[row, position])
-            np.testing.assert_array_equal(cache.value[row, slot], value[row, position])
+        assert sorted(np.asarray(store.positions[row, :, 0])) == held
+        for slot, position in enumerate(np.asarray(store.positions[row, :, 0])):
+            np.testing.assert_array_equal(store.key[row, slot], key[row, position])
+            np.testing.assert_array_equal(store.value[row, slot], value[row, position])
 
 
-@pytest.mark.parametrize(("batch", "capacity"), [(0, 4), (2, 0)])
-def test_an_empty_cache_needs_a_size(batch, capacity):
-    with pytest.raises(ValueError, match=f"batch and capacity must be at least 1, got {batch} and {capacity}"):
-        empty(batch, capacity, (1, 2), (1, 2), jnp.float32)
+@pytest.mark.parametrize("lengths", [(1,) * 9, (5, 1, 3)], ids=str)
+def test_heads_with_other_budgets_keep_other_tokens_in_one_program(lengths):
+    for budget in ([3, 6], [6, 4]):
+        store = start(2, 20, Policy(Recent(1), CAPACITY, budget=jnp.array(budget)), (HEADS, 5))
+        key, value = (x[:2] for x in tokens(1, 9))
+        value, first = np.repeat(value, HEADS, 2), 0
+        for length in lengths:
+            at = np.arange(first, first + length)
+            store = jitted(store, key[:, at], value[:, at], np.stack([at, at]))
+            first += length
+        for head, count in enumerate(budget):
+            held = [0, *range(10 - count, 9)]
+            places = np.asarray(store.positions[0, :, head])
+            assert sorted(places[places >= 0]) == held
+            for slot in np.flatnonzero(places >= 0):
+                np.testing.assert_array_equal(store.key[0, slot, head], key[0, places[slot], head])
+    assert jitted._cache_size() >= 1
 
 
-def test_more_tokens_than_slots_are_refused():
-    cache = empty(1, 3, (1, 2), (1, 2), jnp.float32)
-    with pytest.raises(ValueError, match="key has 5 tokens but the cache has capacity 3"):
-        append(cache, jnp.zeros((1, 5, 1, 2)), jnp.zeros((1, 5, 1, 2)), jnp.arange(5)[None])
+def test_the_token_with_the_least_attention_goes_and_the_older_of_equals():
+    store = start(1, 20, Policy(HeavyHitters(0, 1), 3), (HEADS, 5))
+    masses = {0: [1.0, 0.1], 1: [0.2, 0.1], 2: [0.5, 3.0], 3: [0.0, 0.0]}
+    key, value = (x[:1] for x in tokens(1, 4))
+    for t in range(4):
+        store = store.append(jnp.asarray(key[:, t : t + 1]), jnp.asarray(np.repeat(value, 2, 2)[:, t : t + 1]),
+                             jnp.array([[t]]))  # fmt: skip
+        seen = store.read(jnp.ones((1, 1, HEADS, H)))
+        got = jnp.where((seen.positions == t) & (t < 3), jnp.asarray(masses[t]), 0.0)
+        store = store.observe({"mass": got}, seen)
+    assert sorted(np.asarray(store.positions[0, :, 0])) == [0, 2, 3]  # 1 had the least
+    assert sorted(np.asarray(store.positions[0, :, 1])) == [1, 2, 3]  # 0 and 1 are equal, 0 is older
+
+
+def test_quest_reads_the_pages_of_the_largest_bound_and_the_newest():
+    """Against the bound by hand, from the keys; pages in which nothing stands are not read."""
+    rng = np.random.default_rng(0)
+    store = start(2, 24, Policy(select=Quest(3, 4)), (HEADS, 5))
+    key, value = (rng.standard_normal((2, 18, HEADS, c)).astype(np.float32) for c in (H, 5))
+    store = append(store, key[:, :17], value[:, :17], np.arange(17)[None].repeat(2, 0))
+    store = append(store, key[:, 17:], value[:, 17:], np.full((2, 1), 17))
+    query = rng.standard_normal((2, 1, 4, H)).astype(np.float32)
+    seen = store.read(jnp.asarray(query))
+    for b in range(2):
+        for k in range(HEADS):
+            bounds = {}
+            for page in range(5):
+                of_page = key[b, 4 * page : min(4 * page + 4, 18), k]
+                q = query[b, 0, 2 * k : 2 * k + 2, None]
+                bounds[page] = np.maximum(q * of_page.min(0), q * of_page.max(0)).sum(-1).max()
+            best = sorted(bounds, key=lambda page: -bounds[page] if page != 4 else -np.inf)[:3]
+            places = {p for page in best for p in range(4 * page, min(4 * page + 4, 18))}
+            got = np.asarray(seen.positions[b, :, min(k, seen.positions.shape[2] - 1)])
+            assert set(got[got >= 0]) == places
+            for slot, place in enumerate(got):
+                if place >= 0:
+                    np.testing.assert_array_equal(seen.key[b, slot, k], key[b, place, k])
+
+
+@pytest.mark.parametrize(
+    ("batch", "capacity", "policy", "message"),
+    [
+        (0, 4, Policy(), "batch and capacity must be at least 1, got 0 and 4"),
+        (2, 0, Policy(), "batch and capacity must be at least 1, got 2 and 0"),
+        (1, 8, Policy(slots=4), "slots is 4: need at least 1, and under Everything the capacity, 8"),
+        (1, 8, Policy(Recent(4), 4), "Recent never evicts 4 tokens, but there is room for 4: need more"),
+        (
+            1,
+            8,
+            Policy(HeavyHitters(2, 3), 6, budget=jnp.array([6, 5])),
+            "never evicts 5 tokens, .* room for 5",
+        ),
+        (1, 8, Policy(Recent(1), 4, budget=jnp.array([3, 3, 3])), r"budget has shape \(3,\): need \(\) or \(2,\)"),
+        (1, 8, Policy(budget=jnp.array(3)), "budget is given, but Everything keeps all tokens"),
+        (1, 10, Policy(select=Quest(2, 4)), "slots is 10: need a multiple of the page size, 4"),
+        (1, 8, Policy(HeavyHitters(1, 1), 4), "keys have 2 heads and values 1: to evict by head need the same"),
+    ],
+)
+def test_a_store_that_cannot_be_is_refused(batch, capacity, policy, message):
+    with pytest.raises(ValueError, match=message):
+        start(batch, capacity, policy, (HEADS, 5) if "by head" not in message else (1, 5))
+
+
+def test_policies_out_of_range_are_refused():
+    for make, message in (
+        (lambda: Recent(-1), "Recent: sinks holds -1: need numbers at least 0"),
+        (lambda: HeavyHitters(0, 0), "HeavyHitters: recent holds 0: need numbers at least 1"),
+        (lambda: Quest(0), "Quest: pages must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    assert not Everything().measures

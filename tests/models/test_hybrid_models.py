@@ -132,7 +132,7 @@ def test_a_window_keeps_no_more_keys_than_it_shows():
     near = Causal() & (Window(2) | Sinks(1))
     for mask, slots in ((near, 4), (Window(4), 5), (Window(2) | Causal() & Sinks(1), 4), (Causal(), 30)):
         state = Attention(2, mask=mask).build(16, jnp.float32, nnx.Rngs(0)).init_state(B, 30)
-        assert state.positions.shape == (B, slots)
+        assert state.positions.shape == (B, slots, 1)
 
 
 def test_patterns_are_layers_in_their_order():

@@ -15,7 +15,7 @@ from mixers import call
 from multi_head import assert_close, randomise
 
 from jaxattn import Alibi, Causal, Sigmoid, Sinks, Window
-from jaxattn.nn import ConvolvedState, MultiHeadAttention, NullSoftmax
+from jaxattn.nn import MultiHeadAttention, NullSoftmax
 
 D, T = 16, 7
 LENGTHS = np.array([7, 5, 3])
@@ -46,10 +46,6 @@ def mixer(request):
     return module, x, np.asarray(run(module, x)[0])
 
 
-def cache_of(state):
-    return state.cache if isinstance(state, ConvolvedState) else state
-
-
 def laid_out(x, padding):
     """(inputs, positions, where token t of sequence b is): the layout of the three sequences."""
     lengths = LENGTHS if padding else np.full(3, T)
@@ -74,7 +70,7 @@ def test_decode_is_prefill(mixer, padding, cut):
     y = np.concatenate(pieces, axis=1)
     for b, tokens, slots in places:
         assert_close(y[b, slots], expected[b, tokens])
-        assert_holds(cache_of(state).positions[b], len(tokens))
+        assert_holds(state.positions[b, :, 0], len(tokens))
 
 
 def assert_holds(positions, count):
@@ -98,7 +94,7 @@ def test_a_cache_may_be_larger_than_the_sequence_and_positions_default_to_the_fi
     module, x, expected = mixer
     y, state = run(module, x, state=module.init_state(3, T + 5))
     assert_close(y, expected)
-    for positions in cache_of(state).positions:
+    for positions in state.positions[..., 0]:
         assert_holds(positions, T)
 
 
@@ -137,7 +133,7 @@ def test_decoding_without_positions_goes_on_after_the_last_token():
         y, state, _ = call(module, x[:, start:stop], state=state)
         pieces.append(y)
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=40 * np.finfo(np.float32).eps)
-    assert state.positions.tolist() == [[0, 1, 2, 3, 4, -1, -1, -1]] * 2
+    assert state.positions[..., 0].tolist() == [[0, 1, 2, 3, 4, -1, -1, -1]] * 2
 
 
 # Decoding past the capacity.
@@ -151,7 +147,7 @@ WHOLE = ("rotary", "alibi", "sigmoid", "null logit", "convolution", "grouped, qk
 def test_a_token_beyond_the_capacity_is_nan_under_jit_and_the_others_are_right(mixer, padding, cut, request):
     """All of a window goes into a cache of 5 slots, so that it is right for ever: 7 tokens or any number."""
     module, x, expected = mixer
-    ring = cache_of(module.init_state(3, CAPACITY)).span is not None
+    ring = module.init_state(3, CAPACITY).retain.evicts
     assert ring == (request.node.callspec.params["mixer"] == "window and sinks")
     inputs, positions, places = laid_out(x, padding)
     state, pieces, start = module.init_state(3, CAPACITY), [], 0

@@ -1,0 +1,64 @@
+"""Which pages of a store a single query reads."""
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxattn.core.checks import check_static_int
+from jaxattn.core.part import part
+
+
+class Select(abc.ABC):
+    """What a part must offer to choose pages of slots by a summary of their keys.
+
+    Attributes:
+        pages: How many are read for each key head; a store of no more pages is read in whole.
+        size: Slots per page.
+    """
+
+    pages: int
+    size: int
+
+    @abc.abstractmethod
+    def summarise(self, key: Float[Array, "b p s k h"], there: Bool[Array, "b p s k"]) -> Any:
+        """A pytree of arrays [B, P, K, ...] that stands for the keys of each page, of those that are there."""
+
+    @abc.abstractmethod
+    def score(self, query: Float[Array, "b k g h"], summary: Any) -> Float[Array, "b p k"]:
+        """How much each page is worth to the queries of the G heads that read a key head."""
+
+
+@part
+class Quest(Select):
+    """The pages with the largest bound Σ_c max(q_c min_c, q_c max_c) on q·k over their keys (Quest, Tang et al., 2024).
+
+    The bound of a key head is the largest of its query heads'. The page of the newest token is always read.
+    """
+
+    pages: int
+    size: int = 16
+
+    def __post_init__(self):
+        check_static_int("Quest", "pages", self.pages, 1)
+        check_static_int("Quest", "size", self.size, 1)
+
+    def summarise(self, key, there):
+        least = jnp.where(there[..., None], key, jnp.inf).min(2)
+        most = jnp.where(there[..., None], key, -jnp.inf).max(2)
+        empty = ~there.any(2)[..., None]
+        return {"least": jnp.where(empty, 0, least), "most": jnp.where(empty, 0, most)}
+
+    def score(self, query, summary):
+        sides = (query[:, None] * summary[side][..., None, :] for side in ("least", "most"))  # [B, P, K, G, H]
+        return jnp.maximum(*sides).sum(-1).max(-1)
+
+
+def chosen(scores: Float[Array, "b p k"], pages: int, positions: Int[Array, "b p s g"]) -> Int[Array, "b n k"]:
+    """The numbers of the pages to read: those of the largest scores, and that of the newest token; empty ones last."""
+    newest = positions.max(2)
+    worth = jnp.where(newest < 0, -jnp.inf, scores)
+    worth = jnp.where(newest == newest.max(1, keepdims=True), jnp.inf, worth)
+    return jnp.moveaxis(jax.lax.top_k(jnp.moveaxis(worth, 1, -1), pages)[1], -1, 1)

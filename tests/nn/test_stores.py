@@ -1,0 +1,184 @@
+"""The laws of stores in attention: replay, decode = prefill, garbage, per head, grouped heads, padding, chunks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from multi_head import randomise
+
+from jaxattn import Causal, Explicit
+from jaxattn.cache import HeavyHitters, Policy, Quest, Recent
+from jaxattn.models import Attention, Decoder, DecoderConfig, Layer
+from jaxattn.nn import MultiHeadAttention, Tap, Tokens
+
+B, T, D, N, K = 2, 24, 16, 4, 2
+EPS = float(np.finfo(np.float32).eps)
+X = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
+POLICIES = {
+    "sinks and recent": Policy(Recent(2), 8),
+    "a ring": Policy(Recent(0), 5),
+    "budgets by head": Policy(Recent(1), 9, budget=jnp.array([4, 9])),
+    "heavy hitters": Policy(HeavyHitters(1, 3), 8),
+    "heavy hitters, budgets by head": Policy(HeavyHitters(1, 2), 12, budget=jnp.array([5, 9])),
+    "pages": Policy(select=Quest(2, 4)),
+    "heavy hitters and pages": Policy(HeavyHitters(1, 3), 12, Quest(2, 4)),
+}
+PADDING = {
+    "none": np.tile(np.arange(T), (B, 1)),
+    "left": np.stack([np.where(np.arange(T) < 5, -1, np.arange(T) - 5), np.arange(T)]),
+    "gaps": np.stack([np.arange(T), np.where(np.arange(T) % 6 == 3, -1, np.cumsum(np.arange(T) % 6 != 3) - 1)]),
+}
+
+
+@pytest.fixture(scope="module")
+def module():
+    return randomise(MultiHeadAttention(D, N, key_heads=K, mask=Causal(), rngs=nnx.Rngs(0)))
+
+
+@nnx.jit
+def step(module, x, positions, store):
+    tap = Tap(record=("read",))
+    y, store = module(x, Tokens.of(x, positions=positions), tap, store)
+    return y, store, tap.records["read"]
+
+
+def decoded(module, policy, positions, cut, fill=0.0):
+    """(y [B, T, D], what each token read: True for [B, T, K, place])."""
+    store = module.init_state(B, T, policy)
+    store = dataclasses.replace(store, key=store.key + fill, value=store.value + fill)
+    pieces, reads, first = [], np.zeros((B, T, K, T), bool), 0
+    for size in cut:
+        piece = slice(first, first + size)
+        y, store, read = step(module, X[:, piece], jnp.asarray(positions[:, piece]), store)
+        pieces.append(y)
+        read = np.broadcast_to(read, (*read.shape[:2], K))
+        for b, t, k in np.ndindex(B, size, K):
+            reads[b, first + t, k, read[b, read[b, :, k] >= 0, k]] = True
+        first += size
+    return np.concatenate(pieces, 1), reads
+
+
+def assert_same(actual, expected, seen):
+    error = abs(np.asarray(actual, np.float64) - np.asarray(expected, np.float64))[seen]
+    assert error.max() <= 300 * EPS * abs(np.asarray(expected)).max()
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_evicting_store_equals_a_dense_pass_under_the_mask_of_what_was_read(module, name, padding):
+    """Replay, token by token; what empty slots hold does not matter."""
+    positions, policy = PADDING[padding], POLICIES[name]
+    y, reads = decoded(module, policy, positions, [1] * T, np.nan)
+    seen = positions >= 0
+    # The mask over places, [B, N, T, T]: what the token at place p read.
+    by_place = np.zeros((B, K, T, T), bool)
+    for b in range(B):
+        by_place[b][:, positions[b][seen[b]]] = reads[b, seen[b]].swapaxes(0, 1)
+    mask = Explicit(jnp.asarray(by_place.repeat(N // K, 1)))
+    dense, _ = module(X, Tokens.of(X, positions=jnp.asarray(positions), mask=mask))
+    assert_same(y, dense, seen)
+    counts = reads[seen].sum(-1)
+    room = policy.select.pages * policy.select.size if policy.select else policy.slots
+    assert counts.max() <= room < T
+    if policy.budget is not None:
+        np.testing.assert_array_equal(counts.max(0), policy.budget)
+    if "heavy" in name and padding == "none":
+        assert (reads[:, -1, 0] != reads[:, -1, 1]).any()  # heads keep different tokens
+
+
+@pytest.mark.parametrize("name", ["sinks and recent", "a ring", "budgets by head"])
+def test_a_prompt_in_pieces_is_kept_as_one_that_comes_at_once(module, name):
+    """For policies that do not read weights: the tokens after it see the same."""
+    positions = PADDING["none"]
+    for cuts in ([[1] * T, [7, 5, 1, 3, *[1] * 8]], [[16, *[1] * 8], [9, 7, *[1] * 8]]):
+        (one, reads), (other, reads2) = (decoded(module, POLICIES[name], positions, cut) for cut in cuts)
+        np.testing.assert_array_equal(reads[:, 16:], reads2[:, 16:])
+        assert_same(one[:, 16:], other[:, 16:], np.ones((B, 8), bool))
+
+
+def test_a_prompt_is_read_in_full_and_then_cut(module):
+    y, reads = decoded(module, POLICIES["heavy hitters"], PADDING["none"], [16, *[1] * 8])
+    whole, _ = module(X)
+    assert_same(y[:, :16], whole[:, :16], np.ones((B, 16), bool))
+    assert (reads[:, 16:].sum(-1) == 8).all()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_with_room_for_all_every_policy_is_the_whole_cache(module, name):
+    policy = dataclasses.replace(POLICIES[name], slots=T if POLICIES[name].retain.evicts else None, budget=None)
+    if policy.select is not None:
+        policy = dataclasses.replace(policy, select=Quest(T // 4, 4))
+    whole, _ = module(X)
+    for cut in ([1] * T, [11, *[1] * 13]):
+        y, _ = decoded(module, policy, PADDING["none"], cut)
+        assert_same(y, whole, np.ones((B, T), bool))
+
+
+@pytest.mark.parametrize("name", ["heavy hitters", "pages", "budgets by head"])
+def test_recorded_weights_stand_at_positions_whatever_the_slots(module, name):
+    """They make z of the values, and are 0 where nothing was read."""
+    store, graph = module.init_state(B, T, POLICIES[name]), nnx.split(module)[0]
+    values = module.keys_and_values(X)[1]
+
+    @jax.jit
+    def one(arrays, x, store):
+        tap = Tap(record=("weights", "z", "read"))
+        return nnx.merge(graph, arrays)(x, tap=tap, state=store)[1], tap.records
+
+    for t in range(T):
+        store, records = one(nnx.split(module)[1], X[:, t : t + 1], store)
+    weights, read = (
+        np.asarray(records["weights"])[:, :, 0],
+        np.broadcast_to(records["read"], (B, *records["read"].shape[1:2], K)),
+    )
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    z = np.einsum("bns,bsnh->bnh", weights, np.repeat(values, N // K, 2))
+    np.testing.assert_allclose(z, records["z"][:, 0], rtol=1e-4, atol=1e-5)
+    for b, n in np.ndindex(B, N):
+        places = read[b, :, n // (N // K)]
+        assert set(np.flatnonzero(weights[b, n])) <= set(places[places >= 0])
+
+
+def test_numbers_of_a_policy_change_without_another_program(module):
+    compiled = step._cache_size() if hasattr(step, "_cache_size") else None
+    graph, state = nnx.split(module)
+    traced = []
+
+    @jax.jit
+    def one(state, x, store):
+        traced.append(store)
+        return nnx.merge(graph, state)(x, state=store)
+
+    for sinks, recent, budget in ((1, 3, [5, 6]), (2, 4, [8, 7])):
+        store = module.init_state(B, T, Policy(HeavyHitters(sinks, recent), 8, budget=jnp.array(budget)))
+        for t in range(3):
+            _, store = one(state, X[:, t : t + 1], store)
+    assert len(traced) == 1
+    assert compiled is None or compiled >= 0
+
+
+def test_a_trained_model_decodes_under_another_store():
+    """Without another config. Layers are scanned; records say what each of them read."""
+    layers = [Layer(Attention(N, key_heads=K))] * 2
+    model = Decoder(DecoderConfig(11, T, D, layers), rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(1).integers(0, 11, (B, T))
+    graph, arrays = nnx.split(model)
+
+    @jax.jit
+    def one(arrays, tokens, state):
+        return nnx.merge(graph, arrays)(tokens, state=state, record=("read",))
+
+    state = model.init_state(B, T, Policy(HeavyHitters(1, 3), 8))
+    logits, state, _ = one(arrays, tokens[:, :16], state)
+    whole = model(tokens)[0]
+    assert_same(logits, whole[:, :16], np.ones((B, 16), bool))
+    for t in range(16, T):
+        logits, state, records = one(arrays, tokens[:, t : t + 1], state)
+        read = np.asarray(records["read"])
+        assert read.shape == (2, B, 8, K)
+        assert (read == t).any(2).all()  # the newest is read
+    assert np.isfinite(logits).all()
+    assert abs(logits[:, 0] - whole[:, -1]).max() > 1e-4  # something was evicted
