@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from experiments import decoders
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
-from jaxattn import models
+from jaxattn import Alibi, models
 from jaxattn.train import Drawn, OptimizerConfig
 
 MIXERS: dict[str, models.Mixer] = {
     "rotary": models.Attention(heads=2, convolution=3),
-    "ALiBi": models.Attention(heads=2, rotary_base=None, alibi=True, convolution=3),
+    "ALiBi": models.Attention(heads=2, rotary_base=None, bias=models.Spec(Alibi.geometric), convolution=3),
     "RetNet": models.RetNet(heads=2, convolution=3),
     "GLA": models.GLA(heads=2, convolution=3),
     "gated DeltaNet": models.DeltaNet(heads=2, key_dim=16, decay="head", convolution=3),

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from experiments import report
 from experiments.experiment import Experiment, nearest
+from jaxattn import models
 from jaxattn.train import check_config
 
 
@@ -109,6 +110,7 @@ def changed(config: Any, changes: Sequence[str]) -> Any:
             raise ValueError(f"--set {change} has no '=': need field=value")
         if name not in known:
             raise ValueError(f"--set {change}: there is no field {name!r}{nearest(name, known)}")
+        models.register_specs()
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--config", type=type(config), default=config)
         try:

@@ -223,6 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Errors of the user's making are one line on stderr and exit status 2."""
     commands: dict = {"train": train, "generate": generate, "inspect": inspect, "explain": explain}
     defaults = {"train.model": models.to_plain(models.DecoderConfig())}
+    models.register_specs()
     try:
         auto_cli(commands, args=arguments, prog="jaxattn", set_defaults=defaults)
     except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:

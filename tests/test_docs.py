@@ -689,6 +689,7 @@ def test_the_page_on_layers(page):
     for changed in (layers.steered, layers.cut, layers.marked):
         assert np.abs(changed - layers.logits).max() > 1e-5
     np.testing.assert_array_equal(layers.cut[:, :9], layers.logits[:, :9])
+    assert layers.same == layers.config
     held = [np.asarray(each)[:, 0] for each in layers.read]  # [layers, slots, K]
     assert all((step >= 0).sum(1).tolist() == [[4, 6, 6, 6]] * 3 for step in held)
     assert sorted(np.asarray(layers.kept.positions[0, :, 0])) == [0, 2, 4, 6, 7, 8, 9]

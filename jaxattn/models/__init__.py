@@ -15,7 +15,7 @@ from jaxattn.models.generate import (
     sample,
 )
 from jaxattn.models.hybrid import Hymba, Titans
-from jaxattn.models.load import from_plain, load_decoder, to_plain
+from jaxattn.models.load import from_plain, load_decoder, register_specs, to_plain
 from jaxattn.models.patterns import based, hymba, pattern
 from jaxattn.models.recurrent import (
     GLA,
@@ -31,6 +31,7 @@ from jaxattn.models.recurrent import (
     NeuralMemory,
     RetNet,
 )
+from jaxattn.models.spec import Spec
 
 __all__ = [
     "GLA",
@@ -60,6 +61,7 @@ __all__ = [
     "Processor",
     "RepetitionPenalty",
     "RetNet",
+    "Spec",
     "Titans",
     "based",
     "from_plain",
@@ -69,6 +71,7 @@ __all__ = [
     "load_decoder",
     "matching_loss",
     "pattern",
+    "register_specs",
     "sample",
     "to_plain",
 ]

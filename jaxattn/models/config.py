@@ -13,10 +13,13 @@ import jax
 from flax import nnx
 
 from jaxattn import nn
-from jaxattn.core.attend.bias import Alibi
+from jaxattn.core.attend.bias import ScoreBias
+from jaxattn.core.attend.maps import Map
 from jaxattn.core.attend.mask import Causal, Mask
 from jaxattn.core.attend.normalize import Normalize, Softmax
 from jaxattn.core.attend.position import RotaryScaling
+from jaxattn.core.attend.score import Dot, Score
+from jaxattn.models.spec import Spec, built
 
 
 class Mixer(abc.ABC):
@@ -42,12 +45,15 @@ class Attention(Mixer):
         key_heads: Number of key and value heads K, a divisor of N; N if not given.
         head_dim: Channels per head H; width / N if not given.
         mask: Which keys a query may see.
-        normalize: How scores become weights.
-        null_logit: Learn one null logit per head, a place to attend to nothing (softmax only).
+        score: How well a query matches a key. In this and the next slots stands a part without arrays, or a `Spec` of
+            what makes one that is learned or needs the sizes, such as `Spec(nn.NeuralScore, hidden=64)`.
+        bias: What is added to a score because of where both stand, such as `Spec(Alibi.geometric)`.
+        score_maps: What is done to the scores, one map after the other.
+        normalize: How scores become weights, such as `Spec(nn.NullSoftmax)`.
+        weight_maps: What is done to the weights, one map after the other.
         rotary_base: Base of the rotary position embedding; none for no rotation.
         rotary_fraction: Fraction of the channels that is rotated.
         rotary_scaling: How positions beyond those of training are read (Yarn, Llama3 or another).
-        alibi: Add the ALiBi distance bias with its geometric slopes.
         qk_norm: RMS norm of queries and keys, before rotation.
         gate: Multiply what heads read by a sigmoid gate of the input.
         own_keys: Project keys and values; if not, those of the layer before it are read.
@@ -60,12 +66,14 @@ class Attention(Mixer):
     key_heads: int | None = None
     head_dim: int | None = None
     mask: Mask | None = Causal()
-    normalize: Normalize = Softmax()
-    null_logit: bool = False
+    score: Spec | Score = Dot()
+    bias: Spec | ScoreBias | None = None
+    score_maps: tuple[Spec | Map, ...] = ()
+    normalize: Spec | Normalize = Softmax()
+    weight_maps: tuple[Spec | Map, ...] = ()
     rotary_base: float | None = 10000.0
     rotary_fraction: float = 1.0
     rotary_scaling: RotaryScaling | None = None
-    alibi: bool = False
     qk_norm: bool = False
     gate: bool = False
     own_keys: bool = True
@@ -74,8 +82,16 @@ class Attention(Mixer):
     eps: float = 1e-6
 
     def __post_init__(self):
-        if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves((self.mask, self.normalize))):
-            raise ValueError("mask and normalize of a spec hold no arrays: give such a mask when calling the model")
+        for name in ("score_maps", "weight_maps"):
+            if not isinstance(getattr(self, name), list | tuple):
+                raise TypeError(f"{name} must be a tuple such as (SoftCap(50.0),), got {getattr(self, name)!r}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # hashable, also when it came as a list
+        for name in ("mask", "score", "bias", "score_maps", "normalize", "weight_maps"):
+            if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(getattr(self, name))):
+                raise ValueError(
+                    f"{name} of a config holds an array: need a part without, or a Spec of what makes one; a mask with "
+                    "arrays is given when the model is called"
+                )
 
     @property
     def keys(self):
@@ -83,8 +99,13 @@ class Attention(Mixer):
 
     def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> nn.MultiHeadAttention:
         """The module; raises ValueError for sizes that do not divide."""
-        if self.null_logit and not isinstance(self.normalize, Softmax):
-            raise ValueError(f"null_logit needs normalize=Softmax(), got {self.normalize}")
+        key_heads = self.heads if self.key_heads is None else self.key_heads
+        head_dim = features // self.heads if self.head_dim is None else self.head_dim
+        sizes = {"features": features, "heads": self.heads, "key_heads": key_heads, "head_dim": head_dim}
+
+        def made(slot: Any) -> Any:
+            return built(slot, **sizes, dtype=dtype, rngs=rngs)
+
         return nn.MultiHeadAttention(
             features,
             self.heads,
@@ -99,9 +120,12 @@ class Attention(Mixer):
             own_keys=self.own_keys,
             dropout=self.dropout,
             convolution=self.convolution,
-            bias=Alibi.geometric(self.heads) if self.alibi else None,
+            score=made(self.score),
+            bias=made(self.bias),
             mask=self.mask,
-            normalize=nn.NullSoftmax(self.heads) if self.null_logit else self.normalize,
+            normalize=made(self.normalize),
+            score_maps=tuple(map(made, self.score_maps)),
+            weight_maps=tuple(map(made, self.weight_maps)),
             dtype=dtype,
             rngs=rngs,
         )

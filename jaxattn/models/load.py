@@ -1,6 +1,7 @@
 """Configs as plain data, and the decoder that a training run left behind."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxattn.models import spec
 from jaxattn.models.config import DecoderConfig, Mixer
 from jaxattn.models.decoder import Decoder
+from jaxattn.models.spec import Spec
 
 
 def to_plain(config: Any) -> Any:
@@ -17,6 +20,8 @@ def to_plain(config: Any) -> Any:
 
     The form is jsonargparse's, so it can stand in a `--config` file.
     """
+    if isinstance(config, Spec):
+        return spec.to_plain(config)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {field.name: to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
         kind = type(config)
@@ -31,8 +36,9 @@ def to_plain(config: Any) -> Any:
 
 def from_plain(plain: Any) -> DecoderConfig:
     """The decoder config that `to_plain` made. Raises ValueError if it is none."""
-    from jsonargparse import ArgumentError, ArgumentParser  # of the extra `train`
+    from jsonargparse import ArgumentError, ArgumentParser
 
+    register_specs()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=DecoderConfig)
     try:
@@ -57,3 +63,11 @@ def load_decoder(folder: str | Path) -> tuple[Decoder, int]:
     model = with_params(Decoder(from_plain(loaded.config["model"]), rngs=nnx.Rngs(0)), loaded.params)
     model.eval()
     return model, loaded.step
+
+
+@functools.cache
+def register_specs() -> None:
+    """Lets jsonargparse read specs: call it before a parser of configs is made."""
+    from jsonargparse.typing import register_type
+
+    register_type(Spec, spec.to_plain, spec.from_plain, deserializer_exceptions=(ValueError, TypeError))

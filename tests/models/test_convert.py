@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxattn import Documents, Sigmoid, Window
+from jaxattn import Alibi, Documents, Sigmoid, Window
 from jaxattn.models import (
     Attention,
     Decoder,
@@ -15,6 +15,7 @@ from jaxattn.models import (
     FeedForward,
     Layer,
     Linearized,
+    Spec,
     from_plain,
     linearize,
     matching_loss,
@@ -143,4 +144,4 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="attention has mask=None"):
         Linearized(Attention(4, mask=None)).build(D, None, nnx.Rngs(0))
     with pytest.raises(ValueError, match="attention has bias=Alibi"):
-        linearize(decoder(Attention(4, alibi=True)))
+        linearize(decoder(Attention(4, bias=Spec(Alibi.geometric))))

@@ -19,7 +19,7 @@ OF_HYMBA = {"a_log", "skip", "step_bias", "convolution/bias"} | {f"norms/{x}/sca
 MIXERS = {
     "attention": (models.Attention(N), set(), set()),
     "all of attention": (
-        models.Attention(N, qk_norm=True, gate=True, null_logit=True, convolution=2),
+        models.Attention(N, qk_norm=True, gate=True, normalize=models.Spec(nn.NullSoftmax), convolution=2),
         {f"convolution/{x}/weight" for x in ("query", "key", "value")},
         {"query_norm/scale", "key_norm/scale", "normalize/null_logit"},
     ),

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxattn import Causal, Sigmoid, Sinks, Window
-from jaxattn.models import Attention, Decoder, DecoderConfig, FeedForward, Layer
+from jaxattn import Alibi, Causal, Sigmoid, Sinks, Window
+from jaxattn.models import Attention, Decoder, DecoderConfig, FeedForward, Layer, Spec
+from jaxattn.nn import NullSoftmax
 
 VOCABULARY, CONTEXT, WIDTH, HEADS = 11, 12, 16, 4
 EPS = float(np.finfo(np.float32).eps)
@@ -19,7 +20,7 @@ STREAMING = Layer(
         key_heads=2,
         head_dim=6,
         mask=Causal() & (Window(3) | Sinks(1)),
-        null_logit=True,
+        normalize=Spec(NullSoftmax),
         qk_norm=True,
         gate=True,
         dropout=0.5,
@@ -27,7 +28,8 @@ STREAMING = Layer(
     FeedForward(hidden=16),
 )
 SIGMOID = Layer(
-    Attention(heads=HEADS, rotary_base=None, alibi=True, normalize=Sigmoid()), FeedForward(hidden=16, kind="gelu")
+    Attention(heads=HEADS, rotary_base=None, bias=Spec(Alibi.geometric), normalize=Sigmoid()),
+    FeedForward(hidden=16, kind="gelu"),
 )
 MIXED = (PLAIN, PLAIN, STREAMING, SIGMOID)
 FACTOR = 20 * len(MIXED)  # epsilons: a handful of roundings in each of four steps of each layer

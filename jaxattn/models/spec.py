@@ -1,0 +1,202 @@
+"""A class or constructor with arguments, as data: what a config says of what is built later, when sizes are known."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+
+class Spec:
+    """`target(**arguments)`, to be built where the sizes are known. Frozen; it compares, hashes and prints as data.
+
+        Spec(nn.NeuralScore, hidden=64)          # head_dim and rngs come from the attention that it stands in
+        Spec(Alibi.geometric)                    # heads too
+
+    Args:
+        target: A class, or a function or class method that makes something, which can be imported by its name.
+        arguments: Some of its arguments. Arrays are refused, since a config holds none.
+
+    Raises:
+        TypeError: For a target that cannot be called or imported, arguments that it does not have (the nearest name is
+            suggested), and arrays.
+    """
+
+    target: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    def __init__(self, target: Callable[..., Any], /, **arguments: Any):
+        if not callable(target):
+            raise TypeError(f"Spec: target must be a class or a function, got {target!r}")
+        path = path_of(target)
+        names = list(_parameters(target))
+        for name, value in arguments.items():
+            if name not in names and not _takes_any(target):
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f": did you mean {near[0]!r}?" if near else f": need some of {names}"
+                raise TypeError(f"Spec of {path} has an unknown argument {name!r}{hint}")
+            if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value)):
+                raise TypeError(f"Spec of {path}: {name} holds an array, and a config holds none: {value!r}")
+        object.__setattr__(self, "target", target)
+        object.__setattr__(self, "arguments", {name: _frozen(value) for name, value in arguments.items()})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a Spec is frozen: need spec.replace({name}=...)")
+
+    def build(self, **sizes: Any) -> Any:
+        """What the spec describes.
+
+        Args:
+            sizes: What the place knows. Of these it gets the parameters that have no default, `rngs` and `dtype`.
+
+        Raises:
+            TypeError: For parameters without a default that neither the spec nor the place gives.
+        """
+        given = dict(self.arguments)
+        for name, parameter in _parameters(self.target).items():
+            needed = parameter.default is inspect.Parameter.empty or name in ("rngs", "dtype")
+            if name not in given and needed and name in sizes:
+                given[name] = sizes[name]
+            elif name not in given and parameter.default is inspect.Parameter.empty:
+                raise TypeError(f"Spec of {path_of(self.target)} lacks {name!r}, which its place does not know")
+        return self.target(**given)
+
+    def replace(self, **arguments: Any) -> "Spec":
+        """The spec with other arguments."""
+        return Spec(self.target, **(self.arguments | arguments))
+
+    def _key(self) -> tuple[Any, ...]:
+        return (path_of(self.target), *sorted(self.arguments.items(), key=lambda pair: pair[0]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        said = "".join(f", {name}={value!r}" for name, value in self.arguments.items())
+        return f"Spec({path_of(self.target)}{said})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (self.target, dict(self.arguments))
+
+    def __deepcopy__(self, memo: Any) -> "Spec":
+        return self
+
+
+def built(slot: Any, **sizes: Any) -> Any:
+    """What stands in a slot: a spec is built, all else is as it is."""
+    return slot.build(**sizes) if isinstance(slot, Spec) else slot
+
+
+def path_of(target: Callable[..., Any]) -> str:
+    """The dotted name under which the target is found. Raises TypeError if there is none."""
+    owner = getattr(target, "__self__", None)
+    name = f"{owner.__qualname__}.{target.__name__}" if isinstance(owner, type) else getattr(target, "__qualname__", "")
+    path = f"{getattr(target, '__module__', '')}.{name}"
+    try:
+        found = find(path)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if found != target:
+        raise TypeError(f"Spec: {target!r} cannot be imported as {path}: need a class or function of a module")
+    return path
+
+
+def find(path: str) -> Any:
+    """What a dotted name stands for. Raises ImportError or AttributeError if there is nothing of that name."""
+    steps = path.split(".")
+    for count in range(len(steps), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(steps[:count]))
+        except ModuleNotFoundError as error:
+            if error.name is None or not path.startswith(error.name):
+                raise
+            continue
+        for step in steps[count:]:
+            found = getattr(found, step)
+        return found
+    raise ImportError(f"there is no module of {path!r}")
+
+
+def to_plain(spec: Spec) -> dict[str, Any]:
+    """The spec as `class_path` and `init_args`, as YAML and JSON hold it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Spec):
+            return to_plain(value)
+        if isinstance(value, tuple | list):
+            return [plain(each) for each in value]
+        if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+            return {"class_path": path_of(value)}
+        if not jax.tree_util.all_leaves([value]):  # a part
+            fields = {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+            return {"class_path": path_of(type(value)), "init_args": fields}
+        return value
+
+    return {"class_path": path_of(spec.target), "init_args": {name: plain(x) for name, x in spec.arguments.items()}}
+
+
+def from_plain(plain: Any) -> Any:
+    """The spec that `to_plain` made; parts of core among its arguments are made as they are.
+
+    Raises:
+        ValueError: For what has not the form, for names that there are not, for unknown arguments, and for a class of
+            parts, which stands in a config as it is.
+    """
+    if isinstance(plain, Spec):
+        return plain
+    if not isinstance(plain, Mapping) or not set(plain) <= {"class_path", "init_args"} or "class_path" not in plain:
+        raise ValueError(f"not a spec: need class_path and init_args, got {plain!r}")
+    target = _found(plain["class_path"])
+    if isinstance(target, type) and hasattr(target, "__dataclass_fields__"):
+        raise ValueError(f"{plain['class_path']} is a class of parts, which need no spec")
+    try:
+        return Spec(target, **{name: _read(value) for name, value in (plain.get("init_args") or {}).items()})
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_read, value))
+    if not isinstance(value, Mapping) or "class_path" not in value:
+        return value
+    target = _found(value["class_path"])
+    if isinstance(target, type) and hasattr(target, "__dataclass_fields__"):
+        return target(**{name: _read(x) for name, x in (value.get("init_args") or {}).items()})
+    return from_plain(value)
+
+
+def _found(path: str) -> Any:
+    try:
+        return find(path)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"class_path {path!r} stands for nothing: {error}") from None
+
+
+def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters by name. Of an NNX class those of `__init__`: its metaclass hides them."""
+    if isinstance(target, type):
+        _, *rest = inspect.signature(target.__init__).parameters.items()  # type: ignore[misc]
+        found = dict(rest)
+    else:
+        found = dict(inspect.signature(target).parameters)
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {name: parameter for name, parameter in found.items() if parameter.kind not in variadic}
+
+
+def _takes_any(target: Callable[..., Any]) -> bool:
+    signature = inspect.signature(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(each) for each in value) if isinstance(value, list | tuple) else value
+
+
+def _remake(target: Callable[..., Any], arguments: dict[str, Any]) -> Spec:
+    return Spec(target, **arguments)
