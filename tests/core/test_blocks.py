@@ -29,6 +29,7 @@ from jaxattn import (
     select_tokens,
     take_tokens,
 )
+from jaxattn.core.attend import attention_weights
 
 T, SIZE = 22, 4  # the last block is short
 
@@ -42,7 +43,7 @@ def a_call(length=T):
 
 
 def gates(query, key, size=SIZE):
-    return Dot(1.0)(query.swapaxes(-2, -3), block_means(key, size).swapaxes(-2, -3))
+    return attention_weights(query, block_means(key, size), score=Dot(1.0))[1]
 
 
 def moba(query, key, value, k, size=SIZE, **options):
@@ -223,6 +224,45 @@ def test_the_blocks_at_given_positions_are_those_with_a_visible_pair():
         BlockIndex.from_positions(np.arange(4), np.array([0, 1, -1, -1, 9]), None, (2, 2)).active,
         [[[1, 0, 1], [1, 0, 1]]],
     )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["an offset", "permuted", "a cache"])
+def test_an_index_over_slots_means_the_slots_at_any_positions(name, implementation):
+    """`Blocks.at` shows slot i of the queries slot j of the keys iff their blocks are active, wherever they stand."""
+    rng = np.random.default_rng(5)
+    active, block = rng.random((2, 4, 3, 4)) < 0.5, (4, 5)
+    queries, keys = {
+        "an offset": (np.arange(100, 111), 2**20 + np.arange(18)),
+        "permuted": (rng.permutation(11), np.stack([rng.permutation(18), rng.permutation(18)])),
+        "a cache": (np.array([-1, *range(30, 40)]), np.where(rng.random((2, 18)) < 0.3, -1, rng.permutation(90)[:18])),
+    }[name]
+    mask = Blocks.at(BlockIndex(jnp.asarray(active), block), queries, keys)
+    slots = np.arange(11), np.arange(18)
+    shown = active[..., slots[0][:, None] // 4, slots[1] // 5] & (queries >= 0)[:, None]
+    shown &= np.broadcast_to(keys >= 0, (2, 18))[:, None, None]
+    np.testing.assert_array_equal(mask.to_array(queries, keys), shown)
+    tiles = in_tiles(np.broadcast_to(queries, (2, 11)), np.broadcast_to(keys, (2, 18)), (3, 5))
+    some, every = any_and_all(shown, np.broadcast_to(queries, (2, 11)), np.broadcast_to(keys, (2, 18)), (3, 5))
+    possible, certain = map(np.asarray, mask.bounds(*tiles))
+    assert not (some & ~possible).any()
+    assert not (~every & certain).any()
+    arrays = normal(2, 11, 4, 4), normal(2, 18, 2, 4, seed=1), normal(2, 18, 1, 3, seed=2)
+    expected = attend(*arrays, mask=Explicit(jnp.asarray(shown)), implementation="dense")
+    options = {"query_positions": jnp.asarray(queries), "key_positions": jnp.asarray(keys), "block": (3, 5)}
+    out = attend(*arrays, mask=mask, implementation=implementation, **options)
+    assert_close(out, expected, 8 * np.abs(arrays[2]).max())
+    assert np.abs(expected).max() > 0.1
+
+
+def test_the_index_of_a_mask_at_positions_is_read_at_these_positions():
+    """from_positions and at are inverse: the mask is the same with and without the blocks that it rules out."""
+    rng = np.random.default_rng(2)
+    query, key = rng.permutation(20)[:11], np.where(rng.random(14) < 0.2, -1, rng.permutation(20)[:14])
+    mask = Causal() & Window(6)
+    blocks = Blocks.at(BlockIndex.from_positions(query, key, mask, (2, 3)), query, key)
+    np.testing.assert_array_equal((mask & blocks).to_array(query, key)[0], mask.to_array(query, key)[0])
+    assert blocks.index.density() < 1
 
 
 def test_union_intersection_and_transpose():

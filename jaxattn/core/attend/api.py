@@ -23,7 +23,7 @@ from jaxattn.core.attend.rows import rows
 from jaxattn.core.attend.schedule import FEW_QUERIES, READ_BYTES
 from jaxattn.core.attend.score import Dot
 from jaxattn.core.attend.slots import Slots
-from jaxattn.core.attend.tiled import tiled
+from jaxattn.core.attend.tiled import apart_of, tiled
 from jaxattn.core.checks import check_array
 from jaxattn.core.matmul import accumulator
 
@@ -145,8 +145,19 @@ def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
         raise TypeError(f"explain got unknown arguments {sorted(unknown)}: need those of attend")
     given = Given(query, key, value, Slots(**options), *positions).in_parts()
     name, reasons = _choose(given, block, implementation, return_lse)
+    if not reasons["tiled"].startswith("cannot"):
+        reasons["tiled"] += f"; {_tiles_of(given, block)}"
     print("\n".join(f"{'->' if other == name else '  '} {other}: {reason}" for other, reason in reasons.items()))
     return name
+
+
+def _tiles_of(given: Given, block: Any) -> str:
+    """Whether heads and batch entries have their own tiles in "tiled", in words."""
+    words = []
+    slots = dataclasses.replace(given.slots, measures=dict(given.slots.measures))
+    size: Any = (block, block) if isinstance(block, int | np.integer) else block
+    jax.eval_shape(lambda given: words.append(apart_of(prepare(given), size)[1]), given._replace(slots=slots))
+    return words[0]
 
 
 @jax.jit

@@ -68,7 +68,7 @@ class Bias(ScoreBias):
     into an array of its own size, a tile at a time.
     """
 
-    array: Float[Array, "..."]
+    array: Float[Array, "*batch heads p r"] | Float[Array, "p r"] | Float[Array, " r"] | Float[Array, ""]
 
     accumulates: ClassVar[bool] = True
 

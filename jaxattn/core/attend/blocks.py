@@ -5,6 +5,8 @@ slot, and `attend(implementation="tiled")` skips what it leaves out. Nothing of 
 one query chooses single tokens, `select_tokens` copies the chosen ones out instead.
 """
 
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -12,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.attend.mask import Mask, tile_range
+from jaxattn.core.attend.mask import Mask, every_slot, tile_range
 from jaxattn.core.checks import check_static_int, positions_fit
 from jaxattn.core.matmul import accumulator
 from jaxattn.core.part import part
-from jaxattn.core.table import take_pairs
+from jaxattn.core.table import take, take_pairs
 
 Block = tuple[int, int]
 
@@ -57,16 +59,13 @@ class BlockIndex:
     ) -> "BlockIndex":
         """The blocks of slots in which a mask (None shows all) may show a pair that is at these positions.
 
-        Slots are in any order, and empty (−1) in a cache or in padding; blocks of empty slots are inactive. Blocks are
+        Slots are in any order, and empty (−1) in a cache or in padding; blocks of empty slots are inactive. The mask is
+        `Blocks.at(index, query_positions, key_positions)`. Blocks are
         judged by the mask's `bounds`: one that these cannot rule out is active. NumPy in and a static mask, NumPy out.
         Raises TypeError for positions that are not integers.
         """
         _check_block(block)
-        for name, places in (("query_positions", query_positions), ("key_positions", key_positions)):
-            if not hasattr(places, "dtype") or not jnp.issubdtype(places.dtype, jnp.integer):
-                raise TypeError(
-                    f"{name} must be an integer array, got {getattr(places, 'dtype', type(places).__name__)}"
-                )
+        _check_integers(query_positions, key_positions)
         query = _cut(query_positions, block[0])[..., None, :, None, :]
         key = _cut(key_positions, block[1])[..., None, None, :, :]
         possible = np.True_ if mask is None else mask.bounds(query, key)[0]
@@ -134,26 +133,79 @@ class BlockIndex:
 
 
 @part
-class Blocks(Mask):
-    """The query's block attends to the key's block: index.active[..., n, ⌊query / queries⌋, ⌊key / keys⌋].
+class Standing:
+    """Which slot a position stands in: positions in ascending order, and beside each its slot. Called on positions."""
 
-    Positions stand for slots: those of a call are by default. Positions outside the index are hidden. A call skips the
-    tiles in which no block is active, for all heads and batch entries at once, and masks none in which all are.
+    positions: Int[Array, "*batch places"]
+    slots: Int[Array, "*batch places"]
+
+    @classmethod
+    def of(cls, positions: Int[Array, "*batch places"]) -> "Standing":
+        """Slot i is at positions[..., i]; of equal positions the first slot counts."""
+        order = jnp.argsort(positions, axis=-1, stable=True)
+        return cls(jnp.take_along_axis(positions, order, -1), order)
+
+    def __call__(self, positions: Int[Array, "*b 1 a c"], grid: int) -> Int[Array, "*b 1 a c"]:
+        """The slots, −1 for a position at which none stands; `grid` is the number of axes after that of heads."""
+        places, slots = (jnp.asarray(x)[..., None, :] for x in (self.positions, self.slots))
+        most = np.iinfo(np.int32).max
+        # How many places are below each position, a binary digit at a time.
+        below = jnp.zeros_like(positions)
+        for digit in reversed(range(places.shape[-1].bit_length())):
+            more = below + 2**digit
+            below = jnp.where(take(places, more - 1, grid, fill=most) < positions, more, below)
+        found = (take(places, below, grid, fill=-1) == positions) & (positions >= 0)
+        return jnp.where(found, take(slots, below, grid, fill=-1), -1)
+
+
+@part
+class Blocks(Mask):
+    """The query's block attends to the key's block: index.active[..., n, ⌊i / queries⌋, ⌊j / keys⌋] of slots i and j.
+
+    Slots are counted by positions: slot i is where position i stands, as in a call with the default positions. In a
+    call with other positions (an offset, a cache, permuted tokens) say where each slot stands: see `at`. Slots outside
+    the index are hidden. A call skips the tiles in which no block is active, for each head apart where heads choose
+    apart, and masks none in which all are.
     """
 
     index: BlockIndex
+    query_slots: Standing | None = None
+    key_slots: Standing | None = None
+
+    @classmethod
+    def at(
+        cls,
+        index: BlockIndex,
+        query_positions: Int[Array, "*#b t"] | np.ndarray,
+        key_positions: Int[Array, "*#b s"] | np.ndarray,
+    ) -> "Blocks":
+        """The mask of an index over the slots of a call with these positions, [..., T] and [..., S], all different.
+
+        `BlockIndex.from_positions` and `from_scores` make such an index. Empty slots are at −1.
+        Raises TypeError for positions that are not integers.
+        """
+        _check_integers(query_positions, key_positions)
+        return cls(index, *(Standing.of(jnp.asarray(x, jnp.int32)) for x in (query_positions, key_positions)))
+
+    def _slots(self, query, key, grid):
+        return tuple(
+            at if standing is None else standing(at, grid)
+            for standing, at in ((self.query_slots, query), (self.key_slots, key))
+        )
 
     def __call__(self, query, key):
+        query, key = self._slots(query, key, grid=2)
         queries, keys = self.index.block
         return take_pairs(jnp.asarray(self.index.active), query // queries, key // keys, grid=2, fill=False)
 
     def bounds(self, query, key):
-        # The active blocks in the rectangle that a tile's positions span, from sums over all blocks above and left.
+        # The active blocks in the rectangle that a tile's slots span, from sums over all blocks above and left.
         active = jnp.asarray(self.index.active, jnp.int32)
         sums = jnp.pad(active.cumsum(-1).cumsum(-2), [(0, 0)] * (active.ndim - 2) + [(1, 0), (1, 0)])
+        places, (query, key) = (query, key), self._slots(query, key, grid=3)
 
-        def span(positions, size, count):
-            first, last = (x // size for x in tile_range(positions))
+        def span(slots, size, count):
+            first, last = (x // size for x in tile_range(slots))
             return jnp.clip(first, 0, count), jnp.clip(last + 1, 0, count), last - first + 1
 
         top, bottom, rows = span(query, self.index.block[0], active.shape[-2])
@@ -163,7 +215,12 @@ class Blocks(Mask):
             return take_pairs(sums, row, column, grid=2, fill=0)
 
         found = above(bottom, right) - above(top, right) - above(bottom, left) + above(top, left)
-        return found > 0, found == rows * columns
+        shown = (every_slot(at, slots >= 0) for at, slots in zip(places, (query, key), strict=True))
+        return found > 0, functools.reduce(operator.and_, shown, found == rows * columns)
+
+    @property
+    def grain(self):
+        return self.index.block
 
     def describe(self):
         return f"active blocks of {self.index.block[0]} x {self.index.block[1]}"
@@ -174,7 +231,7 @@ def block_means(key: Float[Array, "*b s k h"], size: int) -> Float[Array, "*b kb
 
     The last block may be shorter; its mean is over the keys it has. MoBA (Lu et al., 2025) of query and key is
 
-        scores = Dot(1.0)(query.swapaxes(-2, -3), block_means(key, size).swapaxes(-2, -3))  # [..., N, T, KB]
+        _, scores = attention_weights(query, block_means(key, size), score=Dot(1.0))  # [..., N, T, KB]
         index = BlockIndex.from_scores(scores, k, (1, size))
         attend(query, key, value, mask=Causal() & Blocks(index))
 
@@ -251,6 +308,12 @@ def _check_block(block: Any) -> None:
         raise TypeError(f"block must be a tuple of two, (queries, keys), got {block!r}")
     for size in block:
         check_static_int("BlockIndex", "block", size, 1)
+
+
+def _check_integers(query_positions: Any, key_positions: Any) -> None:
+    for name, places in (("query_positions", query_positions), ("key_positions", key_positions)):
+        if not hasattr(places, "dtype") or not jnp.issubdtype(places.dtype, jnp.integer):
+            raise TypeError(f"{name} must be an integer array, got {getattr(places, 'dtype', type(places).__name__)}")
 
 
 def _cut(positions: Any, size: int) -> Any:

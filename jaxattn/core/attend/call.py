@@ -13,6 +13,7 @@ from jaxattn.core.attend.mask import Mask, visible
 from jaxattn.core.attend.slots import Slots
 from jaxattn.core.attend.tile import Tile
 from jaxattn.core.matmul import not_finite
+from jaxattn.core.part import part
 
 
 class Given(NamedTuple):
@@ -47,7 +48,7 @@ def check_pairs(name: str, x: Any, query: Any, key: Any) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: need one that broadcasts to [..., N, T, S] = {rows}")
 
 
-@dataclasses.dataclass(frozen=True)
+@part
 class Call:
     """What every implementation is given: a checked call, with positions that broadcast over tiles.
 
@@ -55,12 +56,12 @@ class Call:
     dropout among the slots has its seeds drawn.
     """
 
-    query: Float[Array, "*b t n h"]
-    key: Float[Array, "*b s k h"]
-    value: Float[Array, "*b s kv v"]
+    query: Float[Array, "*batch t heads h"]
+    key: Float[Array, "*batch s heads h"]  # K of them
+    value: Float[Array, "*batch s heads v"]  # Kv of them
     slots: Slots
-    query_positions: Int[Array, "*b 1 t 1"]
-    key_positions: Int[Array, "*b #n 1 s"]
+    query_positions: Int[Array, "*batch 1 t 1"]
+    key_positions: Int[Array, "*batch heads 1 s"]  # N of them or 1
 
     @property
     def tile(self) -> Tile:
@@ -154,7 +155,8 @@ def guard_of(call: Call) -> Guard:
         told_apart = jax.eval_shape(lambda *places: visible(call.slots.mask, *places), *positions).shape[-3]
         apart = told_apart not in (1, min(call.key.shape[-2], call.value.shape[-2]))
     one_sees = rows_alone and one and call.slots.mask is not None
-    return Guard(rows_alone, rows_alone and (apart or not one), one_sees, empty, call.query.shape[-2], bool(maps))
+    mixed = not all(each.heads_apart for each in maps)
+    return Guard(rows_alone, rows_alone and (apart or not one), one_sees, empty, call.query.shape[-2], mixed)
 
 
 def wrong_queries(guard: Guard, query: Float[Array, "*b t n h"]) -> Bool[Array, "*b n t"] | None:

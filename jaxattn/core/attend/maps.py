@@ -10,6 +10,10 @@ it says otherwise:
               tiles are mapped before their rows are normalised.
     "rows"    all keys of a query; also of the `halo` queries before it.
     "matrix"  all queries at once: only the dense implementation can serve it.
+
+`heads_apart` promises that each head of the result depends on that head of the block alone. Only with this promise,
+False unless given, are heads computed one by one where they see different keys. Arrays by head or by batch entry then
+have to say so in their annotation, by the names `heads` and `*batch` (see `cut`).
 """
 
 import abc
@@ -19,7 +23,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 from jaxattn.core import noise
 from jaxattn.core.attend.bias import log_gaussian
@@ -40,6 +44,7 @@ class Map(abc.ABC):
 
     scores_need: ClassVar[Need] = "rows"
     weights_need: ClassVar[Need] = "rows"
+    heads_apart: ClassVar[bool] = False
 
     @property
     def halo(self) -> int:
@@ -69,6 +74,7 @@ class SoftCap(Map):
     cap: float
 
     scores_need: ClassVar[Need] = "tile"
+    heads_apart: ClassVar[bool] = True
 
     def __post_init__(self):
         check_positive("SoftCap", "cap", self.cap)
@@ -87,6 +93,7 @@ class Temperature(Map):
     temperature: Float[Array, ""] | Float[Array, " heads"] | float
 
     scores_need: ClassVar[Need] = "tile"
+    heads_apart: ClassVar[bool] = True
 
     def __post_init__(self):
         check_positive("Temperature", "temperature", self.temperature)
@@ -243,7 +250,7 @@ class Reallocate(Map):
     """
 
     groups: Int[Array, "*batch positions"]
-    masses: Any
+    masses: Num[Array, "*batch heads queries groups"] | Num[Array, "queries groups"] | Num[Array, " groups"] | Any
     size: int | None = None
 
     def __post_init__(self):
@@ -285,6 +292,7 @@ class GaussianWindow(Map):
     sigma: Float[Array, ""] | float
 
     weights_need: ClassVar[Need] = "tile"
+    heads_apart: ClassVar[bool] = True
 
     def __post_init__(self):
         check_positive("GaussianWindow", "sigma", self.sigma)
@@ -298,9 +306,10 @@ class Seeded(Map):
     """Dropout with its seeds drawn: one per batch entry and head, [..., N, 1, 1]. What `Dropout.draw` makes."""
 
     rate: float
-    seeds: UInt32[Array, "*b n 1 1"]
+    seeds: UInt32[Array, "*batch heads 1 1"]
 
     weights_need: ClassVar[Need] = "tile"
+    heads_apart: ClassVar[bool] = True
 
     def __call__(self, x, tile):
         keep = noise.bits(self.seeds, tile.query, tile.key) >= jnp.uint32(min(int(self.rate * 2**32), 2**32 - 1))

@@ -16,6 +16,7 @@ import abc
 import dataclasses
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -78,6 +79,12 @@ class Mask(abc.ABC):
     @property
     def reach(self) -> Reach | None:
         """How few keys it shows a query, so that a cache need not keep others; None, the default, for no limit."""
+        return None
+
+    @property
+    def grain(self) -> tuple[int, int] | None:
+        """(queries, keys) of the blocks in which it shows and hides pairs, so that tiles can fit them; None, the
+        default, if it shows nothing in blocks."""
         return None
 
     def to_array(self, queries: Any, keys: Any = None) -> Bool[Array, "*b n t s"]:
@@ -148,6 +155,12 @@ def visible(mask: Mask | None, query: Int[Array, "*b 1 t 1"], key: Int[Array, "*
     return shown if mask is None else shown & mask(query, key)
 
 
+def _finer(*masks: Mask) -> tuple[int, int] | None:
+    """The grain of masks that are combined: blocks into which those of all of them can be cut."""
+    grains = [mask.grain for mask in masks if mask.grain is not None]
+    return (math.gcd(*(x for x, _ in grains)), math.gcd(*(x for _, x in grains))) if grains else None
+
+
 def _grouped(mask: Mask, kinds: Any) -> str:
     return f"({mask.describe()})" if isinstance(mask, kinds) else mask.describe()
 
@@ -169,6 +182,10 @@ class And(Mask):
     @property
     def is_relative(self):
         return self.first.is_relative and self.second.is_relative
+
+    @property
+    def grain(self):
+        return _finer(self.first, self.second)
 
     @property
     def reach(self):
@@ -198,6 +215,10 @@ class Or(Mask):
         return self.first.is_relative and self.second.is_relative
 
     @property
+    def grain(self):
+        return _finer(self.first, self.second)
+
+    @property
     def reach(self):
         first, second = self.first.reach, self.second.reach
         return None if first is None or second is None else Reach(*map(max, first, second))
@@ -222,6 +243,10 @@ class Not(Mask):
     @property
     def is_relative(self):
         return self.mask.is_relative
+
+    @property
+    def grain(self):
+        return self.mask.grain
 
     def describe(self):
         return f"not {_grouped(self.mask, (And, Or, PerHead))}"
@@ -503,7 +528,7 @@ class Explicit(Mask):
     in length, whatever reads it.
     """
 
-    array: Bool[Array, "..."]
+    array: Bool[Array, "*batch heads p r"] | Bool[Array, "p r"] | Bool[Array, " r"] | Bool[Array, ""]
 
     def __call__(self, query, key, grid=2):
         table = jnp.asarray(self.array)
@@ -547,8 +572,8 @@ class MaskFunction(Mask):
 class PerHead(Mask):
     """Head n sees what masks[n] shows it: for instance another window for every head.
 
-    A mask of the tuple that itself differs by head stands for its own head n. Tiles are shared by all heads, so one
-    is computed where any of them needs it. Raises TypeError unless `masks` is a tuple, ValueError if it is empty or,
+    A mask of the tuple that itself differs by head stands for its own head n. Each key head computes the tiles that the
+    heads which read it need. Raises TypeError unless `masks` is a tuple, ValueError if it is empty or,
     when called, if one of them has another number of heads.
     """
 
@@ -570,6 +595,10 @@ class PerHead(Mask):
     @property
     def is_relative(self):
         return all(mask.is_relative for mask in self.masks)
+
+    @property
+    def grain(self):
+        return _finer(*self.masks)
 
     def describe(self):
         groups, first = [], 0

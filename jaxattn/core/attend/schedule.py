@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,30 @@ class Schedule:
 
     Row i of `starts` begins with `full[i]` tiles in which every pair is visible, goes on to `count[i]` with those in
     which some may be, and ends with tiles that are not computed. The tiles of a row do not overlap. A query tile is
-    computed once for all batch entries and heads, so keys are skipped when they are empty for all of them. NumPy arrays
-    when known at trace time.
+    computed once for all batch entries and heads, so keys are skipped when they are empty for all of them. A call that
+    is cut into pieces (see `Apart`) has a schedule for each, along leading axes. NumPy arrays when known at trace time.
     """
 
-    starts: Int[Array, "qb a"]
-    full: Int[Array, " qb"]
-    count: Int[Array, " qb"]
+    starts: Int[Array, "*pieces qb a"]
+    full: Int[Array, "*pieces qb"]
+    count: Int[Array, "*pieces qb"]
+
+
+class Apart(NamedTuple):
+    """How a call is cut into pieces that each have their own schedule: batch entries, the groups of heads that read a
+    key head, and the members of a group. Each is a number, 1 where there is no cut."""
+
+    entries: int = 1
+    groups: int = 1
+    members: int = 1
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """The leading axes of the schedule."""
+        return tuple(size for size in self if size > 1)
+
+
+TOGETHER = Apart()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,30 +83,48 @@ def _tile_starts(possible: Bool[Array, "qb g"], run: int) -> Bool[Array, "qb g"]
 
 
 def schedule(
-    mask: Mask | None, query: Int[Array, "*b 1 qb 1 bq"], key: Int[Array, "*b #n 1 g gk"], run: int = 1
+    mask: Mask | None,
+    query: Int[Array, "*b 1 qb 1 bq"],
+    key: Int[Array, "*b #n 1 g gk"],
+    run: int = 1,
+    apart: Apart = TOGETHER,
+    batch: tuple[int, ...] = (),
 ) -> tuple[Schedule, Kinds]:
-    """The tiles of `run` granules that a mask needs, over queries in tiles and keys in granules (−1: an empty slot)."""
+    """The tiles of `run` granules that a mask needs, over queries in tiles and keys in granules (−1: an empty slot).
+
+    `batch` are the axes of the batch of which `apart` makes pieces.
+    """
     possible, certain = (np.True_, np.True_) if mask is None else mask.bounds(query, key)
     possible = possible & (query >= 0).any(-1) & (key >= 0).any(-1)
     certain = certain & (query >= 0).all(-1) & (key >= 0).all(-1)
     static = isinstance(possible, np.ndarray | np.bool_) and isinstance(certain, np.ndarray | np.bool_)
     xp: Any = np if static else jnp
     grid = (query.shape[-3], key.shape[-2])
-    over = tuple(range(np.ndim(possible) - 2))
-    possible = xp.broadcast_to(possible.any(over), grid)
-    certain = xp.broadcast_to(certain.all(over), grid)
+
+    def of_pieces(x: Any, over: Any) -> Any:
+        """[*b, N or 1, QB, G] as [pieces · QB, G]: whether it holds over the batch entries and heads of each piece."""
+        heads = x.shape[-3]
+        entries = batch if apart.entries > 1 else np.shape(x)[:-3]
+        x = xp.broadcast_to(x, (*entries, heads, *grid)).reshape(apart.entries, -1, heads, *grid)
+        groups = apart.groups * apart.members
+        x = over(over(x, 1).reshape(apart.entries, min(groups, heads), -1, *grid), 2)
+        return xp.broadcast_to(x, (apart.entries, groups, *grid)).reshape(-1, grid[1])
+
+    possible, certain = of_pieces(possible, xp.any), of_pieces(certain, xp.all)
     starts = _tile_starts(possible, run)
-    beyond = xp.zeros((grid[0], run - 1), bool)
+    beyond = xp.zeros((len(certain), run - 1), bool)
     padded = xp.concatenate([certain, beyond], -1)
     every = xp.stack([padded[:, i : i + grid[1]] for i in range(run)]).all(0)
     rank = xp.where(starts, xp.where(every, 0, 1), 2)
     order = xp.argsort(rank, axis=-1, stable=True).astype(np.int32)
     full = (rank == 0).sum(-1).astype(np.int32)
     count = (rank < 2).sum(-1).astype(np.int32)
-    if not static:
-        return Schedule(order, full, count), Kinds(True, True, False)
-    order = order[:, : max(int(count.max()), 1)]
-    return Schedule(order, full, count), Kinds(bool(full.any()), bool((count > full).any()), bool((count == 1).all()))
+    kinds = Kinds(True, True, False)
+    if static:
+        order = order[:, : max(int(count.max()), 1)]
+        kinds = Kinds(bool(full.any()), bool((count > full).any()), bool((count == 1).all()))
+    rows = (*apart.pieces, grid[0])
+    return Schedule(order.reshape(*rows, -1), full.reshape(rows), count.reshape(rows)), kinds
 
 
 # Tiles to choose from: large ones use the cores well, small ones fit narrow masks.
@@ -104,13 +139,33 @@ TILE_COST = 2**14
 FEW_QUERIES, READ_BYTES = 16, 2**22
 
 
-def blocks_for(queries: int, bytes_per_key: int) -> tuple[Block, ...]:
-    """The blocks to choose from on this backend, for so many queries and keys of so many bytes over batch and heads."""
+def blocks_for(
+    queries: int, bytes_per_key: int, grain: tuple[int, int] | None = None, alone: bool = False
+) -> tuple[Block, ...]:
+    """The blocks to choose from on this backend, for so many queries and keys of so many bytes over batch and heads.
+
+    The first fits the `grain` of the mask, if there is one. `alone`: a piece is one head, or those of one key head.
+    """
     backend = jax.default_backend()
     if backend == "cpu" and queries <= FEW_QUERIES:
         keys = 2 ** min(max((READ_BYTES // bytes_per_key).bit_length() - 1, 6), 11)
         return (Block(queries, keys, keys),)
-    return BLOCKS.get(backend, PARALLEL_BLOCKS)
+    blocks: tuple[Block, ...] = BLOCKS.get(backend, PARALLEL_BLOCKS)
+    if alone and backend == "cpu":
+        blocks = blocks[-1:]  # of one head, the fastest for every mask and direction that was measured
+    if grain is None:
+        return blocks
+    keys = _in_grains(grain[1], blocks[-1].keys, blocks[0].keys)
+    return (Block(_in_grains(grain[0], blocks[-1].queries, blocks[0].queries), keys, keys), *blocks)
+
+
+def _in_grains(grain: int, least: int, most: int) -> int:
+    """A size that fits blocks of this grain: their own if it is from `least` to `most`; an even part of a larger one;
+    of smaller ones, as many as make up `least`."""
+    if grain < least:
+        return -(-least // grain) * grain
+    fewest = -(-grain // most)
+    return next((grain // n for n in range(fewest, max(fewest, 2 * grain // most) + 1) if grain % n == 0), most)
 
 
 def choose_block(index_of: Callable[[Block], Schedule], lengths: tuple[int, int], blocks: Iterable[Block]) -> Block:

@@ -15,6 +15,8 @@ values are laid out heads first, once or a tile at a time. Their gradients are s
 d_valueᵀ = d_numeratorᵀ · weights leaves the large operand, the weights, as it is.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,8 +26,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxattn.core.attend.call import Call, Guard, WrongKeys, guard_of, repeated, without, wrong_keys
+from jaxattn.core.attend.cut import by_entries, by_heads, refusal
 from jaxattn.core.attend.mask import visible
-from jaxattn.core.attend.schedule import Block, Kinds, Schedule, blocks_for, choose_block, fit, schedule
+from jaxattn.core.attend.schedule import (
+    FEW_QUERIES,
+    TOGETHER,
+    Apart,
+    Block,
+    Kinds,
+    Schedule,
+    blocks_for,
+    choose_block,
+    fit,
+    schedule,
+)
 from jaxattn.core.attend.score import mapped_scores
 from jaxattn.core.attend.tile import Tile
 from jaxattn.core.first_order import not_reversed, reverse_only
@@ -383,39 +397,106 @@ _attention.defvjp(_attention_forward, _attention_backward)
 # Up to so many visits per key it is faster to lay keys out heads first at each visit; two CPU cores, T = 8192.
 FEW_VISITS = 4
 
+Results = tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]
 
-def tiled(
-    call: Call, block: tuple[int, int] | None
-) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:
-    """(out, lse, {}) of a call whose parts work on tiles, in tiles of `block` = (queries, keys) or a fitting size."""
-    lengths, slots = (call.query.shape[-3], call.key.shape[-3]), call.slots
 
-    def positions_in_tiles(block: Block) -> tuple[Any, Any]:  # [*b, 1, qb, 1, bq] and [*b, #n, 1, g, granule]
-        query, key = call.query_positions[..., 0], call.key_positions
-        query = _pad(query, -1, -(-lengths[0] // block.queries) * block.queries, fill=-1)
-        key = _pad(key, -1, -(-lengths[1] // block.granule) * block.granule, fill=-1)
-        query, key = (
-            query.reshape(*query.shape[:-1], -1, block.queries),
-            key.reshape(*key.shape[:-1], -1, block.granule),
-        )
-        return query[..., None, :], key
+def tiled(call: Call, block: tuple[int, int] | None) -> Results:
+    """(out, lse, measured) of a call whose parts work on tiles, in tiles of `block` = (queries, keys) or a fitting
+    size. Heads that see different keys are computed one key head after the other."""
+    lengths = call.query.shape[-3], call.key.shape[-3]
+    apart = apart_of(call, block)[0]
 
     def index_of(block: Block) -> tuple[Schedule, Kinds]:
-        return schedule(slots.mask, *positions_in_tiles(block), block.keys // block.granule)
+        places, batch = _in_tiles(call, block), call.query.shape[:-3]
+        return schedule(call.slots.mask, *places, block.keys // block.granule, apart, batch)
 
     if block is None:
-        blocks = blocks_for(lengths[0], call.key.size // lengths[1] * call.key.dtype.itemsize)
+        grain = None if call.slots.mask is None else call.slots.mask.grain
+        bytes_per_key = call.key.size // lengths[1] * call.key.dtype.itemsize
+        blocks = blocks_for(lengths[0], bytes_per_key, grain, apart.groups * apart.members > 1)
         chosen = choose_block(lambda block: index_of(block)[0], lengths, blocks)
     else:
         chosen = fit(Block(*block, block[1]), lengths)
     active, kinds = index_of(chosen)
-    queries = -(-lengths[0] // chosen.queries) * chosen.queries
     last = active.starts.max() if isinstance(active.starts, np.ndarray) else -(-lengths[1] // chosen.granule) - 1
     keys = max(lengths[1], int(last) * chosen.granule + chosen.keys)
-    weight_maps = slots.weight_maps if slots.dropout is None else (*slots.weight_maps, slots.dropout)
     count = active.count
-    visits = int(count.sum()) * chosen.keys / keys if isinstance(count, np.ndarray) else len(count)
-    heads_first = visits > FEW_VISITS
+    pieces = math.prod(apart.pieces)
+    visits = int(count.sum()) / pieces * chosen.keys / keys if isinstance(count, np.ndarray) else count.shape[-1]
+    run = partial(_together, chosen, kinds, keys, visits > FEW_VISITS)
+    active = jax.tree.map(jnp.asarray, active)
+
+    batch = call.query.ndim - 3
+
+    def over_heads(function: Callable[..., Results], groups: int, call: Call, active: Schedule) -> Results:
+        """The function of each group of heads, and the heads of all groups together again."""
+        if groups == 1:
+            return function(call, active)
+
+        def joined(x: Array, axis: int) -> Array:
+            x = jnp.moveaxis(x, 0, axis)
+            return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+        out, lse, measured = by_heads(call, groups).each(function, active)
+        return joined(out, batch + 1), joined(lse, batch + 1), jax.tree.map(lambda x: joined(x, batch), measured)
+
+    of_entry = partial(over_heads, partial(over_heads, run, apart.members), apart.groups)
+    if apart.entries == 1:
+        return of_entry(call, active)
+    sizes = call.query.shape[:-3]
+    return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1 + batch :]), by_entries(call).each(of_entry, active))
+
+
+def _in_tiles(call: Call, block: Block) -> tuple[Any, Any]:
+    """The positions as [*b, 1, qb, 1, bq] and [*b, #n, 1, g, granule], with empty slots at the end."""
+
+    def cut(x: Any, size: int) -> Any:
+        x = _pad(x, -1, -(-x.shape[-1] // size) * size, fill=-1)
+        return x.reshape(*x.shape[:-1], -1, size)
+
+    query = cut(call.query_positions[..., 0], block.queries)
+    return query[..., None, :], cut(call.key_positions, block.granule)
+
+
+def apart_of(call: Call, block: tuple[int, int] | None) -> tuple[Apart, str]:
+    """How the call is cut, by what the mask says of whole tiles, and the same in words."""
+    query, key = call.query, call.key
+    lengths = query.shape[-3], key.shape[-3]
+    if call.slots.mask is None:
+        return TOGETHER, "all heads share their tiles"
+    if lengths[0] <= FEW_QUERIES and jax.default_backend() == "cpu" and block is None:
+        return TOGETHER, "all heads share their tiles, since few queries are bound by reading keys"
+    tile = fit(Block(*block, block[1]) if block is not None else blocks_for(lengths[0], 1)[-1], lengths)
+    if lengths[1] <= tile.keys:
+        return TOGETHER, "all heads share the one tile of keys"
+    places = _in_tiles(call, tile)
+
+    def axes(query: Any, key: Any) -> tuple[int, ...]:
+        """The batch axes and the number of heads for which the mask differs at these positions."""
+        found = jax.eval_shape(lambda mask, *places: mask.bounds(*places)[0], call.slots.mask, query, key).shape
+        return np.broadcast_shapes(found, (1, 1, 1))[:-2]
+
+    *batch, heads = np.broadcast_shapes(axes(*places), *(x.shape[:-3] for x in places))
+    ways, words = TOGETHER, []
+    if heads > 1:
+        groups = math.lcm(key.shape[-2], call.value.shape[-2])
+        members = query.shape[-2] // groups if axes(places[0], places[1][..., :1, :, :, :])[-1] > 1 else 1
+        reason = refusal(call, partial(by_heads, groups=groups * members))
+        ways = ways if reason else ways._replace(groups=groups, members=members)
+        whose = "head" if members > 1 or groups == query.shape[-2] else "key head"
+        words.append(f"all heads share their tiles, since {reason}" if reason else f"each {whose} has its own tiles")
+    if math.prod(batch) > 1 and jax.device_count() == 1:
+        reason = refusal(call, by_entries)
+        ways = ways if reason else ways._replace(entries=math.prod(query.shape[:-3]))
+        words.append(f"the batch shares its tiles, since {reason}" if reason else "each batch entry has its own tiles")
+    return ways, " and ".join(words) or "all heads share their tiles"
+
+
+def _together(chosen: Block, kinds: Kinds, keys: int, heads_first: bool, call: Call, active: Schedule) -> Results:
+    """A call whose heads and batch entries share the schedule, over `keys` slots of keys."""
+    slots, lengths = call.slots, (call.query.shape[-3], call.key.shape[-3])
+    queries = -(-lengths[0] // chosen.queries) * chosen.queries
+    weight_maps = slots.weight_maps if slots.dropout is None else (*slots.weight_maps, slots.dropout)
     key, value = (_pad(x, -3, keys) for x in (call.key, call.value))
     if heads_first:
         key, value = key.swapaxes(-2, -3), value.swapaxes(-2, -3)

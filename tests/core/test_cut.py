@@ -1,0 +1,239 @@
+"""Calls cut by head and by batch entry: the names of axes in annotations say how, for every part of the library."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import MASKS, VISITS, Counted
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slots import SLOTS, B, N, S, T, draw, places
+
+import jaxattn as ja
+from jaxattn import attend
+from jaxattn.core.attend.call import Given, prepare
+from jaxattn.core.attend.cut import by_entries, by_heads, named_axes
+from jaxattn.core.attend.dense import dense
+from jaxattn.core.attend.schedule import Apart, Block, schedule
+from jaxattn.core.attend.slots import Slots
+from jaxattn.core.attend.tiled import apart_of, tiled
+
+# Their noise is drawn for the heads of a call together; they need complete rows, and tiles alone are cut.
+DRAWN = {"OneHotSample", "Gumbel", "DropTopK"}
+
+
+def a_call(arrays, slots, **positions):
+    where = {"query_positions": None, "key_positions": None} | positions
+    call = Given(*(jnp.asarray(arrays[x]) for x in ("query", "key", "value")), slots, **where)
+    return prepare(call)
+
+
+def random_arrays(length=T, keys=S, heads=(4, 2, 1), seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"query": (B, length, heads[0], 4), "key": (B, keys, heads[1], 4), "value": (B, keys, heads[2], 3)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def joined(results, axis):
+    """[pieces, ...] with the pieces joined along an axis that counts without that of pieces."""
+    x = np.moveaxis(np.asarray(results), 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_every_part_is_cut_by_the_names_of_its_axes(name):
+    """Attention a few heads, or a batch entry, at a time is attention of all. In float64, dense."""
+    slot, where = SLOTS[name], places(True)
+    arrays = draw(slot, where)
+    with jax.enable_x64(True):
+        parts = slot.parts(jax.tree.map(jnp.asarray, arrays))
+        call = a_call(arrays, Slots(mask=where.mask, **parts), query_positions=where.query, key_positions=where.key)
+        kinds = {type(part).__name__ for part in (call.slots.normalize, *call.slots.maps)}
+        if "MixHeads" in kinds:
+            with pytest.raises(ValueError, match=r"an array of shape \(4, 4\) has 2 axes of heads, which it mixes"):
+                by_heads(call, N)
+            return
+        if kinds & DRAWN:
+            return
+        out, lse, _ = dense(call)
+        for groups in (2, 4):
+            found_out, found_lse, _ = by_heads(call, groups).each(dense)
+            np.testing.assert_allclose(joined(found_out, 2), out, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(joined(found_lse, 2), lse, rtol=0, atol=1e-12)
+        found_out, found_lse, _ = by_entries(call).each(dense)
+        np.testing.assert_allclose(found_out[:, 0], out, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(found_lse[:, 0], lse, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "none"])
+def test_every_mask_is_cut_by_the_names_of_its_axes(name):
+    call = a_call(random_arrays(), Slots(mask=MASKS[name][0]))
+    visible = np.broadcast_to(call.tile.visible, (B, 4, T, S))
+    for groups in (2, 4):
+        shape = B, 4 // groups, T, S
+        shown = by_heads(call, groups).each(lambda piece, shape=shape: jnp.broadcast_to(piece.tile.visible, shape))
+        np.testing.assert_array_equal(joined(shown, 1), visible)
+    shown = by_entries(call).each(lambda piece: jnp.broadcast_to(piece.tile.visible, (1, 4, T, S)))
+    np.testing.assert_array_equal(shown[:, 0], visible)
+
+
+def test_a_cut_part_can_be_cut_again():
+    """First by key head, then each of its query heads, then by batch entry."""
+    call = a_call(random_arrays(), Slots(mask=MASKS["per head"][0] | MASKS["blocks"][0]))
+    visible = np.broadcast_to(call.tile.visible, (B, 4, T, S))
+
+    def twice(piece):
+        return by_heads(piece, 2).each(lambda piece: jnp.broadcast_to(piece.tile.visible, (1, 1, T, S)))
+
+    shown = by_entries(call).each(lambda entry: by_heads(entry, 2).each(twice))  # [B, 2, 2, 1, 1, T, S]
+    np.testing.assert_array_equal(np.asarray(shown).reshape(B, 4, T, S), visible)
+
+
+def test_axes_are_named_from_both_ends():
+    hints = {field.name: field.type for field in dataclasses.fields(ja.Explicit)}
+    assert named_axes(hints["array"], 5) == (2, (2,))
+    assert named_axes(hints["array"], 3) == (0, (0,))
+    assert named_axes(hints["array"], 2) == (0, ())
+    assert named_axes(ja.Alibi.__dataclass_fields__["slopes"].type, 1) == (0, (0,))
+    assert named_axes(ja.Documents.__dataclass_fields__["ids"].type, 3) == (2, ())
+    assert named_axes(ja.MixHeads.__dataclass_fields__["weight"].type, 2).heads == (0, 1)
+    assert named_axes(None, 2) == (0, ())
+
+
+BY_HEAD = MASKS["explicit by head"][0]
+
+
+@ja.part
+class Careless(ja.ScoreBias):
+    """A bias whose annotation does not say which axis is that of heads."""
+
+    slopes: ja.core.attend.bias.Float[ja.core.attend.bias.Array, " n"]
+
+    def __call__(self, tile):
+        return self.slopes[:, None, None] * jnp.abs(tile.query - tile.key)
+
+
+@pytest.mark.parametrize(
+    ("slots", "words"),
+    [
+        (Slots(mask=BY_HEAD), "each head has its own tiles"),
+        (Slots(mask=ja.Causal()), "all heads share their tiles"),
+        (Slots(mask=BY_HEAD, score_maps=(ja.SoftCap(3.0),)), "each head has its own tiles"),
+        (
+            Slots(mask=BY_HEAD, score_maps=(ja.MixHeads(jnp.eye(4)),)),
+            "all heads share their tiles, since score_maps=MixHeads may let heads read each other",
+        ),
+        (
+            Slots(mask=BY_HEAD, bias=Careless(jnp.ones(4))),
+            "all heads share their tiles, since the weights of a piece have shape",
+        ),
+        (
+            Slots(mask=BY_HEAD & ja.core.attend.mask.MaskFunction(lambda query, key: np.ones((4, 1, 1), bool))),
+            "all heads share their tiles, since a part does not fit a piece",
+        ),
+    ],
+    ids=["table by head", "causal", "soft cap", "mixed heads", "no name", "function by head"],
+)
+def test_explain_says_who_shares_tiles_and_the_result_is_the_definition(slots, words, capsys):
+    arrays = random_arrays(12, 12)
+    call = arrays["query"], arrays["key"], arrays["value"]
+    options = {"block": 4, "score_maps": slots.score_maps, "bias": slots.bias, "mask": slots.mask}
+    assert ja.explain(*call, implementation="tiled", **options) == "tiled"
+    assert words in capsys.readouterr().out
+    results = [attend(*call, implementation=name, **options) for name in ("dense", "tiled")]
+    np.testing.assert_allclose(*results, rtol=0, atol=1e-5)
+
+
+def test_few_queries_and_single_tiles_are_not_cut():
+    few, one = a_call(random_arrays(4, 999), Slots(mask=BY_HEAD)), a_call(random_arrays(40, 60), Slots(mask=BY_HEAD))
+    assert apart_of(few, None) == (Apart(), "all heads share their tiles, since few queries are bound by reading keys")
+    assert apart_of(one, None) == (Apart(), "all heads share the one tile of keys")
+
+
+def test_key_heads_whose_slots_differ_keep_their_group_together():
+    """Positions by key head, as after eviction: the query heads of a group see the same keys."""
+    arrays = random_arrays(9, 12, (4, 2, 2))
+    where = np.stack([np.random.default_rng(i).permutation(12) for i in range(4)]).reshape(2, 12, 2)
+    call = a_call(arrays, Slots(mask=ja.Window(2)), query_positions=np.arange(9), key_positions=jnp.asarray(where))
+    assert apart_of(call, (4, 4)) == (Apart(1, 2, 1), "each key head has its own tiles")
+
+
+WINDOWS = ja.PerHead(tuple(ja.Window(w) for w in (0, 3, 7, 15)))
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 4), (4, 2, 1), (4, 1, 1)], ids=str)
+def test_each_head_computes_the_tiles_that_its_own_mask_needs(heads):
+    """Windows of 0, 3, 7 and 15 keys back at length 16 need 4, 7, 9 and 10 tiles of 4 x 4: 30, where the union is 10
+    for each of four heads."""
+    x = random_arrays(16, 16, heads)
+    VISITS.clear()
+    out = attend(x["query"], x["key"], x["value"], score=Counted(), mask=WINDOWS, block=4, implementation="tiled")
+    out.block_until_ready()
+    jax.effects_barrier()
+    assert len(VISITS) == 4 + 7 + 9 + 10
+    expected = attend(x["query"], x["key"], x["value"], mask=WINDOWS, implementation="dense")
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+
+
+def test_schedules_of_heads_by_hand():
+    at = np.arange(16, dtype=np.int32)
+    where = at.reshape(1, 4, 1, 4), at.reshape(1, 1, 4, 4)
+    index, kinds = schedule(WINDOWS, *where, apart=Apart(groups=4))
+    assert index.count.tolist() == [[1, 1, 1, 1], [1, 2, 2, 2], [1, 2, 3, 3], [1, 2, 3, 4]]
+    assert (kinds.single, index.starts.shape) == (False, (4, 4, 4))
+    index, _ = schedule(WINDOWS, *where, apart=Apart(groups=2))
+    assert index.count.tolist() == [[1, 2, 2, 2], [1, 2, 3, 4]]
+    ids = jnp.asarray([[0] * 16, [0] * 4 + [1] * 12])
+    index, _ = schedule(ja.Documents(ids), *where, apart=Apart(entries=2), batch=(2,))
+    assert index.count.tolist() == [[4, 4, 4, 4], [1, 3, 3, 3]]
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    heads=st.sampled_from([(4, 4, 4), (4, 2, 1), (6, 2, 3), (4, 1, 2)]),
+    seed=st.integers(0, 99),
+    entries=st.booleans(),
+    dropout=st.booleans(),
+)
+def test_pieces_have_the_values_and_gradients_of_the_whole(heads, seed, entries, dropout):
+    """Of query, key, value, the null logits and slopes, through out and lse, where heads and entries see other keys."""
+    rng, count = np.random.default_rng(seed), heads[0]
+    arrays = random_arrays(11, 13, heads, seed)
+    mask = ja.Blocks(ja.BlockIndex(jnp.asarray(rng.random((B, count, 4, 3)) < 0.4), (3, 5)))
+    learned = {"normalize": ja.Softmax(jnp.asarray(rng.normal(size=count), jnp.float32))}
+    learned |= {"bias": ja.Alibi(jnp.asarray(rng.random(count), jnp.float32))}
+    noise = ja.Dropout(0.3, jax.random.key(seed)) if dropout else None
+
+    def loss(run, arrays, learned):
+        call = a_call(arrays, Slots(mask=mask & ja.Causal(), dropout=noise, **learned))
+        out, lse, _ = run(call)
+        return (jnp.sin(jnp.arange(out.size)).reshape(out.shape) * out).sum() + jnp.where(lse > -99, lse, 0).sum()
+
+    devices = jax.device_count
+    jax.device_count = lambda: 1 if entries else devices()
+    try:
+        call = a_call(arrays, Slots(mask=mask & ja.Causal(), **learned))
+        assert apart_of(call, (4, 4))[0][0] == (B if entries else 1)
+        pieces = jax.value_and_grad(lambda *x: loss(lambda call: tiled(call, (4, 4)), *x), (0, 1))(arrays, learned)
+    finally:
+        jax.device_count = devices
+    whole = jax.value_and_grad(lambda *x: loss(dense, *x), (0, 1))(arrays, learned)
+    for x, y in zip(*map(jax.tree.leaves, (pieces, whole)), strict=True):  # sums of at most B·N·T·S terms near 1
+        np.testing.assert_allclose(x, y, rtol=0, atol=10 * np.sqrt(B * count * 143) * 1.2e-7 * max(1, np.abs(y).max()))
+
+
+def test_tiles_fit_the_blocks_of_a_mask():
+    from jaxattn.core.attend.schedule import BLOCKS, blocks_for
+
+    blocks = ja.Blocks(ja.BlockIndex(np.ones((1, 2, 2), bool), (48, 64)))
+    other = ja.Blocks(ja.BlockIndex(np.ones((1, 2, 2), bool), (32, 64)))
+    assert (ja.Causal() & blocks).grain == (~blocks).grain == (48, 64)
+    assert (blocks | other).grain == ja.PerHead((ja.Causal(), blocks, other)).grain == (16, 64)
+    assert (ja.Causal() | ja.Window(3)).grain is None
+    assert blocks_for(999, 1, (48, 1024))[0] == Block(144, 512, 512)
+    assert blocks_for(999, 1, (200, 192))[0] == Block(200, 192, 192)
+    assert blocks_for(999, 1, (300, 997))[0] == Block(150, 512, 512)
+    assert blocks_for(999, 1, (1, 256), alone=True)[0] == Block(128, 128, 128)
+    assert blocks_for(999, 1, (1, 256), alone=True)[1:] == BLOCKS["cpu"][-1:]
