@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from jaxtyping import Array, Float
 from slots import SLOTS, B, N, S, T, answer, draw, places, weigh
 
 import jaxattn as ja
@@ -86,6 +87,7 @@ MEASURES = {
     "top": (ja.TopWeights(4), lambda w, seen, p, r: tuple(map(by_row, best(w, seen, r, 4)))),
     "more than there are": (ja.TopWeights(S + 2), lambda w, seen, p, r: tuple(map(by_row, best(w, seen, r, S + 2)))),
     "distance": (ja.Distance(), lambda w, seen, p, r: by_row((shares(w) * abs(p[:, None] - r)).sum(-1))),
+    "place": (ja.MeanPosition(), lambda w, seen, p, r: by_row((shares(w) * np.maximum(r, 0)).sum(-1))),
     "lags": (ja.LagProfile(5), partial(lags, count=5)),
     "rows": (ja.RowsOf(AT), at),
     "lookback": (ja.Lookback(SPLIT), lambda w, seen, p, r: by_row(lookback(w, seen, p, r))),
@@ -270,3 +272,128 @@ def test_what_is_no_measure_is_refused(measures, exception, message):
 def test_tiled_refuses_measures():
     with pytest.raises(NotImplementedError, match="'tiled' cannot serve measures=Entropy: it needs whole rows"):
         attend(QUERY, KEY, VALUE, measures={"h": ja.Entropy()}, implementation="tiled")
+
+
+# Linear measures are more columns of the values: tiled serves them.
+
+
+@ja.part
+class Reads(ja.LinearMeasure):
+    """Σ_j w_ij · table[n, key position, :], and the square of the sum: learned, and other columns for every head."""
+
+    table: Float[Array, "heads positions c"]
+
+    def columns(self, key):
+        place = jnp.broadcast_to(key[..., 0, :], (*key.shape[:-3], self.table.shape[0], key.shape[-1]))
+        inside = (place >= 0) & (place < self.table.shape[1])
+        found = self.table[jnp.arange(len(self.table))[:, None], jnp.where(inside, place, 0)]
+        return jnp.where(inside[..., None], found, 0)
+
+    def finish(self, sums):
+        return {"sum": sums, "square": jnp.square(sums).sum(-1)}
+
+
+READS = np.random.default_rng(4).normal(size=(N, S, 2))
+LINEAR = {name: ALL[name] for name in ("mass", "place")}
+TILED_KINDS = ("Dot", "Sigmoid", "Softmax", "GaussianWindow", "everything on tiles")
+
+
+def reads(w, seen, p, r):
+    rows = np.where(((r >= 0) & (r < S))[:, None], READS[:, np.clip(r, 0, S - 1)], 0)  # [N, S, C]
+    sums = np.einsum("bnts,nsc->bnct", w, rows).swapaxes(-1, -2)
+    return {"sum": by_row(sums), "square": by_row(np.square(sums).sum(-1))}
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["in order", "scattered"])
+@pytest.mark.parametrize("kind", TILED_KINDS)
+def test_tiled_gives_linear_measures_their_definition(kind, scattered):
+    """From the oracle's weights, in float64, with the same columns for all heads, and with others for each."""
+    where, slot = places(scattered), SLOTS[kind]
+    arrays = draw(slot, where)
+    weights, _, _ = weigh(arrays["query"], arrays["key"], where.visible, **slot.oracle(arrays, where.query, where.key))
+    seen = np.broadcast_to(where.visible, weights.shape)
+    expected_out, lse = answer(slot, where, arrays)
+    with jax.enable_x64(True):
+        learned = {"reads": Reads(jnp.asarray(READS))}
+        for measures in (LINEAR, LINEAR | learned, learned):
+            out, extras = call(kind, scattered, arrays, "tiled", (4, 3), measures)
+            np.testing.assert_allclose(out, expected_out, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(extras["lse"], lse, rtol=0, atol=1e-12)
+            definitions = {name: MEASURES[name][1] for name in LINEAR} | {"reads": reads}
+            for name in measures:
+                expected = definitions[name](weights, seen, where.query, where.key)
+                close = partial(np.testing.assert_allclose, rtol=0, atol=1e-12, err_msg=name)
+                jax.tree.map(close, extras[name], expected)
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["many queries", "few queries"])
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize("mask", ["causal", "by head"])
+def test_gradients_of_linear_measures_in_tiles_are_those_of_dense(mask, dropout, few):
+    """In query, key, value, null logits and the columns; measures do not see dropout. The values have one head."""
+    rng, length = np.random.default_rng(8), 5 if few else 21
+    arrays = [jnp.asarray(rng.normal(size=(2, n, k, 4)), jnp.float32) for n, k in ((length, 4), (19, 2), (19, 1))]
+    learned = ja.Softmax(jnp.asarray(rng.normal(size=4), jnp.float32)), Reads(jnp.asarray(READS, jnp.float32))
+    seen = ja.Causal() if mask == "causal" else ja.PerHead((ja.Causal(), ja.Window(4), ja.Window(9), ~ja.Causal()))
+    options = {"mask": seen, "dropout": ja.Dropout(0.4, jax.random.key(3)) if dropout else None}
+
+    @partial(jax.jit, static_argnums=0)
+    def both(implementation, arrays, learned):
+        def loss(arrays, learned):
+            normalize, measure = learned
+            measures = {"reads": measure, "mass": ja.Mass(GROUPS, 3)}
+            out, extras = attend(
+                *arrays,
+                normalize=normalize,
+                measures=measures,
+                return_lse=True,
+                block=4,
+                implementation=implementation,
+                **options,
+            )
+            tree = out, extras["reads"], extras["mass"], jnp.where(extras["lse"] > -99, extras["lse"], 0)
+            return sum((jnp.cos(jnp.arange(x.size)).reshape(x.shape) * x).sum() for x in jax.tree.leaves(tree)), tree
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(arrays, learned)
+
+    for x, y in zip(*(jax.tree.leaves(both(name, arrays, learned)) for name in ("tiled", "dense")), strict=True):
+        bound = 10 * np.sqrt(2 * 4 * length * 19) * np.finfo(np.float32).eps  # sums of so many terms near 1
+        np.testing.assert_allclose(x, y, rtol=0, atol=bound * max(1, np.abs(y).max(initial=0, where=np.isfinite(y))))
+
+
+def test_linear_measures_of_rows_that_see_nothing_or_what_is_not_finite():
+    """Hidden keys may hold anything; a visible NaN makes the measures of its row NaN, as it does out."""
+    key, value = KEY.copy(), VALUE.copy()
+    key[:, 9:], value[:, 9:], value[0, 3] = np.nan, np.inf, np.nan
+    mask = ja.Causal() & ja.Sinks(9) & ~ja.Sinks(1)
+    for length in (T, 7):
+        results = [
+            attend(QUERY[:, :length], key, value, mask=mask, measures=LINEAR, implementation=name, block=4)[1]
+            for name in ("dense", "tiled")
+        ]
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=EPS), *results)
+        assert np.isnan(results[1]["mass"][0, 3:]).all()
+        assert np.isfinite(results[1]["mass"][:, :3]).all()
+        assert np.isfinite(results[1]["mass"][1]).all()
+        assert not np.any(results[1]["mass"][:, 0])
+
+
+def test_linear_measures_of_narrow_values_are_float32():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 2, 4)), jnp.bfloat16)
+    exact = attend(x, x, x, mask=ja.Causal(), measures=LINEAR, implementation="dense")[1]
+    out, extras = attend(x, x, x, mask=ja.Causal(), measures=LINEAR, implementation="tiled", block=8)
+    assert (out.dtype, extras["mass"].dtype, extras["place"].dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=EPS, atol=EPS), extras, exact)
+
+
+def test_linear_measures_alone_leave_long_calls_to_tiled(capsys):
+    x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
+    mass, entropy = {"mass": ja.Mass(np.zeros(4096, int), 1)}, {"entropy": ja.Entropy()}
+    assert ja.explain(x, x, x, mask=ja.Causal(), measures=mass) == "tiled"
+    assert ja.explain(x, x, x, mask=ja.Causal(), measures=mass | entropy) == "rows"
+    assert "tiled: cannot serve measures=Entropy: it needs whole rows" in capsys.readouterr().out
+
+
+def test_the_distance_of_causal_attention_is_the_position_less_the_mean_position():
+    _, extras = attend(QUERY, KEY, VALUE, mask=ja.Causal(), measures=LINEAR, implementation="tiled", block=4)
+    np.testing.assert_allclose(np.arange(T)[:, None] - extras["place"], laws()["distance"], rtol=0, atol=S * EPS)

@@ -17,7 +17,7 @@ from jaxattn.core.attend.check import check
 from jaxattn.core.attend.dense import dense, marked, weigh
 from jaxattn.core.attend.maps import Dropout, Map, Need
 from jaxattn.core.attend.mask import Mask
-from jaxattn.core.attend.measure import Measure
+from jaxattn.core.attend.measure import LinearMeasure, Measure
 from jaxattn.core.attend.normalize import Normalize, Softmax, Streaming
 from jaxattn.core.attend.rows import rows
 from jaxattn.core.attend.schedule import FEW_QUERIES, READ_BYTES
@@ -197,6 +197,8 @@ def _needs(given: Given) -> dict[Need, list[str]]:
     for each in slots.weight_maps:
         needs[each.weights_need].append(f"weight_maps={each.kind}")
     for measure in slots.measures.values():
+        if isinstance(measure, LinearMeasure):
+            continue
         needs["rows"].append(f"measures={type(measure).__name__}")
     return needs
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from jaxattn.core.attend.call import Call, Wrong, WrongKeys
 from jaxattn.core.attend.dense import weigh
 from jaxattn.core.attend.mask import Mask, PerHead
+from jaxattn.core.attend.measure import LinearMeasure
 from jaxattn.core.mesh import mesh_axes, vary
 from jaxattn.core.part import part
 
@@ -182,6 +183,9 @@ def refusal(call: Call, pieces: Callable[[Call], Pieces]) -> str | None:
         piece = pieces(call).first()
         view, _, _ = weigh(piece, Wrong(None, WrongKeys(None, None, None)))
         *batch, length, heads, _ = piece.query.shape
+        for measure in piece.slots.measures.values():
+            if isinstance(measure, LinearMeasure):
+                jnp.broadcast_to(measure.columns(piece.key_positions)[..., 0], (*batch, heads, piece.key.shape[-3]))
         return view.weights, jnp.zeros((*batch, heads, length, piece.key.shape[-3]), bool)
 
     try:

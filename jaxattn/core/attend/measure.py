@@ -6,6 +6,9 @@ shape of the weights. Its `over` says what the core does with the results of one
     "rows"    [..., N, T, *c], one result per query: put one after the other, returned as [..., T, N, *c]
     "sum"     any shape, a contribution of these queries to one result: added up, returned as it is
 
+A `LinearMeasure` is a weighted sum over keys of numbers that depend on the key's position alone. It says which numbers,
+and needs no complete rows: they are read as more columns of the values, so that tiled serves it too.
+
 So memory is linear in length whatever is measured, and each measure is its dense definition. All are differentiable but
 for positions (`ArgMax`, those of `TopWeights`). Weights are those that read the values, after normalisation and
 weight maps, before dropout. They need not sum to one (sigmoid, maps); a measure says so where it normalises rows.
@@ -46,6 +49,22 @@ class Measure(abc.ABC):
         """The results for these rows."""
 
 
+class LinearMeasure(Measure):
+    """finish(Σ_j w_ij c_j): the sums of a few numbers c_j per key under the weights, and what becomes of them."""
+
+    @abc.abstractmethod
+    def columns(self, key: Int[Array, "*b #n 1 s"]) -> Array:
+        """c of the keys at these positions, [..., 1 or N, S, C]; finite also at −1, an empty slot."""
+
+    def finish(self, sums: Float[Array, "*b n t c"]) -> Any:
+        """The results for rows with these sums, [..., N, T, *c]; the sums unless it is overridden."""
+        return sums
+
+    def __call__(self, view, tile):
+        columns = self.columns(tile.key).astype(view.weights.dtype)
+        return self.finish(jnp.matmul(view.weights, columns, precision=jax.lax.Precision.HIGHEST))
+
+
 def _shares(weights: Float[Array, "*b n t s"]) -> Float[Array, "*b n t s"]:
     """Rows divided by their totals; rows without weight stay 0."""
     return ratio(weights, weights.sum(-1, keepdims=True))
@@ -65,7 +84,7 @@ class Entropy(Measure):
 
 
 @part
-class Mass(Measure):
+class Mass(LinearMeasure):
     """m_ig = Σ_{j in group g} w_ij, that is `attend` with one-hot values. [..., T, N, G]
 
     `groups` [..., P] is a table over key positions of ids 0 .. size − 1; keys with another id, or outside the table,
@@ -78,12 +97,25 @@ class Mass(Measure):
     def __post_init__(self):
         object.__setattr__(self, "size", count_ids("Mass", self.groups, self.size))
 
-    def __call__(self, view, tile):
+    def columns(self, key):
         groups = jnp.asarray(self.groups)[..., None, :]
-        check_entries("Mass", "groups", groups, tile.key)
-        ids = take(groups, tile.key, 2, fill=-1)
-        member = (ids[..., 0, :, None] == jnp.arange(self.size)).astype(view.weights.dtype)  # [..., 1 or N, S, G]
-        return jnp.matmul(view.weights, member, precision=jax.lax.Precision.HIGHEST)
+        check_entries("Mass", "groups", groups, key)
+        return take(groups, key, 2, fill=-1)[..., 0, :, None] == jnp.arange(self.size)
+
+
+@part
+class MeanPosition(LinearMeasure):
+    """Σ_j p_ij · (key position j), p the row divided by its total: where a query looks on average; 0 without weight.
+
+    Under a causal mask `Distance` is the query's position less this, without the need for complete rows. [..., T, N]
+    """
+
+    def columns(self, key):
+        place = jnp.maximum(key, 0)[..., 0, :].astype(jnp.float32)
+        return jnp.stack([place, jnp.ones_like(place)], -1)
+
+    def finish(self, sums):
+        return ratio(sums[..., 0], sums[..., 1])
 
 
 @part

@@ -15,6 +15,7 @@ values are laid out heads first, once or a tile at a time. Their gradients are s
 d_valueᵀ = d_numeratorᵀ · weights leaves the large operand, the weights, as it is.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -493,7 +494,48 @@ def apart_of(call: Call, block: tuple[int, int] | None) -> tuple[Apart, str]:
 
 
 def _together(chosen: Block, kinds: Kinds, keys: int, heads_first: bool, call: Call, active: Schedule) -> Results:
-    """A call whose heads and batch entries share the schedule, over `keys` slots of keys."""
+    """A call whose heads and batch entries share the schedule, over `keys` slots of keys.
+
+    Columns of linear measures are read as more columns of the values. In a pass of their own where the values are read
+    with dropout, which measures do not see, and for few queries, for whom it would take a copy of all values.
+    """
+    attention = partial(_attention_of, chosen, kinds, keys, heads_first)
+    measures: dict[str, Any] = dict(call.slots.measures)
+    if not measures:
+        return *attention(call, active), {}
+    columns, widths = _columns(call)
+    length, width = call.query.shape[-3], call.value.shape[-1]
+    plain = dataclasses.replace(call.slots, dropout=None)
+    if call.slots.dropout is not None or length <= FEW_QUERIES:
+        out, lse = attention(call, active)
+        sums, _ = attention(dataclasses.replace(call, value=columns, slots=plain), active)
+        sums = jnp.where(jnp.isnan(lse)[..., None], jnp.nan, sums)  # a value that is not finite makes all of a row NaN
+    else:
+        heads = columns.shape[-2] if columns.shape[-2] > 1 else call.value.shape[-2]
+        value = jnp.repeat(call.value, heads // call.value.shape[-2], -2)
+        columns = jnp.broadcast_to(columns, (*value.shape[:-1], columns.shape[-1]))
+        read, lse = attention(dataclasses.replace(call, value=jnp.concatenate([value, columns], -1)), active)
+        out, sums = read[..., :width], read[..., width:]
+    parts = jnp.split(sums.swapaxes(-2, -3), np.cumsum(widths)[:-1], -1)
+    measured = {name: measure.finish(x) for (name, measure), x in zip(measures.items(), parts, strict=True)}
+    return out, lse, measured
+
+
+def _columns(call: Call) -> tuple[Float[Array, "*b s #n c"], list[int]]:
+    """The columns of all measures side by side, heads last as those of values are, and how many each measure has."""
+    dtype = accumulator(call.query, call.key, call.value)
+    measures: Any = call.slots.measures.values()
+    each = [measure.columns(call.key_positions) for measure in measures]
+    *batch, keys, _, _ = call.key.shape
+    heads = max(x.shape[-3] for x in each)
+    wide = [jnp.broadcast_to(x.astype(dtype), (*batch, heads, keys, x.shape[-1])) for x in each]
+    return jnp.concatenate(wide, -1).swapaxes(-2, -3), [x.shape[-1] for x in each]
+
+
+def _attention_of(
+    chosen: Block, kinds: Kinds, keys: int, heads_first: bool, call: Call, active: Schedule
+) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"]]:
+    """(out, lse) of such a call."""
     slots, lengths = call.slots, (call.query.shape[-3], call.key.shape[-3])
     queries = -(-lengths[0] // chosen.queries) * chosen.queries
     weight_maps = slots.weight_maps if slots.dropout is None else (*slots.weight_maps, slots.dropout)
@@ -517,4 +559,4 @@ def _together(chosen: Block, kinds: Kinds, keys: int, heads_first: bool, call: C
     leaves, rebuild = inexact_leaves(learned)
     learned = rebuild(reverse_only(leaves, FIRST_ORDER))
     out, lse = _attention(Plan(chosen, kinds, heads_first, guard, call.value.dtype), learned, given)
-    return out[..., : lengths[0], :, :], lse.swapaxes(-1, -2)[..., : lengths[0], :], {}
+    return out[..., : lengths[0], :, :], lse.swapaxes(-1, -2)[..., : lengths[0], :]
