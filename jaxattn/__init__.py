@@ -64,7 +64,7 @@ from jaxattn.core.attend.normalize import (
     TopK,
     score_function,
 )
-from jaxattn.core.attend.partial import EMPTY, Partial, merge
+from jaxattn.core.attend.partial import EMPTY, Partial, add_log_mass, merge, merge_axis, psum_merge, with_log_mass
 from jaxattn.core.attend.position import (
     NTK,
     Interpolate,
@@ -257,6 +257,7 @@ __all__ = [
     "Window",
     "Within",
     "Yarn",
+    "add_log_mass",
     "append_one",
     "attend",
     "attention_equation",
@@ -275,11 +276,13 @@ __all__ = [
     "memory_read",
     "memory_scan",
     "merge",
+    "merge_axis",
     "mixing_matrix",
     "moment_match",
     "normalized_equation",
     "orthogonal_gaussian",
     "part",
+    "psum_merge",
     "retention",
     "rotary",
     "rotary_2d",
@@ -292,4 +295,5 @@ __all__ = [
     "state_map",
     "state_space_equation",
     "take_tokens",
+    "with_log_mass",
 ]

@@ -65,7 +65,7 @@ from jaxattn.core.attend.normalize import (
     TopK,
     score_function,
 )
-from jaxattn.core.attend.partial import EMPTY, Partial, merge
+from jaxattn.core.attend.partial import EMPTY, Partial, add_log_mass, merge, merge_axis, psum_merge, with_log_mass
 from jaxattn.core.attend.position import (
     NTK,
     Interpolate,
@@ -163,16 +163,20 @@ __all__ = [
     "Window",
     "Within",
     "Yarn",
+    "add_log_mass",
     "attend",
     "attention_weights",
     "block_means",
     "dot_product_attention",
     "explain",
     "merge",
+    "merge_axis",
+    "psum_merge",
     "rotary",
     "rotary_2d",
     "score_function",
     "select_tokens",
     "sinusoidal",
     "take_tokens",
+    "with_log_mass",
 ]
