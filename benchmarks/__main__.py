@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.cases import CASES, RECURRENCES, Setting, settings
+from benchmarks.cases import CASES, HEADS, RECURRENCES, Setting, settings
 from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.floors import floor_seconds, measure_floors
 from benchmarks.measure import Prepared, RefusedError, peak_in_a_fresh_process, take_turns
@@ -68,6 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--length", nargs="+", type=int, help="only these T = S, and decoding only where --cache says")
     parser.add_argument("--cache", nargs="+", type=int, help="decoding at these S, and T = S only where --length says")
+    parser.add_argument("--key-heads", type=int, default=HEADS, help=f"a divisor of {HEADS}, the number of heads")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="only these dtypes")
     parser.add_argument("--no-resident", action="store_true", help="no peak memory, which takes a process per call")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"), help="folder of the report")
@@ -75,7 +76,7 @@ def main() -> None:
     lengths, cache_lengths = ([256], [512]) if arguments.quick else (LENGTHS, CACHE_LENGTHS)
     if arguments.length or arguments.cache:
         lengths, cache_lengths = arguments.length or [], arguments.cache or []
-    chosen = settings(lengths, cache_lengths, arguments.dtype)
+    chosen = settings(lengths, cache_lengths, arguments.dtype, arguments.key_heads)
     console = Console()
     budget, resident = (2.0, False) if arguments.quick else (60.0, not arguments.no_resident)
     with console.status("") as status:

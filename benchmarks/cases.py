@@ -8,11 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn import Alibi, Causal, Delta, Documents, Erase, Neural, RelativeBias, SoftCap, Window
+from jaxattn import (
+    Alibi,
+    BlockIndex,
+    Blocks,
+    Causal,
+    Delta,
+    Documents,
+    Erase,
+    Mass,
+    Neural,
+    PerHead,
+    RelativeBias,
+    SoftCap,
+    Window,
+)
 from jaxattn.core.attend.mask import visible
 
 HEADS, HEAD_DIM = 8, 64
 WINDOW, DOCUMENT, HIDDEN = 256, 512, 16
+BLOCK, SHARE = 128, 8  # every head and block of queries reads 1 of so many blocks of keys
+WINDOWS = (128, 512, 1024, 4096)  # of the heads of one layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +40,26 @@ class Setting:
     keys: int
     dtype: str
     backward: bool
+    key_heads: int = HEADS
 
     @property
     def name(self) -> str:
         lengths = f"T = S = {self.queries}" if self.queries == self.keys else f"T = {self.queries}, S = {self.keys}"
-        return f"{lengths}, batch {self.batch}, {self.dtype}, {self.direction}"
+        shared = "" if self.key_heads == HEADS else f"{self.key_heads} key heads, "
+        return f"{lengths}, batch {self.batch}, {shared}{self.dtype}, {self.direction}"
 
     @property
     def direction(self) -> str:
         return "forward + backward" if self.backward else "forward"
 
 
-def settings(lengths: Sequence[int], cache_lengths: Sequence[int], dtypes: Sequence[str]) -> list[Setting]:
+def settings(
+    lengths: Sequence[int], cache_lengths: Sequence[int], dtypes: Sequence[str], key_heads: int = HEADS
+) -> list[Setting]:
     """Training at `lengths`, both directions, and decoding one token against a cache of each of `cache_lengths`."""
-    train = [Setting(1, t, t, dtype, backward) for t in lengths for dtype in dtypes for backward in (False, True)]
-    return train + [Setting(8, 1, s, dtype, False) for s in cache_lengths for dtype in dtypes]
+    sizes = [(1, t, t, dtype, backward) for t in lengths for dtype in dtypes for backward in (False, True)]
+    sizes += [(8, 1, s, dtype, False) for s in cache_lengths for dtype in dtypes]
+    return [Setting(*each, key_heads) for each in sizes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +78,12 @@ def _network() -> Neural:
     return Neural(_normal(2 * HEAD_DIM, HIDDEN) / HEAD_DIM**0.5, jnp.zeros(HIDDEN), _normal(HIDDEN))
 
 
+def _blocks(keys: int) -> BlockIndex:
+    """Each head's choice for each block of queries, its own block and others at random."""
+    count = -(-keys // BLOCK)
+    return BlockIndex.from_scores(_normal(HEADS, count, count), max(count // SHARE, 1), (BLOCK, BLOCK))
+
+
 CASES = {
     "full": Case(lambda keys: {}),
     "causal": Case(lambda keys: {"mask": Causal()}),
@@ -65,6 +92,10 @@ CASES = {
     "alibi": Case(lambda keys: {"mask": Causal(), "bias": Alibi.geometric(HEADS)}),
     "soft cap": Case(lambda keys: {"mask": Causal(), "score_maps": (SoftCap(50.0),)}),
     "bias table": Case(lambda keys: {"mask": Causal(), "bias": RelativeBias(_normal(HEADS, 32))}, ("bias",)),
+    "blocks": Case(lambda keys: {"mask": Causal() & Blocks(_blocks(keys))}),
+    "windows": Case(lambda keys: {"mask": PerHead(tuple(Window(w) for w in WINDOWS for _ in range(HEADS // 4)))}),
+    **{f"window {w}": Case(lambda keys, w=w: {"mask": Window(w)}) for w in WINDOWS},  # type: ignore[misc]
+    "mass": Case(lambda keys: {"mask": Causal(), "measures": {"mass": Mass(jnp.arange(keys) % 4, 4)}}),
     "mlp score": Case(lambda keys: {"mask": Causal(), "score": _network()}, ("score",)),
 }
 
@@ -122,10 +153,11 @@ def options(case: str, setting: Setting) -> dict[str, Any]:
 def arrays(setting: Setting) -> list[Any]:
     """query, key, value and the cotangent of the output, standard normal: [B, T or S, N, H]."""
     lengths = (setting.queries, setting.keys, setting.keys, setting.queries)
+    heads = (HEADS, setting.key_heads, setting.key_heads, HEADS)
     keys = jax.random.split(jax.random.key(0), len(lengths))
     return [
-        jax.random.normal(key, (setting.batch, length, HEADS, HEAD_DIM), setting.dtype)
-        for key, length in zip(keys, lengths, strict=True)
+        jax.random.normal(key, (setting.batch, length, count, HEAD_DIM), setting.dtype)
+        for key, length, count in zip(keys, lengths, heads, strict=True)
     ]
 
 
@@ -139,11 +171,12 @@ def tokens(case: str, setting: Setting) -> dict[str, Any]:
 
 
 def visible_pairs(case: str, setting: Setting) -> int:
-    """How many (query, key) pairs the mask shows, per head and batch entry: the least that has to be computed."""
+    """How many (query, key) pairs the mask shows, per batch entry and head on average: the least to be computed."""
     mask = CASES[case].options(setting.keys).get("mask")
     query, key = (jnp.asarray(x) for x in positions(setting))
 
     def row(position: Any) -> Any:
-        return jnp.broadcast_to(visible(mask, position[None, None, None], key[None, None]), (1, 1, len(key))).sum()
+        shown = visible(mask, position[None, None, None], key[None, None])
+        return jnp.broadcast_to(shown, (*shown.shape[:-1], len(key))).sum() / shown.shape[-3]
 
-    return int(jax.lax.map(row, query).sum())
+    return int(np.asarray(jax.lax.map(row, query), np.float64).sum())

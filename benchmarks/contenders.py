@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from benchmarks.cases import CASES, HEAD_DIM, HEADS, RECURRENCES, WINDOW, Setting, arrays, options, positions, tokens
 from benchmarks.measure import DENSE_LENGTH, Prepared, RefusedError, compile_call
 from benchmarks.torch_peers import torch_fla, torch_flex, torch_sdpa
-from jaxattn import LinearState, attend, linear_attention, linear_step
+from jaxattn import LinearState, Tile, attend, linear_attention, linear_step
 
 
 def _compile(forward: Callable, case: str, setting: Setting) -> Prepared:
@@ -37,7 +37,15 @@ def _compile(forward: Callable, case: str, setting: Setting) -> Prepared:
 
 def ours(case: str, setting: Setting) -> Prepared:
     """`attend` with implementation "auto"."""
-    return _compile(lambda query, key, value, parts: attend(query, key, value, **parts), case, setting)
+
+    def forward(query, key, value, parts):
+        result = attend(query, key, value, **parts)
+        if "measures" not in parts:
+            return result
+        out, extras = result  # in one array, so that what is measured is not left out of the program
+        return out.at[..., : extras["mass"].shape[-1]].add(extras["mass"])
+
+    return _compile(forward, case, setting)
 
 
 def jax_nn(case: str, setting: Setting) -> Prepared:
@@ -54,8 +62,9 @@ def jax_nn(case: str, setting: Setting) -> Prepared:
 
     def forward(query, key, value, parts):
         given: dict[str, Any] = own[case].copy() if square and case in own else {}
+        places = query_positions[:, None], key_positions[None, None]
         for slot in {"mask", "bias"} & set(parts) if not given else ():
-            given[slot] = parts[slot](query_positions[:, None], key_positions[None, None])[None]
+            given[slot] = (parts[slot](*places) if slot == "mask" else parts[slot](Tile(*places)))[None]
         return jax.nn.dot_product_attention(query, key, value, **given, implementation=implementation)
 
     return _compile(forward, case, setting)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from statistics import mean
 
 from benchmarks.cases import Setting
 from benchmarks.measure import median, median_ratio
@@ -35,15 +36,18 @@ class Rows:
     def find(self, contender: str, case: str, setting: Setting) -> Row | None:
         return self._of.get((contender, case, setting))
 
-    def ratio_of_fastest(self, row: Row, contender: str, case: str) -> float | None:
+    def ratio_of_fastest(self, row: Row, contender: str, *cases: str) -> float | None:
         """The same of the fastest rounds, which other work on the machine disturbs least."""
-        base = self.find(contender, case, row.setting)
-        return None if base is None else min(row.seconds) / min(base.seconds)
+        bases = [base for base in (self.find(contender, case, row.setting) for case in cases) if base is not None]
+        return min(row.seconds) / mean(min(base.seconds) for base in bases) if len(bases) == len(cases) else None
 
-    def ratio(self, row: Row, contender: str, case: str) -> float | None:
-        """Time over that of another row of the same setting, the median over rounds; None if that was not measured."""
-        base = self.find(contender, case, row.setting)
-        return None if base is None else median_ratio(row.seconds, base.seconds)
+    def ratio(self, row: Row, contender: str, *cases: str) -> float | None:
+        """Time over the mean of other rows of the same setting, the median over rounds; None if not all of these were
+        measured."""
+        bases = [base for base in (self.find(contender, case, row.setting) for case in cases) if base is not None]
+        if len(bases) < len(cases):
+            return None
+        return median_ratio(row.seconds, [mean(each) for each in zip(*(base.seconds for base in bases), strict=True)])
 
 
 @dataclasses.dataclass(frozen=True)

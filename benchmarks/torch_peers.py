@@ -11,7 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.cases import CASES, DOCUMENT, HEAD_DIM, RECURRENCES, WINDOW, Setting, arrays, positions, tokens
+from benchmarks.cases import (
+    CASES,
+    DOCUMENT,
+    HEAD_DIM,
+    HEADS,
+    RECURRENCES,
+    WINDOW,
+    WINDOWS,
+    Setting,
+    arrays,
+    positions,
+    tokens,
+)
 from benchmarks.measure import DENSE_LENGTH, Prepared, RefusedError
 
 try:
@@ -21,11 +33,17 @@ except ImportError:
     torch = None
 
 
+# Cases that compare calls of this library with each other.
+OUR_OWN = ("blocks", "windows", *(f"window {w}" for w in WINDOWS), "mass")
+
+
 def _tensors(setting: Setting) -> list[Any]:
     if torch is None:
         raise RefusedError("is not installed")
     if jax.default_backend() != "cpu":
         raise RefusedError("is timed on the CPU only")
+    if setting.key_heads != HEADS:
+        raise RefusedError("is timed with as many key heads as heads")
     tensors = [
         torch.from_numpy(np.array(x, np.float32)).to(getattr(torch, setting.dtype)).transpose(1, 2).contiguous()
         for x in arrays(setting)
@@ -88,6 +106,8 @@ def torch_flex(case: str, setting: Setting) -> Prepared:
         raise RefusedError("has no recurrence")
     if case == "mlp score":
         raise RefusedError("has a score_mod that sees scores, not queries and keys")
+    if case in OUR_OWN:
+        raise RefusedError("is compared in cases that its masks and score_mods express in a line")
     query, key, value, _ = _tensors(setting)
     if setting.backward:
         raise RefusedError("has no backward pass on the CPU")
