@@ -5,8 +5,8 @@ slot, and `attend(implementation="tiled")` skips what it leaves out. Nothing of 
 one query chooses single tokens, `select_tokens` copies the chosen ones out instead.
 """
 
-import functools
 import operator
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -194,9 +194,17 @@ class Blocks(Mask):
         )
 
     def __call__(self, query, key):
-        query, key = self._slots(query, key, grid=2)
-        queries, keys = self.index.block
-        return take_pairs(jnp.asarray(self.index.active), query // queries, key // keys, grid=2, fill=False)
+        slots, block = self._slots(query, key, grid=2), self.index.block
+        rows, columns = (jnp.asarray(x) // size for x, size in zip(slots, block, strict=True))
+        look_up = partial(take_pairs, jnp.asarray(self.index.active), grid=2, fill=False)
+        shape = jax.eval_shape(look_up, rows, columns).shape
+        first = rows[..., :1, :], columns[..., :1]
+        # Within one block, as where tiles fit the blocks, one look-up does for all pairs.
+        return jax.lax.cond(
+            (rows == first[0]).all() & (columns == first[1]).all(),
+            lambda: jnp.broadcast_to(look_up(*first), shape),
+            lambda: look_up(rows, columns),
+        )
 
     def bounds(self, query, key):
         # The active blocks in the rectangle that a tile's slots span, from sums over all blocks above and left.
@@ -216,7 +224,7 @@ class Blocks(Mask):
 
         found = above(bottom, right) - above(top, right) - above(bottom, left) + above(top, left)
         shown = (every_slot(at, slots >= 0) for at, slots in zip(places, (query, key), strict=True))
-        return found > 0, functools.reduce(operator.and_, shown, found == rows * columns)
+        return found > 0, reduce(operator.and_, shown, found == rows * columns)
 
     @property
     def grain(self):

@@ -17,7 +17,6 @@ d_valueᵀ = d_numeratorᵀ · weights leaves the large operand, the weights, as
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -427,21 +426,25 @@ def tiled(call: Call, block: tuple[int, int] | None) -> Results:
     run = partial(_together, chosen, kinds, keys, visits > FEW_VISITS)
     active = jax.tree.map(jnp.asarray, active)
 
-    batch = call.query.ndim - 3
+    batch, levels = call.query.ndim - 3, [size for size in apart[1:] if size > 1]
 
-    def over_heads(function: Callable[..., Results], groups: int, call: Call, active: Schedule) -> Results:
-        """The function of each group of heads, and the heads of all groups together again."""
-        if groups == 1:
-            return function(call, active)
+    def stacked(call: Call, active: Schedule, depth: int) -> Results:
+        """Of the groups of heads, and in these of their members, along axes in front."""
+        if depth == len(levels):
+            return run(call, active)
+        return by_heads(call, levels[depth]).each(partial(stacked, depth=depth + 1), active)
 
+    def of_entry(call: Call, active: Schedule) -> Results:
         def joined(x: Array, axis: int) -> Array:
-            x = jnp.moveaxis(x, 0, axis)
+            """With the heads of all pieces at the axis, which counts without those in front."""
+            x = jnp.moveaxis(x.reshape(-1, *x.shape[len(levels) :]), 0, axis)
             return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-        out, lse, measured = by_heads(call, groups).each(function, active)
+        out, lse, measured = stacked(call, active, 0)
+        if not levels:
+            return out, lse, measured
         return joined(out, batch + 1), joined(lse, batch + 1), jax.tree.map(lambda x: joined(x, batch), measured)
 
-    of_entry = partial(over_heads, partial(over_heads, run, apart.members), apart.groups)
     if apart.entries == 1:
         return of_entry(call, active)
     sizes = call.query.shape[:-3]
