@@ -237,3 +237,36 @@ def test_tiles_fit_the_blocks_of_a_mask():
     assert blocks_for(999, 1, (300, 997))[0] == Block(150, 512, 512)
     assert blocks_for(999, 1, (1, 256), alone=True)[0] == Block(128, 128, 128)
     assert blocks_for(999, 1, (1, 256), alone=True)[1:] == BLOCKS["cpu"][-1:]
+
+
+def test_pieces_stand_under_vmap_shard_map_and_checkpoint():
+    """Heads with other masks and other blocks, a bias by head and a linear measure: values and gradients of dense."""
+    rng = np.random.default_rng(0)
+    arrays = tuple(rng.normal(size=(2, 12, heads, 4)).astype(np.float32) for heads in (4, 2, 2))
+    active = jnp.asarray(rng.random((2, 4, 3, 3)) < 0.6)
+    heads = ja.PerHead((ja.Window(1), ja.Causal(), ja.Documents(jnp.arange(12) // 5), ja.Window(5)))
+
+    def loss(query, key, value, active, implementation="tiled"):
+        options = {"mask": ja.Blocks(ja.BlockIndex(active, (4, 4))) | heads, "bias": ja.Alibi(jnp.arange(4.0))}
+        options |= {"measures": {"mass": ja.Mass(np.arange(12) % 3, 3)}, "block": 4, "implementation": implementation}
+        out, extras = attend(query, key, value, return_lse=True, **options)
+        seen = jnp.where(extras["lse"] > -99, extras["lse"], 0)
+        return (jnp.sin(out).sum(-1) + extras["mass"][..., 0] + seen).sum((-1, -2))
+
+    def gradient(run):
+        return lambda *x: jax.value_and_grad(lambda *y: run(*y, *x[3:]).sum(), (0, 1, 2))(*x[:3])
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    over_data = jax.sharding.PartitionSpec("data")
+    shared = gradient(lambda *x: jax.lax.psum(loss(*x).sum(), "data"))
+    specs = {"in_specs": over_data, "out_specs": (jax.sharding.PartitionSpec(), over_data)}
+    runs = {
+        "plain": gradient(loss),
+        "vmap": gradient(jax.vmap(loss)),
+        "shard_map": jax.shard_map(shared, mesh=mesh, **specs),
+        "checkpoint": gradient(jax.checkpoint(loss)),
+    }
+    expected = jax.jit(gradient(lambda *x: loss(*x, "dense")))(*arrays, active)
+    for name, run in runs.items():
+        for x, y in zip(*map(jax.tree.leaves, (jax.jit(run)(*arrays, active), expected)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.abs(y).max()), err_msg=name)
