@@ -226,7 +226,7 @@ def test_a_context_in_pieces_is_the_whole(page):
 def test_a_module_owns_and_trains_the_parts_of_every_slot(page):
     p = page("attend")
     assert p.y.shape == (2, p.T, 32)
-    assert p.records["instruction"].shape == (2, p.T, p.N, 2)
+    assert p.tap.records["instruction"].shape == (2, p.T, p.N, 2)
     assert all((np.abs(leaf) > 0).any() for leaf in jax.tree.leaves(p.trained))
     shapes = [leaf.shape for leaf in jax.tree.leaves(p.trained)]
     assert (4, 4) in shapes  # the mixing of heads

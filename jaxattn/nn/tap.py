@@ -183,6 +183,10 @@ class _Lowered(Map):
         return getattr(self.edit, "weights_need", None) or getattr(self.edit, "need", "tile")
 
     @property
+    def heads_apart(self):  # type: ignore[override]
+        return isinstance(self.edit, Map) and self.edit.heads_apart
+
+    @property
     def kind(self):
         return type(self.edit).__name__
 

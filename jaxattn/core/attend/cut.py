@@ -177,7 +177,7 @@ def refusal(call: Call, pieces: Callable[[Call], Pieces]) -> str | None:
     for slot in ("score_maps", "weight_maps"):
         for each in getattr(call.slots, slot):
             if not each.heads_apart:
-                return f"{slot}={type(each).__name__} may let heads read each other"
+                return f"{slot}={each.kind} may let heads read each other"
 
     def weights(call: Call) -> Any:
         piece = pieces(call).first()
