@@ -519,7 +519,7 @@ def test_location_is_float32_for_half_precision():
         ),
         ({"mask": ja.Documents(np.zeros((3, 6), np.int32), np.zeros((2, 6), np.int32))}, "mask=Documents does not fit"),
         ({"measures": {"m": ja.Mass(np.zeros((3, 6), np.int32))}}, "measures: m=Mass does not fit"),
-        ({"score": lambda q, k: q @ k.swapaxes(-1, -2)}, "score must be a part that holds arrays and numbers only"),
+        ({"score": lambda q, k: q @ k.swapaxes(-1, -2)}, "score must be a Score such as"),
         ({"mask": ja.PerHead((ja.Causal(), 1, 2, 3))}, "PerHead"),
     ],
 )
