@@ -13,6 +13,7 @@ from jaxattn.cache import Policy, Recent, Store, by_position, empty, unseen
 from jaxattn.cache.store import Held
 from jaxattn.core.attend.api import Implementation, attend
 from jaxattn.core.attend.maps import Dropout
+from jaxattn.core.attend.mask import as_mask
 from jaxattn.core.attend.normalize import Softmax
 from jaxattn.core.attend.position import RotaryScaling, rotary, rotary_channels
 from jaxattn.core.attend.score import Dot
@@ -58,9 +59,9 @@ class MultiHeadAttention(Mixer):
     convolution: the width of a short causal convolution of q, k and v per channel, after their projection; 0 for none.
     dropout: rate on the attention weights, active unless `deterministic` (see `nnx.Module.train` and `eval`).
     mask: in packed rows (`Documents`) it is meant within each document, so that `Sinks(4)` are the first of each.
-    score, bias, mask, normalize: parts, or modules that own `nnx.Param`s and return a part when called without
-    arguments (`jaxattn.nn.learned`). score_maps, weight_maps: tuples of such. Arrays of a part that is given directly
-    are constants: they are not trained.
+    score, bias, mask, normalize: parts (for bias and mask also arrays and functions of positions, as in `attend`), or
+    modules that own `nnx.Param`s and return a part when called without arguments (`jaxattn.nn.learned`). score_maps,
+    weight_maps: tuples of such. Arrays of a part that is given directly are constants: they are not trained.
     dtype: of the computation (parameters are float32).
 
     Raises ValueError for sizes that do not divide, cross-attention with rotary positions, and dropout without a
@@ -118,6 +119,7 @@ class MultiHeadAttention(Mixer):
         self.dropout, self.deterministic = dropout, False
         self.implementation: Implementation = implementation
         self.dtype = dtype
+        mask = mask if isinstance(mask, nnx.Module) else as_mask(mask)
         self.score, self.bias, self.mask, self.normalize = (_own(slot) for slot in (score, bias, mask, normalize))
         for name, maps in (("score_maps", score_maps), ("weight_maps", weight_maps)):
             if not isinstance(maps, list | tuple):

@@ -10,8 +10,22 @@ from flax import nnx
 from mixers import call
 from multi_head import assert_close, multi_head, randomise
 
-from jaxattn import NTK, Alibi, Causal, Explicit, Interpolate, Lengths, Sigmoid, Sinks, Window, Yarn, attend, rotary
-from jaxattn.nn import MultiHeadAttention, NullSoftmax
+from jaxattn import (
+    NTK,
+    Alibi,
+    Bias,
+    Causal,
+    Explicit,
+    Interpolate,
+    Lengths,
+    Sigmoid,
+    Sinks,
+    Window,
+    Yarn,
+    attend,
+    rotary,
+)
+from jaxattn.nn import MultiHeadAttention, NullSoftmax, Tokens
 
 D, T, B = 16, 7, 2
 
@@ -242,3 +256,23 @@ def test_dropout_needs_a_random_stream():
 def test_unknown_sites_are_refused():
     with pytest.raises(ValueError, match=r"record names the unknown site 'wieghts': need one of \['embed'"):
         call(MultiHeadAttention(D, 4, rngs=nnx.Rngs(0)), jnp.zeros((B, T, D)), record=("wieghts",))
+
+
+@pytest.mark.parametrize("shape", [(T, T), (B, 1, T, T), (B, 4, T, T)], ids=str)
+def test_arrays_and_functions_stand_in_the_slots_of_mask_and_bias(shape):
+    """In the module, and as the mask of the tokens; they are the parts that they become."""
+    rng = np.random.default_rng(0)
+    shown, added = rng.random(shape) < 0.6, jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    x = inputs(B, T, D)
+
+    def build(**slots):
+        return MultiHeadAttention(D, 4, rotary_base=None, **slots, rngs=nnx.Rngs(0))
+
+    expected = build(mask=Explicit(shown), bias=Bias(added))(x)[0]
+    np.testing.assert_array_equal(build(mask=shown, bias=added)(x)[0], expected)
+    by_tokens = build(bias=added)(x, Tokens.of(x, mask=shown))[0]
+    np.testing.assert_array_equal(by_tokens, expected)
+    near = build(mask=lambda query, key: abs(query - key) < 2, bias=lambda query, key: 0.1 * (query - key))(x)[0]
+    places = jnp.arange(T)
+    apart = places[:, None] - places
+    assert_close(near, build(mask=Explicit(abs(apart) < 2), bias=Bias(0.1 * apart))(x)[0])
