@@ -236,7 +236,8 @@ def empty(
     room = slots if budget is None or isinstance(budget, jax.core.Tracer) else int(np.min(np.asarray(budget)))
     if not isinstance(retain.least, jax.core.Tracer) and retain.evicts and room <= int(retain.least):
         raise ValueError(
-            f"{type(retain).__name__} never evicts {int(retain.least)} tokens, but there is room for {room}: need more"
+            f"{type(retain).__name__} never evicts {int(retain.least)} tokens, but there is room for {room}: need more "
+            "slots, or a larger budget"
         )
     if budget is not None:
         if not retain.evicts:

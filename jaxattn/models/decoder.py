@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn import nn
 from jaxattn.cache import Policy, check_room
+from jaxattn.core.attend.measure import Measure
 from jaxattn.core.checks import as_ids, check_array
 from jaxattn.models.config import DecoderConfig, Layer
 from jaxattn.nn.parameter import linear_map, normed, rms_norm, undecayed
@@ -38,6 +39,15 @@ class Block(nnx.Module):
         inside = tuple(site for site in self.mixer.sites if site != "attn_out")
         block = ("mlp_norm_scale", "mlp_pre", "mlp_post") if self.feed_forward is not None else ()
         return (*before, *inside, *after, *block, "mlp_out", "resid")
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """The sites that take edits."""
+        return tuple(site for site in self.sites if site not in self.mixer.recorded_only)
+
+    def keeps(self, site: str, reducer: Any) -> bool:
+        """Whether this layer has such a record. Measures are of the weights of attention."""
+        return site in self.sites and ("scores" in self.sites or not isinstance(reducer, Measure))
 
     def __call__(self, x, tokens, tap, state, shared, give):
         inside = tap.only(set(self.mixer.sites) - {"attn_out"})
@@ -96,8 +106,8 @@ class Decoder(nnx.Module):
             record: Names of sites, each kept whole; or name -> (site, reducer). Records of layers have a leading layer
                 axis; they are a list by layer, with None for layers without the site, where shapes differ.
 
-        With meta tokens, what is edited and recorded in the layers covers the row that begins with them, and a packed
-        row may hold 8 documents: one of more is NaN.
+        With meta tokens, what is recorded in the layers covers the row that begins with them, and edits leave them as
+        they are. A packed row may then hold 8 documents: one of more is NaN.
 
         Raises:
             TypeError: For tokens that are no array of the right kind, and for what is no edit or reducer.
@@ -122,7 +132,7 @@ class Decoder(nnx.Module):
         if self.meta is not None and state is None:
             x, row, strip = nn.with_prefix(self.meta[...], x, row, DOCUMENTS)
         elif self.meta is not None:
-            row = row.moved(nn.after_prefix(row.positions, self.config.meta_tokens))
+            row = nn.behind_prefix(row, len(tokens), self.config.meta_tokens)
         asked = {name: each for name, each in asked.items() if each[0] not in OF_MODEL}
         changes = {site: each for site, each in changes.items() if site not in OF_MODEL}
         x, state, records = self.layers(x, row, state=state, edits=changes, record=asked)
@@ -166,8 +176,8 @@ class Decoder(nnx.Module):
         for number, (run, length) in enumerate(zip(self.runs, self.lengths, strict=True)):
             gives = not self.reads[number] and self.reads[number + 1 : number + 2] == (True,)
             given = shared if self.reads[number] else None
-            of_run = {name: each for name, each in asked.items() if each[0] in run.sites}
-            sliced, edits_of = scanned(changes, first, length, run.sites)
+            of_run = {name: each for name, each in asked.items() if run.keeps(*each)}
+            sliced, edits_of = scanned(changes, first, length, run.edited)
 
             # Scanned as plain arrays: unlike `nnx.scan` this also works where the model is a constant of a JAX loop.
             graph, arrays = nnx.split(run)
@@ -188,7 +198,8 @@ class Decoder(nnx.Module):
                 one = jax.tree.map(lambda x: x[0], own)
                 shapes = jax.eval_shape(lambda x, one, layer=layer: layer((x, None), one)[0][1], x, one)
                 keys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            (x, shared), (new_state, records, counts) = jax.lax.scan(layer, (x, keys), own)
+            (x, keys), (new_state, records, counts) = jax.lax.scan(layer, (x, keys), own)
+            shared = keys if gives else shared  # several runs may read the same keys
             first += length
             if not run.deterministic:
                 nnx.update(run, counts)
@@ -202,9 +213,9 @@ class Decoder(nnx.Module):
         return tuple(site for site in SITES if site in OF_MODEL or any(site in run.sites for run in self.runs))
 
     def _check_sites(self, edits: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-        by_layer = [run.sites for run, length in zip(self.runs, self.lengths, strict=True) for _ in range(length)]
-        for name, (site, _) in record.items():
-            if not any(site in sites for sites in by_layer):
+        by_layer = [run.edited for run, length in zip(self.runs, self.lengths, strict=True) for _ in range(length)]
+        for name, (site, reducer) in record.items():
+            if not any(run.keeps(site, reducer) for run in self.runs):
                 raise ValueError(f"record {name!r} is of {site!r}, which no layer has: need one of {list(self.sites)}")
         for site, entries in edits.items():
             for entry in entries:

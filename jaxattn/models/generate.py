@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
+from jaxattn.cache import Policy
 from jaxattn.core.checks import check_int, check_range
 from jaxattn.core.part import part
 from jaxattn.models.decoder import Decoder
@@ -96,6 +97,7 @@ class Contrast(Combine):
         if logits.shape[0] != 2:
             raise ValueError(f"Contrast: {logits.shape[0]} runs are given: need 2")
         first, second = jax.nn.log_softmax(logits.astype(jnp.float32))
+        second = jnp.maximum(second, -1e30)  # what the second never says is not 0 · ∞
         likely = first >= jnp.log(self.beta) + first.max(-1, keepdims=True)
         return jnp.where(likely, (1 + self.alpha) * first - self.alpha * second, -jnp.inf)
 
@@ -167,6 +169,7 @@ def generate(
     record: Any = (),
     processors: Sequence[Processor] = (),
     combine: Combine | None = None,
+    store: Policy | None = None,
 ) -> Generation:
     """Continues each prompt by up to `max_new_tokens` tokens, until its `end_token`.
 
@@ -188,6 +191,7 @@ def generate(
         record: As of the model, of the first run; it comes back in `records` and `prompt_records`.
         processors: Parts that change the logits before a token is drawn, one after the other.
         combine: What is drawn from, of several runs, such as `Contrast(0.5)`.
+        store: How attention keeps and reads earlier tokens, such as `Policy(HeavyHitters(), slots=64)`.
 
     Raises ValueError for empty or ragged prompts, unknown tokens or lengths that do not fit, if the prompt and the new
     tokens exceed the model's context, and for sampling parameters out of range; TypeError for prompts that are text, a
@@ -238,6 +242,8 @@ def generate(
             f"need temperature >= 0, top_k >= 1 and 0 < top_p <= 1, got {temperature}, {top_k} and {top_p}"
         )
     runs = (edits,) if isinstance(edits, Mapping) else tuple(edits)
+    if not runs:
+        raise ValueError("edits is an empty list of runs: need {} for none, or a list of two or more")
     if len(runs) > 1 and combine is None:
         raise ValueError(f"edits has {len(runs)} runs but combine is None: need a part such as Contrast(0.5)")
     if combine is not None and (len(runs) < 2 or not isinstance(combine, Combine)):
@@ -260,7 +266,7 @@ def generate(
     names = tuple(as_records(record).items())
     # Reducers and measures are parts, so that they go into the program as arrays and not as constants.
     asked, sites = {name: reducer for name, (_, reducer) in names}, tuple((name, site) for name, (site, _) in names)
-    parts = runs, asked, tuple(processors), combine
+    parts = runs, asked, tuple(processors), combine, store
     new, lost = _generate(graph, int(max_new_tokens), sites, arrays, prompts, lengths, key, parts, *scalars)
     if lost.any():
         row = int(lost.argmax())
@@ -281,7 +287,7 @@ def _is_key(key: Any) -> bool:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(graph, max_new_tokens, sites, arrays, prompts, lengths, key, parts, temperature, top_k, top_p, end_token):
-    runs, reducers, processors, combine = parts
+    runs, reducers, processors, combine, store = parts
     record = {name: (site, reducers[name]) for name, site in sites}
     batch, length = prompts.shape
     places = jnp.arange(length)
@@ -305,7 +311,8 @@ def _generate(graph, max_new_tokens, sites, arrays, prompts, lengths, key, parts
             logits = processor(logits, sequence)
         return sample(logits, jax.random.fold_in(key, step), temperature, top_k, top_p)
 
-    start = nnx.merge(graph, arrays).init_state(batch, length + max_new_tokens)
+    kept_by = {} if store is None else {"store": store}
+    start = nnx.merge(graph, arrays).init_state(batch, length + max_new_tokens, **kept_by)
     shown = places < lengths[:, None]
     logits, states, prompt_records = read(prompts, jnp.where(shown, places, -1), (start,) * len(runs))
     logits = jnp.take_along_axis(logits, (lengths - 1)[None, :, None, None], axis=2)[:, :, 0]

@@ -42,7 +42,7 @@ from jaxattn.nn.mechanisms import (
 )
 from jaxattn.nn.merged import LinearSelfAttention, SoftmaxHeads
 from jaxattn.nn.mixer import Mixer
-from jaxattn.nn.prefix import Prefixed, after_prefix, with_prefix
+from jaxattn.nn.prefix import Prefixed, after_prefix, behind_prefix, with_prefix
 from jaxattn.nn.recurrent import Inputs, LearningInputs, LinearInputs, Mechanism, Passed, Past, Recurrent
 from jaxattn.nn.state_space import S6, Mamba2, mimetic_initialization
 from jaxattn.nn.tap import ALIASES, SITES, Edit, Layers, Reducer, Tap, Whole
@@ -104,6 +104,7 @@ __all__ = [
     "Tokens",
     "Whole",
     "after_prefix",
+    "behind_prefix",
     "memory_as_gate",
     "memory_as_layer",
     "mimetic_initialization",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,8 +184,12 @@ class MultiHeadAttention(Mixer):
         store: Any = None if self.key is None else state  # a layer that reads the keys of another holds none
         tokens, tap = self.started(x, tokens, tap, store)
         source = self._source(x, context, store)
-        if store is not None:
-            _check_rows_alone(*(tuple(map(_part, maps)) for maps in (self.score_maps, self.weight_maps)))
+        own = _part(self.mask)
+        if store is not None and store.retain.evicts and tokens.documents is not None and not own.is_relative:
+            raise ValueError(
+                f"mask has documents, within which the mask of the layer is meant, but the state keeps tokens by their "
+                f"place in the row ({type(store.retain).__name__}): need init_state(..., store=Policy())"
+            )
         x = tokens.clean(x)
         convolved = self._past(x, tokens, {} if store is None else store.past) if self.convolution else None
 
@@ -195,8 +199,9 @@ class MultiHeadAttention(Mixer):
         else:
             at = tokens if source is None else tokens_of(source)
             key, value = self.keys_and_values(x if source is None else at.clean(source.x), convolved)
-            key, value = tap("k", key), tap("v", value)
-            key = tap("k_rotated", self.turn(key, at.positions))
+            of_keys = tap.at(at)
+            key, value = of_keys("k", key), of_keys("v", value)
+            key = of_keys("k_rotated", self.turn(key, at.positions))
             keys = KeyValue(key, value, None if at.known is None else at.known[..., None])
             if store is not None:
                 store = store.append(key, value, jnp.broadcast_to(tokens.positions, x.shape[:2]))
@@ -215,6 +220,8 @@ class MultiHeadAttention(Mixer):
         """Those of attention; without own keys none of keys and values."""
         keys = () if self.key is None else ("k", "v", "k_rotated", "read")
         return ("q", "q_rotated", *keys, "scores", "weights", "lse", "z", "attn_out")
+
+    recorded_only: ClassVar = ("read", "lse")
 
     def _source(self, x: Array, context: Any, store: Any) -> Context | KeyValue | None:
         """The context as it is read, checked."""
@@ -253,6 +260,8 @@ class MultiHeadAttention(Mixer):
             lost = unseen(store, positions, own.mask)[..., None, None]
             query = jnp.where(lost, jnp.nan, query)
         slots, lse = tap.join(own)
+        if store is not None:
+            _check_rows_alone(slots.score_maps, slots.weight_maps)
         options: dict[str, Any] = {"return_lse": lse, "implementation": self.implementation}
         # With a state positions are known to be where they are only as long as none is held before them.
         at = tokens.known if store is None else tokens.positions
@@ -286,8 +295,8 @@ class MultiHeadAttention(Mixer):
         Args:
             batch: B.
             capacity: Positions below it can be held, and recorded.
-            store: What is kept and read. By default all that the mask lets a query see: of a window a ring, which goes
-                on beyond the capacity.
+            store: What is kept and read. By default all that the mask lets a query see: of a window that fits into
+                the capacity a ring, which goes on beyond it.
 
         Raises:
             ValueError: For sizes and policies that do not fit.
@@ -386,6 +395,6 @@ def _check_rows_alone(score_maps: tuple, weight_maps: tuple) -> None:
     for slot, each, need in needs:
         if need == "matrix" or each.halo:
             raise ValueError(
-                f"{slot}={type(each).__name__} reads the scores of other queries, which a state does not hold: "
+                f"{slot}={each.kind} reads the scores of other queries, which a state does not hold: "
                 "need state=None, or maps that look at one query at a time"
             )

@@ -50,6 +50,11 @@ class Parallel(Mixer):
         """Those of the first mixer."""
         return self.mixers[0].sites
 
+    @property
+    def recorded_only(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the first mixer."""
+        return self.mixers[0].recorded_only
+
     def __call__(self, x, tokens=None, tap=None, state=None, context=None, give=None):
         """As any mixer; all branches see the same tokens."""
         tokens, tap = self.started(x, tokens, tap, state)
@@ -96,6 +101,11 @@ class Chain(Mixer):
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those of the last mixer."""
         return self.mixers[-1].sites
+
+    @property
+    def recorded_only(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the last mixer."""
+        return self.mixers[-1].recorded_only
 
     def __call__(self, x, tokens=None, tap=None, state=None, context=None):
         """As any mixer; all see the same tokens, and none a context."""

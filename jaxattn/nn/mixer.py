@@ -19,9 +19,11 @@ class Mixer(nnx.Module):
 
     Attributes:
         sites: Where its values can be changed and recorded, in the order in which it comes to them.
+        recorded_only: Those of them that take no edits.
     """
 
     sites: ClassVar[tuple[str, ...]] = ("attn_out",)
+    recorded_only: ClassVar[tuple[str, ...]] = ()
 
     def __call__(
         self,

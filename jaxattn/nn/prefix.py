@@ -4,6 +4,7 @@ They run through attention and recurrences alike, so what decoding starts from i
 every document has them before it, in a row that is made longer for it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.attend.mask import Causal, Documents
+from jaxattn.core.attend.mask import Causal, Documents, Mask
 from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.packing import in_order, layout
 from jaxattn.nn.parameter import undecayed
@@ -42,7 +43,9 @@ def with_prefix(prefix: Float[Array, "n d"], x: Float[Array, "b t d"], tokens: T
         after = jnp.broadcast_to(after_prefix(tokens.positions, count), (batch, length))
         x = jnp.concatenate([jnp.broadcast_to(prefix, (batch, *prefix.shape)), x], 1)
         positions = None if tokens.in_order else jnp.concatenate([before, after], 1)
-        return Lengthened(x, Tokens.of(x, positions=positions, mask=tokens.mask), lambda y: y[:, count:])
+        longer = Tokens.of(x, positions=positions, mask=tokens.mask)
+        fixed = (jnp.arange(count + length) < count)[None]
+        return Lengthened(x, dataclasses.replace(longer, fixed=fixed), lambda y: y[:, count:])
     if not tokens.in_order:
         raise ValueError("positions are given for packed rows behind a prefix: need None, they are counted by the row")
     rows = layout(segments >= 0, in_order(segments), documents=documents, prefix=count)
@@ -50,7 +53,9 @@ def with_prefix(prefix: Float[Array, "n d"], x: Float[Array, "b t d"], tokens: T
     x = jnp.where(is_prefix[..., None], prefix[jnp.minimum(rows.within, count - 1)], rows.put(x))
     ids = jnp.where(rows.filled, rows.ids, -1)
     positions = jnp.where(rows.filled, jnp.arange(ids.shape[1]), -1)
-    return Lengthened(x, Tokens.of(x, positions=positions, mask=Causal() & Documents(ids)), rows.take)
+    mask: Mask = Causal() & Documents(ids) if tokens.is_causal else Documents(ids)
+    longer = Tokens.of(x, positions=positions, mask=mask)
+    return Lengthened(x, dataclasses.replace(longer, fixed=is_prefix), rows.take)
 
 
 def after_prefix(positions: Int[Array, "*b t"], count: int) -> Int[Array, "*b t"]:
@@ -58,12 +63,22 @@ def after_prefix(positions: Int[Array, "*b t"], count: int) -> Int[Array, "*b t"
     return jnp.where(positions >= 0, positions + count, -1)
 
 
+def behind_prefix(tokens: Tokens, batch: int, count: int) -> Tokens:
+    """Tokens that continue a state which holds the prefix.
+
+    Raises ValueError for a mask, since it would be read at places that count the prefix.
+    """
+    if tokens.segments(batch) is not None:
+        raise ValueError("mask has documents and a state is given: need one or the other behind a prefix")
+    return tokens.moved(after_prefix(tokens.positions, count))
+
+
 class Prefixed(Mixer):
     """y = mixer([P; x]) without the rows of P: a mixer with learned tokens before every sequence (persistent memory).
 
     mixer: any with the protocol of mixers; for attention with a window take `Window(w) | Causal() & Sinks(tokens)`, or
     the prefix goes out of sight. tokens: n >= 1, from N(0, 1) as they are not normed. documents: at most so many in a
-    packed row. Its sites are those of the mixer, and cover the longer row, P first.
+    packed row. Its sites are those of the mixer, and cover the longer row, P first; edits leave P as it is.
     """
 
     def __init__(self, mixer: Any, features: int, tokens: int, *, documents: int = 8, rngs: nnx.Rngs):
@@ -77,6 +92,11 @@ class Prefixed(Mixer):
         """Those of the mixer."""
         return self.mixer.sites
 
+    @property
+    def recorded_only(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of the mixer."""
+        return self.mixer.recorded_only
+
     def __call__(self, x, tokens=None, tap=None, state=None, context=None):
         """As the mixer; see `with_prefix` for positions and masks."""
         if context is not None:
@@ -84,7 +104,7 @@ class Prefixed(Mixer):
         prefix = self.prefix[...]
         tokens, tap = self.started(x, tokens, tap, state)
         if state is not None:
-            return self.mixer(x, tokens.moved(after_prefix(tokens.positions, len(prefix))), tap, state)
+            return self.mixer(x, behind_prefix(tokens, len(x), len(prefix)), tap, state)
         longer = with_prefix(prefix, x, tokens, self.documents)
         y, _ = self.mixer(longer.x, longer.tokens, tap)
         return longer.strip(y), None

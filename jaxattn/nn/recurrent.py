@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxattn.core.attend.api import attend
 from jaxattn.core.attend.mask import Documents, Mask, Window
+from jaxattn.core.attend.measure import Measure
 from jaxattn.core.linear.api import Form, linear_attention, mixing_matrix
 from jaxattn.core.linear.recurrence import Delta, Erase, Read
 from jaxattn.core.memory.api import memory_scan
@@ -169,8 +170,9 @@ class LearningInputs(NamedTuple):
 class Past:
     """What is carried from earlier tokens, by name: `held` before this call, `kept` after it.
 
-    Tokens that are not `seen` (padding) are as if they were not there, and with `padded` they may be anywhere in the
-    row, else only at its end. `starts` marks the first token of a document in a packed row (None: nothing is packed).
+    Tokens that are not `seen` (padding) are as if they were not there. With `padded` they may be anywhere in the row,
+    else only at its end: a packed row in which they are elsewhere is NaN. `starts` marks the first token of a document
+    in a packed row (None: nothing is packed).
     """
 
     def __init__(
@@ -185,6 +187,8 @@ class Past:
         self.kept: dict[str, Array] = {}
         # The place of each token among those that are there, if any may be missing before it.
         self._rank = jnp.cumsum(seen, -1) - 1 if padded and seen.shape[1] > 1 else None
+        gaps = self._rank is None and segments is not None and seen.shape[1] > 1
+        self._lost = (~seen[:, :-1] & seen[:, 1:]).any(-1) if gaps else None
 
     @property
     def starts(self) -> Bool[Array, "b t"] | None:
@@ -196,7 +200,8 @@ class Past:
             return jnp.maximum(positions, 0)
         segments, index = self._together(self.segments, -1), jnp.arange(self.seen.shape[1])
         starts = segments != earlier(segments, 1, -1)
-        return self._apart(index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1))
+        places = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+        return places if self._rank is None else self._apart(places)
 
     def lags(self, name: str, x: Float[Array, "b t c"], width: int, use: Callable[[list[Array]], Any] = list) -> Any:
         """What `use` makes of x as it was 0, 1, ..., width − 1 tokens ago, a token at a time; zeros before the sequence
@@ -241,7 +246,7 @@ class Past:
     def _apart(self, x: Shaped[Array, "b t ..."]) -> Shaped[Array, "b t ..."]:
         """The inverse of `_together`: the places of what is not seen hold anything finite."""
         if self._rank is None:
-            return x
+            return x if self._lost is None else jnp.where(self._lost.reshape(-1, *(1,) * (x.ndim - 1)), jnp.nan, x)
         return jnp.take_along_axis(x, jnp.maximum(self._rank, 0).reshape(*self._rank.shape, *(1,) * (x.ndim - 2)), 1)
 
     def _continued(self, name: str, x: Float[Array, "b t ..."], count: int) -> Float[Array, "b count+t ..."]:
@@ -276,6 +281,7 @@ class Recurrent(Mixer):
     """
 
     sites: ClassVar = ("q", "k", "v", "weights", "z", "attn_out")
+    recorded_only: ClassVar = ("weights",)
 
     def __init__(self, mechanism: Mechanism, *, chunk: int | None = None):
         self.mechanism, self.chunk = mechanism, chunk
@@ -317,6 +323,11 @@ class Recurrent(Mixer):
             raise ValueError(f"{given} is given, but this mixer reads all of a row at once: need None")
         inputs = inputs.tapped(tap)
         segments = None if segments is None else in_order(segments)
+        if tap.wants("weights") and state is not None:
+            raise ValueError("record has 'weights', which leave out what a state holds: need state=None")
+        for name, (site, reducer) in tap.asked.items():
+            if site == "weights" and isinstance(reducer, Measure):
+                raise ValueError(f"record {name!r} is a measure of weights, which are those of attention: need Whole()")
         if tap.wants("weights"):
             tap("weights", inputs.weights(seen, segments))
         z, memory = inputs.run(None if state is None else state["memory"], seen, segments, self.chunk)

@@ -24,6 +24,7 @@ from jaxattn.core.attend.measure import Measure, View
 from jaxattn.core.attend.slots import Slots
 from jaxattn.core.attend.tile import Tile
 from jaxattn.core.part import part
+from jaxattn.nn.tokens import Tokens, may_change
 
 Value = TypeVar("Value")
 
@@ -91,11 +92,15 @@ class Edit(abc.ABC):
     """What a part must offer to change the value of a site.
 
     Attributes:
-        need: What it must see of scores or weights, as for maps: "tile", or "rows" if it looks along the keys, which
-            makes training through it several times slower. Elsewhere it does not matter.
+        scores_need: What it must see of scores, as for maps: "rows", or "tile" if it does not look along the keys,
+            which makes training through it several times faster.
+        weights_need: The same of weights, where "tile" is for edits that commute with a factor per row.
+        of_tokens: Whether it acts by the `Tokens` of the call, and so not at scores and weights.
     """
 
-    need: ClassVar[Need] = "tile"
+    scores_need: ClassVar[Need] = "rows"
+    weights_need: ClassVar[Need] = "rows"
+    of_tokens: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, value: Array, where: Any) -> Array:
@@ -144,8 +149,11 @@ class _Active:
             raise ValueError(
                 f"edit {type(self.edit).__name__} makes {new.shape} of a value of shape {value.shape}: need the same"
             )
-        new = new.astype(value.dtype)
-        return new if self.on is None else jnp.where(self.on, new, value)
+        new, on = new.astype(value.dtype), True if self.on is None else self.on
+        if isinstance(where, Tokens) and where.fixed is not None:
+            free = may_change(where.fixed, where.positions)
+            on = on & jnp.reshape(free, (*free.shape, *(1,) * (value.ndim - 2)))
+        return new if on is True else jnp.where(on, new, value)
 
 
 @part
@@ -153,18 +161,18 @@ class _Unless(Mask):
     """The mask where it is on, else no mask."""
 
     mask: Mask
-    on: Bool[Array, ""]
+    on: Bool[Array, ""] | bool
+    fixed: Bool[Array, "#b p"] | None = None
 
     def __call__(self, query, key):
-        return self.mask(query, key) | ~jnp.asarray(self.on)
+        off = ~jnp.asarray(self.on) | ~may_change(self.fixed, query)
+        return self.mask(query, key) | off
 
     def bounds(self, query, key):
         possible, certain = self.mask.bounds(query, key)
-        return possible | ~jnp.asarray(self.on), certain | ~jnp.asarray(self.on)
-
-    @property
-    def is_relative(self):
-        return self.mask.is_relative
+        off = ~jnp.asarray(self.on)
+        some_off = off if self.fixed is None else jnp.ones((), bool)
+        return possible | some_off, certain | off  # where the mask shows all, so does a part of it
 
 
 @part
@@ -173,14 +181,15 @@ class _Lowered(Map):
 
     edit: Any
     on: Any
+    fixed: Bool[Array, "#b p"] | None = None
 
     @property
     def scores_need(self):  # type: ignore[override]
-        return getattr(self.edit, "scores_need", None) or getattr(self.edit, "need", "tile")
+        return "tile" if isinstance(self.edit, ScoreBias) else self.edit.scores_need
 
     @property
     def weights_need(self):  # type: ignore[override]
-        return getattr(self.edit, "weights_need", None) or getattr(self.edit, "need", "tile")
+        return "tile" if isinstance(self.edit, ScoreBias) else self.edit.weights_need
 
     @property
     def heads_apart(self):  # type: ignore[override]
@@ -195,9 +204,9 @@ class _Lowered(Map):
         return self.edit.halo if isinstance(self.edit, Map) else 0
 
     def __call__(self, x, tile):
-        if isinstance(self.edit, ScoreBias):
-            return _Active(_Added(self.edit), self.on)(x, tile)
-        return _Active(self.edit, self.on)(x, tile)
+        edit = _Added(self.edit) if isinstance(self.edit, ScoreBias) else self.edit
+        new = _Active(edit, self.on)(x, tile)
+        return new if self.fixed is None else jnp.where(may_change(self.fixed, tile.query), new, x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,9 +250,10 @@ class Tap:
         for site, given in (edits or {}).items():
             several = given if isinstance(given, tuple | list) else (given,)
             active = tuple(each if isinstance(each, _Active) else _Active(each) for each in several)
-            self.edits[site_of("edits", site)] = active
+            site = site_of("edits", site)
+            self.edits[site] = (*self.edits.get(site, ()), *active)
             for each in active:
-                _check_edit(site_of("edits", site), each.edit)
+                _check_edit(site, each.edit)
         self.asked = as_records(record)
         self.records: dict[str, Any] = {}
         self.where: Any = None
@@ -293,13 +303,15 @@ class Tap:
         """The slots of a call to `attend` with the edits at scores and weights, and with what is to be measured; and
         whether the lse is wanted."""
         score_maps, weight_maps, mask = list(slots.score_maps), list(slots.weight_maps), slots.mask
+        fixed = self.where.fixed if isinstance(self.where, Tokens) else None
         for each in self.edits.get("scores", ()):
             if isinstance(each.edit, Mask):
-                more = each.edit if each.on is None else _Unless(each.edit, each.on)
+                plain = each.on is None and fixed is None
+                more = each.edit if plain else _Unless(each.edit, jnp.asarray(each.on is None or each.on), fixed)
                 mask = more if mask is None else mask & more
             else:
-                score_maps.append(_Lowered(each.edit, each.on))
-        weight_maps += [_Lowered(each.edit, each.on) for each in self.edits.get("weights", ())]
+                score_maps.append(_Lowered(each.edit, each.on, fixed))
+        weight_maps += [_Lowered(each.edit, each.on, fixed) for each in self.edits.get("weights", ())]
         measures = dict(slots.measures)
         for name, (site, reducer) in self.asked.items():
             if site in ("scores", "weights"):
@@ -340,6 +352,8 @@ def as_records(record: Any) -> dict[str, tuple[str, Any]]:
     for name, given in record.items():
         site, reducer = (given, Whole()) if isinstance(given, str) else given
         site = site_of("record", site)
+        if site == "read" and not isinstance(reducer, Whole):
+            raise TypeError(f"record {name!r} is of read, where it needs Whole(): positions are of slots, not tokens")
         if site in ("scores", "weights") and not isinstance(reducer, Whole | Measure):
             raise TypeError(
                 f"record {name!r} is of {site}, where it needs a measure such as Entropy(), or Whole(); got {reducer!r}"
@@ -354,11 +368,13 @@ def as_records(record: Any) -> dict[str, tuple[str, Any]]:
 
 def _check_edit(site: str, edit: Any) -> None:
     of_scores, of_weights = isinstance(edit, Mask | ScoreBias | Map), isinstance(edit, Map)
-    fits = {"scores": of_scores or _is_function(edit), "weights": of_weights or _is_function(edit)}
+    by_tile = isinstance(edit, Edit) and not edit.of_tokens
+    fits = {"scores": of_scores or by_tile, "weights": of_weights or by_tile}
     if fits.get(site, _is_function(edit) and not of_scores):
         return
     kinds = {"scores": "a mask, a bias, a score map or an Edit", "weights": "a weight map or an Edit"}
-    raise TypeError(f"edits[{site!r}] must be {kinds.get(site, 'an Edit')}, got {type(edit).__name__}")
+    of_tokens = ", which acts on tokens" if isinstance(edit, Edit) else ""
+    raise TypeError(f"edits[{site!r}] must be {kinds.get(site, 'an Edit')}, got {type(edit).__name__}{of_tokens}")
 
 
 def _is_function(edit: Any) -> bool:
@@ -417,7 +433,7 @@ def as_edits(edits: Mapping[str, Any] | None, layers: int) -> dict[str, tuple[An
     Raises ValueError for unknown sites, `Layers` without an axis of so many layers, and layers that there are not;
     TypeError for what is no edit.
     """
-    found = {}
+    found: dict[str, tuple[Any, ...]] = {}
     for name, given in (edits or {}).items():
         site = site_of("edits", name)
         entries: list[Any] = []
@@ -438,5 +454,5 @@ def as_edits(edits: Mapping[str, Any] | None, layers: int) -> dict[str, tuple[An
                     raise ValueError(
                         f"edits[{name!r}]: Layers has a leaf of shape {jnp.shape(leaf)}: need {layers} layers first"
                     )
-        found[site] = tuple(entries)
+        found[site] = (*found.get(site, ()), *entries)
     return found

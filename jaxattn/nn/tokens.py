@@ -21,8 +21,11 @@ class Tokens:
         positions: The place of each token in its row, [1 or B, T]; −1 is padding, which is as if it were not there.
         documents: The document of each token of packed rows, [1 or B, T]; −1 is padding. None where nothing is packed.
         mask: What a token may see besides what the mask of a layer says, or None.
-        padded: Whether there may be padding.
+        padded: Whether there may be padding by position, or is by document before the end of a row. Where ids are not
+            known when the program is made, those of −1 stand at the end of packed rows; recurrences and convolutions
+            that reach over others are NaN.
         in_order: Whether positions are known to be 0..T−1, so that masks can be read when the program is made.
+        fixed: By position, [1 or B, P], which tokens edits leave alone: those of a learned prefix. None for none.
     """
 
     positions: Int[Array, "#b t"]
@@ -30,6 +33,7 @@ class Tokens:
     mask: Mask | None = None
     padded: bool = True
     in_order: bool = False
+    fixed: Bool[Array, "#b p"] | None = None
 
     @classmethod
     def of(
@@ -67,9 +71,15 @@ class Tokens:
         mask = as_mask(mask)
         ids, documents = documents_of(mask), None
         if ids is not None:
+            padded = padded or _has_gaps(ids)
             ids = jnp.asarray(ids)
             documents = take(ids.reshape(-1, ids.shape[-1]), positions, grid=1, fill=-1)
         return cls(positions, documents, mask, padded, in_order)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the mask says that no token sees a later one."""
+        return any(isinstance(term, Causal) for term in _terms(self.mask))
 
     @property
     def length(self) -> int:
@@ -120,8 +130,7 @@ class Tokens:
         if self.documents is None:
             return None
         documents = jnp.broadcast_to(self.documents, (batch, self.length))
-        there = jnp.broadcast_to(self.positions >= 0, documents.shape)
-        last = jax.lax.cummax(jnp.where(there, jnp.arange(self.length), -1), axis=1)
+        last = jax.lax.cummax(jnp.where(self.seen(batch), jnp.arange(self.length), -1), axis=1)
         return jnp.where(last >= 0, jnp.take_along_axis(documents, jnp.maximum(last, 0), 1), -1)
 
     def moved(self, positions: Int[Array, "#b t"]) -> "Tokens":
@@ -134,8 +143,26 @@ def _may_be_padded(positions: Int[Array, "#b t"]) -> bool:
     return isinstance(positions, jax.core.Tracer) or bool((np.asarray(positions) < 0).any())
 
 
+def _has_gaps(ids: Int[Array, "*b p"]) -> bool:
+    """Whether some ids are known to be −1 before others that are not."""
+    if isinstance(ids, jax.core.Tracer):
+        return False
+    there = np.asarray(ids) >= 0
+    return bool((~there[..., :-1] & there[..., 1:]).any())
+
+
 def _terms(mask: Mask | None) -> list[Mask]:
     """The masks that are and-ed together."""
     if mask is None:
         return []
     return _terms(mask.first) + _terms(mask.second) if isinstance(mask, And) else [mask]
+
+
+def may_change(fixed: Bool[Array, "#b p"] | None, positions: Int[Array, "..."]) -> Bool[Array, "..."]:
+    """Whether edits may change the tokens at these positions: [1 or B, T], or of a tile; `fixed` as in `Tokens`."""
+    if fixed is None:
+        return jnp.ones((), bool)
+    positions = jnp.asarray(positions)
+    positions = positions[None] if positions.ndim == 3 else positions  # a tile of rows that share their positions
+    found = take(jnp.asarray(fixed), positions.reshape(len(positions), -1), 1, False)
+    return ~found.reshape(-1, *positions.shape[1:])

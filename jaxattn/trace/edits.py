@@ -4,11 +4,12 @@ Arrays broadcast against the value of the site, [B, T, ...]: [D] changes every t
 depends on where a token stands is found by its position, so that it is the same in one full pass and token by token.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxattn.core.attend.maps import Need
 from jaxattn.core.part import part
 from jaxattn.nn.tap import Edit
 from jaxattn.nn.tokens import Tokens
@@ -20,6 +21,8 @@ class Add(Edit):
 
     vector: Float[Array, "..."] | float
 
+    scores_need: ClassVar[Need] = "tile"
+
     def __call__(self, value, where):
         return value + jnp.asarray(self.vector).astype(value.dtype)
 
@@ -29,6 +32,9 @@ class Scale(Edit):
     """value · factor; a factor of 1 is the identity. [N, 1] with zeros at the site z switches heads off."""
 
     factor: Float[Array, "..."] | float
+
+    scores_need: ClassVar[Need] = "tile"
+    weights_need: ClassVar[Need] = "tile"
 
     def __call__(self, value, where):
         return value * jnp.asarray(self.factor).astype(value.dtype)
@@ -40,6 +46,8 @@ class Put(Edit):
 
     vector: Float[Array, "..."]
     on: Bool[Array, "..."] | None = None
+
+    scores_need: ClassVar[Need] = "tile"
 
     def __call__(self, value, where):
         on = True if self.on is None else jnp.asarray(self.on)
@@ -58,6 +66,8 @@ class Patch(Edit):
     positions: Int[Array, " p"]
     values: Float[Array, "..."]
 
+    of_tokens: ClassVar[bool] = True
+
     def __call__(self, value, where):
         here = _here(where, self.positions)  # [1 or B, T, P]
         values = jnp.asarray(self.values, value.dtype)
@@ -74,6 +84,8 @@ class OnlyAt(Edit):
 
     edit: Any
     positions: Int[Array, " p"]
+
+    of_tokens: ClassVar[bool] = True
 
     def __call__(self, value, where):
         here = _here(where, self.positions).any(-1)

@@ -11,7 +11,7 @@ from tiny import CONTEXT, FACTOR, MIXED, PLAIN, VOCABULARY, WIDTH, assert_close,
 
 from jaxattn import Causal
 from jaxattn.models import Decoder, DecoderConfig, FoldedDecoder, Layer, LinearAttention
-from jaxattn.trace import Add, Layers, Put, Scale
+from jaxattn.trace import Add, Layers, OnlyAt, Put, Scale
 
 L = len(MIXED)
 ADDED = ("attn_out", "mlp_out", "resid")
@@ -79,11 +79,17 @@ def test_gradients_reach_the_vector_of_every_layer():
     ("edits", "error", "message"),
     [
         ({"residual": Add(1.0)}, ValueError, "edits names the unknown site 'residual': need one of"),
-        ({"lse": Add(1.0)}, ValueError, "edits has the site 'lse', which can be recorded only"),
+        ({"lse": Add(1.0)}, ValueError, "edits has the site 'lse', which no layer has"),
         ({"resid": jnp.zeros(3)}, TypeError, r"edits\['resid'\] must be an Edit, got ArrayImpl"),
         ({"resid": Causal()}, TypeError, r"edits\['resid'\] must be an Edit, got Causal"),
         ({"weights": Causal()}, TypeError, r"edits\['weights'\] must be a weight map or an Edit, got Causal"),
         ({"scores": jnp.zeros(3)}, TypeError, r"edits\['scores'\] must be a mask, a bias, a score map or an Edit"),
+        ({"scores": OnlyAt(Add(1.0), jnp.arange(2))}, TypeError, "got OnlyAt, which acts on tokens"),
+        (
+            {"scores": lambda x, where: x},
+            TypeError,
+            r"edits\['scores'\] must be a mask, a bias, a score map or an Edit",
+        ),
         ({"resid": {L: Add(1.0)}}, ValueError, r"edits\['resid'\] has the layer 4: need one from 0 to 3"),
         ({"logits": {0: Add(1.0)}}, ValueError, r"edits\['logits'\] is by layer, but a model has 'logits' once"),
         ({"resid": Layers(Add(jnp.zeros((L + 1, WIDTH))))}, ValueError, r"a leaf of shape \(5, 16\): need 4 layers"),
@@ -103,7 +109,7 @@ def test_an_edit_of_a_layer_that_lacks_the_site_is_refused():
     model = decoder((PLAIN, Layer(LinearAttention(4), None)))
     with pytest.raises(ValueError, match="edits has the site 'scores', which layer 1 does not have: need one of"):
         model(tokens(), edits={"scores": {1: Causal()}})
-    with pytest.raises(ValueError, match="edits has the site 'weights', which a recurrent mixer can only record"):
+    with pytest.raises(ValueError, match="edits has the site 'weights', which layer 1 does not have"):
         model(tokens(), edits={"weights": {1: Scale(0.0)}})
 
 

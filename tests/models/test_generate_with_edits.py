@@ -8,6 +8,7 @@ from flax import nnx
 from tiny import HEADS, PLAIN, VOCABULARY, WIDTH, assert_close, decoder, tokens
 
 from jaxattn import Entropy, KeyBias, part
+from jaxattn.cache import HeavyHitters, Policy, Recent
 from jaxattn.models import Combine, Contrast, MinimumLength, Processor, RepetitionPenalty, generate
 from jaxattn.trace import Add, Layers, OnlyAt, Scale
 
@@ -121,9 +122,22 @@ def test_parts_of_users_serve(model):
     np.testing.assert_array_equal(by_last.tokens, generate(model, PROMPTS, edits=EDITS, **options).tokens)
 
 
+def test_stores_are_threaded_and_a_token_that_a_run_never_says_is_no_contrast(model):
+    options = {"max_new_tokens": NEW, "temperature": 0.0}
+    plain = generate(model, PROMPTS, LENGTHS, **options).tokens
+    roomy = generate(model, PROMPTS, LENGTHS, store=Policy(HeavyHitters(1, 2), P + NEW), **options)
+    np.testing.assert_array_equal(roomy.tokens, plain)
+    small = generate(model, PROMPTS, LENGTHS, store=Policy(Recent(0), 2), record={"read": "read"}, **options)
+    assert small.records["read"].shape == (NEW, L, B, 2, 1)
+    never = {"logits": Add(jnp.full(VOCABULARY, 0.0).at[3].set(-jnp.inf))}
+    alone = generate(model, PROMPTS, LENGTHS, edits=[{}, never], combine=Contrast(0.0, 0.0), **options)
+    np.testing.assert_array_equal(alone.tokens, plain)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"edits": []}, ValueError, "edits is an empty list of runs"),
         ({"edits": [{}, {}]}, ValueError, "edits has 2 runs but combine is None"),
         ({"combine": Contrast()}, ValueError, "combine is Contrast.* for 1 runs: need a Combine, and a list of two"),
         ({"edits": [{}] * 3, "combine": Contrast()}, ValueError, "Contrast: 3 runs are given: need 2"),

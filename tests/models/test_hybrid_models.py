@@ -154,3 +154,15 @@ def test_errors_name_what_is_wrong():
         DecoderConfig(meta_tokens=-1)
     with pytest.raises(ValueError, match="mask is Window"):
         build([Layer(Attention(2), FEED)], 2)(TOKENS, mask=Window(3))
+
+
+def test_runs_of_different_specs_read_the_same_keys():
+    readers = [Attention(2, own_keys=False, mask=mask) for mask in (Causal(), Window(2))]
+    model = build([Layer(mixer, FEED) for mixer in (Attention(2), *readers)])
+    whole = run(model, TOKENS, record=("attn_out",))[2]["attn_out"]
+    assert whole.shape[0] == 3
+    state, pieces = model.init_state(B, T), []
+    for t in range(T):
+        _, state, records = run(model, TOKENS[:, t : t + 1], state=state, record=("attn_out",))
+        pieces.append(records["attn_out"])
+    assert_close(jnp.concatenate(pieces, 2), whole)

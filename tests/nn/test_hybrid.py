@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from mixers import B, D, N, T, X, alone, assert_close, build, call, run, start
 
-from jaxattn import Causal, Documents, Sinks, Window, memory_scan, models, nn
+from jaxattn import Causal, Documents, Explicit, Sinks, Window, memory_scan, models, nn
+from jaxattn.cache import Policy
 from jaxattn.core.attend.position import rotary
 
 MEMORY = models.NeuralMemory(heads=N, hidden=(6,), inner_batch=2, documents=2)
@@ -193,3 +194,31 @@ def test_past_the_capacity_a_mixer_is_nan_or_goes_on_rightly(name):
             assert_close(y[:, 0], whole[:, token])
         else:
             assert np.isnan(y).all()
+
+
+def test_a_mask_and_a_state_behind_a_prefix_are_refused():
+    """It would be read at places that count the prefix."""
+    prefixed = nn.Prefixed(nn.MultiHeadAttention(D, N, mask=Causal(), rngs=nnx.Rngs(0)), D, 2, rngs=nnx.Rngs(1))
+    for mask in (Window(2), Explicit(np.tri(T, dtype=bool))):
+        with pytest.raises(ValueError, match="a recurrence or convolution takes None"):
+            call(prefixed, X, mask=mask, state=prefixed.init_state(B, T))
+    with pytest.raises(ValueError, match="mask has documents and a state is given: need one or the other behind"):
+        call(prefixed, X, mask=Documents(jnp.zeros(T, int)), state=prefixed.init_state(B, T))
+
+
+def test_a_prefix_before_packed_rows_leaves_attention_in_both_directions():
+    """One document is the same row, also where attention is not causal."""
+    prefixed = nn.Prefixed(nn.MultiHeadAttention(D, N, rotary_base=None, rngs=nnx.Rngs(0)), D, 2, rngs=nnx.Rngs(1))
+    assert_close(call(prefixed, X, mask=Documents(jnp.zeros(T, int)))[0], call(prefixed, X)[0])
+
+
+def test_a_ring_with_sinks_is_refused_under_documents():
+    """Its sinks are those of the row, and the mask means those of each document."""
+    attention = nn.MultiHeadAttention(D, N, mask=Sinks(1) | Window(1), rngs=nnx.Rngs(0))
+    documents = Documents(jnp.array([0] * 5 + [1] * 6))
+    with pytest.raises(ValueError, match=r"mask has documents, .* keeps tokens by their place in the row \(Recent\)"):
+        call(attention, X[:, :1], mask=documents, state=attention.init_state(B, T))
+    state, whole = attention.init_state(B, T, Policy()), call(attention, X, mask=documents)[0]
+    for token in range(T):
+        y, state, _ = call(attention, X[:, token : token + 1], mask=documents, state=state)
+        assert_close(y[:, 0], whole[:, token])

@@ -444,3 +444,22 @@ def test_a_memory_that_learns_has_no_weights_and_takes_so_many_documents():
 def test_mechanisms_that_make_no_sense_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["gla", "deltanet", "rwkv7"])
+def test_padding_by_ids_is_not_there_either(name):
+    """Tokens without a document inside one do not cut it in two."""
+    mixer = build(SPECS[name])
+    ids = np.array([[0, 0, -1, 0, 0, -1, 0, 1, -1, 1, 1]] * B)
+    x = jnp.where(ids[..., None] < 0, 1e3, X)
+    known = nnx.jit(lambda mixer, x: call(mixer, x, mask=Documents(ids))[0])(mixer, x)
+    for row in range(B):
+        pieces = [X[row][ids[row] == each] for each in range(2)]
+        assert_close(known[row][ids[row] >= 0], jnp.concatenate(alone(mixer, *pieces)))
+    assert np.isnan(run(mixer, x, mask=Documents(jnp.asarray(ids)))[0]).any()  # not known when the program is made
+
+
+def test_weights_of_a_memory_with_a_state_are_refused():
+    mixer = build(SPECS["deltanet"])
+    with pytest.raises(ValueError, match="record has 'weights', which leave out what a state holds"):
+        call(mixer, X, record=("weights",), state=start(mixer, B, T))

@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn import Bias, Explicit, KeyBias, Map, Temperature, attend, part, trace
-from jaxattn.models import Attention, Decoder, DecoderConfig, FeedForward, Layer
-from jaxattn.nn import MultiHeadAttention, Tap, Tokens
+from jaxattn import Bias, Entropy, Explicit, KeyBias, Map, Temperature, Temporal, Window, attend, nn, part, trace
+from jaxattn.models import Attention, Decoder, DecoderConfig, DeltaNet, FeedForward, Hymba, Layer, NeuralMemory, Titans
+from jaxattn.nn import Context, MultiHeadAttention, Recurrent, Tap, Tokens
 from jaxattn.trace import Add, Layers, OnlyAt, Patch, Put, Scale
 
 L, B, T, N, D, V = 3, 2, 9, 4, 16, 11
@@ -26,8 +26,6 @@ class Reweigh(trace.Edit):
     """w -> w · factor[n, key], and each row as it was in sum: it looks along the row."""
 
     factor: Float[Array, "heads keys"]
-
-    need = "rows"
 
     def __call__(self, value, where):
         new = (
@@ -225,3 +223,68 @@ def test_an_edit_says_what_it_needs():
     x = drawn(B, T, D)
     with pytest.raises(NotImplementedError, match="'tiled' cannot serve weight_maps=Reweigh: it needs whole rows"):
         module(x, tap=Tap({"weights": Reweigh(jnp.ones((N, T)))}))
+
+
+KINDS = {
+    "meta tokens": lambda: Decoder(
+        DecoderConfig(V, T + 3, D, [Layer(Attention(N), FeedForward(16)), Layer(DeltaNet(2), FeedForward(16))],
+                      meta_tokens=2), rngs=nnx.Rngs(0)),
+    "parallel heads": lambda: Decoder(
+        DecoderConfig(V, T, D, [Layer(Hymba(2, state=3)), Layer(Hymba(2, state=3, own_keys=False))]), rngs=nnx.Rngs(0)),
+    "titans": lambda: Decoder(
+        DecoderConfig(V, T, D, [Layer(Titans("gate", 2, 3, 2, NeuralMemory(2, inner_batch=2)))]),
+        rngs=nnx.Rngs(0)),
+    "windows": lambda: Decoder(
+        DecoderConfig(V, T, D, [Layer(Attention(N, mask=Window(3)))] * 2), rngs=nnx.Rngs(0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edits_of_every_mixer_do_the_same_token_by_token(kind):
+    """Learned tokens before the row are left as they are, in the full pass as in the state."""
+    model = KINDS[kind]()
+    edits = {"attn_out": Scale(1.5), "z": Scale(0.7), "q": Scale(1.3), "resid": OnlyAt(Add(drawn(D)), jnp.array([1]))}
+    edits |= {"v": Scale(0.5), "mlp_post": Scale(0.8)} if kind != "parallel heads" else {}
+    if kind in ("meta tokens", "windows"):
+        edits["scores"] = {0: (Marked(jnp.float32(1.5), jnp.array([4])), Explicit(np.tri(T + 2, dtype=bool)))}
+    graph, arrays = nnx.split(model)
+    whole, piece = (jax.jit(lambda s, t, state: nnx.merge(graph, s)(t, state=state, edits=edits)[:2]),) * 2
+    expected, state = whole(arrays, TOKENS, None)[0], model.init_state(B, T)
+    said = []
+    for t in range(T):
+        logits, state = piece(arrays, TOKENS[:, t : t + 1], state)
+        said.append(logits)
+    close(jnp.concatenate(said, 1), expected)
+    assert abs(np.asarray(expected) - model(TOKENS)[0]).max() > 1e-3
+
+
+def test_edits_under_two_names_of_a_site_act_both():
+    module, x = MultiHeadAttention(D, N, rngs=nnx.Rngs(0)), drawn(B, T, D)
+    y, _ = module(x, tap=Tap({"z": Scale(2.0), "attn.hook_z": Scale(0.0)}))
+    np.testing.assert_array_equal(y, 0)
+
+
+def test_maps_that_read_other_queries_are_no_edits_of_a_state():
+    module, x = MultiHeadAttention(D, N, rngs=nnx.Rngs(0)), drawn(B, T, D)
+    with pytest.raises(ValueError, match="score_maps=Temporal reads the scores of other queries"):
+        module(x, tap=Tap({"scores": Temporal()}), state=module.init_state(B, T))
+
+
+def test_keys_of_another_sequence_stand_where_it_says():
+    module = MultiHeadAttention(D, N, rotary_base=None, rngs=nnx.Rngs(0))
+    x, other = drawn(B, T, D), drawn(B, 6, D, seed=1)
+    context = Context(other, Tokens.of(other, positions=jnp.arange(6)[::-1]))
+    tap = Tap(record={"key": ("k", trace.TokensAt(jnp.array([0, 5]))), "k": "k"})
+    module(x, tap=tap, context=context)
+    np.testing.assert_array_equal(tap.records["key"], tap.records["k"][:, [5, 0]])
+
+
+def test_a_measure_is_recorded_where_there_is_attention_and_edits_of_weights_act_there():
+    layers = [Layer(Attention(N)), Layer(DeltaNet(2)), Layer(Attention(N))]
+    model = Decoder(DecoderConfig(V, T, D, layers), rngs=nnx.Rngs(0))
+    record = {"entropy": ("weights", Entropy())}
+    said, _, records = model(TOKENS, edits={"weights": Scale(0.5)}, record=record)
+    assert [x is None for x in records["entropy"]] == [False, True, False]
+    close(said, model(TOKENS, edits={"z": {0: Scale(0.5), 2: Scale(0.5)}})[0], 100)
+    with pytest.raises(ValueError, match="a measure of weights, which are those of attention"):
+        Recurrent(nn.DeltaNet(D, 2, rngs=nnx.Rngs(0)))(drawn(B, T, D), tap=Tap(record=record))

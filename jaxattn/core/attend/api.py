@@ -79,7 +79,9 @@ def attend(
     A query, key or value with an infinite or undefined number makes a row NaN that sees it, and reaches no other row,
     forward or in a gradient: hidden keys may hold anything, and so may queries whose result is not used. Not so where
     maps let rows read each other (a `halo`, or the whole matrix), where only empty slots may, and in "fused" only for
-    keys beyond `Lengths`.
+    keys beyond `Lengths`. Of a single query (T = 1) the keys that it sees are not looked at, since that would read a
+    cache twice: what one with an infinite number does to its own row is arithmetic, and an array that several rows
+    share, such as a bias, may get a gradient from it.
 
     implementation: "dense" holds all T x S weights; "rows" a block of complete rows at a time; "tiled" a tile at a
     time, skipping tiles in which the mask hides everything; both need memory linear in T + S and recompute for
