@@ -4,29 +4,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import jax.numpy as jnp
-from flax import nnx
-
 from experiments import decoders, recall
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn import icl, models
 from jaxattn.train import Drawn, OptimizerConfig
-
-
-class Nothing(nnx.Module):
-    """y = 0."""
-
-    def __call__(self, x):
-        return jnp.zeros_like(x)
-
-
-@dataclass(frozen=True)
-class NoFeedForward(models.FeedForward):
-    """The spec of a layer that is its mixer alone."""
-
-    def build(self, features: int, dtype: Any, rngs: nnx.Rngs) -> Any:
-        return Nothing()
-
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, warmup_steps=0, final_fraction=1.0, weight_decay=0.0)
 RECALL = recall.Config(mixers=(), pairs=8, length=32, steps=400)
@@ -128,7 +109,7 @@ def copying(config: Config, start: str, seed: int, folder, console) -> list[tupl
         width=config.width,
         layers=config.layers,
         seed=seed,
-        feed_forward=NoFeedForward(),
+        hidden=None,
     )
     _, result = decoders.train(
         model,

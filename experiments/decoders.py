@@ -25,11 +25,11 @@ def build(
     width: int,
     layers: int,
     seed: int,
-    feed_forward: models.FeedForward | None = None,
+    hidden: int | None = 2,
     inputs: int = 0,
 ) -> models.Decoder:
-    """A decoder of `layers` layers, each of the mixer and a feed-forward block, by default of twice the width."""
-    layer = models.Layer(mixer, feed_forward or models.FeedForward(hidden=2 * width, kind="gelu"))
+    """A decoder of `layers` layers, of the mixer and a feed-forward block of `hidden` units per channel, or none."""
+    layer = models.Layer(mixer, None if hidden is None else models.FeedForward(hidden * width, "gelu"))
     config = models.DecoderConfig(vocabulary, length, width, [layer] * layers, tied=False, inputs=inputs)
     return models.Decoder(config, rngs=nnx.Rngs(seed))
 
@@ -152,7 +152,7 @@ class Learner:
             width=self.width,
             layers=self.layers,
             seed=seed,
-            feed_forward=models.FeedForward(4 * self.width, "gelu"),
+            hidden=4,
             inputs=end.inputs.dim,
         )
         return train(

@@ -499,7 +499,7 @@ def test_a_selective_scan_is_a_tied_gated_rnn(page):
 def test_a_mechanism_of_two_methods_decodes_what_it_reads(page):
     p = page("linear")
     assert_close(jnp.concatenate(p.decoded, 1), p.y)
-    assert not np.triu(p.records["weights"], 1).any()
+    assert not np.triu(p.tap.records["weights"], 1).any()
 
 
 def test_features_read_with_their_denominator_are_attention_with_their_kernel(page):

@@ -44,13 +44,6 @@ def test_who_reads_five_tokens_back_scores_one(batch):
         assert abs(float(sums["correct"] / sums["weight"]) - score - chance) <= 4 * deviation
 
 
-def test_a_layer_is_its_mixer_alone():
-    module = copying.NoFeedForward().build(16, None, nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (1, 3, 16))
-    assert not np.asarray(module(x)).any()
-    assert not jax.tree.leaves(nnx.state(module))
-
-
 def test_the_starts_differ_in_what_the_paper_sets():
     """Of two models of one seed: the decay, the step size, and the queries, which are the keys."""
     layers = [copying.mixer(QUICK, start).build(16, None, nnx.Rngs(0)).mechanism for start in ("default", "mimetic")]
