@@ -350,6 +350,10 @@ def as_records(record: Any) -> dict[str, tuple[str, Any]]:
         record = {name: (name, Whole()) for name in record}
     found = {}
     for name, given in record.items():
+        if name.startswith("store."):
+            raise ValueError(
+                f"record is named {name!r}: names that begin with 'store.' are those of what a store measures"
+            )
         site, reducer = (given, Whole()) if isinstance(given, str) else given
         site = site_of("record", site)
         if site == "read" and not isinstance(reducer, Whole):

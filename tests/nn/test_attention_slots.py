@@ -145,6 +145,7 @@ def test_maps_outside_a_tuple_are_refused():
         ("weights", TypeError, "record is the text 'weights': need a tuple of sites"),
         (("entropie",), ValueError, r"record names the unknown site 'entropie': need one of \['embed'"),
         (("mlp_out",), ValueError, "record 'mlp_out' is of the site 'mlp_out', which MultiHeadAttention does not have"),
+        ({"store.mass": "z"}, ValueError, "record is named 'store.mass': names that begin with"),
         ({"h": ("z", Entropy())}, TypeError, "record 'h' is of 'z', where it needs a reducer"),
         ({"h": ("weights", TokensAt(jnp.arange(2)))}, TypeError, "record 'h' is of weights, where it needs a measure"),
     ],
