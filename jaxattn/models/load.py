@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,30 @@ def from_plain(plain: Any) -> DecoderConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=DecoderConfig)
     try:
-        return parser.instantiate(parser.parse_object({"model": plain})).model
+        return parser.instantiate(parser.parse_object({"model": _as_now(plain)})).model
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"not the config of a decoder: {error}") from None
+
+
+def _as_now(plain: Any) -> Any:
+    """Plain data of an earlier version: parts of core by the wing that they are in now, and flags as what they set."""
+    if isinstance(plain, list | tuple):
+        return [_as_now(each) for each in plain]
+    if not isinstance(plain, Mapping):
+        return plain
+    now = {name: _as_now(value) for name, value in plain.items()}
+    path = now.get("class_path")
+    if isinstance(path, str) and path.startswith("jaxattn.core.") and path.count(".") == 3:
+        name = path.rsplit(".", 1)[1]
+        wings = [importlib.import_module(f"jaxattn.core.{wing}") for wing in ("attend", "linear", "memory")]
+        now["class_path"] = next((f"{wing.__name__}.{name}" for wing in wings if hasattr(wing, name)), path)
+    flags = now.get("init_args")
+    if path == "jaxattn.models.config.Attention" and isinstance(flags, dict):
+        if flags.pop("null_logit", False):
+            flags["normalize"] = {"class_path": "jaxattn.nn.NullSoftmax"}
+        if flags.pop("alibi", False):
+            flags["bias"] = {"class_path": "jaxattn.Alibi.geometric"}
+    return now
 
 
 def load_decoder(folder: str | Path) -> tuple[Decoder, int]:

@@ -152,3 +152,21 @@ def test_plain_parts_stand_in_slots_as_they_are():
     assert from_plain(to_plain(config)) == config
     mixer = Decoder(config, rngs=nnx.Rngs(0)).runs[0].mixer
     assert (mixer.score, tuple(mixer.score_maps)) == (Dot(0.3), (SoftCap(2.0),))
+
+
+def test_configs_of_earlier_versions_are_read():
+    """Parts of core by their modules then, and the flags of attention."""
+    mask = {"class_path": "jaxattn.core.mask.Window", "init_args": {"left": 3}}
+    normalize = {"class_path": "jaxattn.core.normalize.Softmax", "init_args": {"null_logit": None}}
+    flags = {"heads": 2, "rotary_base": None, "mask": mask, "normalize": normalize, "null_logit": True, "alibi": True}
+    attention = {"class_path": "jaxattn.models.config.Attention", "init_args": flags}
+    config = from_plain({"width": D, "layers": [{"mixer": attention, "feed_forward": None}]})
+    slots = {"bias": Spec(Alibi.geometric), "normalize": Spec(NullSoftmax)}
+    mixer = Attention(2, rotary_base=None, mask=Window(3), **slots)
+    assert config == DecoderConfig(width=D, layers=[Layer(mixer, None)])
+    plain = {
+        "class_path": "jaxattn.models.config.Attention",
+        "init_args": flags | {"null_logit": False, "alibi": False},
+    }
+    config = from_plain({"width": D, "layers": [{"mixer": plain}]})
+    assert config.layers[0].mixer == Attention(2, rotary_base=None, mask=Window(3))
