@@ -171,7 +171,7 @@ class Past:
     """What is carried from earlier tokens, by name: `held` before this call, `kept` after it.
 
     Tokens that are not `seen` (padding) are as if they were not there. With `padded` they may be anywhere in the row,
-    else only at its end: a packed row in which they are elsewhere is NaN. `starts` marks the first token of a document
+    else not inside a document: a packed row in which they are is NaN. `starts` marks the first token of a document
     in a packed row (None: nothing is packed).
     """
 
@@ -187,8 +187,10 @@ class Past:
         self.kept: dict[str, Array] = {}
         # The place of each token among those that are there, if any may be missing before it.
         self._rank = jnp.cumsum(seen, -1) - 1 if padded and seen.shape[1] > 1 else None
-        gaps = self._rank is None and segments is not None and seen.shape[1] > 1
-        self._lost = (~seen[:, :-1] & seen[:, 1:]).any(-1) if gaps else None
+        self._lost = None  # rows in which padding stands inside a document, where it may not
+        if self._rank is None and segments is not None and seen.shape[1] > 1:
+            inside = ~seen[:, :-1] & seen[:, 1:] & (segments[:, :-1] == segments[:, 1:])
+            self._lost = inside.any(-1)
 
     @property
     def starts(self) -> Bool[Array, "b t"] | None:

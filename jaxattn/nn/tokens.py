@@ -22,8 +22,8 @@ class Tokens:
         documents: The document of each token of packed rows, [1 or B, T]; −1 is padding. None where nothing is packed.
         mask: What a token may see besides what the mask of a layer says, or None.
         padded: Whether there may be padding by position, or is by document before the end of a row. Where ids are not
-            known when the program is made, those of −1 stand at the end of packed rows; recurrences and convolutions
-            that reach over others are NaN.
+            known when the program is made, those of −1 must not stand inside a document; convolutions that reach over
+            them are NaN.
         in_order: Whether positions are known to be 0..T−1, so that masks can be read when the program is made.
         fixed: By position, [1 or B, P], which tokens edits leave alone: those of a learned prefix. None for none.
     """
