@@ -185,7 +185,8 @@ class MultiHeadAttention(Mixer):
         tokens, tap = self.started(x, tokens, tap, store)
         source = self._source(x, context, store)
         own = _part(self.mask)
-        if store is not None and store.retain.evicts and tokens.documents is not None and not own.is_relative:
+        within_documents = tokens.documents is not None and own is not None and not own.is_relative
+        if store is not None and store.retain.evicts and within_documents:
             raise ValueError(
                 f"mask has documents, within which the mask of the layer is meant, but the state keeps tokens by their "
                 f"place in the row ({type(store.retain).__name__}): need init_state(..., store=Policy())"

@@ -8,7 +8,7 @@ from flax import nnx
 from mixers import B, D, N, T, X, alone, assert_close, build, call, run, start
 
 from jaxattn import Causal, Documents, Explicit, Sinks, Window, memory_scan, models, nn
-from jaxattn.cache import Policy
+from jaxattn.cache import Policy, Recent
 from jaxattn.core.attend.position import rotary
 
 MEMORY = models.NeuralMemory(heads=N, hidden=(6,), inner_batch=2, documents=2)
@@ -218,6 +218,9 @@ def test_a_ring_with_sinks_is_refused_under_documents():
     documents = Documents(jnp.array([0] * 5 + [1] * 6))
     with pytest.raises(ValueError, match=r"mask has documents, .* keeps tokens by their place in the row \(Recent\)"):
         call(attention, X[:, :1], mask=documents, state=attention.init_state(B, T))
+    bare = nn.MultiHeadAttention(D, N, rngs=nnx.Rngs(0))  # no mask of its own that could be meant within documents
+    y, _, _ = call(bare, X[:, :1], mask=documents, state=bare.init_state(B, T, Policy(Recent(1), 4)))
+    assert_close(y, call(bare, X[:, :1])[0])
     state, whole = attention.init_state(B, T, Policy()), call(attention, X, mask=documents)[0]
     for token in range(T):
         y, state, _ = call(attention, X[:, token : token + 1], mask=documents, state=state)
