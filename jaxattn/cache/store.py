@@ -43,7 +43,7 @@ class Store:
         summary: What `select` knows of each page.
         budget: How many slots may be filled, one number or one per key head [K]; None for all C.
         past: What a convolution before the keys sees of earlier tokens.
-        fresh: Held that came together, until they were attended to.
+        fresh: Tokens that came together, until they were attended to.
         span: How many positions it is for, and records of weights cover.
     """
 
@@ -98,19 +98,14 @@ class Store:
 
     def _written(self, slots: Int[Array, "b t g"], key: Array, value: Array, positions: Int[Array, "b t 1"]) -> "Store":
         """With tokens in these slots."""
-        row, statistics = jnp.arange(len(key))[:, None, None], dict(self.statistics)
-        head = jnp.arange(slots.shape[-1])
-        if slots.shape[-1] == 1:
-            at: Any = row[..., 0], slots[..., 0]
-            new_key, new_value = (held.at[at].set(x, mode="drop") for held, x in ((self.key, key), (self.value, value)))
-        else:
-            at = row, slots, head
-            new_key, new_value = (held.at[at].set(x, mode="drop") for held, x in ((self.key, key), (self.value, value)))
-        at = row, slots, head
+        at = jnp.arange(len(key))[:, None, None], slots, jnp.arange(slots.shape[-1])
+        of_heads: Any = at if slots.shape[-1] > 1 else (at[0][..., 0], slots[..., 0])  # one slot for all heads
+        pairs = (self.key, key), (self.value, value)
+        new_key, new_value = (held.at[of_heads].set(x, mode="drop") for held, x in pairs)
         start = self.retain.start(self.positions.shape)
         statistics = {
             name: held.at[at].set(jnp.broadcast_to(start[name], held.shape)[:, :1], mode="drop")
-            for name, held in statistics.items()
+            for name, held in self.statistics.items()
         }
         places = self.positions.at[at].set(jnp.broadcast_to(positions, slots.shape), mode="drop")
         new = dataclasses.replace(self, key=new_key, value=new_value, positions=places, statistics=statistics)

@@ -84,9 +84,6 @@ ALIASES = {
 }
 """Names of TransformerLens and of Hugging Face for the same places."""
 
-ATTENTION = ("scores", "weights", "lse")
-"""The sites inside the call to `attend`."""
-
 
 class Edit(abc.ABC):
     """What a part must offer to change the value of a site.
@@ -278,14 +275,14 @@ class Tap:
 
     def check(self, owner: Any, sites: Iterable[str]) -> None:
         """Raises ValueError if there is an edit or a record at a site that the owner does not have."""
-        sites = list(sites)
-        for name, (site, _) in self.asked.items():
+        sites, name = list(sites), type(owner).__name__
+        for record, (site, _) in self.asked.items():
             if site not in sites:
                 raise ValueError(
-                    f"record {name!r} is of the site {site!r}, which {_name(owner)} does not have: need one of {sites}"
+                    f"record {record!r} is of the site {site!r}, which {name} does not have: need one of {sites}"
                 )
         if unknown := sorted(set(self.edits) - set(sites)):
-            raise ValueError(f"edits has the sites {unknown}, which {_name(owner)} does not have: need some of {sites}")
+            raise ValueError(f"edits has the sites {unknown}, which {name} does not have: need some of {sites}")
 
     def wants(self, *sites: str) -> bool:
         """Whether there is an edit or a record at any of these sites."""
@@ -383,10 +380,6 @@ def _check_edit(site: str, edit: Any) -> None:
 
 def _is_function(edit: Any) -> bool:
     return callable(edit) and not isinstance(edit, type | Mask | ScoreBias) and not hasattr(edit, "dtype")
-
-
-def _name(owner: Any) -> str:
-    return owner if isinstance(owner, str) else type(owner).__name__
 
 
 def scanned(

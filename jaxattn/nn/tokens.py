@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.core.attend.mask import And, Causal, Documents, Mask, Within, as_mask, documents_of, places_in_documents
+from jaxattn.core.attend.mask import Causal, Documents, Mask, Within, anded, as_mask, documents_of, places_in_documents
 from jaxattn.core.checks import positions_fit
 from jaxattn.core.part import part
 from jaxattn.core.table import take
@@ -79,7 +79,7 @@ class Tokens:
     @property
     def is_causal(self) -> bool:
         """Whether the mask says that no token sees a later one."""
-        return any(isinstance(term, Causal) for term in _terms(self.mask))
+        return any(isinstance(term, Causal) for term in anded(self.mask))
 
     @property
     def length(self) -> int:
@@ -120,7 +120,7 @@ class Tokens:
         Raises:
             ValueError: For a mask that says more than that the row is causal and which documents it has.
         """
-        for term in _terms(self.mask):
+        for term in anded(self.mask):
             known = isinstance(term, Documents) and term.key_ids is None and jnp.shape(term.ids)[-1] == self.length
             if not known and not isinstance(term, Causal):
                 raise ValueError(
@@ -149,13 +149,6 @@ def _has_gaps(ids: Int[Array, "*b p"]) -> bool:
         return False
     there = np.asarray(ids) >= 0
     return bool((~there[..., :-1] & there[..., 1:]).any())
-
-
-def _terms(mask: Mask | None) -> list[Mask]:
-    """The masks that are and-ed together."""
-    if mask is None:
-        return []
-    return _terms(mask.first) + _terms(mask.second) if isinstance(mask, And) else [mask]
 
 
 def may_change(fixed: Bool[Array, "#b p"] | None, positions: Int[Array, "..."]) -> Bool[Array, "..."]:

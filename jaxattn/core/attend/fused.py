@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxattn.core.attend.bias import Bias
 from jaxattn.core.attend.maps import SoftCap
-from jaxattn.core.attend.mask import And, Causal, Lengths, Mask, Window
+from jaxattn.core.attend.mask import Causal, Lengths, Window, anded
 from jaxattn.core.attend.normalize import Softmax
 from jaxattn.core.attend.score import Dot
 from jaxattn.core.matmul import not_finite
@@ -75,7 +75,7 @@ def _describe(given: Any, return_lse: bool) -> Plan | str:
         return "score=Dot with an array for a scale"
     if given.slots.bias is not None and jnp.shape(given.slots.bias.array)[-2:] != (length, keys):
         return f"bias=Bias unless its array ends in ({length}, {keys})"
-    terms = _terms(given.slots.mask)
+    terms = anded(given.slots.mask)
     windows = [term for term in terms if isinstance(term, Window)]
     others = [term for term in terms if not isinstance(term, Causal | Window | Lengths)]
     if others:
@@ -89,13 +89,6 @@ def _describe(given: Any, return_lse: bool) -> Plan | str:
     window = (windows[0].left, 0 if is_causal else windows[0].right) if windows else None
     return Plan("", given.slots.score.scale, is_causal or (window is not None and window[1] == 0), window,
                 maps[0].cap if maps else None)  # fmt: skip
-
-
-def _terms(mask: Mask | None) -> list[Mask]:
-    """The masks that are and-ed together."""
-    if mask is None:
-        return []
-    return _terms(mask.first) + _terms(mask.second) if isinstance(mask, And) else [mask]
 
 
 def _cudnn_refusal(given: Any, described: Plan, platform: str) -> str | None:
@@ -148,7 +141,7 @@ def call(given: Any, plan: Plan, attention: Callable, **options: Any) -> Float[A
         by_batch = max(bias.shape[:-3], default=1) > 1
         bias = jnp.broadcast_to(bias, (*batch, *bias.shape[-3:])) if by_batch else bias
         options["bias"] = bias.reshape(-1, *bias.shape[-3:])
-    lengths = next((term.lengths for term in _terms(given.slots.mask) if isinstance(term, Lengths)), None)
+    lengths = next((term.lengths for term in anded(given.slots.mask) if isinstance(term, Lengths)), None)
     if lengths is None:
         return jnp.where(wrong, jnp.nan, attention(query, key, value, **options)).reshape(given.query.shape)
     lengths = jnp.broadcast_to(jnp.asarray(lengths), tuple(batch)).reshape(count).astype(jnp.int32)

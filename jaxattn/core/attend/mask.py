@@ -161,6 +161,13 @@ def _finer(*masks: Mask) -> tuple[int, int] | None:
     return (math.gcd(*(x for x, _ in grains)), math.gcd(*(x for _, x in grains))) if grains else None
 
 
+def anded(mask: Mask | None) -> list[Mask]:
+    """The masks that are and-ed together; none for None."""
+    if mask is None:
+        return []
+    return anded(mask.first) + anded(mask.second) if isinstance(mask, And) else [mask]
+
+
 def _grouped(mask: Mask, kinds: Any) -> str:
     return f"({mask.describe()})" if isinstance(mask, kinds) else mask.describe()
 
