@@ -18,12 +18,15 @@ from jaxattn.models.spec import Spec
 
 
 def to_plain(config: Any) -> Any:
-    """A config as what JSON and YAML hold; a mixer or a part inside it becomes {class_path: ..., init_args: ...}.
+    """A config as what JSON and YAML hold; a mixer, a part or a spec inside it becomes class_path and init_args.
 
     The form is jsonargparse's, so it can stand in a `--config` file.
     """
     if isinstance(config, Spec):
-        return spec.to_plain(config)
+        arguments = {name: to_plain(value) for name, value in config.arguments.items()}
+        return {"class_path": spec.path_of(config.target), "init_args": arguments}
+    if callable(config) and hasattr(config, "__qualname__"):
+        return {"class_path": spec.path_of(config)}
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {field.name: to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
         kind = type(config)
@@ -93,4 +96,4 @@ def register_specs() -> None:
     """Lets jsonargparse read specs: call it before a parser of configs is made."""
     from jsonargparse.typing import register_type
 
-    register_type(Spec, spec.to_plain, spec.from_plain, deserializer_exceptions=(ValueError, TypeError))
+    register_type(Spec, to_plain, spec.from_plain, deserializer_exceptions=(ValueError, TypeError))

@@ -1,8 +1,8 @@
 """A class or constructor with arguments, as data: what a config says of what is built later, when sizes are known."""
 
 import difflib
-import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -98,7 +98,7 @@ def path_of(target: Callable[..., Any]) -> str:
     name = f"{owner.__qualname__}.{target.__name__}" if isinstance(owner, type) else getattr(target, "__qualname__", "")
     path = f"{getattr(target, '__module__', '')}.{name}"
     try:
-        found = find(path)
+        found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError):
         found = None
     if found != target:
@@ -106,42 +106,8 @@ def path_of(target: Callable[..., Any]) -> str:
     return path
 
 
-def find(path: str) -> Any:
-    """What a dotted name stands for. Raises ImportError or AttributeError if there is nothing of that name."""
-    steps = path.split(".")
-    for count in range(len(steps), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(steps[:count]))
-        except ModuleNotFoundError as error:
-            if error.name is None or not path.startswith(error.name):
-                raise
-            continue
-        for step in steps[count:]:
-            found = getattr(found, step)
-        return found
-    raise ImportError(f"there is no module of {path!r}")
-
-
-def to_plain(spec: Spec) -> dict[str, Any]:
-    """The spec as `class_path` and `init_args`, as YAML and JSON hold it."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Spec):
-            return to_plain(value)
-        if isinstance(value, tuple | list):
-            return [plain(each) for each in value]
-        if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
-            return {"class_path": path_of(value)}
-        if not jax.tree_util.all_leaves([value]):  # a part
-            fields = {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
-            return {"class_path": path_of(type(value)), "init_args": fields}
-        return value
-
-    return {"class_path": path_of(spec.target), "init_args": {name: plain(x) for name, x in spec.arguments.items()}}
-
-
 def from_plain(plain: Any) -> Any:
-    """The spec that `to_plain` made; parts of core among its arguments are made as they are.
+    """The spec that `models.to_plain` made; parts of core among its arguments are made as they are.
 
     Raises:
         ValueError: For what has not the form, for names that there are not, for unknown arguments, and for a class of
@@ -173,8 +139,8 @@ def _read(value: Any) -> Any:
 
 def _found(path: str) -> Any:
     try:
-        return find(path)
-    except (ImportError, AttributeError) as error:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"class_path {path!r} stands for nothing: {error}") from None
 
 

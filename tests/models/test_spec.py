@@ -120,6 +120,8 @@ def test_specs_are_data():
     nested = Spec(Layer, mixer=Spec(Attention, heads=2, mask=Window(3)), feed_forward=None)
     assert Spec(Layer, mixer=[1, [2]]).arguments["mixer"] == (1, (2,))
     assert nested == nested.replace(feed_forward=None)
+    given = to_plain(Spec(Layer, mixer=Attention(2)))["init_args"]["mixer"]  # a config among the arguments
+    assert (given["class_path"], given["init_args"]["heads"]) == ("jaxattn.models.config.Attention", 2)
 
 
 @pytest.mark.parametrize(
