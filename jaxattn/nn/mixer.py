@@ -62,10 +62,13 @@ class Mixer(nnx.Module):
         """The tokens and the tap of a call, with what stands for None.
 
         Raises:
-            ValueError: For edits and records at sites that this mixer does not have.
+            ValueError: For edits and records at sites that this mixer does not have, and edits where it only records.
         """
         if tokens is None:
             tokens = Tokens.of(x, after=None if state is None else self.reached(state))
         tap = Tap() if tap is None else tap
         tap.check(self, self.sites)
+        for site in self.recorded_only:
+            if site in tap.edits:
+                raise ValueError(f"edits has the site {site!r}, which {type(self).__name__} can only record")
         return tokens, tap.at(tokens)

@@ -305,8 +305,6 @@ class Recurrent(Mixer):
                 have, and an edit of `weights`.
         """
         tokens, tap = self.started(x, tokens, tap, state)
-        if "weights" in tap.edits:
-            raise ValueError("edits has the site 'weights', which a recurrent mixer can only record")
         if context is not None:
             raise ValueError("context is given: a recurrent mixer sees only its own tokens")
         if x.ndim != 3 or x.shape[-1] != self.mechanism.in_features:

@@ -313,9 +313,6 @@ class Tap:
         for name, (site, reducer) in self.asked.items():
             if site in ("scores", "weights"):
                 measures[name] = _Rows(site) if isinstance(reducer, Whole) else reducer
-        for site in ("lse", "read"):
-            if site in self.edits:
-                raise ValueError(f"edits has the site {site!r}, which can be recorded only: edit 'scores' or 'z'")
         joined = dataclasses.replace(
             slots, score_maps=tuple(score_maps), weight_maps=tuple(weight_maps), mask=mask, measures=measures
         )

@@ -23,7 +23,7 @@ from jaxattn import (
     attend,
 )
 from jaxattn.nn import HeadMixing, KeyQueryConvolution, MultiHeadAttention
-from jaxattn.trace import TokensAt
+from jaxattn.trace import Scale, TokensAt
 
 D, T, B = 16, 7, 2
 MEASURES = {"entropy": Entropy(), "lags": LagProfile(3), "halves": Mass(jnp.array([0, 0, 0, 1, 1, 1, 1]), 2)}
@@ -137,6 +137,12 @@ def test_maps_outside_a_tuple_are_refused():
         build(score_maps=Temperature(2.0))
     with pytest.raises(TypeError, match=r"weight_maps must be a tuple .* got HeadMixing"):
         build(weight_maps=HeadMixing(4))
+
+
+@pytest.mark.parametrize("site", ["lse", "read"])
+def test_what_can_only_be_recorded_takes_no_edits(site):
+    with pytest.raises(ValueError, match=f"edits has the site '{site}', which MultiHeadAttention can only record"):
+        call(build(), inputs(), edits={site: Scale(0.0)})
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,8 @@ class BlockIndex:
         """The blocks of slots in which a mask (None shows all) may show a pair that is at these positions.
 
         Slots are in any order, and empty (−1) in a cache or in padding; blocks of empty slots are inactive. The mask is
-        `Blocks.at(index, query_positions, key_positions)`. Blocks are
-        judged by the mask's `bounds`: one that these cannot rule out is active. NumPy in and a static mask, NumPy out.
+        `Blocks.at(index, query_positions, key_positions)`. Blocks are judged by the mask's `bounds`: one that these
+        cannot rule out is active. NumPy in and a static mask, NumPy out.
         Raises TypeError for positions that are not integers.
         """
         _check_block(block)

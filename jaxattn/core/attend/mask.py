@@ -172,8 +172,23 @@ def _grouped(mask: Mask, kinds: Any) -> str:
     return f"({mask.describe()})" if isinstance(mask, kinds) else mask.describe()
 
 
+class _OfTwo(Mask):
+    """What `&` and `|` of two masks share."""
+
+    first: Mask
+    second: Mask
+
+    @property
+    def is_relative(self):
+        return self.first.is_relative and self.second.is_relative
+
+    @property
+    def grain(self):
+        return _finer(self.first, self.second)
+
+
 @part
-class And(Mask):
+class And(_OfTwo):
     """Visible to both masks; what `a & b` makes."""
 
     first: Mask
@@ -187,14 +202,6 @@ class And(Mask):
         return possible & possible2, certain & certain2
 
     @property
-    def is_relative(self):
-        return self.first.is_relative and self.second.is_relative
-
-    @property
-    def grain(self):
-        return _finer(self.first, self.second)
-
-    @property
     def reach(self):
         both = [reach for reach in (self.first.reach, self.second.reach) if reach is not None]
         return min(both, key=sum, default=None)  # what both show, either of them shows
@@ -204,7 +211,7 @@ class And(Mask):
 
 
 @part
-class Or(Mask):
+class Or(_OfTwo):
     """Visible to either mask; what `a | b` makes."""
 
     first: Mask
@@ -216,14 +223,6 @@ class Or(Mask):
     def bounds(self, query, key):
         (possible, certain), (possible2, certain2) = self.first.bounds(query, key), self.second.bounds(query, key)
         return possible | possible2, certain | certain2
-
-    @property
-    def is_relative(self):
-        return self.first.is_relative and self.second.is_relative
-
-    @property
-    def grain(self):
-        return _finer(self.first, self.second)
 
     @property
     def reach(self):
