@@ -1,7 +1,7 @@
 """Forward passes of published transformers in plain NumPy and float64: what a loaded checkpoint has to compute.
 
-Nothing here uses jaxattn. This file has the parts that the families share, and the decoders: GPT-2, Llama 3, Qwen 3
-and GPT-NeoX (Pythia).
+Nothing here uses jaxattn. This file has the parts that the families share, and the decoders: GPT-2, Llama 3, Qwen 3,
+GPT-NeoX (Pythia) and Gemma 2.
 
 Array names carry their axes: B batch, T queries, S keys, E features of the stream, N heads, K key heads, D features of
 a head. Matrices are stored [out, in], in GPT-2 [in, out].
@@ -30,7 +30,7 @@ class Family:
         config: The published config.json of the family with small numbers.
         draw: (config, `Draws`) ↦ None: names and draws all weights of the published checkpoint.
         example: (config, generator, length, batch) ↦ the keyword arguments of `forward`.
-        forward: (weights, config, **inputs) ↦ the outputs by their published names; "logits" has the scores of classes.
+        forward: (weights, config, **inputs) ↦ the outputs by their published names, such as "logits".
     """
 
     config: Config
@@ -39,7 +39,10 @@ class Family:
     forward: Callable[..., dict[str, np.ndarray]]
 
     def weights(self, seed: int) -> Weights:
-        """Random weights under their published names: attention is far from uniform, and no bias or gain is neutral."""
+        """Random weights under their published names: attention is far from uniform, and no bias or gain is neutral.
+
+        A bias of keys that are not rotated adds the same to all scores of a query, so no output depends on it.
+        """
         draws = Draws(np.random.default_rng(seed))
         self.draw(self.config, draws)
         return draws.weights
@@ -472,3 +475,81 @@ NEOX = Family(
     neox,
 )
 NEOX_SEQUENTIAL = NEOX.changed(use_parallel_residual=False)
+
+
+def draw_gemma2(config: Config, draws: Draws) -> None:
+    width = config["hidden_size"]
+    # The final cap shows only if the logits, which these vectors make, reach its size.
+    draws.normal("model.embed_tokens.weight", config["vocab_size"], width, scale=1.5)
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        # The cap of the scores shows only if scores come near it, so queries and keys are larger than elsewhere.
+        draw_grouped(draws, f"{block}.self_attn", config, config["head_dim"], scale=3)
+        draw_gated(draws, f"{block}.mlp", width, config["intermediate_size"])
+        draws.norm(f"{block}.input_layernorm", width, mean=0)
+        draws.norm(f"{block}.post_attention_layernorm", width, mean=0)
+        draws.norm(f"{block}.pre_feedforward_layernorm", width, mean=0)
+        draws.norm(f"{block}.post_feedforward_layernorm", width, mean=0)
+    draws.norm("model.norm", width, mean=0)
+
+
+def gemma2(weights: Weights, config: Config, input_ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Gemma team, 2024: norms before and after, capped scores and logits, every other layer sees a window only.
+
+    A norm with weight w multiplies by 1 + w. A query in a window layer sees itself and the sliding_window − 1 keys
+    before.
+    """
+    heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    scale = config["query_pre_attn_scalar"] ** -0.5
+    radians = frequencies(config["head_dim"], config["rope_theta"])
+    distance = distances(input_ids.shape[1])
+    causal = distance >= 0
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        return rms_norm(x, 1 + weights[f"{name}.weight"], config["rms_norm_eps"])
+
+    x = weights["model.embed_tokens.weight"][input_ids] * config["hidden_size"] ** 0.5
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        visible = causal & (distance < config["sliding_window"]) if layer % 2 == 0 else causal
+        normed = norm(f"{block}.input_layernorm", x)
+        query = rotate(split(linear(weights, f"{block}.self_attn.q_proj", normed), heads), radians)
+        key = rotate(split(linear(weights, f"{block}.self_attn.k_proj", normed), key_heads), radians)
+        value = split(linear(weights, f"{block}.self_attn.v_proj", normed), key_heads)
+        seen = attend(query, key, value, visible, scale, cap=config["attn_logit_softcapping"])
+        attended = linear(weights, f"{block}.self_attn.o_proj", merge(seen))
+        x = x + norm(f"{block}.post_attention_layernorm", attended)
+        normed = norm(f"{block}.pre_feedforward_layernorm", x)
+        fed = gated(weights, f"{block}.mlp", normed, config["hidden_activation"])
+        x = x + norm(f"{block}.post_feedforward_layernorm", fed)
+    logits = norm("model.norm", x) @ weights["model.embed_tokens.weight"].T
+    cap = config["final_logit_softcapping"]
+    return {"logits": cap * np.tanh(logits / cap)}
+
+
+GEMMA2 = Family(
+    {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "attention_bias": False,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "head_dim": 10,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 48,
+        "intermediate_size": 68,
+        "max_position_embeddings": 541,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 24,
+        "rms_norm_eps": 0.01,
+        "rope_theta": 10000.0,
+        "sliding_window": 7,
+        "vocab_size": 109,
+    },
+    draw_gemma2,
+    example_ids,
+    gemma2,
+)
