@@ -1,4 +1,4 @@
-"""More forward passes of published transformers in plain NumPy: BERT and ViT. See `published.py`."""
+"""More forward passes of published transformers in plain NumPy: BERT, ViT and T5. See `published.py`."""
 
 import numpy as np
 from published import (
@@ -8,9 +8,11 @@ from published import (
     Family,
     Weights,
     attend,
+    distances,
     layer_norm,
     linear,
     merge,
+    rms_norm,
     split,
 )
 
@@ -175,4 +177,160 @@ VIT = Family(
     draw_vit,
     example_vit,
     vit,
+)
+
+
+def t5_buckets(distance: np.ndarray, two_sided: bool, buckets: int, max_distance: int) -> np.ndarray:
+    """The bucket of each distance (position of the key minus position of the query), from 0 to buckets − 1.
+
+    Two-sided, the second half of the buckets is for keys after the query; one-sided, such keys get bucket 0. On a side
+    with b buckets, each distance n < e = ⌊b/2⌋ has a bucket of its own. Longer distances share the widening buckets
+    e + ⌊(b − e)·log(n/e)/log(m/e)⌋, and all from m = max_distance on share the last one.
+    """
+    each = buckets // 2 if two_sided else buckets
+    after = np.where(distance > 0, each, 0) if two_sided else 0
+    far = np.abs(distance) if two_sided else np.maximum(-distance, 0)
+    exact = each // 2
+    grown = np.log(np.maximum(far, exact) / exact) / np.log(max_distance / exact) * (each - exact)
+    wide = np.minimum(exact + np.floor(grown).astype(int), each - 1)
+    return after + np.where(far < exact, far, wide)
+
+
+def draw_t5_attention(config: Config, draws: Draws, name: str) -> None:
+    width, inner = config["d_model"], config["num_heads"] * config["d_kv"]
+    # Scores are not divided by √d_kv, so queries and keys are smaller by d_kv^¼ each.
+    draws.linear(f"{name}.q", inner, width, scale=1.5 * config["d_kv"] ** -0.25)
+    draws.linear(f"{name}.k", inner, width, scale=1.5 * config["d_kv"] ** -0.25)
+    draws.linear(f"{name}.v", inner, width)
+    draws.linear(f"{name}.o", width, inner)
+
+
+def draw_t5(config: Config, draws: Draws) -> None:
+    width, hidden = config["d_model"], config["d_ff"]
+    draws.normal("shared.weight", config["vocab_size"], width)
+    for stack, layers in ("encoder", config["num_layers"]), ("decoder", config["num_decoder_layers"]):
+        attentions = ["SelfAttention"] if stack == "encoder" else ["SelfAttention", "EncDecAttention"]
+        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        draws.normal(table, config["relative_attention_num_buckets"], config["num_heads"], scale=1.5)
+        for layer in range(layers):
+            block = f"{stack}.block.{layer}.layer"
+            for place, attention in enumerate(attentions):
+                draw_t5_attention(config, draws, f"{block}.{place}.{attention}")
+                draws.norm(f"{block}.{place}.layer_norm", width)
+            last = f"{block}.{len(attentions)}"
+            ins = ["wi_0", "wi_1"] if config["feed_forward_proj"].startswith("gated-") else ["wi"]
+            for name in ins:
+                draws.linear(f"{last}.DenseReluDense.{name}", hidden, width)
+            draws.linear(f"{last}.DenseReluDense.wo", width, hidden)
+            draws.norm(f"{last}.layer_norm", width)
+        draws.norm(f"{stack}.final_layer_norm", width)
+    if not config["tie_word_embeddings"]:
+        draws.linear("lm_head", config["vocab_size"], width, scale=2)
+
+
+def example_t5(config: Config, generator: np.random.Generator, length: int, batch: int) -> dict[str, np.ndarray]:
+    """Encoder inputs of this length with padding, and decoder inputs that are shorter by three tokens."""
+    return {
+        "input_ids": generator.integers(config["vocab_size"], size=(batch, length)),
+        "attention_mask": example_mask(generator, length, batch),
+        "decoder_input_ids": generator.integers(config["vocab_size"], size=(batch, max(length - 3, 1))),
+    }
+
+
+def t5(
+    weights: Weights, config: Config, input_ids: np.ndarray, attention_mask: np.ndarray, decoder_input_ids: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Raffel et al., 2020: RMS norms before, no scale of the scores, a bias by distance in self-attention.
+
+    The first block of each stack holds the table of that bias for all blocks of the stack. Attention from the decoder
+    to the encoder has no such bias.
+    """
+    epsilon, heads = config["layer_norm_epsilon"], config["num_heads"]
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        return rms_norm(x, weights[f"{name}.weight"], epsilon)
+
+    def attention(
+        name: str, x: np.ndarray, source: np.ndarray, visible: np.ndarray, bias: np.ndarray | float
+    ) -> np.ndarray:
+        query = split(linear(weights, f"{name}.q", x), heads)
+        key = split(linear(weights, f"{name}.k", source), heads)
+        value = split(linear(weights, f"{name}.v", source), heads)
+        return linear(weights, f"{name}.o", merge(attend(query, key, value, visible, scale=1, bias=bias)))
+
+    def bias_NxTxS(stack: str, length: int) -> np.ndarray:
+        buckets = t5_buckets(
+            -distances(length),
+            stack == "encoder",
+            config["relative_attention_num_buckets"],
+            config["relative_attention_max_distance"],
+        )
+        table = weights[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+        return table[buckets].transpose(2, 0, 1)
+
+    def feed_forward(name: str, x: np.ndarray) -> np.ndarray:
+        if config["feed_forward_proj"] == "gated-gelu":
+            # The published checkpoints with this setting were trained with the approximation by tanh.
+            gate = ACTIVATIONS["gelu_new"](linear(weights, f"{name}.wi_0", x))
+            return linear(weights, f"{name}.wo", gate * linear(weights, f"{name}.wi_1", x))
+        return linear(weights, f"{name}.wo", ACTIVATIONS[config["feed_forward_proj"]](linear(weights, f"{name}.wi", x)))
+
+    present_Bx1x1xS = attention_mask[:, None, None, :] == 1
+    x = weights["shared.weight"][input_ids]
+    bias = bias_NxTxS("encoder", input_ids.shape[1])
+    for layer in range(config["num_layers"]):
+        block = f"encoder.block.{layer}.layer"
+        normed = norm(f"{block}.0.layer_norm", x)
+        x = x + attention(f"{block}.0.SelfAttention", normed, normed, present_Bx1x1xS, bias)
+        x = x + feed_forward(f"{block}.1.DenseReluDense", norm(f"{block}.1.layer_norm", x))
+    encoded = norm("encoder.final_layer_norm", x)
+
+    causal = distances(decoder_input_ids.shape[1]) >= 0
+    x = weights["shared.weight"][decoder_input_ids]
+    bias = bias_NxTxS("decoder", decoder_input_ids.shape[1])
+    for layer in range(config["num_decoder_layers"]):
+        block = f"decoder.block.{layer}.layer"
+        normed = norm(f"{block}.0.layer_norm", x)
+        x = x + attention(f"{block}.0.SelfAttention", normed, normed, causal, bias)
+        normed = norm(f"{block}.1.layer_norm", x)
+        x = x + attention(f"{block}.1.EncDecAttention", normed, encoded, present_Bx1x1xS, 0.0)
+        x = x + feed_forward(f"{block}.2.DenseReluDense", norm(f"{block}.2.layer_norm", x))
+    x = norm("decoder.final_layer_norm", x)
+    if config["tie_word_embeddings"]:
+        logits = x * config["d_model"] ** -0.5 @ weights["shared.weight"].T
+    else:
+        logits = linear(weights, "lm_head", x)
+    return {"logits": logits, "encoder_last_hidden_state": encoded}
+
+
+T5 = Family(
+    {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "d_ff": 74,
+        "d_kv": 9,
+        "d_model": 40,
+        "decoder_start_token_id": 0,
+        "feed_forward_proj": "relu",
+        "is_encoder_decoder": True,
+        "layer_norm_epsilon": 0.01,
+        "num_decoder_layers": 4,
+        "num_heads": 6,
+        "num_layers": 3,
+        "pad_token_id": 0,
+        "relative_attention_max_distance": 45,
+        "relative_attention_num_buckets": 14,
+        "tie_word_embeddings": True,
+        "vocab_size": 131,
+    },
+    draw_t5,
+    example_t5,
+    t5,
+)
+# Version 1.1 and Flan-T5, with the published buckets.
+T5_GATED = T5.changed(
+    feed_forward_proj="gated-gelu",
+    relative_attention_max_distance=128,
+    relative_attention_num_buckets=32,
+    tie_word_embeddings=False,
 )
