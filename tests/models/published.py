@@ -1,7 +1,7 @@
 """Forward passes of published transformers in plain NumPy and float64: what a loaded checkpoint has to compute.
 
 Nothing here uses jaxattn. This file has the parts that the families share, and the decoders: GPT-2, Llama 3, Qwen 3,
-GPT-NeoX (Pythia) and Gemma 2. `published_more.py` has BERT, ViT and T5.
+GPT-NeoX (Pythia) and Gemma 2. `published_more.py` has BERT, ViT, T5 and Whisper.
 
 Array names carry their axes: B batch, T queries, S keys, E features of the stream, N heads, K key heads, D features of
 a head. Matrices are stored [out, in], in GPT-2 [in, out].

@@ -1,4 +1,4 @@
-"""More forward passes of published transformers in plain NumPy: BERT, ViT and T5. See `published.py`."""
+"""More forward passes of published transformers in plain NumPy: BERT, ViT, T5 and Whisper. See `published.py`."""
 
 import numpy as np
 from published import (
@@ -333,4 +333,126 @@ T5_GATED = T5.changed(
     relative_attention_max_distance=128,
     relative_attention_num_buckets=32,
     tie_word_embeddings=False,
+)
+
+
+# No published config has this number: every layer norm of Whisper has this epsilon.
+WHISPER_EPSILON = 1e-5
+
+
+def draw_whisper_attention(draws: Draws, name: str, width: int) -> None:
+    draws.linear(f"{name}.q_proj", width, width, scale=1.5, bias=True)
+    draws.linear(f"{name}.k_proj", width, width, scale=1.5)
+    draws.linear(f"{name}.v_proj", width, width, bias=True)
+    draws.linear(f"{name}.out_proj", width, width, bias=True)
+
+
+def draw_whisper(config: Config, draws: Draws) -> None:
+    width, bins = config["d_model"], config["num_mel_bins"]
+    draws.normal("model.encoder.conv1.weight", width, bins, 3, scale=(bins * 3) ** -0.5)
+    draws.normal("model.encoder.conv1.bias", width, scale=0.4)
+    draws.normal("model.encoder.conv2.weight", width, width, 3, scale=(width * 3) ** -0.5)
+    draws.normal("model.encoder.conv2.bias", width, scale=0.4)
+    draws.normal("model.encoder.embed_positions.weight", config["max_source_positions"], width, scale=0.5)
+    # Vectors this small make the fixed epsilon of the first norm visible.
+    draws.normal("model.decoder.embed_tokens.weight", config["vocab_size"], width, scale=0.05)
+    draws.normal("model.decoder.embed_positions.weight", config["max_target_positions"], width, scale=0.05)
+    for stack in "encoder", "decoder":
+        for layer in range(config[f"{stack}_layers"]):
+            block = f"model.{stack}.layers.{layer}"
+            for attention in ["self_attn"] if stack == "encoder" else ["self_attn", "encoder_attn"]:
+                draw_whisper_attention(draws, f"{block}.{attention}", width)
+                draws.norm(f"{block}.{attention}_layer_norm", width, bias=True)
+            draws.linear(f"{block}.fc1", config[f"{stack}_ffn_dim"], width, bias=True)
+            draws.linear(f"{block}.fc2", width, config[f"{stack}_ffn_dim"], bias=True)
+            draws.norm(f"{block}.final_layer_norm", width, bias=True)
+        draws.norm(f"model.{stack}.layer_norm", width, bias=True)
+
+
+def example_whisper(config: Config, generator: np.random.Generator, length: int, batch: int) -> dict[str, np.ndarray]:
+    """Decoder inputs of this length; the number of frames is fixed, twice that of the encoder's positions."""
+    frames = 2 * config["max_source_positions"]
+    return {
+        "input_features": generator.standard_normal((batch, config["num_mel_bins"], frames)),
+        "decoder_input_ids": generator.integers(config["vocab_size"], size=(batch, length)),
+    }
+
+
+def convolve(weights: Weights, name: str, x_BxCxF: np.ndarray, stride: int) -> np.ndarray:
+    """y[b, o, f] = bias[o] + Σ_c Σ_j W[o, c, j]·x[b, c, stride·f + j − 1] with zeros outside of x, for three taps j."""
+    kernel, frames = weights[f"{name}.weight"], x_BxCxF.shape[2]
+    padded = np.pad(x_BxCxF, [(0, 0), (0, 0), (1, 1)])
+    taps = [kernel[:, :, tap] @ padded[:, :, tap : tap + frames : stride] for tap in range(3)]
+    return sum(taps) + weights[f"{name}.bias"][:, None]
+
+
+def whisper(
+    weights: Weights, config: Config, input_features: np.ndarray, decoder_input_ids: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Radford et al., 2022: two convolutions over log-mel frames, norms before, keys without bias, tied head."""
+    activation = ACTIVATIONS[config["activation_function"]]
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        return layer_norm(weights, name, x, WHISPER_EPSILON)
+
+    def attention(name: str, x: np.ndarray, source: np.ndarray, visible: np.ndarray | bool, heads: int) -> np.ndarray:
+        query = split(linear(weights, f"{name}.q_proj", x), heads)
+        key = split(linear(weights, f"{name}.k_proj", source), heads)
+        value = split(linear(weights, f"{name}.v_proj", source), heads)
+        seen = attend(query, key, value, visible, (config["d_model"] // heads) ** -0.5)
+        return linear(weights, f"{name}.out_proj", merge(seen))
+
+    def feed_forward(block: str, x: np.ndarray) -> np.ndarray:
+        return linear(weights, f"{block}.fc2", activation(linear(weights, f"{block}.fc1", x)))
+
+    # These two are exact GELUs whatever activation_function says.
+    frames = ACTIVATIONS["gelu"](convolve(weights, "model.encoder.conv1", input_features, stride=1))
+    frames = ACTIVATIONS["gelu"](convolve(weights, "model.encoder.conv2", frames, stride=2))
+    x = frames.swapaxes(1, 2) + weights["model.encoder.embed_positions.weight"]
+    for layer in range(config["encoder_layers"]):
+        block = f"model.encoder.layers.{layer}"
+        normed = norm(f"{block}.self_attn_layer_norm", x)
+        x = x + attention(f"{block}.self_attn", normed, normed, True, config["encoder_attention_heads"])
+        x = x + feed_forward(block, norm(f"{block}.final_layer_norm", x))
+    encoded = norm("model.encoder.layer_norm", x)
+
+    length, heads = decoder_input_ids.shape[1], config["decoder_attention_heads"]
+    causal = distances(length) >= 0
+    x = weights["model.decoder.embed_tokens.weight"][decoder_input_ids]
+    x = x + weights["model.decoder.embed_positions.weight"][:length]
+    for layer in range(config["decoder_layers"]):
+        block = f"model.decoder.layers.{layer}"
+        normed = norm(f"{block}.self_attn_layer_norm", x)
+        x = x + attention(f"{block}.self_attn", normed, normed, causal, heads)
+        normed = norm(f"{block}.encoder_attn_layer_norm", x)
+        x = x + attention(f"{block}.encoder_attn", normed, encoded, True, heads)
+        x = x + feed_forward(block, norm(f"{block}.final_layer_norm", x))
+    logits = norm("model.decoder.layer_norm", x) @ weights["model.decoder.embed_tokens.weight"].T
+    return {"logits": logits, "encoder_last_hidden_state": encoded}
+
+
+WHISPER = Family(
+    {
+        "architectures": ["WhisperForConditionalGeneration"],
+        "model_type": "whisper",
+        "activation_function": "gelu",
+        "d_model": 60,
+        "decoder_attention_heads": 3,
+        "decoder_ffn_dim": 76,
+        "decoder_layers": 4,
+        "decoder_start_token_id": 1,
+        "encoder_attention_heads": 5,
+        "encoder_ffn_dim": 68,
+        "encoder_layers": 2,
+        "is_encoder_decoder": True,
+        "max_source_positions": 514,
+        "max_target_positions": 523,
+        "num_mel_bins": 10,
+        "pad_token_id": 0,
+        "scale_embedding": False,
+        "vocab_size": 137,
+    },
+    draw_whisper,
+    example_whisper,
+    whisper,
 )
