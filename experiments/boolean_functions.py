@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments import decoders
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_multiple, check_names, within
-from jaxattn import Elu1Features, icl, models
+from jaxattn import Elu1Features, icl, models, nn
 from jaxattn.icl import FunctionTask, Planted, Signs, Teaching
 from jaxattn.train import OptimizerConfig
 
@@ -50,11 +50,11 @@ SETTINGS = {
     ),
 }
 MIXERS: dict[str, Any] = {
-    "softmax": models.Attention(heads=2),
-    "linear": models.LinearAttention(2, Elu1Features(), convolution=3),
-    "RetNet": models.RetNet(heads=2, convolution=3),
-    "gated DeltaNet": models.DeltaNet(heads=2, decay="head", convolution=3),
-    "Mamba-2": models.Mamba2(heads=4, convolution=3),
+    "softmax": models.Spec(nn.MultiHeadAttention, heads=2),
+    "linear": models.Spec(nn.LinearAttention, heads=2, feature_map=Elu1Features(), convolution=3),
+    "RetNet": models.Spec(nn.RetNet, heads=2, convolution=3),
+    "gated DeltaNet": models.Spec(nn.DeltaNet, heads=2, decay="head", convolution=3),
+    "Mamba-2": models.Spec(nn.Mamba2, heads=4, convolution=3),
 }
 
 

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, outside
-from jaxattn import models
+from jaxattn import models, nn
 from jaxattn.train import (
     OptimizerConfig,
     TrainConfig,
@@ -147,9 +147,9 @@ def run(config, seed, folder, console):
             sums.update({name: float(value) for name, value in measure(batch).items()})
         return bits_per_byte(sums)
 
-    layer = models.Layer(models.Attention(config.heads, qk_norm=True))
-    decoder = models.DecoderConfig(context=config.context, width=config.width, layers=[layer] * config.layers)
-    model = models.Decoder(decoder, rngs=nnx.Rngs(seed))
+    layer = models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=config.heads, qk_norm=models.Spec(nn.RMSNorm)))
+    decoder = models.TransformerConfig(length=config.context, width=config.width, layers=[layer] * config.layers)
+    model = models.Transformer(decoder, rngs=nnx.Rngs(seed))
     teacher = with_params(model, stage("teacher", language_loss(model), config.steps, config.optimizer))
     teacher.eval()
     converted = models.linearize(teacher)

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments import decoders, recall
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
-from jaxattn import icl, models
+from jaxattn import icl, models, nn
 from jaxattn.train import Drawn, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, warmup_steps=0, final_fraction=1.0, weight_decay=0.0)
@@ -96,8 +96,8 @@ def task(config: Config) -> Drawn:
     return Drawn(lambda key, rows: strings.sample(key, rows).tokens(), 2 * config.length, digest)
 
 
-def mixer(config: Config, start: str) -> models.Mamba2:
-    return models.Mamba2(heads=config.heads, state=config.state, mimetic=STARTS[start])
+def mixer(config: Config, start: str) -> models.Spec:
+    return models.Spec(nn.Mamba2, heads=config.heads, state=config.state, mimetic=STARTS[start])
 
 
 def copying(config: Config, start: str, seed: int, folder, console) -> list[tuple[float, float]]:

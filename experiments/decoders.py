@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from jaxattn import icl, models
+from jaxattn import icl, models, nn
 from jaxattn.train import Drawn, OptimizerConfig, TrainConfig, drawn, fit, make_optimizer, next_token_loss, prompt_loss
 from jaxattn.train.loop import Result
 from jaxattn.train.step import LossFunction
@@ -18,7 +18,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=
 
 
 def build(
-    mixer: models.Mixer,
+    mixer: models.Spec,
     *,
     vocabulary: int,
     length: int,
@@ -27,37 +27,45 @@ def build(
     seed: int,
     hidden: int | None = 2,
     inputs: int = 0,
-) -> models.Decoder:
+) -> models.Transformer:
     """A decoder of `layers` layers, of the mixer and a feed-forward block of `hidden` units per channel, or none."""
-    layer = models.Layer(mixer, None if hidden is None else models.FeedForward(hidden * width, "gelu"))
-    config = models.DecoderConfig(vocabulary, length, width, [layer] * layers, tied=False, inputs=inputs)
-    return models.Decoder(config, rngs=nnx.Rngs(seed))
+    block = models.Spec(nn.FeedForward, hidden=(hidden or 0) * width, activation="gelu_tanh", gated=False)
+    layer = models.pre_norm(mixer, None if hidden is None else block)
+    config = models.TransformerConfig(
+        vocabulary,
+        length,
+        width,
+        [layer] * layers,
+        embed=models.Spec(nn.VectorEmbedding, inputs=inputs) if inputs else models.Spec(nn.TokenEmbedding),
+        head=models.Spec(nn.Head),
+    )
+    return models.Transformer(config, rngs=nnx.Rngs(seed))
 
 
-def predictor(model: models.Decoder) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def predictor(model: models.Transformer) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """A decoder of vectors as a predictor: it reads interleaved prompts, and its answers are read at the inputs."""
-    return icl.interleaved(lambda tokens: model(tokens)[0], model.config.context)
+    return icl.interleaved(lambda tokens: model(tokens)[0], model.config.length)
 
 
-def next_token(model: models.Decoder, batch: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def next_token(model: models.Transformer, batch: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss on a batch of tokens, and what is measured beside it."""
     logits, *_ = model(batch["tokens"])
     total, sums = next_token_loss(logits, batch)
     return total, {name: sums[name] for name in ("weight", "correct")}
 
 
-def answers(loss: icl.Loss) -> Callable[[models.Decoder, icl.Prompt], tuple[jax.Array, dict[str, jax.Array]]]:
+def answers(loss: icl.Loss) -> Callable[[models.Transformer, icl.Prompt], tuple[jax.Array, dict[str, jax.Array]]]:
     """The loss on a batch of prompts."""
     return lambda model, prompt: prompt_loss(lambda _, x, y: predictor(model)(x, y), loss)(None, prompt, None)
 
 
 def train(
-    model: models.Decoder,
+    model: models.Transformer,
     source: Drawn,
     *,
-    loss: Callable[[models.Decoder, Any], tuple[jax.Array, dict[str, jax.Array]]] = next_token,
+    loss: Callable[[models.Transformer, Any], tuple[jax.Array, dict[str, jax.Array]]] = next_token,
     **options: Any,
-) -> tuple[models.Decoder, Result]:
+) -> tuple[models.Transformer, Result]:
     """(the trained model, what `fit` says of the run), as `train_params` does with these options."""
     graph, params, *rest = nnx.split(model, nnx.Param, ...)
 
@@ -135,14 +143,14 @@ class Learner:
     def learn(
         self,
         task: icl.FunctionTask | icl.Curriculum,
-        mixer: models.Mixer,
+        mixer: models.Spec,
         loss: icl.Loss,
         *,
         seed: int,
         run_config: Mapping[str, Any],
         folder: Path,
         console: Console,
-    ) -> tuple[models.Decoder, Result]:
+    ) -> tuple[models.Transformer, Result]:
         """(the decoder trained on a task, or along a curriculum, what `fit` says of the run)."""
         end = task.task if isinstance(task, icl.Curriculum) else task
         model = build(

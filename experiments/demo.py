@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxattn import Causal, Sigmoid, Sinks, Window, models, viz
+from jaxattn import Causal, Sigmoid, Sinks, Window, models, nn, viz
 from jaxattn.__main__ import DataConfig, generate, read, token_labels, train
 from jaxattn.train import OptimizerConfig, TrainConfig
 
@@ -27,11 +27,11 @@ CONTEXT, WIDTH, LAYERS = 128, 96, 4
 OPTIMIZER = OptimizerConfig(learning_rate=4e-3, warmup_steps=40)
 TRAINING = TrainConfig(steps=900, batch_size=8, eval_every=150, save_every=300, log_every=30)
 
-BASE = models.Attention(heads=4, qk_norm=True)
+BASE = models.Spec(nn.MultiHeadAttention, heads=4, qk_norm=models.Spec(nn.RMSNorm))
 ATTENTIONS = {
     "softmax": BASE,
-    "window+sinks": dataclasses.replace(BASE, mask=Causal() & (Window(31) | Sinks(4))),
-    "sigmoid": dataclasses.replace(BASE, normalize=Sigmoid(bias=-math.log(CONTEXT))),
+    "window+sinks": BASE.replace(mask=Causal() & (Window(31) | Sinks(4))),
+    "sigmoid": BASE.replace(normalize=Sigmoid(bias=-math.log(CONTEXT))),
 }
 PROMPT = "def read(self, size=-1):\n    "
 TEXT = "def total(values):\n    result = 0\n    for value in values:\n        result += value\n    return result\n"
@@ -45,7 +45,7 @@ def main(folder: Path, steps: int) -> dict[str, float]:
     results, weights, captions = {}, {}, {}
     for name, attention in ATTENTIONS.items():
         console.rule(f"training: {name}")
-        config = models.DecoderConfig(context=CONTEXT, width=WIDTH, layers=[models.Layer(attention)] * LAYERS)
+        config = models.TransformerConfig(length=CONTEXT, width=WIDTH, layers=[models.pre_norm(attention)] * LAYERS)
         results[name] = train(config, DataConfig(), optimizer, training, folder=str(folder / name))
         if not results[name].complete:
             sys.exit(f"interrupted: run the demo again to resume in {folder}")
@@ -62,7 +62,7 @@ def main(folder: Path, steps: int) -> dict[str, float]:
     for name in ATTENTIONS:
         console.rule(f"generated: {name}")
         generate(PROMPT, max_new_tokens=CONTEXT - len(PROMPT) - 1, folder=str(folder / name))
-        tokens, weights[name], statistics = read(models.load_decoder(folder / name)[0], TEXT[: CONTEXT - 1])
+        tokens, weights[name], statistics = read(models.load_model(folder / name)[0], TEXT[: CONTEXT - 1])
         captions[name] = np.vectorize("H {:.1f}  sink {:.2f}".format)(statistics.entropy, statistics.sink_mass)
 
     curves = viz.show_curves({name: result.history for name, result in results.items()})

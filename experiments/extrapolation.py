@@ -10,17 +10,19 @@ import jax.numpy as jnp
 
 from experiments import decoders
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
-from jaxattn import Alibi, models
+from jaxattn import Alibi, models, nn
 from jaxattn.train import Drawn, OptimizerConfig
 
-MIXERS: dict[str, models.Mixer] = {
-    "rotary": models.Attention(heads=2, convolution=3),
-    "ALiBi": models.Attention(heads=2, rotary_base=None, bias=models.Spec(Alibi.geometric), convolution=3),
-    "RetNet": models.RetNet(heads=2, convolution=3),
-    "GLA": models.GLA(heads=2, convolution=3),
-    "gated DeltaNet": models.DeltaNet(heads=2, key_dim=16, decay="head", convolution=3),
-    "Mamba-2": models.Mamba2(heads=4, state=16, convolution=3),
-    "Latte": models.Latte(heads=2, latents=16, convolution=3),
+MIXERS: dict[str, models.Spec] = {
+    "rotary": models.Spec(nn.MultiHeadAttention, heads=2, convolution=3),
+    "ALiBi": models.Spec(
+        nn.MultiHeadAttention, heads=2, position=None, bias=models.Spec(Alibi.geometric), convolution=3
+    ),
+    "RetNet": models.Spec(nn.RetNet, heads=2, convolution=3),
+    "GLA": models.Spec(nn.GLA, heads=2, convolution=3),
+    "gated DeltaNet": models.Spec(nn.DeltaNet, heads=2, key_dim=16, decay="head", convolution=3),
+    "Mamba-2": models.Spec(nn.Mamba2, heads=4, state=16, convolution=3),
+    "Latte": models.Spec(nn.Latte, heads=2, latents=16, convolution=3),
 }
 TIMES = (1, 2, 4, 8)
 
@@ -144,7 +146,7 @@ def task(config: Config, times: int = 1) -> Drawn:
     return Drawn(draw, length, json.dumps(draw.keywords))
 
 
-def losses(config: Config, model: models.Decoder, seed: int) -> tuple[list[float], list[float]]:
+def losses(config: Config, model: models.Transformer, seed: int) -> tuple[list[float], list[float]]:
     """Losses of the model and of `posterior` at each position, in nats, on sequences 8 times as long as in training."""
 
     @jax.jit

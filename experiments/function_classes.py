@@ -9,7 +9,7 @@ from rich.console import Console
 
 from experiments import decoders
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_multiple, check_names
-from jaxattn import icl, models
+from jaxattn import icl, models, nn
 from jaxattn.icl import FunctionTask, Gaussian
 from jaxattn.train import OptimizerConfig
 
@@ -180,11 +180,11 @@ def lessons(name: str, steps: int) -> FunctionTask | icl.Curriculum:
     return task if growth is None else icl.Curriculum(task, max(1, steps // 16), **growth)
 
 
-def train(config: Config, name: str, seed: int, folder: Path, console: Console) -> tuple[models.Decoder, Any]:
+def train(config: Config, name: str, seed: int, folder: Path, console: Console) -> tuple[models.Transformer, Any]:
     """(the decoder trained on a class of functions, what `fit` says of the run)."""
     return config.learn(
         lessons(name, config.steps),
-        models.Attention(heads=config.heads),
+        models.Spec(nn.MultiHeadAttention, heads=config.heads),
         icl.square,
         seed=seed,
         run_config={"class": name, "function_classes": asdict(replace(config, classes=(), shifts=(), prompts=0))},
@@ -194,7 +194,7 @@ def train(config: Config, name: str, seed: int, folder: Path, console: Console) 
 
 
 def shifted(
-    config: Config, setting: str, model: models.Decoder, seed: int
+    config: Config, setting: str, model: models.Transformer, seed: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The excess risk of the model of a class over that of its first baseline, for each shift of the class."""
     numbers, rows = {}, []

@@ -10,19 +10,21 @@ import jax.numpy as jnp
 
 from experiments import decoders
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
-from jaxattn import Window, models
+from jaxattn import Window, models, nn
 from jaxattn.train import Drawn, OptimizerConfig
 
 WINDOW = 16
-MEMORY = models.NeuralMemory(heads=2, hidden=(), inner_batch=8)
-MIXERS: dict[str, models.Mixer] = {
-    "softmax": models.Attention(heads=2, convolution=3),
-    "window": models.Attention(heads=2, mask=Window(WINDOW - 1), convolution=3),
+MEMORY = models.Spec(nn.NeuralMemory, heads=2, hidden=(), inner_batch=8)
+MIXERS: dict[str, models.Spec] = {
+    "softmax": models.Spec(nn.MultiHeadAttention, heads=2, convolution=3),
+    "window": models.Spec(nn.MultiHeadAttention, heads=2, mask=Window(WINDOW - 1), convolution=3),
     "memory alone": MEMORY,
-    "memory as gate": models.Titans("gate", 2, WINDOW, 2, MEMORY),
-    "memory as layer": models.Titans("layer", 2, WINDOW, 2, MEMORY),
-    "memory as context": models.Titans("context", 2, WINDOW, 2, replace(MEMORY, convolution=0)),
-    "gated DeltaNet": models.DeltaNet(heads=2, key_dim=16, decay="head"),
+    "memory as gate": models.Spec(nn.memory_as_gate, heads=2, window=WINDOW, persistent=2, memory=MEMORY),
+    "memory as layer": models.Spec(nn.memory_as_layer, heads=2, window=WINDOW, persistent=2, memory=MEMORY),
+    "memory as context": models.Spec(
+        nn.MemoryAsContext, heads=2, segment=WINDOW, persistent=2, memory=MEMORY.replace(convolution=0)
+    ),
+    "gated DeltaNet": models.Spec(nn.DeltaNet, heads=2, key_dim=16, decay="head"),
 }
 TIMES = (1, 2, 4)
 
@@ -149,7 +151,7 @@ def task(config: Config, times: int = 1) -> Drawn:
     return Drawn(draw, times * config.length, json.dumps(draw.keywords))
 
 
-def accuracy(config: Config, model: models.Decoder, times: int, seed: int) -> float:
+def accuracy(config: Config, model: models.Transformer, times: int, seed: int) -> float:
     """The share of right answers in fresh haystacks of `times` the length of training."""
 
     @jax.jit

@@ -17,17 +17,21 @@ from jaxattn.train import Drawn, OptimizerConfig
 class Mixer(NamedTuple):
     """What one run trains: a spec for every layer, and the number of tokens that its state must keep (None: all)."""
 
-    spec: Any
+    spec: models.Spec
     keeps: int | None = None
 
 
 def _attention(window: int | None = None) -> Mixer:
     mask = Causal() if window is None else Window(window - 1)
-    return Mixer(models.Attention(heads=2, rotary_base=None, mask=mask, convolution=3), window)
+    return Mixer(models.Spec(nn.MultiHeadAttention, heads=2, position=None, mask=mask, convolution=3), window)
 
 
 def _linear(feature_map: Any, key_dim: int = 16, normalize: bool = True) -> Mixer:
-    return Mixer(models.LinearAttention(2, feature_map, key_dim, normalize, convolution=3))
+    return Mixer(
+        models.Spec(
+            nn.LinearAttention, heads=2, feature_map=feature_map, key_dim=key_dim, normalize=normalize, convolution=3
+        )
+    )
 
 
 # A layer must see a key and its value together: each has a short convolution, but RWKV-7 its own mix of two tokens.
@@ -42,18 +46,18 @@ MIXERS = {
     "elu+1 8": _linear(Elu1Features(), key_dim=8),
     "elu+1 32": _linear(Elu1Features(), key_dim=32),
     "linear": _linear(IdentityFeatures(), normalize=False),
-    "Hedgehog": _linear(nn.HedgehogMap),
-    "RetNet": Mixer(models.RetNet(heads=2, convolution=3)),
-    "GLA": Mixer(models.GLA(heads=2, convolution=3)),
-    "HGRN2": Mixer(models.HGRN2(heads=2, convolution=3)),
-    "DeltaNet": Mixer(models.DeltaNet(heads=2, key_dim=16, convolution=3)),
-    "gated DeltaNet": Mixer(models.DeltaNet(heads=2, key_dim=16, decay="head", convolution=3)),
-    "Kimi delta": Mixer(models.DeltaNet(heads=2, key_dim=16, decay="channel", convolution=3)),
-    "Mamba-2": Mixer(models.Mamba2(heads=4, convolution=3)),
-    "RWKV-7": Mixer(models.RWKV7(heads=2)),
-    "Latte": Mixer(models.Latte(heads=2, latents=16, convolution=3)),
-    "TTT": Mixer(models.TTT(heads=2, inner_batch=8, convolution=3)),
-    "Titans": Mixer(models.NeuralMemory(heads=2, hidden=(32,), max_rate=0.02, inner_batch=8, convolution=3)),
+    "Hedgehog": _linear(models.Spec(nn.HedgehogMap)),
+    "RetNet": Mixer(models.Spec(nn.RetNet, heads=2, convolution=3)),
+    "GLA": Mixer(models.Spec(nn.GLA, heads=2, convolution=3)),
+    "HGRN2": Mixer(models.Spec(nn.HGRN2, heads=2, convolution=3)),
+    "DeltaNet": Mixer(models.Spec(nn.DeltaNet, heads=2, key_dim=16, convolution=3)),
+    "gated DeltaNet": Mixer(models.Spec(nn.DeltaNet, heads=2, key_dim=16, decay="head", convolution=3)),
+    "Kimi delta": Mixer(models.Spec(nn.DeltaNet, heads=2, key_dim=16, decay="channel", convolution=3)),
+    "Mamba-2": Mixer(models.Spec(nn.Mamba2, heads=4, convolution=3)),
+    "RWKV-7": Mixer(models.Spec(nn.RWKV7, heads=2)),
+    "Latte": Mixer(models.Spec(nn.Latte, heads=2, latents=16, convolution=3)),
+    "TTT": Mixer(models.Spec(nn.TTT, heads=2, inner_batch=8, convolution=3)),
+    "Titans": Mixer(models.Spec(nn.NeuralMemory, heads=2, hidden=(32,), max_rate=0.02, inner_batch=8, convolution=3)),
 }
 
 
@@ -190,7 +194,7 @@ def task(config: Config) -> Drawn:
     return Drawn(lambda key, rows: recall.sample(key, rows).tokens(), config.length, json.dumps(options))
 
 
-def build(config: Config, mixer: Mixer, seed: int) -> models.Decoder:
+def build(config: Config, mixer: Mixer, seed: int) -> models.Transformer:
     return decoders.build(
         mixer.spec,
         vocabulary=1 + config.keys + config.values,

@@ -74,16 +74,16 @@ CLAIMS = (
 
 
 def head_outputs(
-    model: models.Decoder, tokens: Float[Array, "b t d"]
+    model: models.Transformer, tokens: Float[Array, "b t d"]
 ) -> tuple[Float[Array, "l n d"], Float[Array, "l d"]]:
     """(what each head adds to the stream at the last token, the stream there after each layer), means over prompts."""
     *_, records = model(tokens, record=("z", "resid"))
     z = records["z"][:, :, -1].mean(1)
-    kernels = jnp.concatenate([run.mixer.out.kernel[...] for run in model.runs])
+    kernels = jnp.concatenate([run.mixers[0].out.kernel[...] for run in model.runs])
     return jnp.einsum("lnh,lnhd->lnd", z, kernels.reshape(*z.shape, -1)), records["resid"][:, :, -1].mean(1)
 
 
-def error(model: models.Decoder, queries: Float[Array, "k p d"], truth: Float[Array, "k p"], edit: Any) -> Array:
+def error(model: models.Transformer, queries: Float[Array, "k p d"], truth: Float[Array, "k p"], edit: Any) -> Array:
     """The mean squared error [K] of answers to queries without examples, under an edit of the stream per function."""
 
     def of_one(queries: Float[Array, "p d"], truth: Float[Array, " p"], edit: Any) -> Array:

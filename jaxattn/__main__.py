@@ -62,7 +62,7 @@ class DataConfig:
 
 
 def train(
-    model: models.DecoderConfig,
+    model: models.TransformerConfig,
     data: DataConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
@@ -83,13 +83,13 @@ def train(
         raise ValueError(f"vocabulary is {model.vocabulary}: bytes and their specials need {VOCABULARY}")
     documents = standard_library() if data.path is None else read_documents(data.path)
     training, validation = split(documents, data.validation_fraction, data.seed)
-    params, loss_fn = language_loss(models.Decoder(model, rngs=nnx.Rngs(train.seed)), z_loss)
+    params, loss_fn = language_loss(models.Transformer(model, rngs=nnx.Rngs(train.seed)), z_loss)
     result = fit(
         loss_fn=loss_fn,
         params=params,
         optimizer=make_optimizer(optimizer, train.steps),
-        train_data=Windows(training, model.context),
-        validation_data=Windows(validation, model.context),
+        train_data=Windows(training, model.length),
+        validation_data=Windows(validation, model.length),
         config=train,
         run_config={
             "model": models.to_plain(model),
@@ -125,9 +125,9 @@ def generate(
         seed: Seed of the draw.
         folder: Output folder of the training run.
     """
-    model, _ = models.load_decoder(folder)
+    model, _ = models.load_model(folder)
     tokens = begin(prompt)[None]
-    room = model.config.context - tokens.shape[1]
+    room = model.config.length - tokens.shape[1]
     drawn = models.generate(
         model,
         tokens,
@@ -151,7 +151,7 @@ def inspect(text: str, output: str = "inspect.png", folder: str = DEFAULT_FOLDER
         output: The PNG to write.
         folder: Output folder of the training run.
     """
-    model, step = models.load_decoder(folder)
+    model, step = models.load_model(folder)
     tokens, weights, statistics = read(model, text)
     print("layer head  entropy (nats)  sink mass")
     for (layer, head), entropy in np.ndenumerate(np.asarray(statistics.entropy)):
@@ -201,12 +201,12 @@ def begin(text: str) -> np.ndarray:
     return np.concatenate([[BOS], encode(text)])
 
 
-def read(model: models.Decoder, text: str) -> tuple[np.ndarray, jax.Array, analysis.HeadStatistics]:
+def read(model: models.Transformer, text: str) -> tuple[np.ndarray, jax.Array, analysis.HeadStatistics]:
     """The tokens [T] of a text, and the weights [L, N, T, T] and the statistics of every head of a model that reads it.
 
     Raises ValueError for a text longer than the model's context.
     """
-    tokens, context = begin(text), model.config.context
+    tokens, context = begin(text), model.config.length
     if len(tokens) > context:
         raise ValueError(f"text has {len(tokens) - 1} bytes: need at most {context - 1} (the context)")
     _, _, records = model(jnp.asarray(tokens)[None], record=("weights",))
@@ -222,7 +222,7 @@ def token_labels(tokens: np.ndarray) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Errors of the user's making are one line on stderr and exit status 2."""
     commands: dict = {"train": train, "generate": generate, "inspect": inspect, "explain": explain}
-    defaults = {"train.model": models.to_plain(models.DecoderConfig())}
+    defaults = {"train.model": models.to_plain(models.TransformerConfig())}
     models.register_specs()
     try:
         auto_cli(commands, args=arguments, prog="jaxattn", set_defaults=defaults)

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxattn import Causal, Sigmoid, Window, models
+from jaxattn import Causal, Sigmoid, Window, models, nn
 from jaxattn.__main__ import main
 
-MODEL = models.DecoderConfig(
-    context=32,
+MODEL = models.TransformerConfig(
+    length=32,
     width=16,
     layers=[
-        models.Layer(models.Attention(heads=2)),
-        models.Layer(models.Attention(heads=2, mask=Causal() & Window(5), normalize=Sigmoid())),
+        models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=2)),
+        models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=2, mask=Causal() & Window(5), normalize=Sigmoid())),
     ],
 )
 
@@ -64,7 +64,7 @@ def test_training_leaves_a_log_a_figure_and_a_model(run):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert "validation_bits_per_byte" in lines[-1]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    model, step = models.load_decoder(run)
+    model, step = models.load_model(run)
     assert step == 4
     assert model.config == MODEL
 
@@ -104,7 +104,7 @@ def test_printed_config_is_a_config(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--model.width", "48", "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert models.from_plain(printed["model"]) == models.DecoderConfig(width=48)
+    assert models.from_plain(printed["model"]) == models.TransformerConfig(width=48)
 
 
 def test_help_documents_every_field(capsys):
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):
     for file in data:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.warns(UserWarning, match="step 4 is damaged"):
-        _, step = models.load_decoder(copy)
+        _, step = models.load_model(copy)
     assert step == 2
 
 

@@ -1,8 +1,8 @@
-"""Models: a decoder from a list of layer specs, and generation from it."""
+"""Models: transformers from a list of layer specs, generation from them, and other mixers in them."""
 
-from jaxattn.models.config import Attention, DecoderConfig, FeedForward, Layer, Mixer
-from jaxattn.models.convert import Linearized, linearize, matching_loss
-from jaxattn.models.decoder import Decoder
+from jaxattn.models.config import Branch, Layer, TransformerConfig, pre_norm
+from jaxattn.models.convert import linearize, matching_loss
+from jaxattn.models.encoder_decoder import EncoderDecoder
 from jaxattn.models.folded import FoldedDecoder
 from jaxattn.models.generate import (
     Combine,
@@ -14,64 +14,38 @@ from jaxattn.models.generate import (
     generate,
     sample,
 )
-from jaxattn.models.hybrid import Hymba, Titans
-from jaxattn.models.load import from_plain, load_decoder, register_specs, to_plain
+from jaxattn.models.load import from_plain, load_model, register_specs, to_plain
 from jaxattn.models.patterns import based, hymba, pattern
-from jaxattn.models.recurrent import (
-    GLA,
-    HGRN2,
-    RWKV7,
-    S6,
-    TTT,
-    DeltaNet,
-    GatedConvolution,
-    Latte,
-    LinearAttention,
-    Mamba2,
-    NeuralMemory,
-    RetNet,
-)
-from jaxattn.models.spec import Spec
+from jaxattn.models.replace import map_mixers, replace_mixers
+from jaxattn.models.transformer import Transformer
+from jaxattn.nn.spec import Spec
 
 __all__ = [
-    "GLA",
-    "HGRN2",
-    "RWKV7",
-    "S6",
-    "TTT",
-    "Attention",
+    "Branch",
     "Combine",
     "Contrast",
-    "Decoder",
-    "DecoderConfig",
-    "DeltaNet",
-    "FeedForward",
+    "EncoderDecoder",
     "FoldedDecoder",
-    "GatedConvolution",
     "Generation",
-    "Hymba",
-    "Latte",
     "Layer",
-    "LinearAttention",
-    "Linearized",
-    "Mamba2",
     "MinimumLength",
-    "Mixer",
-    "NeuralMemory",
     "Processor",
     "RepetitionPenalty",
-    "RetNet",
     "Spec",
-    "Titans",
+    "Transformer",
+    "TransformerConfig",
     "based",
     "from_plain",
     "generate",
     "hymba",
     "linearize",
-    "load_decoder",
+    "load_model",
+    "map_mixers",
     "matching_loss",
     "pattern",
+    "pre_norm",
     "register_specs",
+    "replace_mixers",
     "sample",
     "to_plain",
 ]

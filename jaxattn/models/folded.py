@@ -17,10 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxattn import nn
 from jaxattn.core.attend.mask import Causal, Mask, Sinks
 from jaxattn.core.checks import check_array
-from jaxattn.models.config import Attention, DecoderConfig
-from jaxattn.models.decoder import Decoder
+from jaxattn.models.config import TransformerConfig
+from jaxattn.models.replace import map_mixers
+from jaxattn.models.transformer import Transformer
+from jaxattn.nn.norm import RMSNorm
 from jaxattn.nn.packing import scan_segments, where_row
-from jaxattn.nn.parameter import linear_map, rms_norm, undecayed
+from jaxattn.nn.parameter import linear_map, undecayed
+from jaxattn.nn.spec import Spec
 from jaxattn.nn.tokens import Tokens
 
 Condense = Literal["fold", "queries"]
@@ -43,7 +46,7 @@ class FoldedDecoder(nnx.Module):
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: TransformerConfig,
         *,
         segment: int,
         carry: int | None = None,
@@ -59,30 +62,36 @@ class FoldedDecoder(nnx.Module):
             raise ValueError(f"condense is {condense!r}: need one of {', '.join(get_args(Condense))}")
         if condense == "fold" and carry != segment:
             raise ValueError(f"carry is {carry}: condense='fold' carries as many states as a segment has, {segment}")
-        if config.inputs:
-            raise ValueError(f"config reads vectors (inputs is {config.inputs}): need tokens")
+        if config.embed.target is not nn.TokenEmbedding or config.positions is not None or not config.causal:
+            raise ValueError(
+                "config must be of a causal model of tokens without added positions: need a TokenEmbedding, "
+                "positions=None and causal=True"
+            )
         if config.meta_tokens:
             raise ValueError("config has meta tokens: the carry is what stands before a segment")
-        layers, heads = [], []
-        for number, layer in enumerate(config.layers):
-            if not isinstance(layer.mixer, Attention) or layer.mixer.mask != Causal():
-                raise ValueError(f"config.layers[{number}] is no causal Attention: need one")
-            heads.append(layer.mixer.heads)
-            layers.append(replace(layer, mixer=replace(layer.mixer, mask=Causal() | Sinks(carry))))
-        self.decoder = Decoder(replace(config, layers=layers), rngs=rngs)
+        heads = []
+
+        def opened(number: int, mixer: Spec) -> Spec:
+            if mixer.target is not nn.MultiHeadAttention or mixer.arguments.get("mask") not in (None, Causal()):
+                raise ValueError(f"config.layers[{number}] is no causal attention: need nn.MultiHeadAttention")
+            heads.append(mixer.arguments["heads"])
+            return mixer.replace(mask=Causal() | Sinks(carry))
+
+        self.decoder = Transformer(replace(map_mixers(config, opened), causal=False), rngs=rngs)
+        self._config = config
         self.segment, self.carry, self.bptt, self.documents = segment, carry, bptt, documents
         self.start = undecayed(jax.random.normal(rngs.params(), (carry, config.width)))
-        self.norm = rms_norm(config.width, config.eps, None, rngs)
+        self.norm = RMSNorm(config.width)
         identity = nnx.initializers.constant(jnp.eye(config.width))
         self.enter = linear_map(config.width, config.width, None, rngs, start=identity)
-        given: dict[str, Any] = {"rotary_base": None, "rngs": rngs}
+        given: dict[str, Any] = {"position": None, "rngs": rngs}
         pooled, queries = condense == "queries", (carry, config.width)
         self.queries = undecayed(jax.random.normal(rngs.params(), queries)) if pooled else None
         self.pool = nn.MultiHeadAttention(config.width, heads[0], **given) if pooled else None
 
     @property
-    def config(self) -> DecoderConfig:
-        return self.decoder.config
+    def config(self) -> TransformerConfig:
+        return self._config
 
     def __call__(
         self,
@@ -108,14 +117,14 @@ class FoldedDecoder(nnx.Module):
         segments, seen = row.segments(len(tokens)), row.seen(len(tokens))
         if segments is not None and state is not None:
             raise ValueError("mask has documents and a state is given: need one or the other")
-        x = self.decoder.embedded(tokens, positions)
+        x = self.decoder.embed(tokens, positions)
         if state is None:
             given: dict[str, Any] = {"size": self.segment, "documents": self.documents, "bptt": self.bptt}
             x = scan_segments(self._segment, self._start(len(x)), x, seen, segments, **given)
         else:
             x, state = self._tokens(x, seen, state)
-        x = self.decoder.final_norm(x)
-        return self.decoder.embed.attend(x) if self.decoder.head is None else self.decoder.head(x), state, {}
+        x = x if self.decoder.norm is None else self.decoder.norm(x)
+        return x if self.decoder.head is None else self.decoder.head(x, self.decoder.embed), state, {}
 
     def init_state(self, batch: int, capacity: int) -> dict[str, Any]:
         """The state before any token; its size does not depend on `capacity`."""

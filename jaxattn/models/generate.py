@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 from jaxattn.cache import Policy
 from jaxattn.core.checks import check_int, check_range
 from jaxattn.core.part import part
-from jaxattn.models.decoder import Decoder
+from jaxattn.models.transformer import Transformer
 from jaxattn.nn.tap import as_records
 
 
@@ -155,7 +155,7 @@ def _check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
 
 
 def generate(
-    model: Decoder,
+    model: Transformer,
     prompts: Int[ArrayLike, "b p"],
     lengths: Int[ArrayLike, " b"] | None = None,
     *,
@@ -170,6 +170,7 @@ def generate(
     processors: Sequence[Processor] = (),
     combine: Combine | None = None,
     store: Policy | None = None,
+    context: Any = None,
 ) -> Generation:
     """Continues each prompt by up to `max_new_tokens` tokens, until its `end_token`.
 
@@ -192,12 +193,17 @@ def generate(
         processors: Parts that change the logits before a token is drawn, one after the other.
         combine: What is drawn from, of several runs, such as `Contrast(0.5)`.
         store: How attention keeps and reads earlier tokens, such as `Policy(HeavyHitters(), slots=64)`.
+        context: What cross-attention reads, such as the vectors of `EncoderDecoder.encode`. Its keys are computed once.
 
-    Raises ValueError for empty or ragged prompts, unknown tokens or lengths that do not fit, if the prompt and the new
-    tokens exceed the model's context, and for sampling parameters out of range; TypeError for prompts that are text, a
-    `max_new_tokens`, `top_k` or `end_token` that is no int, and a `key` that is none. FloatingPointError if the model
-    gives logits from which no token can be drawn, such as NaN.
+    Raises:
+        ValueError: For empty or ragged prompts, unknown tokens or lengths that do not fit, if the prompt and the new
+            tokens exceed the model's length, for sampling parameters out of range, and for a model that is not causal.
+        TypeError: For prompts that are text, a `max_new_tokens`, `top_k` or `end_token` that is no int, and a `key`
+            that is none.
+        FloatingPointError: If the model gives logits from which no token can be drawn, such as NaN.
     """
+    if not model.config.causal:
+        raise ValueError("model is not causal: only a model whose tokens see no later ones can continue a text")
     if isinstance(prompts, str | bytes):
         raise TypeError(f"prompts is text, {prompts[:20]!r}: need integers [batch, length], as train.encode makes them")
     try:
@@ -228,13 +234,13 @@ def generate(
         raise ValueError(
             f"prompts has tokens from {given.min()} to {given.max()}: need 0 to {model.config.vocabulary - 1}"
         )
-    context, longest = model.config.context, int(lengths.max())
-    if longest >= context:
-        raise ValueError(f"prompts has {longest} tokens: no room for new ones in the model's context of {context}")
-    if max_new_tokens < 1 or longest + max_new_tokens > context:
+    room, longest = model.config.length, int(lengths.max())
+    if longest >= room:
+        raise ValueError(f"prompts has {longest} tokens: no room for new ones in the model's length of {room}")
+    if max_new_tokens < 1 or longest + max_new_tokens > room:
         raise ValueError(
             f"max_new_tokens is {max_new_tokens} after a prompt of {longest}: "
-            f"need 1 to {context - longest}, so that both fit the model's context of {context}"
+            f"need 1 to {room - longest}, so that both fit the model's length of {room}"
         )
     _check_kinds(temperature, top_k, top_p)
     if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
@@ -266,7 +272,7 @@ def generate(
     names = tuple(as_records(record).items())
     # Reducers and measures are parts, so that they go into the program as arrays and not as constants.
     asked, sites = {name: reducer for name, (_, reducer) in names}, tuple((name, site) for name, (site, _) in names)
-    parts = runs, asked, tuple(processors), combine, store
+    parts = runs, asked, tuple(processors), combine, store, context
     new, lost = _generate(graph, int(max_new_tokens), sites, arrays, prompts, lengths, key, parts, *scalars)
     if lost.any():
         row = int(lost.argmax())
@@ -287,17 +293,18 @@ def _is_key(key: Any) -> bool:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(graph, max_new_tokens, sites, arrays, prompts, lengths, key, parts, temperature, top_k, top_p, end_token):
-    runs, reducers, processors, combine, store = parts
+    runs, reducers, processors, combine, store, context = parts
     record = {name: (site, reducers[name]) for name, site in sites}
     batch, length = prompts.shape
     places = jnp.arange(length)
 
-    def read(tokens, positions, states):
+    def read(tokens, positions, states, context=None):
         """(logits of every run [R, B, T, V], its states, records of the first)."""
         records: dict[str, Any] = {}
         said, after = [], []
         for number, (edits, state) in enumerate(zip(runs, states, strict=True)):
             options = ({"edits": edits} if edits else {}) | ({"record": record} if record and not number else {})
+            options |= {} if context is None else {"context": context}
             model = nnx.merge(graph, arrays)
             logits, state, found = model(tokens, positions=positions, state=state, **options)
             records = records if number else found
@@ -314,7 +321,7 @@ def _generate(graph, max_new_tokens, sites, arrays, prompts, lengths, key, parts
     kept_by = {} if store is None else {"store": store}
     start = nnx.merge(graph, arrays).init_state(batch, length + max_new_tokens, **kept_by)
     shown = places < lengths[:, None]
-    logits, states, prompt_records = read(prompts, jnp.where(shown, places, -1), (start,) * len(runs))
+    logits, states, prompt_records = read(prompts, jnp.where(shown, places, -1), (start,) * len(runs), context)
     logits = jnp.take_along_axis(logits, (lengths - 1)[None, :, None, None], axis=2)[:, :, 0]
     sequence = jnp.full((batch, length + max_new_tokens), -1, jnp.int32)
     sequence = sequence.at[:, :length].set(jnp.where(shown, prompts, -1).astype(jnp.int32))

@@ -10,8 +10,18 @@ outside it). All but x may be left out.
 """
 
 from jaxattn.nn.attention import Context, KeyValue, MultiHeadAttention
+from jaxattn.nn.embedding import (
+    AudioEmbedding,
+    Head,
+    PatchEmbedding,
+    Pooler,
+    PositionEmbedding,
+    SinusoidalEmbedding,
+    TokenEmbedding,
+    VectorEmbedding,
+)
 from jaxattn.nn.feed_forward import FeedForward
-from jaxattn.nn.hybrid import Chain, Parallel
+from jaxattn.nn.hybrid import Chain, Parallel, hymba
 from jaxattn.nn.learned import (
     AdditiveScore,
     BilinearScore,
@@ -42,8 +52,10 @@ from jaxattn.nn.mechanisms import (
 )
 from jaxattn.nn.merged import LinearSelfAttention, SoftmaxHeads
 from jaxattn.nn.mixer import Mixer
+from jaxattn.nn.norm import LayerNorm, RMSNorm
 from jaxattn.nn.prefix import Prefixed, after_prefix, behind_prefix, with_prefix
-from jaxattn.nn.recurrent import Inputs, LearningInputs, LinearInputs, Mechanism, Passed, Past, Recurrent
+from jaxattn.nn.recurrent import Inputs, LearningInputs, LinearInputs, Mechanism, Passed, Past, Recurrent, as_mixer
+from jaxattn.nn.spec import Spec
 from jaxattn.nn.state_space import S6, Mamba2, mimetic_initialization
 from jaxattn.nn.tap import ALIASES, SITES, Edit, Layers, Reducer, Tap, Whole
 from jaxattn.nn.titans import MemoryAsContext, memory_as_gate, memory_as_layer
@@ -58,6 +70,7 @@ __all__ = [
     "SITES",
     "TTT",
     "AdditiveScore",
+    "AudioEmbedding",
     "BilinearScore",
     "Chain",
     "Context",
@@ -65,6 +78,7 @@ __all__ = [
     "Edit",
     "FeedForward",
     "GatedConvolution",
+    "Head",
     "HeadMixing",
     "HeadOutput",
     "HedgehogMap",
@@ -72,6 +86,7 @@ __all__ = [
     "KeyQueryConvolution",
     "KeyValue",
     "Latte",
+    "LayerNorm",
     "Layers",
     "LearnedTemperature",
     "LearningInputs",
@@ -91,20 +106,30 @@ __all__ = [
     "Parallel",
     "Passed",
     "Past",
+    "PatchEmbedding",
+    "Pooler",
+    "PositionEmbedding",
     "Prefixed",
     "Projections",
+    "RMSNorm",
     "RandomFeatureMap",
     "Recurrent",
     "Reducer",
     "RelativePositionBias",
     "RetNet",
     "ShortConvolution",
+    "SinusoidalEmbedding",
     "SoftmaxHeads",
+    "Spec",
     "Tap",
+    "TokenEmbedding",
     "Tokens",
+    "VectorEmbedding",
     "Whole",
     "after_prefix",
+    "as_mixer",
     "behind_prefix",
+    "hymba",
     "memory_as_gate",
     "memory_as_layer",
     "mimetic_initialization",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,19 @@ from jaxtyping import Array, Float, Int
 from jaxattn.cache import Policy, Recent, Store, by_position, empty, unseen
 from jaxattn.cache.store import Held
 from jaxattn.core.attend.api import Implementation, attend
+from jaxattn.core.attend.bias import as_bias
 from jaxattn.core.attend.maps import Dropout
 from jaxattn.core.attend.mask import as_mask
 from jaxattn.core.attend.normalize import Softmax
-from jaxattn.core.attend.position import RotaryScaling, rotary, rotary_channels
+from jaxattn.core.attend.position import Position, Rotary
 from jaxattn.core.attend.score import Dot
 from jaxattn.core.attend.slots import Slots
 from jaxattn.core.checks import check_array
 from jaxattn.nn.mechanisms import ShortConvolution
 from jaxattn.nn.mixer import Mixer
-from jaxattn.nn.parameter import linear_map, rms_norm
+from jaxattn.nn.parameter import linear_map
 from jaxattn.nn.recurrent import Past
+from jaxattn.nn.spec import Spec, built, owned, part_of
 from jaxattn.nn.tap import Tap, Whole
 from jaxattn.nn.tokens import Tokens
 
@@ -45,27 +47,47 @@ class Context(NamedTuple):
     tokens: Tokens | None = None
 
 
+KeysFrom = Literal["self", "layer", "context"]
+
+
 class MultiHeadAttention(Mixer):
     """y = W_o concat_n(z_n),  z = attend(q, k, v),  q = W_q x,  k = W_k c,  v = W_v c,  with c = context or x.
 
-    features: D of x and y. heads: N. key_heads: K (grouped heads; default N, a divisor of N). head_dim: H, default
-    D / N, independent of both otherwise. context_features: width of `context` for cross-attention, default D.
-    rotary_base: rotary embedding of q and k with this base, None for none; rotary_fraction: of the channels.
-    rotary_scaling: how positions beyond those of training are read, e.g. `Yarn(4.0, 2048)`; the rotated channels of q
-    and k are multiplied by its `attention_scale`.
-    qk_norm: RMS norm of q and k over H with learned gains and `eps`, before rotation. gate: z ⊙ σ(W_g x) before W_o.
-    own_keys: False for a layer without W_k and W_v, which reads those of another (cross-layer sharing): `context` is
-    then the `KeyValue` of that layer, see `give`. project: False for no W_o, so that y has N·H channels.
-    convolution: the width of a short causal convolution of q, k and v per channel, after their projection; 0 for none.
-    dropout: rate on the attention weights, active unless `deterministic` (see `nnx.Module.train` and `eval`).
-    mask: in packed rows (`Documents`) it is meant within each document, so that `Sinks(4)` are the first of each.
-    score, bias, mask, normalize: parts (for bias and mask also arrays and functions of positions, as in `attend`), or
-    modules that own `nnx.Param`s and return a part when called without arguments (`jaxattn.nn.learned`). score_maps,
-    weight_maps: tuples of such. Arrays of a part that is given directly are constants: they are not trained.
-    dtype: of the computation (parameters are float32).
+    Slots take a part, a module that owns `nnx.Param`s and returns a part when called without arguments (see
+    `jaxattn.nn.learned`), or a `Spec` of what makes either from features, heads, key_heads and head_dim. Arrays of a
+    part that is given directly are constants: they are not trained.
 
-    Raises ValueError for sizes that do not divide, cross-attention with rotary positions, and dropout without a
-    stream; TypeError for maps that are not in a tuple.
+    Args:
+        features: Channels D of x and y.
+        heads: Query heads N.
+        key_heads: Key and value heads K, a divisor of N; by default N.
+        head_dim: Channels per head H; by default D / N, and otherwise independent of both.
+        keys_from: Where keys and values come from: "self"; "layer", the layer before, so that there are no W_k and W_v
+            and `context` is the `KeyValue` of that layer; "context", another sequence (cross-attention).
+        context_features: Channels of `context`; by default D.
+        position: How queries and keys are told where they stand, such as `Rotary(10000.0)`; None for not at all.
+        qk_norm: A norm of queries and keys over H, before they are turned, such as `Spec(nn.RMSNorm)`.
+        gate: Whether z is multiplied by σ(W_g x) before W_o.
+        project: Whether there is W_o; y has N·H channels without.
+        dropout: Rate on the attention weights, active unless `deterministic` (see `nnx.Module.train` and `eval`).
+        convolution: Width of a short causal convolution of q, k and v per channel, after their projection; 0 for none.
+        use_bias: Whether the maps have biases: all, none, or those of the named ones of "query", "key", "value", "out"
+            and "gate".
+        score: How well a query matches a key.
+        bias: What is added to scores; also an array or a function of positions, as in `attend`.
+        mask: Which keys a query may see; also an array or a function of positions. In packed rows (`Documents`) it is
+            meant within each document, so that `Sinks(4)` are the first of each.
+        normalize: How scores become weights.
+        score_maps: A tuple of what is done to the scores.
+        weight_maps: A tuple of what is done to the weights.
+        implementation: As in `attend`.
+        dtype: Of the computation; parameters are float32.
+        rngs: Streams for the initial parameters, and `dropout`.
+
+    Raises:
+        ValueError: For sizes that do not divide, cross-attention with positions, unknown names of biases, and dropout
+            without a stream.
+        TypeError: For maps that are not in a tuple, and positions of another kind.
     """
 
     def __init__(
@@ -75,18 +97,15 @@ class MultiHeadAttention(Mixer):
         *,
         key_heads: int | None = None,
         head_dim: int | None = None,
+        keys_from: KeysFrom = "self",
         context_features: int | None = None,
-        rotary_base: float | None = 10000.0,
-        rotary_fraction: float = 1.0,
-        rotary_scaling: RotaryScaling | None = None,
-        qk_norm: bool = False,
-        eps: float = 1e-6,
+        position: Position | None = Rotary(),
+        qk_norm: Spec | None = None,
         gate: bool = False,
-        own_keys: bool = True,
         project: bool = True,
         dropout: float = 0.0,
         convolution: int = 0,
-        use_bias: bool = False,
+        use_bias: bool | Sequence[str] = False,
         score: Any = Dot(),
         bias: Any = None,
         mask: Any = None,
@@ -106,45 +125,61 @@ class MultiHeadAttention(Mixer):
             raise ValueError(f"key_heads is {key_heads} but heads is {heads}: need a divisor of {heads}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        self.heads, self.key_heads = heads, key_heads
-        self.head_dim = features // heads if head_dim is None else head_dim
-        if self.head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {self.head_dim}")
-        if rotary_base is not None:
-            rotary_channels(self.head_dim, rotary_fraction)
-            if context_features is not None:
-                raise ValueError("context_features is given but cross-attention takes no rotary: need rotary_base=None")
-        self.rotary_base, self.rotary_fraction = rotary_base, rotary_fraction
-        self.rotary_scaling = rotary_scaling
-        self.dropout, self.deterministic = dropout, False
-        self.implementation: Implementation = implementation
-        self.dtype = dtype
-        mask = mask if isinstance(mask, nnx.Module) else as_mask(mask)
-        self.score, self.bias, self.mask, self.normalize = (_own(slot) for slot in (score, bias, mask, normalize))
+        if keys_from not in get_args(KeysFrom):
+            raise ValueError(f"keys_from is {keys_from!r}: need one of {', '.join(get_args(KeysFrom))}")
+        head_dim = features // heads if head_dim is None else head_dim
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
+        if position is not None:
+            if not isinstance(position, Position):
+                raise TypeError(f"position must be a part such as Rotary(10000.0), or None, got {position!r}")
+            position.check(head_dim)
+            if keys_from == "context" or context_features is not None:
+                raise ValueError(f"position is {position} for keys of another sequence: need position=None")
+        own_keys = keys_from != "layer"
+        if convolution and keys_from != "self":
+            raise ValueError(f"convolution is {convolution} but keys_from is {keys_from!r}: need keys of x, or 0")
         for name, maps in (("score_maps", score_maps), ("weight_maps", weight_maps)):
             if not isinstance(maps, list | tuple):
                 raise TypeError(f"{name} must be a tuple such as (SoftCap(50.0),), got {type(maps).__name__}")
-        self.score_maps, self.weight_maps = nnx.data(tuple(score_maps)), nnx.data(tuple(weight_maps))
+        names = ("query", "key", "value", "out", "gate")
+        biased = (names if use_bias else ()) if isinstance(use_bias, bool) else tuple(use_bias)
+        if unknown := sorted(set(biased) - set(names)):
+            raise ValueError(f"use_bias names {unknown}: need True, False, or some of {list(names)}")
 
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return linear_map(inputs, outputs, dtype, rngs, use_bias=use_bias)
+        self.heads, self.key_heads, self.head_dim, self.keys_from = heads, key_heads, head_dim, keys_from
+        self.position = nnx.data(position)
+        self.dropout, self.deterministic = dropout, False
+        self.implementation: Implementation = implementation
+        self.dtype = dtype
+        sizes = {"features": features, "heads": heads, "key_heads": key_heads, "head_dim": head_dim}
+        score, bias, mask, normalize, *maps = (
+            built(slot, **sizes, dtype=dtype, rngs=rngs)
+            for slot in (score, bias, mask, normalize, *score_maps, *weight_maps)
+        )
+        mask = mask if isinstance(mask, nnx.Module) else as_mask(mask)
+        self.score, self.bias, self.mask, self.normalize = (owned(slot) for slot in (score, bias, mask, normalize))
+        self.score_maps = nnx.data(tuple(maps[: len(score_maps)]))
+        self.weight_maps = nnx.data(tuple(maps[len(score_maps) :]))
 
-        if convolution and not own_keys:
-            raise ValueError(f"convolution is {convolution} but own_keys is False: need keys to convolve, or 0")
+        def linear(name: str, inputs: int, outputs: int) -> nnx.Linear:
+            return linear_map(inputs, outputs, dtype, rngs, use_bias=name in biased)
+
         context_features = features if context_features is None else context_features
-        self.query = linear(features, heads * self.head_dim)
-        self.key = linear(context_features, key_heads * self.head_dim) if own_keys else None
-        self.value = linear(context_features, key_heads * self.head_dim) if own_keys else None
-        self.out = linear(heads * self.head_dim, features) if project else None
-        channels = {"query": heads * self.head_dim} | dict.fromkeys(("key", "value"), key_heads * self.head_dim)
+        self.query = linear("query", features, heads * head_dim)
+        self.key = linear("key", context_features, key_heads * head_dim) if own_keys else None
+        self.value = linear("value", context_features, key_heads * head_dim) if own_keys else None
+        self.out = linear("out", heads * head_dim, features) if project else None
+        channels = {"query": heads * head_dim} | dict.fromkeys(("key", "value"), key_heads * head_dim)
         self.convolution = nnx.Dict(
             {name: ShortConvolution(size, convolution, rngs=rngs) for name, size in channels.items()}
             if convolution
             else {}
         )
-        self.gate = linear(features, heads * self.head_dim) if gate else None
-        self.query_norm = rms_norm(self.head_dim, eps, dtype, rngs) if qk_norm else None
-        self.key_norm = rms_norm(self.head_dim, eps, dtype, rngs) if qk_norm and own_keys else None
+        self.gate = linear("gate", features, heads * head_dim) if gate else None
+        norm_sizes = {"features": head_dim, "dtype": dtype, "rngs": rngs}
+        self.query_norm = built(qk_norm, **norm_sizes)
+        self.key_norm = built(qk_norm, **norm_sizes) if own_keys else None
         if dropout and "dropout" not in rngs and "default" not in rngs:
             raise ValueError(
                 f"dropout is {dropout} but rngs has no such stream: need nnx.Rngs(0) or nnx.Rngs(dropout=0)"
@@ -162,13 +197,16 @@ class MultiHeadAttention(Mixer):
     ) -> tuple[Float[Array, "b t d"], Store | tuple[()] | None]:
         """Self-attention over x, or cross-attention from x to `context`, or to the keys of another layer.
 
+        With a state, cross-attention computes the keys of the context once: a call with `context` puts them into the
+        state, and later calls without one read them there.
+
         Args:
             x: [B, T, D].
             tokens: What stands where; by default 0..T−1, and with a state the places after the last that it holds.
                 Their mask is and-ed with the module's own.
             tap: Edits and records at the sites of this class. Its measures are taken in the one call to `attend`.
             state: From `init_state`: the new tokens are appended to it and see what it holds.
-            context: Another sequence for cross-attention, or with own_keys=False the `KeyValue` of another layer.
+            context: Another sequence for cross-attention, or with keys_from="layer" the `KeyValue` of that layer.
             give: Takes under "keys" the `KeyValue` for layers without keys of their own.
 
         Returns:
@@ -181,10 +219,10 @@ class MultiHeadAttention(Mixer):
                 other than None, `Causal()` and `Documents(ids)`, which say which tokens follow each other.
         """
         check_array("x", x)
-        store: Any = None if self.key is None else state  # a layer that reads the keys of another holds none
+        store: Any = state if self.keys_from == "self" else None  # others hold no tokens of x
         tokens, tap = self.started(x, tokens, tap, store)
-        source = self._source(x, context, store)
-        own = _part(self.mask)
+        source = self._source(x, context, state)
+        own = part_of(self.mask)
         within_documents = tokens.documents is not None and own is not None and not own.is_relative
         if store is not None and store.retain.evicts and within_documents:
             raise ValueError(
@@ -204,7 +242,9 @@ class MultiHeadAttention(Mixer):
             key, value = of_keys("k", key), of_keys("v", value)
             key = of_keys("k_rotated", self.turn(key, at.positions))
             keys = KeyValue(key, value, None if at.known is None else at.known[..., None])
-            if store is not None:
+            if self.keys_from == "context":
+                state = None if state is None else keys
+            elif store is not None:
                 store = store.append(key, value, jnp.broadcast_to(tokens.positions, x.shape[:2]))
                 keys = store.read(query)
         if give is not None:
@@ -219,23 +259,27 @@ class MultiHeadAttention(Mixer):
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
         """Those of attention; without own keys none of keys and values."""
-        keys = () if self.key is None else ("k", "v", "k_rotated", "read")
+        keys = () if self.keys_from == "layer" else ("k", "v", "k_rotated", "read")
         return ("q", "q_rotated", *keys, "scores", "weights", "lse", "z", "attn_out")
 
     recorded_only: ClassVar = ("read", "lse")
 
-    def _source(self, x: Array, context: Any, store: Any) -> Context | KeyValue | None:
-        """The context as it is read, checked."""
+    def _source(self, x: Array, context: Any, state: Any) -> Context | KeyValue | None:
+        """The context as it is read, checked: that of this call, or the keys of an earlier one in the state."""
         context = Context(context) if hasattr(context, "dtype") else context
-        shared = isinstance(context, KeyValue)
-        if (self.key is None) != shared:
-            raise ValueError("context must be the KeyValue of another layer where own_keys=False, and only there")
-        if isinstance(context, Context) and (store is not None or self.rotary_base is not None):
-            raise ValueError("cross-attention takes no state and no rotary positions: need rotary_base=None")
-        if context is not None and self.convolution:
+        if self.keys_from == "context":
+            context = state if context is None and isinstance(state, KeyValue) else context
+            if context is None or (isinstance(context, KeyValue) and context is not state):
+                raise ValueError("context is None: cross-attention needs another sequence, [batch, length, channels]")
+        elif (self.keys_from == "layer") != isinstance(context, KeyValue):
+            raise ValueError("context must be the KeyValue of another layer where keys_from='layer', and only there")
+        elif isinstance(context, Context) and (state is not None or self.position is not None):
+            raise ValueError("cross-attention takes no state and no positions: need keys_from='context'")
+        elif context is not None and self.convolution:
             raise ValueError("context is given: a convolution sees only tokens of one sequence, need convolution=0")
         read = context.x if isinstance(context, Context) else x
-        for name, given, project in (("x", x, self.query), ("context", read, self.key)):
+        projects = None if isinstance(context, KeyValue) else self.key
+        for name, given, project in (("x", x, self.query), ("context", read, projects)):
             if project is not None and (given.ndim != 3 or given.shape[-1] != project.in_features):
                 raise ValueError(f"{name} has shape {given.shape}: need [batch, length, {project.in_features}]")
         return context
@@ -244,13 +288,14 @@ class MultiHeadAttention(Mixer):
         self, query: Array, keys: KeyValue | Held, tokens: Tokens, tap: Tap, store: Store | None
     ) -> tuple[Array, dict[str, Array]]:
         """What each head reads, [B, T, N, H], and what the store wants measured, one number per slot and key head."""
+        biases = [bias for bias in (as_bias(part_of(self.bias)), tokens.bias) if bias is not None]
         own = Slots(
-            score=_part(self.score),
-            bias=_part(self.bias),
-            score_maps=tuple(map(_part, self.score_maps)),
-            mask=tokens.shows(_part(self.mask)),
-            normalize=_part(self.normalize),
-            weight_maps=tuple(map(_part, self.weight_maps)),
+            score=part_of(self.score),
+            bias=sum(biases[1:], biases[0]) if biases else None,
+            score_maps=tuple(map(part_of, self.score_maps)),
+            mask=tokens.shows(part_of(self.mask)),
+            normalize=part_of(self.normalize),
+            weight_maps=tuple(map(part_of, self.weight_maps)),
             measures={} if store is None else {f"store.{name}": x for name, x in store.retain.measures.items()},
         )
         if self.stream is not None and not self.deterministic:
@@ -270,7 +315,7 @@ class MultiHeadAttention(Mixer):
         result = attend(query, keys.key, keys.value, **vars(slots), **options)
         z, extras = result if lse or slots.measures else (result, {})
         if tap.wants("read"):
-            places = tokens.positions[..., None] if keys.positions is None else keys.positions
+            places = jnp.arange(keys.key.shape[1])[None, :, None] if keys.positions is None else keys.positions
             tap("read", jnp.broadcast_to(places, (len(query), *places.shape[1:])))
         if store is not None and isinstance(keys, Held) and (store.retain.evicts or keys.slots is not None):
             for name, (site, reducer) in tap.asked.items():
@@ -291,7 +336,7 @@ class MultiHeadAttention(Mixer):
         return state.last + 1
 
     def init_state(self, batch: int, capacity: int, store: Policy | None = None) -> Store | tuple[()]:
-        """A store without tokens, for positions below `capacity`; nothing for a layer that reads another's keys.
+        """A store without tokens, for positions below `capacity`; nothing for keys that are not those of x.
 
         Args:
             batch: B.
@@ -302,10 +347,10 @@ class MultiHeadAttention(Mixer):
         Raises:
             ValueError: For sizes and policies that do not fit.
         """
-        if self.key is None:
+        if self.keys_from != "self":
             return ()
         if store is None:
-            own, store = _part(self.mask), Policy()
+            own, store = part_of(self.mask), Policy()
             shown = capacity + 1 if own is None or own.reach is None else max(sum(own.reach), own.reach.first + 1)
             if shown <= capacity:
                 store = Policy(Recent(own.reach.first), shown)
@@ -339,14 +384,8 @@ class MultiHeadAttention(Mixer):
         return merged if self.out is None else self.out(merged)
 
     def turn(self, x: Float[Array, "b t n h"], positions: Int[Array, "#b t"]) -> Float[Array, "b t n h"]:
-        """x rotated to its positions, [1 or B, T] or [T], if this attention is rotary."""
-        if self.rotary_base is None:
-            return x
-        x = rotary(x, _one_or_all(positions), self.rotary_base, self.rotary_fraction, self.rotary_scaling)
-        if self.rotary_scaling is None or self.rotary_scaling.attention_scale == 1:
-            return x
-        rotated = jnp.arange(self.head_dim) < rotary_channels(self.head_dim, self.rotary_fraction)
-        return x * jnp.where(rotated, self.rotary_scaling.attention_scale, 1).astype(x.dtype)
+        """Queries or keys as they meet, by their positions, [1 or B, T] or [T]."""
+        return x if self.position is None else self.position(x, _one_or_all(positions))
 
     def _past(self, x: Array, tokens: Tokens, held: dict[str, Array]) -> Past:
         """What the convolutions see: no padding, and no other document."""
@@ -365,11 +404,6 @@ class MultiHeadAttention(Mixer):
         return x.reshape(*x.shape[:-1], heads, self.head_dim)
 
 
-def _own(slot: Any) -> Any:
-    """A slot as a module attribute: parts with arrays are data, so that NNX sees their leaves."""
-    return slot if isinstance(slot, nnx.Module) else nnx.data(slot)
-
-
 def tokens_of(context: Context) -> Tokens:
     """What stands where in the context."""
     return Tokens.of(context.x) if context.tokens is None else context.tokens
@@ -383,10 +417,6 @@ def _one_or_all(positions: Any) -> Any:
 def _places(positions: Any) -> Any:
     """Positions of keys [B, S, 1 or K] as `attend` takes them: [B, S], or by key head."""
     return positions if positions is None or positions.shape[-1] > 1 else _one_or_all(positions[..., 0])
-
-
-def _part(slot: Any) -> Any:
-    return slot() if isinstance(slot, nnx.Module) else slot
 
 
 def _check_rows_alone(score_maps: tuple, weight_maps: tuple) -> None:

@@ -10,40 +10,66 @@ from jaxtyping import Array, Float
 from jaxattn.nn.parameter import linear_map
 from jaxattn.nn.tap import Tap
 
-Kind = Literal["gelu", "swiglu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
 
 
 class FeedForward(nnx.Module):
-    """gelu: W₂ gelu(W₁ x);  swiglu: W₂ (silu(W_g x) ⊙ W₁ x)  (Shazeer, 2020). x [..., D] -> [..., D].
+    """W₂ (f(W_g x) ⊙ W₁ x) if gated (Shazeer, 2020), else W₂ f(W₁ x).
 
-    Raises ValueError for another kind and for a hidden width below 1.
+    Args:
+        features: Channels D of x and of the result.
+        hidden: Hidden units F; if not given 4 D, and for gated ones 8/3 D, rounded up to a multiple of 16, so that both
+            have about as many parameters.
+        activation: f. "gelu" is x Φ(x), and "gelu_tanh" its approximation by tanh, as in GPT-2; "relu_squared" is
+            max(x, 0)² (So et al., 2021).
+        gated: Whether there is W_g.
+        use_bias: Whether the maps have biases.
+        dtype: Of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: For another activation, and for a hidden width below 1.
     """
 
     def __init__(
         self,
         features: int,
-        hidden: int,
+        hidden: int | None = None,
         *,
-        kind: Kind = "swiglu",
+        activation: Activation = "silu",
+        gated: bool = True,
         use_bias: bool = False,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        if kind not in get_args(Kind):
-            raise ValueError(f"kind {kind!r} is unknown: need one of {get_args(Kind)}")
+        if activation not in get_args(Activation):
+            raise ValueError(f"activation is {activation!r}: need one of {', '.join(get_args(Activation))}")
+        if hidden is None:
+            hidden = -(-8 * features // 48) * 16 if gated else 4 * features
         if hidden < 1:
             raise ValueError(f"hidden must be at least 1, got {hidden}")
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return linear_map(inputs, outputs, dtype, rngs, use_bias=use_bias)
 
+        self.activation: Activation = activation
         self.up = linear(features, hidden)
-        self.gate = linear(features, hidden) if kind == "swiglu" else None
+        self.gate = linear(features, hidden) if gated else None
         self.down = linear(hidden, features)
 
     def __call__(self, x: Float[Array, "*b d"], tap: Tap | None = None) -> Float[Array, "*b d"]:
-        """The sites of `tap` are `mlp_pre`, what the nonlinearity gets, and `mlp_post`, what W₂ gets."""
+        """The result for x [..., D]. Sites of `tap`: `mlp_pre`, what f gets, and `mlp_post`, what W₂ gets."""
         tap = Tap() if tap is None else tap
         before = tap("mlp_pre", self.up(x) if self.gate is None else self.gate(x))
-        hidden = jax.nn.gelu(before) if self.gate is None else jax.nn.silu(before) * self.up(x)
-        return self.down(tap("mlp_post", jnp.asarray(hidden)))
+        hidden = _activated(before, self.activation)
+        return self.down(tap("mlp_post", hidden if self.gate is None else hidden * self.up(x)))
+
+
+def _activated(x: Array, activation: Activation) -> Array:
+    if activation == "silu":
+        return jax.nn.silu(x)
+    if activation == "relu":
+        return jax.nn.relu(x)
+    if activation == "relu_squared":
+        return jnp.square(jax.nn.relu(x))
+    return jnp.asarray(jax.nn.gelu(x, approximate=activation == "gelu_tanh"))

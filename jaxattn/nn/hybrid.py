@@ -7,8 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
+from jaxattn.core.attend.mask import Causal, Mask
+from jaxattn.core.attend.position import Position, Rotary
+from jaxattn.nn.attention import KeysFrom, MultiHeadAttention
 from jaxattn.nn.mixer import Mixer
-from jaxattn.nn.parameter import linear_map, rms_norm
+from jaxattn.nn.norm import RMSNorm
+from jaxattn.nn.parameter import linear_map
+from jaxattn.nn.recurrent import as_mixer
+from jaxattn.nn.state_space import S6
 
 Fuse = Literal["mean", "gate"]
 
@@ -41,9 +47,15 @@ class Parallel(Mixer):
         if fuse not in get_args(Fuse):
             raise ValueError(f"fuse is {fuse!r}: need one of {', '.join(get_args(Fuse))}")
         channels = features if channels is None else channels
-        self.mixers, self.fuse = nnx.List(mixers), fuse
-        self.norms = nnx.List([rms_norm(channels, eps, dtype, rngs) for _ in mixers])
+        sizes = {"features": features, "dtype": dtype, "rngs": rngs}
+        self.mixers, self.fuse = nnx.List([as_mixer(mixer, **sizes) for mixer in mixers]), fuse
+        self.norms = nnx.List([RMSNorm(channels, eps=eps, dtype=dtype) for _ in mixers])
         self.out = linear_map(channels, features, dtype, rngs, use_bias=use_bias) if channels != features else None
+
+    @property
+    def keys_from(self) -> str:  # type: ignore[override]
+        """That of the first mixer."""
+        return self.mixers[0].keys_from
 
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -86,6 +98,54 @@ class Parallel(Mixer):
         return tuple(mixer.init_state(batch, capacity, store) for mixer in self.mixers)
 
 
+def hymba(
+    features: int,
+    heads: int,
+    *,
+    key_heads: int | None = None,
+    mask: Mask | None = Causal(),
+    state: int = 16,
+    convolution: int = 3,
+    position: Position | None = Rotary(),
+    keys_from: KeysFrom = "self",
+    eps: float = 1e-6,
+    use_bias: bool = True,
+    dtype: Any = None,
+    rngs: nnx.Rngs,
+) -> Parallel:
+    """Attention and state-space heads on the same input, normed and averaged (Hymba, Dong et al., 2024):
+
+        y = W_o (norm(attention(x)) + norm(s6(x))) / 2 + b,  both of them of 2 D channels.
+
+    Args:
+        features: Channels D of x and y.
+        heads: Query heads N, of 2 D / N channels each.
+        key_heads: Key and value heads, a divisor of N; by default N.
+        mask: Of the attention; the paper's is `Causal() & (Window(w) | Sinks(meta_tokens))` in most layers.
+        state: Numbers per channel of the state-space heads.
+        convolution: Width of their convolution.
+        position: Of the attention.
+        keys_from: "self", or "layer" for the keys and values of the layer before.
+        eps: Of all norms.
+        use_bias: Whether the projections of both and W_o have biases, as in the authors' code.
+        dtype: Of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: For sizes that do not divide.
+    """
+    inner = 2 * features
+    if heads < 1 or inner % heads:
+        raise ValueError(f"heads is {heads}: need a divisor of {inner}, twice the width")
+    given: dict[str, Any] = {"project": False, "use_bias": use_bias, "dtype": dtype, "rngs": rngs}
+    attention = MultiHeadAttention(
+        features, heads, key_heads=key_heads, head_dim=inner // heads, position=position, mask=mask,
+        keys_from=keys_from, **given,
+    )  # fmt: skip
+    s6 = S6(features, inner=inner, state=state, convolution=convolution, norm=True, eps=eps, **given)
+    return Parallel(features, [attention, s6], channels=inner, use_bias=use_bias, eps=eps, dtype=dtype, rngs=rngs)
+
+
 class Chain(Mixer):
     """y = mixer_n(… mixer_1(x)): several mixers as one layer, one after the other.
 
@@ -95,7 +155,7 @@ class Chain(Mixer):
     def __init__(self, mixers: Sequence[Any]):
         if not mixers:
             raise ValueError("mixers is empty: need at least 1")
-        self.mixers = nnx.List(mixers)
+        self.mixers = nnx.List([as_mixer(mixer) for mixer in mixers])
 
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]

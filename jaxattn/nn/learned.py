@@ -86,7 +86,7 @@ class NeuralScore(nnx.Module):
 class RelativePositionBias(nnx.Module):
     """Owns the table [N, buckets] of `RelativeBias`; the sizes unless given are those of T5 (Raffel et al., 2020).
 
-    It starts at 0, no bias. Give the attention `rotary_base=None` where this is to be all it knows of positions.
+    It starts at 0, no bias. Give the attention `position=None` where this is to be all it knows of positions.
     """
 
     def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False):

@@ -12,13 +12,14 @@ from jaxattn.core.attend.position import rotary, rotary_channels
 from jaxattn.core.checks import check_static_int
 from jaxattn.core.memory.inner import Identity, InnerLoss, Link, MLPMemory, SquaredError
 from jaxattn.nn.mechanisms import Gate, HeadOutput, Projections, ShortConvolution, head_dim_of, unit
-from jaxattn.nn.parameter import decayed, layer_norm, linear_map, undecayed
-from jaxattn.nn.recurrent import LearningInputs
+from jaxattn.nn.norm import LayerNorm
+from jaxattn.nn.parameter import decayed, linear_map, undecayed
+from jaxattn.nn.recurrent import LearningInputs, Mechanism
 
 lecun = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 
 
-class NeuralMemory(nnx.Module):
+class NeuralMemory(Mechanism):
     """A network per head that learns k_t ↦ v_t as it reads, and is asked for q_t (Titans, Behrouz et al., 2025).
 
     θ = max_rate σ(W x + b), α = σ(W x + b) from about 0.02 and, with `momentum`, η = σ(W x + b), per head and token; q,
@@ -83,7 +84,7 @@ class NeuralMemory(nnx.Module):
         return self.out(read, rest)
 
 
-class TTT(nnx.Module):
+class TTT(Mechanism):
     """Test-time training (Sun et al., 2024): M(x) = x + LN(x W + b), or two layers with GELU if `deep`; ½ ‖M(k) − v‖².
 
         y = W_o (norm(read) ⊙ gelu(W_g x))        norm: layer norm of what all heads read, as one vector
@@ -134,7 +135,7 @@ class TTT(nnx.Module):
         self.weights = nnx.List([decayed(x) for x in layers])
         self.biases = nnx.List([undecayed(jnp.zeros((heads, 1, x.shape[-1]))) for x in layers])
         self.gain, self.shift = undecayed(jnp.ones((heads, channels))), undecayed(jnp.zeros((heads, channels)))
-        self.norm = layer_norm(features, eps, dtype, rngs)
+        self.norm = LayerNorm(features, eps=eps, dtype=dtype)
         self.gate, self.out = (linear_map(features, features, dtype, rngs) for _ in range(2))
 
     def inputs(self, x, positions, past):

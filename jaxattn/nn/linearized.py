@@ -16,10 +16,11 @@ from jaxattn.core.linear.feature import distillation_loss
 from jaxattn.core.numeric import ratio
 from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.learned import HedgehogMap
-from jaxattn.nn.recurrent import LinearInputs, Past
+from jaxattn.nn.recurrent import LinearInputs, Mechanism, Past
+from jaxattn.nn.spec import Spec, built
 
 
-class Linearized(nnx.Module):
+class Linearized(Mechanism):
     """out = Σ_{j <= t} (φ(q_t)·ψ(k_j)) v_j / Σ_{j <= t} φ(q_t)·ψ(k_j) with q, k, v and W_o of `attention`: Hedgehog
     (Zhang et al., 2024) on an attention that may be trained already.
 
@@ -27,15 +28,24 @@ class Linearized(nnx.Module):
     `HedgehogFeatures`. Raises ValueError for an attention that is not causal softmax attention of scaled dot products.
     """
 
-    def __init__(self, attention: MultiHeadAttention, *, kind: Literal["softmax", "exp"] = "softmax"):
+    def __init__(
+        self,
+        features: int,
+        attention: Spec | MultiHeadAttention,
+        *,
+        kind: Literal["softmax", "exp"] = "softmax",
+        dtype: Any = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        given: MultiHeadAttention = built(attention, features=features, dtype=dtype, rngs=rngs)
         plain: dict[str, Any] = {"score": Dot(), "bias": None, "mask": Causal(), "normalize": Softmax()}
         plain |= {"score_maps": (), "weight_maps": ()}
         for name, wanted in plain.items():
-            if (given := getattr(attention, name)) != wanted:
-                raise ValueError(f"attention has {name}={given}: features stand for causal softmax attention only")
-        self.attention, self.in_features = attention, attention.query.in_features
-        sizes = attention.heads, attention.head_dim
-        self.feature_map = HedgehogMap(*sizes, key_heads=attention.key_heads, kind=kind)
+            if (own := getattr(given, name)) != wanted:
+                raise ValueError(f"attention has {name}={own}: features stand for causal softmax attention only")
+        self.attention, self.in_features = given, given.query.in_features
+        sizes = given.heads, given.head_dim
+        self.feature_map = HedgehogMap(*sizes, key_heads=given.key_heads, kind=kind)
 
     def inputs(self, x, positions, past):
         query, (key, value) = self.attention.queries(x, past), self.attention.keys_and_values(x, past)

@@ -25,8 +25,10 @@ from jaxattn.core.linear.gate import (
 )
 from jaxattn.core.linear.recurrence import Delta, Erase
 from jaxattn.core.numeric import ratio
-from jaxattn.nn.parameter import decayed, layer_norm, linear_map, rms_norm, undecayed
-from jaxattn.nn.recurrent import LinearInputs, Passed, Past
+from jaxattn.nn.norm import LayerNorm, RMSNorm
+from jaxattn.nn.parameter import decayed, linear_map, undecayed
+from jaxattn.nn.recurrent import LinearInputs, Mechanism, Passed, Past
+from jaxattn.nn.spec import Spec, built, owned, part_of
 
 Gate = Literal["silu", "sigmoid"]
 
@@ -122,7 +124,7 @@ class HeadOutput(nnx.Module):
         if gate not in (None, "silu", "sigmoid"):
             raise ValueError(f"gate is {gate!r}: need 'silu', 'sigmoid' or None")
         self.kind = gate
-        self.norm = rms_norm(value_dim, eps, dtype, rngs) if norm else None
+        self.norm = RMSNorm(value_dim, eps=eps, dtype=dtype) if norm else None
         gates: nnx.Linear | LowRank | None = None
         if gate is not None and gate_rank is not None:
             gates = LowRank(features, gate_rank, heads * value_dim, rngs=rngs)
@@ -139,12 +141,12 @@ class HeadOutput(nnx.Module):
         return self.out(z)
 
 
-class LinearAttention(nnx.Module):
+class LinearAttention(Mechanism):
     """φ(q), ψ(k), v of a feature map: out = Σ φ(q_t)·ψ(k_j) v_j over j <= t, divided by Σ φ(q_t)·ψ(k_j) if `normalize`.
 
     Katharopoulos et al. (2020) with elu + 1; Performer, Hedgehog, BASED, FAST and log-normal attention with their maps.
-    feature_map: a part, a module that returns one, or a function (heads, head_dim, rngs) -> either. key_dim: K, the
-    channels before the map (BASED takes 16). Without `normalize` each head is RMS-normed with `eps` instead.
+    feature_map: a part, a module that returns one, or a `Spec` of what makes either from heads and head_dim. key_dim:
+    K, the channels before the map (BASED takes 16). Without `normalize` each head is RMS-normed with `eps` instead.
     rotary_base: rotary embedding of q and k before the map, None for none.
     """
 
@@ -153,7 +155,7 @@ class LinearAttention(nnx.Module):
         features: int,
         heads: int,
         *,
-        feature_map: Features | Callable[[int, int, nnx.Rngs], Any] | Any = Elu1Features(),
+        feature_map: Spec | Features | nnx.Module = Elu1Features(),
         key_dim: int | None = None,
         normalize: bool = True,
         rotary_base: float | None = None,
@@ -166,9 +168,8 @@ class LinearAttention(nnx.Module):
         value_dim = head_dim_of(features, heads)
         key_dim = value_dim if key_dim is None else key_dim
         self.in_features, self.normalize, self.rotary_base = features, normalize, rotary_base
-        if not isinstance(feature_map, Features | nnx.Module):
-            feature_map = feature_map(heads, key_dim, rngs)
-        self.feature_map = feature_map if isinstance(feature_map, nnx.Module) else nnx.data(feature_map)
+        feature_map = built(feature_map, heads=heads, head_dim=key_dim, dtype=dtype, rngs=rngs)
+        self.feature_map = owned(feature_map)
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
         self.project = Projections(features, sizes, convolution, dtype, rngs)
         options: dict[str, Any] = {"gate": gate, "eps": eps, "dtype": dtype, "rngs": rngs}
@@ -178,15 +179,14 @@ class LinearAttention(nnx.Module):
         query, key, value = self.project(x, past)
         if self.rotary_base is not None:
             query, key = (rotary(y, positions, self.rotary_base) for y in (query, key))
-        feature_map = self.feature_map() if isinstance(self.feature_map, nnx.Module) else self.feature_map
-        phi, psi = feature_map(query, key)
+        phi, psi = part_of(self.feature_map)(query, key)
         return LinearInputs(phi, psi, append_one(value) if self.normalize else value), x
 
     def output(self, read, rest):
         return self.out(divide(read) if self.normalize else read, rest)
 
 
-class RetNet(nnx.Module):
+class RetNet(Mechanism):
     """Retention (Sun et al., 2023): decay 1 − 2^(−5−n) of head n, rotary q and k, q / √K, RMS norm per head, SiLU gate.
 
     value_dim: V, 2 K if not given. angles: "rotary" for frequencies base^(−2 i / K), i < K / 2, or "torchscale" for
@@ -226,7 +226,7 @@ class RetNet(nnx.Module):
         return self.out(read, rest)
 
 
-class GLA(nnx.Module):
+class GLA(Mechanism):
     """Gated linear attention (Yang et al., 2023): log decay log σ(W₂ W₁ x + b) / 16 per channel; q / √K; RMS norm, SiLU
     gate. K is half of V = D / N; rank: that of the gate."""
 
@@ -258,7 +258,7 @@ class GLA(nnx.Module):
         return self.out(read, rest)
 
 
-class HGRN2(nnx.Module):
+class HGRN2(Mechanism):
     """HGRN-2 (Qin et al., 2024): forget gate f = γ + (1 − γ) σ(W x) per channel, key 1 − f, query silu(W x).
 
     What all heads read is RMS-normed as one vector of D channels. lower_bound: γ in [0, 1), larger in higher layers in
@@ -282,7 +282,7 @@ class HGRN2(nnx.Module):
         self.in_features, self.lower_bound = features, lower_bound
         sizes = dict.fromkeys(("query", "forget", "value"), (heads, channels))
         self.project = Projections(features, sizes, convolution, dtype, rngs, silu=False)
-        self.norm = rms_norm(features, eps, dtype, rngs)
+        self.norm = RMSNorm(features, eps=eps, dtype=dtype)
         self.out = linear_map(features, features, dtype, rngs)
 
     def inputs(self, x, positions, past):
@@ -294,7 +294,7 @@ class HGRN2(nnx.Module):
         return self.out(self.norm(read.reshape(*read.shape[:-2], -1)))
 
 
-class DeltaNet(nnx.Module):
+class DeltaNet(Mechanism):
     """The delta rule: q, k, v after convolution and SiLU, q and k of length 1, q / √K, β = σ(W x); RMS norm per head,
     and by `decay`
 
@@ -357,7 +357,7 @@ class DeltaNet(nnx.Module):
         return self.out(read, rest)
 
 
-class RWKV7(nnx.Module):
+class RWKV7(Mechanism):
     """RWKV-7 time mixing (Peng et al., 2025), each of its inputs a learned mix of the token and the one before:
 
         S_t = diag(w) S_{t−1} − (κ ⊙ a)(κᵀ S_{t−1}) + k̃ vᵀ,   y = W_o ((norm(S_tᵀ r) + (r · (ρ ⊙ k̃)) v) ⊙ gate)
@@ -386,7 +386,7 @@ class RWKV7(nnx.Module):
         self.removed = undecayed(jnp.full(features, 0.85))
         self.replaced = undecayed(jnp.ones(features))
         self.bonus = undecayed(jnp.zeros((heads, channels)))
-        self.norm = layer_norm(channels, eps, dtype, rngs, learned=False)
+        self.norm = LayerNorm(channels, eps=eps, learned=False, dtype=dtype)
         self.scale, self.shift = undecayed(jnp.ones((heads, channels))), undecayed(jnp.zeros((heads, channels)))
         self.out = linear_map(features, features, dtype, rngs)
 
@@ -413,7 +413,7 @@ class RWKV7(nnx.Module):
         return self.out(y.reshape(gate.shape) * gate)
 
 
-class Latte(nnx.Module):
+class Latte(Mechanism):
     """Latent attention (Dolga et al., 2024): p(s | t) = Σ_l p(l | t) p(s | l), both of them softmaxes: over the latents
     of a token, and over the tokens of a latent, those so far if `causal` and otherwise all of them.
 
@@ -468,7 +468,7 @@ class Latte(nnx.Module):
         return self.out(read if local is None else read + local, x)
 
 
-class GatedConvolution(nnx.Module):
+class GatedConvolution(Mechanism):
     """y = W_o (silu(conv(W_1 x + b_1)) ⊙ (W_2 x + b_2)) + b_o: a mixer of the last `width` tokens alone.
 
     The cheap layer of BASED (Arora et al., 2024). expand: channels in between over D; the paper's is 2. use_bias: False

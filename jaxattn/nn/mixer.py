@@ -20,10 +20,13 @@ class Mixer(nnx.Module):
     Attributes:
         sites: Where its values can be changed and recorded, in the order in which it comes to them.
         recorded_only: Those of them that take no edits.
+        keys_from: Whose keys it attends to, as of `MultiHeadAttention`: those of its own x ("self"), of the layer
+            before ("layer"), of the `context` ("context"), or "none".
     """
 
     sites: ClassVar[tuple[str, ...]] = ("attn_out",)
     recorded_only: ClassVar[tuple[str, ...]] = ()
+    keys_from: str = "none"
 
     def __call__(
         self,

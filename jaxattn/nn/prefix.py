@@ -17,6 +17,7 @@ from jaxattn.core.attend.mask import Causal, Documents, Mask
 from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.packing import in_order, layout
 from jaxattn.nn.parameter import undecayed
+from jaxattn.nn.recurrent import as_mixer
 from jaxattn.nn.tokens import Tokens
 
 
@@ -45,7 +46,7 @@ def with_prefix(prefix: Float[Array, "n d"], x: Float[Array, "b t d"], tokens: T
         positions = None if tokens.in_order else jnp.concatenate([before, after], 1)
         longer = Tokens.of(x, positions=positions, mask=tokens.mask)
         fixed = (jnp.arange(count + length) < count)[None]
-        return Lengthened(x, dataclasses.replace(longer, fixed=fixed), lambda y: y[:, count:])
+        return Lengthened(x, dataclasses.replace(longer, fixed=fixed, bias=tokens.bias), lambda y: y[:, count:])
     if not tokens.in_order:
         raise ValueError("positions are given for packed rows behind a prefix: need None, they are counted by the row")
     rows = layout(segments >= 0, in_order(segments), documents=documents, prefix=count)
@@ -55,7 +56,7 @@ def with_prefix(prefix: Float[Array, "n d"], x: Float[Array, "b t d"], tokens: T
     positions = jnp.where(rows.filled, jnp.arange(ids.shape[1]), -1)
     mask: Mask = Causal() & Documents(ids) if tokens.is_causal else Documents(ids)
     longer = Tokens.of(x, positions=positions, mask=mask)
-    return Lengthened(x, dataclasses.replace(longer, fixed=is_prefix), rows.take)
+    return Lengthened(x, dataclasses.replace(longer, fixed=is_prefix, bias=tokens.bias), rows.take)
 
 
 def after_prefix(positions: Int[Array, "*b t"], count: int) -> Int[Array, "*b t"]:
@@ -84,7 +85,7 @@ class Prefixed(Mixer):
     def __init__(self, mixer: Any, features: int, tokens: int, *, documents: int = 8, rngs: nnx.Rngs):
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}")
-        self.mixer, self.documents = mixer, documents
+        self.mixer, self.documents = as_mixer(mixer, features=features, rngs=rngs), documents
         self.prefix = undecayed(jax.random.normal(rngs.params(), (tokens, features)))
 
     @property

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxattn.core.attend.api import attend
@@ -21,6 +22,7 @@ from jaxattn.core.memory.api import memory_scan
 from jaxattn.core.memory.inner import Identity, InnerLoss, Link, Memory, SquaredError
 from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.packing import earlier, in_order, layout, scatter
+from jaxattn.nn.spec import built
 from jaxattn.nn.tap import Tap
 from jaxattn.nn.tokens import Tokens
 
@@ -263,16 +265,24 @@ class Past:
         return whole
 
 
-class Mechanism(Protocol):
+class Mechanism(nnx.Module):
     """What a recurrence is made of. Its input x has `in_features` channels."""
 
     in_features: int
 
     def inputs(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], past: Past) -> tuple[Inputs, Any]:
         """What the memory gets, and whatever else `output` needs. positions: in packed rows within each document."""
+        raise NotImplementedError
 
     def output(self, read: Float[Array, "b t n v"], rest: Any) -> Float[Array, "b t d"]:
         """y from what each head read."""
+        raise NotImplementedError
+
+
+def as_mixer(slot: Any, **sizes: Any) -> Mixer:
+    """The mixer that stands in a slot: a module, or a `Spec` that is built with `sizes`; a mechanism is `Recurrent`."""
+    module = built(slot, **sizes)
+    return Recurrent(module) if isinstance(module, Mechanism) else module
 
 
 class Recurrent(Mixer):

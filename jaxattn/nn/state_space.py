@@ -8,11 +8,12 @@ from flax import nnx
 
 from jaxattn.core.linear.gate import inverse_softplus, softplus_decay
 from jaxattn.nn.mechanisms import Projections, ShortConvolution, head_dim_of, step_bias
-from jaxattn.nn.parameter import linear_map, rms_norm, undecayed
-from jaxattn.nn.recurrent import LinearInputs
+from jaxattn.nn.norm import RMSNorm
+from jaxattn.nn.parameter import linear_map, undecayed
+from jaxattn.nn.recurrent import LinearInputs, Mechanism
 
 
-class S6(nnx.Module):
+class S6(Mechanism):
     """The selective scan of Mamba (Gu & Dao, 2023): E channels, each a memory of K numbers that decays by itself,
 
         h_c ← e^{−Δ_c a_c} ⊙ h_c + Δ_c s_c B,   y_c = C · h_c + D_c s_c,   out = W_o (y ⊙ silu(W_z x))
@@ -50,7 +51,7 @@ class S6(nnx.Module):
         self.convolution = ShortConvolution(inner, convolution, use_bias=True, rngs=rngs)
         sizes = {"step": rank, "key": state, "query": state}
         self.selection = nnx.Dict({name: linear_map(inner, size, dtype, rngs) for name, size in sizes.items()})
-        norms = {name: rms_norm(size, eps, dtype, rngs) for name, size in sizes.items()} if norm else {}
+        norms = {name: RMSNorm(size, eps=eps, dtype=dtype) for name, size in sizes.items()} if norm else {}
         self.norms = nnx.Dict(norms)
         self.step = linear_map(rank, inner, None, rngs)
         self.step_bias = undecayed(step_bias(rngs, inner))
@@ -75,7 +76,7 @@ class S6(nnx.Module):
         return y if self.out is None else self.out(y)
 
 
-class Mamba2(nnx.Module):
+class Mamba2(Mechanism):
     """State-space duality (Dao & Gu, 2024): key B, query C shared by all heads, value Δ x, log decay −e^a Δ per head.
 
     Δ = softplus(W x + b); x, B and C after one short convolution with a bias; skip D x; RMS norm of (y ⊙ silu(z)) over
@@ -106,7 +107,7 @@ class Mamba2(nnx.Module):
         self.a_log = undecayed(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
         self.skip = undecayed(jnp.ones(heads))
         self.gate, self.out = linear_map(features, inner, dtype, rngs), linear_map(inner, features, dtype, rngs)
-        self.norm = rms_norm(inner, eps, dtype, rngs)
+        self.norm = RMSNorm(inner, eps=eps, dtype=dtype)
         if mimetic:
             mimetic_initialization(self)
 

@@ -263,9 +263,13 @@ class Tap:
 
     def only(self, sites: Iterable[str]) -> "Tap":
         """The same tap, for some of the sites."""
-        new, kept = self.at(self.where), set(sites)
-        new.edits = {site: each for site, each in self.edits.items() if site in kept}
-        new.asked = {name: each for name, each in self.asked.items() if each[0] in kept}
+        return self.renamed({site: site for site in sites})
+
+    def renamed(self, names: Mapping[str, str]) -> "Tap":
+        """The same tap for some of the sites, name -> the name that they have inside."""
+        new = self.at(self.where)
+        new.edits = {names[site]: each for site, each in self.edits.items() if site in names}
+        new.asked = {name: (names[site], each) for name, (site, each) in self.asked.items() if site in names}
         return new
 
     @property
@@ -329,11 +333,20 @@ class Tap:
 
 
 def site_of(argument: str, name: str) -> str:
-    """The site of this name, or of another library's name for it. Raises ValueError if there is none."""
+    """The site of this name, or of another library's name for it, behind the name of a branch if it has one.
+
+    Raises:
+        ValueError: If there is none.
+    """
     site = ALIASES.get(name, name)
-    if site not in SITES:
+    if bare_site(site) not in SITES:
         raise ValueError(f"{argument} names the unknown site {name!r}: need one of {list(SITES)}")
     return site
+
+
+def bare_site(site: str) -> str:
+    """The site without the name of the branch that it may stand behind."""
+    return site.rpartition(".")[2]
 
 
 def as_records(record: Any) -> dict[str, tuple[str, Any]]:
@@ -350,13 +363,14 @@ def as_records(record: Any) -> dict[str, tuple[str, Any]]:
             )
         site, reducer = (given, Whole()) if isinstance(given, str) else given
         site = site_of("record", site)
-        if site == "read" and not isinstance(reducer, Whole):
+        bare = bare_site(site)
+        if bare == "read" and not isinstance(reducer, Whole):
             raise TypeError(f"record {name!r} is of read, where it needs Whole(): positions are of slots, not tokens")
-        if site in ("scores", "weights") and not isinstance(reducer, Whole | Measure):
+        if bare in ("scores", "weights") and not isinstance(reducer, Whole | Measure):
             raise TypeError(
                 f"record {name!r} is of {site}, where it needs a measure such as Entropy(), or Whole(); got {reducer!r}"
             )
-        if site not in ("scores", "weights") and (isinstance(reducer, Measure) or not callable(reducer)):
+        if bare not in ("scores", "weights") and (isinstance(reducer, Measure) or not callable(reducer)):
             raise TypeError(
                 f"record {name!r} is of {site!r}, where it needs a reducer such as Whole(), got {reducer!r}"
             )
@@ -368,11 +382,12 @@ def _check_edit(site: str, edit: Any) -> None:
     of_scores, of_weights = isinstance(edit, Mask | ScoreBias | Map), isinstance(edit, Map)
     by_tile = isinstance(edit, Edit) and not edit.of_tokens
     fits = {"scores": of_scores or by_tile, "weights": of_weights or by_tile}
-    if fits.get(site, _is_function(edit) and not of_scores):
+    bare = bare_site(site)
+    if fits.get(bare, _is_function(edit) and not of_scores):
         return
     kinds = {"scores": "a mask, a bias, a score map or an Edit", "weights": "a weight map or an Edit"}
     of_tokens = ", which acts on tokens" if isinstance(edit, Edit) else ""
-    raise TypeError(f"edits[{site!r}] must be {kinds.get(site, 'an Edit')}, got {type(edit).__name__}{of_tokens}")
+    raise TypeError(f"edits[{site!r}] must be {kinds.get(bare, 'an Edit')}, got {type(edit).__name__}{of_tokens}")
 
 
 def _is_function(edit: Any) -> bool:

@@ -1,6 +1,6 @@
 """Titans (Behrouz et al., 2025): attention over little, a memory that learns for the rest, and how they are wired."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,21 @@ from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.hybrid import Chain, Parallel
 from jaxattn.nn.learning import NeuralMemory
 from jaxattn.nn.mixer import Mixer
+from jaxattn.nn.norm import RMSNorm
 from jaxattn.nn.packing import scan_segments, where_row
-from jaxattn.nn.parameter import rms_norm, undecayed
+from jaxattn.nn.parameter import undecayed
 from jaxattn.nn.prefix import Prefixed
 from jaxattn.nn.recurrent import Past, Recurrent
+from jaxattn.nn.spec import Spec, built
 from jaxattn.nn.tokens import Tokens
+
+MemorySlot: TypeAlias = Spec | NeuralMemory
 
 
 def memory_as_gate(
     features: int,
     heads: int,
-    memory: NeuralMemory,
+    memory: MemorySlot,
     *,
     window: int,
     persistent: int,
@@ -35,17 +39,19 @@ def memory_as_gate(
 
     eps: of the norms.
     """
+    learning: NeuralMemory = built(memory, features=features, dtype=dtype, rngs=rngs)
     attention = _near_attention(features, heads, window, persistent, dtype, rngs)
-    mixer = Parallel(features, [attention, Recurrent(memory)], fuse="gate", eps=eps, dtype=dtype, rngs=rngs)
-    return _behind(mixer, features, memory, persistent, rngs)
+    mixer = Parallel(features, [attention, Recurrent(learning)], fuse="gate", eps=eps, dtype=dtype, rngs=rngs)
+    return _behind(mixer, features, learning, persistent, rngs)
 
 
 def memory_as_layer(
-    features: int, heads: int, memory: NeuralMemory, *, window: int, persistent: int, dtype: Any = None, rngs: nnx.Rngs
+    features: int, heads: int, memory: MemorySlot, *, window: int, persistent: int, dtype: Any = None, rngs: nnx.Rngs
 ) -> nnx.Module:
     """MAL: y = attention(M([P; X])), attention over P and the last `window` tokens."""
+    learning: NeuralMemory = built(memory, features=features, dtype=dtype, rngs=rngs)
     attention = _near_attention(features, heads, window, persistent, dtype, rngs)
-    return _behind(Chain([Recurrent(memory), attention]), features, memory, persistent, rngs)
+    return _behind(Chain([Recurrent(learning), attention]), features, learning, persistent, rngs)
 
 
 def _near_attention(
@@ -84,7 +90,7 @@ class MemoryAsContext(Mixer):
         self,
         features: int,
         heads: int,
-        memory: NeuralMemory,
+        memory: MemorySlot,
         *,
         segment: int,
         persistent: int,
@@ -92,17 +98,18 @@ class MemoryAsContext(Mixer):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        if memory.project.convolution:
+        learning: NeuralMemory = built(memory, features=features, dtype=dtype, rngs=rngs)
+        if learning.project.convolution:
             raise ValueError("memory has a convolution, which memory as context has no place for: need convolution=0")
-        if segment < 1 or segment % memory.inner_batch:
-            raise ValueError(f"segment is {segment}: need a multiple of inner_batch, which is {memory.inner_batch}")
+        if segment < 1 or segment % learning.inner_batch:
+            raise ValueError(f"segment is {segment}: need a multiple of inner_batch, which is {learning.inner_batch}")
         if persistent < 0:
             raise ValueError(f"persistent must be at least 0, got {persistent}")
-        self.in_features, self.segment, self.memory = features, segment, memory
+        self.in_features, self.segment, self.memory = features, segment, learning
         self.attention = MultiHeadAttention(features, heads, mask=Causal(), dtype=dtype, rngs=rngs)
         self.count = persistent
         self.persistent = undecayed(jax.random.normal(rngs.params(), (persistent, features))) if persistent else None
-        self.norms = nnx.List([rms_norm(features, eps, dtype, rngs) for _ in range(2)])
+        self.norms = nnx.List([RMSNorm(features, eps=eps, dtype=dtype) for _ in range(2)])
 
     def __call__(self, x, tokens=None, tap=None, state=None, context=None):
         """As `Recurrent`."""

@@ -1,5 +1,6 @@
 """What stands where in one call of a layer: places in the row, documents, padding and the mask of the caller."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxattn.core.attend.bias import ScoreBias
 from jaxattn.core.attend.mask import Causal, Documents, Mask, Within, anded, as_mask, documents_of, places_in_documents
 from jaxattn.core.checks import positions_fit
 from jaxattn.core.part import part
@@ -26,6 +28,7 @@ class Tokens:
             them are NaN.
         in_order: Whether positions are known to be 0..T−1, so that masks can be read when the program is made.
         fixed: By position, [1 or B, P], which tokens edits leave alone: those of a learned prefix. None for none.
+        bias: What all layers of attention add to their scores besides their own bias, or None.
     """
 
     positions: Int[Array, "#b t"]
@@ -34,6 +37,7 @@ class Tokens:
     padded: bool = True
     in_order: bool = False
     fixed: Bool[Array, "#b p"] | None = None
+    bias: ScoreBias | None = None
 
     @classmethod
     def of(
@@ -135,7 +139,7 @@ class Tokens:
 
     def moved(self, positions: Int[Array, "#b t"]) -> "Tokens":
         """The same tokens at other positions."""
-        return Tokens(positions, self.documents, self.mask, self.padded)
+        return dataclasses.replace(self, positions=positions, in_order=False, fixed=None)
 
 
 def _may_be_padded(positions: Int[Array, "#b t"]) -> bool:

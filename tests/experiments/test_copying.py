@@ -10,6 +10,7 @@ from rich.console import Console
 
 from experiments import copying, report
 from experiments.copying import CLAIMS, QUICK, Config
+from jaxattn import nn
 from jaxattn.train import next_token_loss
 
 
@@ -46,7 +47,10 @@ def test_who_reads_five_tokens_back_scores_one(batch):
 
 def test_the_starts_differ_in_what_the_paper_sets():
     """Of two models of one seed: the decay, the step size, and the queries, which are the keys."""
-    layers = [copying.mixer(QUICK, start).build(16, None, nnx.Rngs(0)).mechanism for start in ("default", "mimetic")]
+    layers = [
+        nn.as_mixer(copying.mixer(QUICK, start), features=16, dtype=None, rngs=nnx.Rngs(0)).mechanism
+        for start in ("default", "mimetic")
+    ]
     states = [nnx.to_flat_state(nnx.state(layer, nnx.Param)) for layer in layers]
     differ = {"/".join(map(str, path)) for (path, a), (_, b) in zip(*states, strict=True) if (a[...] != b[...]).any()}
     assert differ == {

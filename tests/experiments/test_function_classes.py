@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from experiments import decoders, function_classes, task_vectors
-from jaxattn import icl, models
+from jaxattn import icl, models, nn
 
 EPS = float(np.finfo(np.float32).eps)
 QUICK = function_classes.QUICK
@@ -22,7 +22,9 @@ def quick(quick_run):
 
 @pytest.fixture(scope="module")
 def model():
-    return decoders.build(models.Attention(heads=2), vocabulary=1, length=12, width=8, layers=2, seed=0, inputs=5)
+    return decoders.build(
+        models.Spec(nn.MultiHeadAttention, heads=2), vocabulary=1, length=12, width=8, layers=2, seed=0, inputs=5
+    )
 
 
 def test_every_predictor_is_measured_at_every_length(quick):

@@ -7,18 +7,15 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxattn import Alibi, Documents, Sigmoid, Window
+from jaxattn import Alibi, Causal, Documents, Sigmoid, Window, nn
 from jaxattn.models import (
-    Attention,
-    Decoder,
-    DecoderConfig,
-    FeedForward,
-    Layer,
-    Linearized,
     Spec,
+    Transformer,
+    TransformerConfig,
     from_plain,
     linearize,
     matching_loss,
+    pre_norm,
     to_plain,
 )
 from jaxattn.train import language_loss
@@ -27,15 +24,18 @@ B, T, V, D = 2, 12, 11, 16
 TOKENS = jax.random.randint(jax.random.key(0), (B, T), 0, V)
 IDS = jnp.array([[0] * 5 + [1] * 7, [0] * 10 + [-1] * 2])
 BATCH = {"tokens": TOKENS, "documents": IDS, "targets": TOKENS, "weights": (IDS >= 0).astype(jnp.float32)}
-FULL = Attention(4, key_heads=2, qk_norm=True, gate=True)
-NEAR = Attention(4, mask=Window(3))
+FULL = Spec(nn.MultiHeadAttention, heads=4, key_heads=2, qk_norm=Spec(nn.RMSNorm), gate=True)
+NEAR = Spec(nn.MultiHeadAttention, heads=4, mask=Window(3))
 
 
 def decoder(*mixers):
     """With queries and keys of a few units, so that attention is not flat."""
-    model = Decoder(DecoderConfig(V, 32, D, [Layer(mixer, FeedForward(8)) for mixer in mixers]), rngs=nnx.Rngs(0))
+    model = Transformer(
+        TransformerConfig(V, 32, D, [pre_norm(mixer, Spec(nn.FeedForward, hidden=8)) for mixer in mixers]),
+        rngs=nnx.Rngs(0),
+    )
     for run in model.runs:
-        run.mixer.query.kernel[...] *= 4
+        run.mixers[0].query.kernel[...] *= 4
     return model
 
 
@@ -48,7 +48,8 @@ def assert_close(actual, expected):
 def test_conversion_keeps_every_parameter_and_all_that_is_no_causal_attention():
     model = decoder(FULL, FULL, NEAR)
     converted = linearize(model)
-    assert [type(layer.mixer) for layer in converted.config.layers] == [Linearized, Linearized, Attention]
+    kinds = [layer.branches[0].module.target for layer in converted.config.layers]
+    assert kinds == [nn.Linearized, nn.Linearized, nn.MultiHeadAttention]
     assert from_plain(to_plain(converted.config)) == converted.config
     before = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     after = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(converted, nnx.Param))}
@@ -62,8 +63,10 @@ def test_conversion_keeps_every_parameter_and_all_that_is_no_causal_attention():
 def test_a_linearised_layer_reads_by_its_features():
     """softmax(q Wq) · softmax(k Wk) and the same of the negatives, after rotation, over their sum."""
     model = linearize(decoder(FULL))
-    layer = Linearized(FULL).build(D, jnp.float32, nnx.Rngs(0))
-    nnx.update(layer, jax.tree.map(lambda x: x[0], nnx.state(model.runs[0].mixer)))
+    layer = nn.as_mixer(
+        Spec(nn.Linearized, attention=FULL.replace(mask=Causal())), features=D, dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    nnx.update(layer, jax.tree.map(lambda x: x[0], nnx.state(model.runs[0].mixers[0])))
     m, x = layer.mechanism, jax.random.normal(jax.random.key(1), (B, T, D))
     q = m.attention.turn(m.attention.queries(x), jnp.arange(T))
     k, v = m.attention.keys_and_values(x)
@@ -97,9 +100,9 @@ def test_matching_is_the_cross_entropy_of_the_attention_maps_and_training_lowers
     rows = np.broadcast_to(there[..., 0], (B, 4, T))
     divergences = []
     for run, x in ((model.runs[0], records["embed"]), (model.runs[2], records["resid"][1])):
-        attention = FULL.build(D, jnp.float32, nnx.Rngs(0))
-        nnx.update(attention, jax.tree.map(lambda leaf: leaf[0], nnx.state(run.mixer)))
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * run.mixer_norm.scale[0]
+        attention = nn.as_mixer(FULL, features=D, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        nnx.update(attention, jax.tree.map(lambda leaf: leaf[0], nnx.state(run.mixers[0])))
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * run.branches[0].norm.scale[0]
         q, k = attention.queries(x), jnp.repeat(attention.keys_and_values(x)[0], 2, 2)
         q, k = (np.asarray(attention.turn(y, jnp.arange(T)), np.float64) for y in (q, k))
         scores = np.einsum("btnh,bsnh->bnts", q, k) / (D / 4) ** 0.5
@@ -140,8 +143,13 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="nothing to linearise"):
         linearize(decoder(NEAR))
     with pytest.raises(ValueError, match="attention has normalize=Sigmoid"):
-        linearize(decoder(Attention(4, normalize=Sigmoid())))
+        linearize(decoder(Spec(nn.MultiHeadAttention, heads=4, normalize=Sigmoid())))
     with pytest.raises(ValueError, match="attention has mask=None"):
-        Linearized(Attention(4, mask=None)).build(D, None, nnx.Rngs(0))
+        nn.as_mixer(
+            Spec(nn.Linearized, attention=Spec(nn.MultiHeadAttention, heads=4, mask=None)),
+            features=D,
+            dtype=None,
+            rngs=nnx.Rngs(0),
+        )
     with pytest.raises(ValueError, match="attention has bias=Alibi"):
-        linearize(decoder(Attention(4, bias=Spec(Alibi.geometric))))
+        linearize(decoder(Spec(nn.MultiHeadAttention, heads=4, bias=Spec(Alibi.geometric))))

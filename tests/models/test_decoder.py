@@ -1,4 +1,4 @@
-"""models.Decoder: causal, blind to other documents, the same scanned or unrolled, the same decoded or prefilled."""
+"""models.Transformer: causal, blind to other documents, the same scanned or unrolled, the same decoded or prefilled."""
 
 import dataclasses
 import json
@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from tiny import (
+    ATTENTION,
     CONTEXT,
+    FEED,
     HEADS,
     MIXED,
     PLAIN,
@@ -24,8 +26,8 @@ from tiny import (
     tokens,
 )
 
-from jaxattn import Causal, Documents, Lengths, Window, attend
-from jaxattn.models import Attention, Decoder, DecoderConfig, FeedForward, Layer, from_plain, to_plain
+from jaxattn import Causal, Documents, Lengths, Window, attend, nn
+from jaxattn.models import Layer, Spec, Transformer, TransformerConfig, from_plain, pre_norm, to_plain
 
 IDS = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, -1])
 
@@ -61,8 +63,8 @@ def test_a_token_outside_the_vocabulary_gives_nan_where_it_is_seen(mixed, logits
 
 def test_narrow_integers_are_the_tokens_they_say():
     """The size of the vocabulary does not fit their 8 bits."""
-    layers = (Layer(Attention(heads=2)),)
-    model = Decoder(DecoderConfig(vocabulary=258, width=8, layers=layers), rngs=nnx.Rngs(0))
+    layers = (pre_norm(Spec(nn.MultiHeadAttention, heads=2)),)
+    model = Transformer(TransformerConfig(vocabulary=258, width=8, layers=layers), rngs=nnx.Rngs(0))
     given = np.array([[1, 100, 50, 3]])
     expected = model(jnp.asarray(given))[0]
     for dtype in (np.uint8, np.int8):
@@ -71,7 +73,7 @@ def test_narrow_integers_are_the_tokens_they_say():
 
 def test_a_vocabulary_of_one_token_has_no_others():
     model = decoder((PLAIN,))
-    model = Decoder(dataclasses.replace(model.config, vocabulary=1), rngs=nnx.Rngs(0))
+    model = Transformer(dataclasses.replace(model.config, vocabulary=1), rngs=nnx.Rngs(0))
     found = np.asarray(run(model, np.array([[0, 0], [0, 1], [-1, 0]]))[0])
     assert np.isfinite(found[0]).all()
     assert np.isnan([found[1, 1], *found[2]]).all()
@@ -109,8 +111,8 @@ def test_a_document_does_not_see_another(mixed, document):
 
 def test_no_gradient_flows_between_documents():
     """With one token id per position the rows of the embedding are the inputs, and each document has its own rows."""
-    model = decoder((STREAMING, SIGMOID), tied=False)
-    model.embed = nnx.Embed(CONTEXT, WIDTH, rngs=nnx.Rngs(0))
+    model = decoder((STREAMING, SIGMOID), head=Spec(nn.Head))
+    model.embed = nn.TokenEmbedding(CONTEXT, WIDTH, rngs=nnx.Rngs(0))
     each = jnp.arange(CONTEXT)[None]
 
     @nnx.jit
@@ -119,7 +121,7 @@ def test_no_gradient_flows_between_documents():
             logits = model(each, mask=Documents(jnp.asarray(IDS)))[0]
             return ((document == IDS)[:, None] * jax.nn.log_softmax(logits)[0, :, 0][:, None]).sum()
 
-        return nnx.grad(loss)(model)["embed"]["embedding"][...]
+        return nnx.grad(loss)(model)["embed"]["table"][...]
 
     for document in (0, 1, 2):
         reached = np.asarray(gradient(model, document) != 0)
@@ -149,13 +151,13 @@ def copied(run_of, index, other):
 def test_scanned_layers_are_unrolled_layers():
     """Window(10⁶) is Causal() at these lengths, but not equal to it: alternated, every layer is a run of its own."""
     scanned = decoder((PLAIN,) * 4)
-    wide = Layer(dataclasses.replace(PLAIN.mixer, mask=Causal() & Window(10**6)), PLAIN.feed_forward)
+    wide = pre_norm(ATTENTION.replace(mask=Causal() & Window(10**6)), FEED)
     unrolled = decoder((PLAIN, wide) * 2, seed=1)
     assert len(scanned.runs) == 1
     assert len(unrolled.runs) == 4
     for index, run_of in enumerate(unrolled.runs):
         copied(scanned.runs[0], index, run_of)
-    for name in ("embed", "final_norm"):
+    for name in ("embed", "norm"):
         nnx.update(getattr(unrolled, name), nnx.state(getattr(scanned, name)))
     record = ("resid", "attn_out")
     one, _, records = run(scanned, tokens(), record=record)
@@ -168,18 +170,18 @@ def test_scanned_layers_are_unrolled_layers():
 
 def test_equal_neighbours_are_compiled_once():
     def size(count):
-        graph, arrays = nnx.split(nnx.eval_shape(lambda: Decoder(config(count), rngs=nnx.Rngs(0))))
+        graph, arrays = nnx.split(nnx.eval_shape(lambda: Transformer(config(count), rngs=nnx.Rngs(0))))
         return len(str(jax.make_jaxpr(lambda arrays: nnx.merge(graph, arrays)(jnp.zeros((1, 4), int))[0])(arrays)))
 
     def config(count):
-        return DecoderConfig(VOCABULARY, CONTEXT, WIDTH, (PLAIN,) * count)
+        return TransformerConfig(VOCABULARY, CONTEXT, WIDTH, (PLAIN,) * count)
 
     assert size(9) == size(3)
 
 
 def test_layers_of_a_stack_start_from_different_weights():
-    model = Decoder(DecoderConfig(VOCABULARY, CONTEXT, WIDTH, (PLAIN,) * 3), rngs=nnx.Rngs(0))
-    kernels = np.asarray(model.runs[0].mixer.query.kernel[...])
+    model = Transformer(TransformerConfig(VOCABULARY, CONTEXT, WIDTH, (PLAIN,) * 3), rngs=nnx.Rngs(0))
+    kernels = np.asarray(model.runs[0].mixers[0].query.kernel[...])
     assert kernels.shape == (3, WIDTH, WIDTH)
     assert len({kernel.tobytes() for kernel in kernels}) == 3
     # Variance 1 / fan-in of the layer, not of the stack: 768 draws of a truncated normal, 5 standard errors.
@@ -187,12 +189,11 @@ def test_layers_of_a_stack_start_from_different_weights():
 
 
 def test_tied_models_read_out_with_the_embedding_and_untied_ones_with_a_head_of_their_own(mixed, logits):
-    untied = decoder(tied=False)
+    untied = decoder(head=Spec(nn.Head))
     count = [sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))) for model in (mixed, untied)]
     assert count[1] - count[0] == VOCABULARY * WIDTH
-    assert mixed.head is None
     shared = nnx.state(mixed, nnx.Param)
-    untied.head.kernel[...] = mixed.embed.embedding[...].T
+    untied.head.map.kernel[...] = mixed.embed.table[...].T
     for name, state in shared.items():
         nnx.update(getattr(untied, name), state)
     assert_close(run(untied, tokens())[0], logits)
@@ -275,68 +276,80 @@ def test_tokens_must_be_a_batch_of_integers(mixed, bad):
 
 def test_tokens_that_are_no_array_or_none_are_named(mixed):
     for bad, error, message in (
-        ([[1, 2]], TypeError, "tokens must be an array, got list"),
-        (jax.ShapeDtypeStruct((1, 2), int), TypeError, "tokens is a ShapeDtypeStruct, which holds no numbers"),
-        (np.zeros((2, 0), int), ValueError, r"tokens has shape \(2, 0\): need at least one row of at least one token"),
-        (np.zeros((0, 2), int), ValueError, r"tokens has shape \(0, 2\): need at least one row of at least one token"),
+        ([[1, 2]], TypeError, "inputs must be an array, got list"),
+        (jax.ShapeDtypeStruct((1, 2), int), TypeError, "inputs is a ShapeDtypeStruct, which holds no numbers"),
+        (np.zeros((2, 0), int), ValueError, r"inputs has shape \(2, 0\): need at least one row of at least one token"),
+        (np.zeros((0, 2), int), ValueError, r"inputs has shape \(0, 2\): need at least one row of at least one token"),
     ):
         with pytest.raises(error, match=message):
             mixed(bad)
     with pytest.raises(TypeError, match="x is a ShapeDtypeStruct"):
-        mixed.runs[0].mixer(jax.ShapeDtypeStruct((1, 2, WIDTH), float))
+        mixed.runs[0].mixers[0](jax.ShapeDtypeStruct((1, 2, WIDTH), float))
     with pytest.raises(TypeError, match="query is a ShapeDtypeStruct"):
         attend(*[jax.ShapeDtypeStruct((1, 2, 1, 4), float)] * 3)
 
 
 def test_numbers_of_numpy_make_the_same_model_and_go_into_its_plain_config():
-    numpy = DecoderConfig(np.int64(VOCABULARY), np.int32(CONTEXT), np.int64(WIDTH), [Layer(Attention(np.int64(2)))])
-    python = DecoderConfig(VOCABULARY, CONTEXT, WIDTH, [Layer(Attention(2))])
+    numpy = TransformerConfig(
+        np.int64(VOCABULARY),
+        np.int32(CONTEXT),
+        np.int64(WIDTH),
+        [pre_norm(Spec(nn.MultiHeadAttention, heads=np.int64(2)))],
+    )
+    python = TransformerConfig(VOCABULARY, CONTEXT, WIDTH, [pre_norm(Spec(nn.MultiHeadAttention, heads=2))])
     assert numpy == python
     assert from_plain(json.loads(json.dumps(to_plain(numpy)))) == python
-    assert run(Decoder(numpy, rngs=nnx.Rngs(0)), tokens())[0].shape == (3, CONTEXT, VOCABULARY)
+    assert run(Transformer(numpy, rngs=nnx.Rngs(0)), tokens())[0].shape == (3, CONTEXT, VOCABULARY)
 
 
 def test_equal_configs_are_equal_and_hash_alike():
-    config, same = (DecoderConfig(layers=(Layer(Attention(mask=Causal() & Window(3))),) * 2) for _ in range(2))
+    config, same = (
+        TransformerConfig(layers=(pre_norm(Spec(nn.MultiHeadAttention, heads=4, mask=Causal() & Window(3))),) * 2)
+        for _ in range(2)
+    )
     assert config == same
     assert hash(config) == hash(same)
-    assert config != dataclasses.replace(same, layers=(Layer(Attention(mask=Causal() & Window(4))),) * 2)
-    assert len({Layer(), Layer(Attention()), Layer(Attention(heads=2)), Layer(feed_forward=FeedForward(8))}) == 3
+    assert config != dataclasses.replace(
+        same, layers=(pre_norm(Spec(nn.MultiHeadAttention, heads=4, mask=Causal() & Window(4))),) * 2
+    )
+    attention = Spec(nn.MultiHeadAttention, heads=4)
+    others = pre_norm(attention.replace(heads=2)), pre_norm(attention, Spec(nn.FeedForward, hidden=8))
+    assert len({Layer(), pre_norm(attention), *others}) == 3
 
 
 def test_layers_may_be_given_as_a_list():
-    config = DecoderConfig(VOCABULARY, CONTEXT, WIDTH, [PLAIN, PLAIN])
-    assert config == DecoderConfig(VOCABULARY, CONTEXT, WIDTH, (PLAIN, PLAIN))
-    assert hash(config) == hash(DecoderConfig(VOCABULARY, CONTEXT, WIDTH, (PLAIN, PLAIN)))
+    config = TransformerConfig(VOCABULARY, CONTEXT, WIDTH, [PLAIN, PLAIN])
+    assert config == TransformerConfig(VOCABULARY, CONTEXT, WIDTH, (PLAIN, PLAIN))
+    assert hash(config) == hash(TransformerConfig(VOCABULARY, CONTEXT, WIDTH, (PLAIN, PLAIN)))
 
 
-@pytest.mark.parametrize("name", ["vocabulary", "context", "width"])
+@pytest.mark.parametrize("name", ["vocabulary", "length", "width"])
 def test_sizes_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        DecoderConfig(**{name: 0})
+        TransformerConfig(**{name: 0})
 
 
 def test_a_dtype_must_be_one_that_trains():
-    with pytest.raises(ValueError, match="dtype is 'int32': need 'float32' or 'bfloat16'"):
-        DecoderConfig(dtype="int32")
+    with pytest.raises(ValueError, match="dtype is 'int32': need 'float32', 'bfloat16' or 'float64'"):
+        TransformerConfig(dtype="int32")
 
 
 def test_a_model_needs_layers():
     with pytest.raises(ValueError, match="layers is empty: need at least one Layer"):
-        DecoderConfig(layers=())
+        TransformerConfig(layers=())
 
 
 @pytest.mark.parametrize(
     ("mixer", "message"),
     [
-        (Attention(heads=3), "features 16 is no multiple of heads 3"),
-        (Attention(heads=4, key_heads=3), "key_heads is 3 but heads is 4: need a divisor of 4"),
-        (Attention(dropout=1.5), r"dropout must be at least 0 and below 1, got 1\.5"),
+        (Spec(nn.MultiHeadAttention, heads=3), "features 16 is no multiple of heads 3"),
+        (Spec(nn.MultiHeadAttention, heads=4, key_heads=3), "key_heads is 3 but heads is 4: need a divisor of 4"),
+        (Spec(nn.MultiHeadAttention, heads=4, dropout=1.5), r"dropout must be at least 0 and below 1, got 1\.5"),
     ],
 )
 def test_layers_that_make_no_sense_are_refused_when_the_model_is_built(mixer, message):
     with pytest.raises(ValueError, match=message):
-        Decoder(DecoderConfig(VOCABULARY, CONTEXT, WIDTH, (Layer(mixer),)), rngs=nnx.Rngs(0))
+        Transformer(TransformerConfig(VOCABULARY, CONTEXT, WIDTH, (pre_norm(mixer),)), rngs=nnx.Rngs(0))
 
 
 def test_a_decoder_works_under_every_transformation():
@@ -365,10 +378,10 @@ def test_a_decoder_works_under_every_transformation():
 
 
 def test_the_layers_of_the_mixed_model_are_what_its_tests_say():
-    assert len({spec.mixer for spec in MIXED}) == 3
-    assert {spec.mixer.heads for spec in MIXED} == {HEADS}
+    assert len({layer.branches[0].module for layer in MIXED}) == 3
+    assert {layer.branches[0].module.arguments["heads"] for layer in MIXED} == {HEADS}
 
 
 def test_a_spec_holds_no_arrays():
-    with pytest.raises(ValueError, match="mask of a config holds an array"):
-        Attention(mask=Lengths(jnp.array([3])))
+    with pytest.raises(TypeError, match="mask holds an array"):
+        Spec(nn.MultiHeadAttention, heads=4, mask=Lengths(jnp.array([3])))

@@ -7,10 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import CONTEXT, FACTOR, MIXED, PLAIN, VOCABULARY, WIDTH, assert_close, decoder, run, shared, tokens
+from tiny import (
+    ATTENTION,
+    CONTEXT,
+    FACTOR,
+    MIXED,
+    PLAIN,
+    VOCABULARY,
+    WIDTH,
+    assert_close,
+    decoder,
+    run,
+    shared,
+    tokens,
+)
 
-from jaxattn import Causal
-from jaxattn.models import Decoder, DecoderConfig, FoldedDecoder, Layer, LinearAttention
+from jaxattn import Causal, nn
+from jaxattn.models import FoldedDecoder, Layer, Spec, Transformer, TransformerConfig, pre_norm
 from jaxattn.trace import Add, Layers, OnlyAt, Put, Scale
 
 L = len(MIXED)
@@ -50,7 +63,7 @@ def test_replacing_the_stream_after_the_last_layer_replaces_the_logits():
     model, vector = shared(), drawn(WIDTH)
     for edit in ({L - 1: Put(vector)}, Layers(Put(jnp.tile(vector, (L, 1))), jnp.arange(L) == L - 1)):
         logits = nnx.jit(lambda model, edit: model(tokens(), edits={"resid": edit})[0])(model, edit)
-        assert_close(logits, jnp.broadcast_to(model.embed.attend(model.final_norm(vector)), logits.shape), 50)
+        assert_close(logits, jnp.broadcast_to(model.head(model.norm(vector), model.embed), logits.shape), 50)
 
 
 def test_a_sweep_over_edits_is_a_loop_and_a_new_strength_does_not_compile_anew():
@@ -106,7 +119,7 @@ def test_edits_that_mean_nothing_are_refused(edits, error, message):
 
 
 def test_an_edit_of_a_layer_that_lacks_the_site_is_refused():
-    model = decoder((PLAIN, Layer(LinearAttention(4), None)))
+    model = decoder((PLAIN, pre_norm(Spec(nn.LinearAttention, heads=4), None)))
     with pytest.raises(ValueError, match="edits has the site 'scores', which layer 1 does not have: need one of"):
         model(tokens(), edits={"scores": {1: Causal()}})
     with pytest.raises(ValueError, match="edits has the site 'weights', which layer 1 does not have"):
@@ -114,28 +127,32 @@ def test_an_edit_of_a_layer_that_lacks_the_site_is_refused():
 
 
 def test_a_layer_without_feed_forward_is_its_mixer_alone():
-    model = decoder([dataclasses.replace(PLAIN, feed_forward=None)])
-    logits, _, records = run(model, tokens(), record=("embed", "attn_out", "mlp_out", "resid"))
-    assert not records["mlp_out"].any()
+    model = decoder([pre_norm(ATTENTION, None)])
+    logits, _, records = run(model, tokens(), record=("embed", "attn_out", "resid"))
+    assert "mlp_out" not in model.sites
     stream = records["embed"] + records["attn_out"][0]
     assert_close(records["resid"][0], stream, 2)
-    assert_close(logits, model.embed.attend(model.final_norm(stream)), FACTOR)
-    assert not [path for path, _ in nnx.to_flat_state(nnx.state(model)) if "feed_forward" in str(path)]
+    assert_close(logits, model.head(model.norm(stream), model.embed), FACTOR)
+    assert not [path for path, _ in nnx.to_flat_state(nnx.state(model)) if "up" in path]
 
 
 @pytest.fixture(scope="module")
 def of_vectors():
-    config = DecoderConfig(VOCABULARY, CONTEXT, WIDTH, [PLAIN] * 2, tied=False, inputs=3)
-    return Decoder(config, rngs=nnx.Rngs(0))
+    config = TransformerConfig(
+        VOCABULARY, CONTEXT, WIDTH, [PLAIN] * 2, embed=Spec(nn.VectorEmbedding, inputs=3), head=Spec(nn.Head)
+    )
+    return Transformer(config, rngs=nnx.Rngs(0))
 
 
 def test_vectors_are_read_in_by_a_linear_map(of_vectors):
     """Rows of the identity as inputs are tokens: the model with the kernel as its embedding says the same."""
     ids = tokens() % 3
     by_vector = of_vectors(jnp.eye(3)[ids])[0]
-    of_tokens = Decoder(dataclasses.replace(of_vectors.config, inputs=0, vocabulary=3), rngs=nnx.Rngs(0))
-    of_tokens.runs, of_tokens.final_norm, of_tokens.head = of_vectors.runs, of_vectors.final_norm, of_vectors.head
-    of_tokens.embed.embedding[...] = of_vectors.embed.kernel[...] + of_vectors.embed.bias[...]
+    of_tokens = Transformer(
+        dataclasses.replace(of_vectors.config, embed=Spec(nn.TokenEmbedding), vocabulary=3), rngs=nnx.Rngs(0)
+    )
+    of_tokens.runs, of_tokens.norm, of_tokens.head = of_vectors.runs, of_vectors.norm, of_vectors.head
+    of_tokens.embed.table[...] = of_vectors.embed.map.kernel[...] + of_vectors.embed.map.bias[...]
     assert_close(by_vector, of_tokens(ids)[0], FACTOR)
 
 
@@ -150,14 +167,17 @@ def test_vectors_are_decoded_step_by_step(of_vectors):
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 4), int), np.zeros((2, 4, 2), np.float32), np.zeros((2, 4, 3), int)])
 def test_a_model_of_vectors_takes_nothing_else(of_vectors, bad):
-    with pytest.raises(TypeError, match=r"tokens must be vectors \[batch, length, 3\]"):
+    with pytest.raises(TypeError, match=r"inputs must be vectors \[batch, length, 3\]"):
         of_vectors(bad)
 
 
 def test_vectors_have_no_embedding_to_tie():
-    with pytest.raises(ValueError, match="tied is True but inputs is 3"):
-        DecoderConfig(inputs=3)
-    with pytest.raises(ValueError, match="inputs must be at least 0, got -1"):
-        DecoderConfig(inputs=-1)
-    with pytest.raises(ValueError, match="config reads vectors"):
-        FoldedDecoder(DecoderConfig(inputs=3, tied=False, layers=[Layer()]), segment=4, rngs=nnx.Rngs(0))
+    for inputs, message in ((3, "need tied=False without token ids"), (0, "inputs must be at least 1, got 0")):
+        with pytest.raises(ValueError, match=message):
+            Transformer(TransformerConfig(embed=Spec(nn.VectorEmbedding, inputs=inputs)), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="config must be of a causal model of tokens"):
+        FoldedDecoder(
+            TransformerConfig(layers=[Layer()], embed=Spec(nn.VectorEmbedding, inputs=3), head=Spec(nn.Head)),
+            segment=4,
+            rngs=nnx.Rngs(0),
+        )

@@ -1,6 +1,4 @@
-"""The eps of every norm can be said: in a spec for those of a mixer, in the config for those around it."""
-
-import dataclasses
+"""The eps of every norm can be said, in the spec of the mixer or of the norm."""
 
 import jax.numpy as jnp
 import pytest
@@ -8,23 +6,22 @@ from flax import nnx
 
 from jaxattn import MLPMemory, models, nn
 
-NORMS = (nnx.RMSNorm, nnx.LayerNorm)
-STILL = models.NeuralMemory(heads=2, hidden=(), inner_batch=4, convolution=0, eps=0.5)
+NORMS = (nn.RMSNorm, nn.LayerNorm)
+STILL = models.Spec(nn.NeuralMemory, heads=2, hidden=(), inner_batch=4, convolution=0, eps=0.5)
 SPECS = [
-    models.Attention(heads=2, qk_norm=True),
-    models.LinearAttention(heads=2, normalize=False),
-    models.RetNet(heads=2),
-    models.GLA(heads=2),
-    models.HGRN2(heads=2),
-    models.DeltaNet(heads=2, decay="channel"),
-    models.Mamba2(heads=2, state=3),
-    models.RWKV7(heads=2),
-    models.NeuralMemory(heads=2, hidden=()),
-    models.TTT(heads=2),
-    models.S6(norm=True),
-    models.Hymba(heads=2, state=3),
-    models.Titans("gate", heads=2, memory=STILL),
-    models.Titans("context", heads=2, memory=STILL),
+    models.Spec(nn.LinearAttention, heads=2, normalize=False),
+    models.Spec(nn.RetNet, heads=2),
+    models.Spec(nn.GLA, heads=2),
+    models.Spec(nn.HGRN2, heads=2),
+    models.Spec(nn.DeltaNet, heads=2, decay="channel"),
+    models.Spec(nn.Mamba2, heads=2, state=3),
+    models.Spec(nn.RWKV7, heads=2),
+    models.Spec(nn.NeuralMemory, heads=2, hidden=()),
+    models.Spec(nn.TTT, heads=2),
+    models.Spec(nn.S6, norm=True),
+    models.Spec(nn.hymba, heads=2, state=3),
+    models.Spec(nn.memory_as_gate, heads=2, memory=STILL, window=32, persistent=4),
+    models.Spec(nn.MemoryAsContext, heads=2, memory=STILL, segment=32, persistent=4),
 ]
 
 
@@ -32,21 +29,21 @@ def norms(module):
     return [each for _, each in nnx.iter_graph(module) if isinstance(each, NORMS)]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.target.__name__)
 def test_the_eps_of_a_spec_is_that_of_all_norms_of_the_mixer(spec):
-    made = norms(dataclasses.replace(spec, eps=0.5).build(8, jnp.float32, nnx.Rngs(0)))
+    made = norms(nn.as_mixer(spec.replace(eps=0.5), features=8, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     assert made
-    assert {norm.epsilon for norm in made} == {0.5}
+    assert {norm.eps for norm in made} == {0.5}
 
 
-def test_the_eps_of_a_config_is_that_of_the_norms_around_the_mixers():
-    layer = models.Layer(models.Attention(heads=2, qk_norm=True, eps=0.25))
-    config = models.DecoderConfig(vocabulary=5, width=8, layers=[layer], eps=0.5)
-    folded = models.FoldedDecoder(config, segment=2, rngs=nnx.Rngs(0))
-    for decoder in (models.Decoder(config, rngs=nnx.Rngs(0)), folded):
-        said = sorted(norm.epsilon for norm in norms(decoder))
-        assert said[:3] == [0.25, 0.25, 0.5]
-        assert set(said[2:]) == {0.5}
+def test_every_norm_of_a_model_has_the_eps_of_its_spec():
+    attention = models.Spec(nn.MultiHeadAttention, heads=2, qk_norm=models.Spec(nn.RMSNorm, eps=0.25))
+    around = models.Spec(nn.RMSNorm, eps=0.5)
+    config = models.TransformerConfig(
+        vocabulary=5, width=8, layers=[models.pre_norm(attention, norm=around)], norm=around
+    )
+    said = sorted(norm.eps for norm in norms(models.Transformer(config, rngs=nnx.Rngs(0))))
+    assert said == [0.25, 0.25, 0.5, 0.5, 0.5]
     assert models.from_plain(models.to_plain(config)) == config
 
 
@@ -63,8 +60,8 @@ def test_the_eps_of_the_norm_inside_a_memory_is_part_of_it():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: models.DecoderConfig(eps=0.0),
-        lambda: nn.MultiHeadAttention(8, 2, qk_norm=True, eps=-1.0, rngs=nnx.Rngs(0)),
+        lambda: nn.LayerNorm(8, eps=0.0),
+        lambda: nn.MultiHeadAttention(8, 2, qk_norm=models.Spec(nn.RMSNorm, eps=-1.0), rngs=nnx.Rngs(0)),
         lambda: nn.RWKV7(8, 2, eps=0.0, rngs=nnx.Rngs(0)),
     ],
 )

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxattn import Causal, Documents, Window
-from jaxattn.models import Attention, DecoderConfig, FeedForward, FoldedDecoder, Layer, LinearAttention, generate
+from jaxattn import Causal, Documents, Window, nn
+from jaxattn.models import FoldedDecoder, Spec, TransformerConfig, generate, pre_norm
 from jaxattn.train import language_loss
 
 B, T, V, D, W = 2, 11, 13, 16, 4
 TOKENS = jax.random.randint(jax.random.key(0), (B, T), 0, V)
-CONFIG = DecoderConfig(V, 64, D, [Layer(Attention(2), FeedForward(16))] * 2)
+CONFIG = TransformerConfig(
+    V, 64, D, [pre_norm(Spec(nn.MultiHeadAttention, heads=2), Spec(nn.FeedForward, hidden=16))] * 2
+)
 KINDS = {"fold": {}, "queries": {"condense": "queries", "carry": 3}}
 
 
@@ -76,7 +78,7 @@ def test_a_token_outside_the_vocabulary_gives_nan_from_there_on(kind):
 def test_layers_that_change_nothing_carry_the_segment_itself():
     model = build("fold")
     for run_of_layers in model.decoder.runs:
-        for last in (run_of_layers.mixer.out, run_of_layers.feed_forward.down):
+        for last in (run_of_layers.mixers[0].out, run_of_layers.branches[1].module.down):
             last.kernel[...] = jnp.zeros_like(last.kernel[...])
     x = model.decoder.embed(TOKENS[:, :W])
     carry, tops = model._segment(model._start(B), x, jnp.ones((B, W), bool))
@@ -135,9 +137,9 @@ def test_errors_name_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=message):
             FoldedDecoder(CONFIG, rngs=rngs, **options)
-    for mixer in (LinearAttention(2), Attention(2, mask=Window(3))):
+    for mixer in (Spec(nn.LinearAttention, heads=2), Spec(nn.MultiHeadAttention, heads=2, mask=Window(3))):
         with pytest.raises(ValueError, match=r"config.layers\[0\] is no causal Attention"):
-            FoldedDecoder(DecoderConfig(V, 8, D, [Layer(mixer)]), segment=4, rngs=rngs)
+            FoldedDecoder(TransformerConfig(V, 8, D, [pre_norm(mixer)]), segment=4, rngs=rngs)
     model = build("fold")
     with pytest.raises(ValueError, match="records nothing"):
         model(TOKENS, record=("resid",))

@@ -100,7 +100,7 @@ def test_dropout_is_off_and_the_mode_of_the_model_stays(model, naive):
     model.train()
     try:
         new, _ = greedy(model)
-        assert not model.runs[1].mixer.deterministic
+        assert not model.runs[1].mixers[0].deterministic
     finally:
         model.eval()
     np.testing.assert_array_equal(new, naive)
@@ -158,7 +158,7 @@ def test_top_k_1_is_greedy(model, naive):
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        (np.zeros((1, 13), int), {}, "prompts has 13 tokens: no room for new ones in the model's context of 12"),
+        (np.zeros((1, 13), int), {}, "prompts has 13 tokens: no room for new ones in the model's length of 12"),
         (np.zeros((1, 5), int), {"max_new_tokens": 8}, "max_new_tokens is 8 after a prompt of 5: need 1 to 7"),
         (np.zeros((1, 5), int), {"max_new_tokens": 0}, "max_new_tokens is 0 after a prompt of 5: need 1 to 7"),
         (np.zeros((1, 0), int), {}, r"prompts must be integers \[batch, length\], not empty, got int32\(1, 0\)"),
@@ -223,6 +223,6 @@ def test_integers_of_numpy_lists_and_raw_keys_are_taken(model):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_without_finite_parameters_generates_no_token(temperature):
     broken = decoder((PLAIN,))
-    broken.final_norm.scale[...] = broken.final_norm.scale[...].at[0].set(jnp.nan)
+    broken.norm.scale[...] = broken.norm.scale[...].at[0].set(jnp.nan)
     with pytest.raises(FloatingPointError, match="no token can be drawn after 0 new tokens of prompt 0: the logits"):
         generate(broken, PROMPTS, LENGTHS, max_new_tokens=NEW, temperature=temperature, key=jax.random.key(0))

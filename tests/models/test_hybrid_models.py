@@ -6,42 +6,37 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxattn import Causal, Documents, Sinks, Window
+from jaxattn import Causal, Documents, Sinks, Window, nn
 from jaxattn.models import (
-    Attention,
-    Decoder,
-    DecoderConfig,
-    FeedForward,
-    Hymba,
-    Layer,
-    LinearAttention,
-    NeuralMemory,
-    Titans,
+    Spec,
+    Transformer,
+    TransformerConfig,
     based,
     from_plain,
     generate,
     hymba,
     pattern,
+    pre_norm,
     to_plain,
 )
 from jaxattn.train import language_loss
 
 B, T, V = 2, 9, 11
 TOKENS = jax.random.randint(jax.random.key(0), (B, T), 0, V)
-FEED = FeedForward(hidden=16)
-MEMORY = NeuralMemory(2, hidden=(), inner_batch=2, convolution=0)
+FEED = Spec(nn.FeedForward, hidden=16)
+MEMORY = Spec(nn.NeuralMemory, heads=2, hidden=(), inner_batch=2, convolution=0)
 LAYERS = {
     "based": based(3, 2, window=4, key_dim=4),
     "hymba": hymba(7, 2, window=3, meta_tokens=2),
-    "memory as context": [Layer(Titans("context", 2, window=4, persistent=1, memory=MEMORY), FEED)],
-    "memory as gate": [Layer(Titans("gate", 2, window=4, persistent=1, memory=MEMORY), FEED)],
+    "memory as context": [pre_norm(Spec(nn.MemoryAsContext, heads=2, segment=4, persistent=1, memory=MEMORY), FEED)],
+    "memory as gate": [pre_norm(Spec(nn.memory_as_gate, heads=2, window=4, persistent=1, memory=MEMORY), FEED)],
 }
 
 
 def build(layers, meta_tokens=0, seed=0):
-    config = DecoderConfig(V, 32, 16, layers, meta_tokens=meta_tokens)
+    config = TransformerConfig(V, 32, 16, layers, meta_tokens=meta_tokens)
     assert from_plain(to_plain(config)) == config
-    return Decoder(config, rngs=nnx.Rngs(seed))
+    return Transformer(config, rngs=nnx.Rngs(seed))
 
 
 @nnx.jit(static_argnames="record")
@@ -94,7 +89,7 @@ def test_hymba_trains_on_packed_rows():
 
 def test_meta_tokens_are_tokens_in_front():
     """A model whose meta tokens are the embeddings of some tokens is the model without, run on those tokens first."""
-    layers = [Layer(Attention(2), FEED), Layer(Hymba(2, state=3), FEED)]
+    layers = [pre_norm(Spec(nn.MultiHeadAttention, heads=2), FEED), pre_norm(Spec(nn.hymba, heads=2, state=3), FEED)]
     plain, model = build(layers), build(layers, 3)
     front = jnp.array([4, 0, 7])
     graph, params, rest = nnx.split(plain, nnx.Param, ...)
@@ -106,24 +101,27 @@ def test_meta_tokens_are_tokens_in_front():
 
 def test_shared_keys_are_those_of_the_layer_before():
     """The second layer as attention with the projections of the first, on what the first was given."""
-    own, shares = Attention(2, key_heads=1), Attention(2, key_heads=1, own_keys=False)
-    model = build([Layer(own, FEED), Layer(shares, FEED)])
+    own, shares = (
+        Spec(nn.MultiHeadAttention, heads=2, key_heads=1),
+        Spec(nn.MultiHeadAttention, heads=2, key_heads=1, keys_from="layer"),
+    )
+    model = build([pre_norm(own, FEED), pre_norm(shares, FEED)])
     _, _, records = run(model, TOKENS, record=("resid", "attn_out", "q"))
     first, second = (jax.tree.map(lambda x: x[0], nnx.state(run)) for run in model.runs)
-    producer = own.build(16, jnp.float32, nnx.Rngs(0))
-    nnx.update(producer, first["mixer"])
-    consumer = shares.build(16, jnp.float32, nnx.Rngs(0))
-    nnx.update(consumer, second["mixer"])
+    producer = nn.as_mixer(own, features=16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    nnx.update(producer, first["branches"][0]["module"])
+    consumer = nn.as_mixer(shares, features=16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    nnx.update(consumer, second["branches"][0]["module"])
 
     def normed(x, scale):
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
 
     embedded = model.embed(TOKENS)
     given = {}
-    producer(normed(embedded, first["mixer_norm"]["scale"][...]), give=given)
-    y, _ = consumer(normed(records["resid"][0], second["mixer_norm"]["scale"][...]), context=given["keys"])
+    producer(normed(embedded, first["branches"][0]["norm"]["scale"][...]), give=given)
+    y, _ = consumer(normed(records["resid"][0], second["branches"][0]["norm"]["scale"][...]), context=given["keys"])
     assert_close(y, records["attn_out"][1])
-    assert "key" not in second["mixer"]
+    assert "key" not in second["branches"][0]["module"]
     assert jax.tree.leaves(model.init_state(B, T)[1]) == []
     assert [x is None for x in run(model, TOKENS, record=("k",))[2]["k"]] == [False, True]
 
@@ -131,34 +129,40 @@ def test_shared_keys_are_those_of_the_layer_before():
 def test_a_window_keeps_no_more_keys_than_it_shows():
     near = Causal() & (Window(2) | Sinks(1))
     for mask, slots in ((near, 4), (Window(4), 5), (Window(2) | Causal() & Sinks(1), 4), (Causal(), 30)):
-        state = Attention(2, mask=mask).build(16, jnp.float32, nnx.Rngs(0)).init_state(B, 30)
+        state = nn.as_mixer(
+            Spec(nn.MultiHeadAttention, heads=2, mask=mask), features=16, dtype=jnp.float32, rngs=nnx.Rngs(0)
+        ).init_state(B, 30)
         assert state.positions.shape == (B, slots, 1)
 
 
 def test_patterns_are_layers_in_their_order():
-    assert [type(layer.mixer).__name__[0] for layer in based(6)] == list("GLAGGG")
-    kinds = [(layer.mixer.mask == Causal(), layer.mixer.keys) for layer in hymba(9, window=8, meta_tokens=4)]
-    far, near, shares = (True, "own"), (False, "own"), (False, "shared")
+    assert [layer.branches[0].module.target.__name__[0] for layer in based(6)] == list("GLMGGG")
+    said = [layer.branches[0].module.arguments for layer in hymba(9, window=8, meta_tokens=4)]
+    kinds = [(each["mask"] == Causal(), each.get("keys_from", "self")) for each in said]
+    far, near, shares = (True, "self"), (False, "self"), (False, "layer")
     assert kinds == [far, near, shares, near, far, near, shares, near, far]
-    assert pattern("ab", {"a": Attention(), "b": LinearAttention()})[1] == Layer(LinearAttention())
+    assert pattern("ab", {"a": Spec(nn.MultiHeadAttention, heads=4), "b": Spec(nn.LinearAttention, heads=4)})[
+        1
+    ] == pre_norm(Spec(nn.LinearAttention, heads=4))
 
 
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"letters holds \['x'\]: need some of \['a'\]"):
-        pattern("ax", {"a": Attention()})
+        pattern("ax", {"a": Spec(nn.MultiHeadAttention, heads=4)})
     with pytest.raises(ValueError, match=r"layers\[0\] shares the keys of the layer before it, which has none"):
-        DecoderConfig(layers=[Layer(Attention(own_keys=False))])
+        build([pre_norm(Spec(nn.MultiHeadAttention, heads=4, keys_from="layer"))])
+    layers = [Spec(nn.LinearAttention, heads=4), Spec(nn.MultiHeadAttention, heads=4, keys_from="layer")]
     with pytest.raises(ValueError, match=r"layers\[1\] shares the keys"):
-        DecoderConfig(layers=[Layer(LinearAttention()), Layer(Attention(own_keys=False))])
+        build(list(map(pre_norm, layers)))
     with pytest.raises(ValueError, match="meta_tokens must be at least 0, got -1"):
-        DecoderConfig(meta_tokens=-1)
+        TransformerConfig(meta_tokens=-1)
     with pytest.raises(ValueError, match="mask is Window"):
-        build([Layer(Attention(2), FEED)], 2)(TOKENS, mask=Window(3))
+        build([pre_norm(Spec(nn.MultiHeadAttention, heads=2), FEED)], 2)(TOKENS, mask=Window(3))
 
 
 def test_runs_of_different_specs_read_the_same_keys():
-    readers = [Attention(2, own_keys=False, mask=mask) for mask in (Causal(), Window(2))]
-    model = build([Layer(mixer, FEED) for mixer in (Attention(2), *readers)])
+    readers = [Spec(nn.MultiHeadAttention, heads=2, keys_from="layer", mask=mask) for mask in (Causal(), Window(2))]
+    model = build([pre_norm(mixer, FEED) for mixer in (Spec(nn.MultiHeadAttention, heads=2), *readers)])
     whole = run(model, TOKENS, record=("attn_out",))[2]["attn_out"]
     assert whole.shape[0] == 3
     state, pieces = model.init_state(B, T), []

@@ -1,21 +1,19 @@
 """train.language_loss of a decoder: one number per key, the same number for the same key, and a gradient everywhere."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import HEADS, MIXED, PLAIN, VOCABULARY, assert_close, decoder, run, shared, tokens
+from tiny import ATTENTION, FEED, HEADS, MIXED, PLAIN, VOCABULARY, assert_close, decoder, run, shared, tokens
 
-from jaxattn import Causal, Documents, PerHead, Window, Yarn
-from jaxattn.models import Attention, Layer, from_plain, to_plain
-from jaxattn.models.config import DecoderConfig
+from jaxattn import Causal, Documents, PerHead, Window, Yarn, nn
+from jaxattn.core.attend.position import Rotary
+from jaxattn.models import Spec, TransformerConfig, from_plain, pre_norm, to_plain
 from jaxattn.train import language_loss, with_params
 
 B, T = 2, 10
-DROPPED = Layer(dataclasses.replace(PLAIN.mixer, dropout=0.5), PLAIN.feed_forward)
+DROPPED = pre_norm(ATTENTION.replace(dropout=0.5), FEED)
 
 
 def batch():
@@ -61,14 +59,14 @@ def test_the_loss_leaves_the_model_as_it_is(dropped):
     loss(jax.random.key(5))
     after = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngKey)))
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    assert model.runs[0].mixer.deterministic
+    assert model.runs[0].mixers[0].deterministic
 
 
 def test_dropout_differs_between_layers_of_a_stack_and_between_calls():
     """Two layers with the same weights on the same input, alike but for what they drop."""
     stack = decoder((DROPPED, DROPPED)).runs[0]
     graph, arrays = nnx.split(stack)
-    layers = [nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], arrays)).mixer for i in (0, 1)]
+    layers = [nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], arrays)).mixers[0] for i in (0, 1)]
     nnx.update(layers[1], nnx.state(layers[0], nnx.Param))
     x = np.random.default_rng(0).standard_normal((B, T, 16)).astype(np.float32)
     call = nnx.jit(lambda mixer, x: mixer(x)[0])
@@ -90,7 +88,7 @@ def test_a_model_in_training_draws_anew_at_every_call():
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_gradient_reaches_every_parameter_of_every_layer(tied):
-    model = shared((PLAIN,)) if tied else decoder(MIXED, tied=False)
+    model = shared((PLAIN,)) if tied else decoder(MIXED, head=Spec(nn.Head))
     params, loss = language_loss(model)
     gradient = jax.jit(jax.grad(lambda params: loss(params, batch(), None)[0]))(params)
     flat = {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(gradient)}
@@ -115,17 +113,22 @@ def test_with_params_puts_parameters_into_the_model():
     model = shared((PLAIN,))
     params, _ = language_loss(model)
     doubled = with_params(model, jax.tree.map(lambda p: 2 * p, params))
-    np.testing.assert_array_equal(doubled.embed.embedding[...], 2 * model.embed.embedding[...])
+    np.testing.assert_array_equal(doubled.embed.table[...], 2 * model.embed.table[...])
     same = with_params(model, params)
     np.testing.assert_array_equal(run(same, tokens())[0], run(model, tokens())[0])
 
 
 def test_a_config_comes_back_from_plain_data():
-    scaled = Attention(heads=HEADS, mask=PerHead((Window(2), Causal())), rotary_scaling=Yarn(4.0, 64, beta_slow=2.0))
-    layers = [*MIXED, Layer(Attention(heads=HEADS, mask=None)), Layer(scaled)]
-    config = DecoderConfig(VOCABULARY, 12, 16, layers, tied=False)
+    scaled = Spec(
+        nn.MultiHeadAttention,
+        heads=HEADS,
+        mask=PerHead((Window(2), Causal())),
+        position=Rotary(scaling=Yarn(4.0, 64, beta_slow=2.0)),
+    )
+    layers = [*MIXED, pre_norm(Spec(nn.MultiHeadAttention, heads=HEADS, mask=None)), pre_norm(scaled)]
+    config = TransformerConfig(VOCABULARY, 12, 16, layers, head=Spec(nn.Head))
     assert from_plain(to_plain(config)) == config
-    with pytest.raises(ValueError, match="not the config of a decoder"):
+    with pytest.raises(ValueError, match="not the config of a model"):
         from_plain({"widht": 3})
 
 
@@ -133,7 +136,7 @@ def test_a_config_comes_back_from_plain_data():
 def test_padding_reaches_neither_the_loss_nor_a_gradient(z_loss):
     """The last tokens of a row do not count: with padding ids, and with none, loss and gradient are the same numbers,
     whether documents say so (−1) or not."""
-    params, loss = language_loss(decoder(MIXED, tied=False), z_loss)
+    params, loss = language_loss(decoder(MIXED, head=Spec(nn.Head)), z_loss)
     given = batch()
     padding = np.arange(T) >= np.array([[T - 3], [T]])
     value = jax.jit(jax.value_and_grad(lambda params, batch: loss(params, batch, None)[0]))

@@ -1,20 +1,32 @@
 """Records: what a decoder says it computed is what it computed."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import CONTEXT, EPS, HEADS, PLAIN, STREAMING, VOCABULARY, WIDTH, assert_close, decoder, run, tokens
+from tiny import (
+    ATTENTION,
+    CONTEXT,
+    EPS,
+    FEED,
+    HEADS,
+    PLAIN,
+    STREAMING,
+    VOCABULARY,
+    WIDTH,
+    assert_close,
+    decoder,
+    run,
+    tokens,
+)
 
-from jaxattn import Causal, Entropy, Window, trace
-from jaxattn.models import Layer, LinearAttention
+from jaxattn import Causal, Entropy, Window, nn, trace
+from jaxattn.models import Spec, pre_norm
 from jaxattn.nn import SITES
 from jaxattn.nn.tap import OF_MODEL
 
 B, T, H, L = 3, CONTEXT, WIDTH // HEADS, 3
-WINDOWED = Layer(dataclasses.replace(PLAIN.mixer, mask=Causal() & Window(2)), PLAIN.feed_forward)
+WINDOWED = pre_norm(ATTENTION.replace(mask=Causal() & Window(2)), FEED)
 EVERYTHING = tuple(SITES)
 
 
@@ -31,7 +43,7 @@ def seen(model):
 
 def kernels(model, name):
     """[L, ...] the kernels of a projection, over all layers."""
-    return np.concatenate([np.asarray(getattr(run.mixer, name).kernel[...], np.float64) for run in model.runs])
+    return np.concatenate([np.asarray(getattr(run.mixers[0], name).kernel[...], np.float64) for run in model.runs])
 
 
 def test_every_site_has_its_documented_shape(seen):
@@ -92,7 +104,7 @@ def test_z_is_the_weighted_mean_of_the_values_and_attn_out_its_projection(model,
 def test_queries_keys_and_values_are_projections_of_the_normalised_stream(model, seen):
     records = seen[1]
     before = np.concatenate([records["embed"][None], records["resid"][:-1]])
-    gain = np.concatenate([np.asarray(run.mixer_norm.scale[...], np.float64) for run in model.runs])
+    gain = np.concatenate([np.asarray(run.branches[0].norm.scale[...], np.float64) for run in model.runs])
     normed = before / np.sqrt((before**2).mean(-1, keepdims=True) + 1e-6) * gain[:, None, None]
     for site, name in (("q", "query"), ("k", "key"), ("v", "value")):
         expected = np.einsum("lbtd,ldx->lbtx", normed, kernels(model, name))
@@ -101,7 +113,7 @@ def test_queries_keys_and_values_are_projections_of_the_normalised_stream(model,
 
 def test_the_stream_is_the_embedding_plus_what_each_block_adds(model, seen):
     records = seen[1]
-    np.testing.assert_array_equal(records["embed"], np.asarray(model.embed.embedding[...])[tokens()])
+    np.testing.assert_array_equal(records["embed"], np.asarray(model.embed.table[...])[tokens()])
     before = np.concatenate([records["embed"][None], records["resid"][:-1]])
     parts = [before, records["attn_out"], records["mlp_out"]]
     # Two additions, each rounded once.
@@ -111,8 +123,8 @@ def test_the_stream_is_the_embedding_plus_what_each_block_adds(model, seen):
 def test_the_logits_are_read_from_the_last_of_the_stream(model, seen):
     logits, records = seen
     last = records["resid"][-1]
-    normed = last / np.sqrt((last**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(model.final_norm.scale[...])
-    assert_close(logits, normed @ np.asarray(model.embed.embedding[...], np.float64).T, factor=20)
+    normed = last / np.sqrt((last**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(model.norm.scale[...])
+    assert_close(logits, normed @ np.asarray(model.embed.table[...], np.float64).T, factor=20)
 
 
 @pytest.mark.parametrize("record", [(), ("resid",), ("weights",)], ids=str)
@@ -148,13 +160,13 @@ def test_layers_of_different_shapes_have_a_list_of_records_and_one_array_of_the_
 
 
 def test_a_layer_without_the_site_has_none():
-    model = decoder((PLAIN, Layer(LinearAttention(HEADS), None), PLAIN))
+    model = decoder((PLAIN, pre_norm(Spec(nn.LinearAttention, heads=HEADS), None), PLAIN))
     _, _, records = run(model, tokens(), record=("scores", "mlp_pre", "resid"))
     for site in ("scores", "mlp_pre"):
         assert [x is None for x in records[site]] == [False, True, False]
     assert records["resid"].shape == (3, B, T, WIDTH)
     with pytest.raises(ValueError, match="record 'lse' is of 'lse', which no layer has: need one of"):
-        decoder((Layer(LinearAttention(HEADS), None),))(tokens(), record=("lse",))
+        decoder((pre_norm(Spec(nn.LinearAttention, heads=HEADS), None),))(tokens(), record=("lse",))
 
 
 def test_a_reducer_keeps_a_part_and_names_of_other_libraries_mean_the_same_site(model, seen):
@@ -183,7 +195,7 @@ def test_the_parts_between_sites_are_what_they_say(model, seen):
         assert_close(records[site], np.sqrt((records[of] ** 2).mean(-1, keepdims=True) + 1e-6), factor=4)
     last = records["resid"][-1]
     assert_close(records["final_norm_scale"], np.sqrt((last**2).mean(-1, keepdims=True) + 1e-6), factor=4)
-    gain = np.asarray(model.final_norm.scale[...], np.float64)
+    gain = np.asarray(model.norm.scale[...], np.float64)
     assert_close(records["final_norm"], last / records["final_norm_scale"] * gain, factor=20)
     np.testing.assert_allclose(seen[0], records["logits"], rtol=0, atol=0)
     expected = np.log(np.exp(records["scores"]).sum(-1)).swapaxes(2, 3)
@@ -191,5 +203,5 @@ def test_the_parts_between_sites_are_what_they_say(model, seen):
     rotated = np.einsum("lbtnh,lbsnh->lbnts", records["q_rotated"], records["k_rotated"]) / np.sqrt(H)
     shown = np.isfinite(records["scores"])
     np.testing.assert_allclose(records["scores"][shown], rotated[shown], rtol=1e-4, atol=1e-4)
-    down = np.concatenate([np.asarray(run.feed_forward.down.kernel[...], np.float64) for run in model.runs])
+    down = np.concatenate([np.asarray(run.branches[1].module.down.kernel[...], np.float64) for run in model.runs])
     assert_close(records["mlp_out"], np.einsum("lbtf,lfd->lbtd", records["mlp_post"], down), factor=20)

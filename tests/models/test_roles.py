@@ -7,89 +7,96 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxattn import TaylorFeatures, models, nn
+from jaxattn import Causal, TaylorFeatures, models, nn
 from jaxattn.train import OptimizerConfig, decay_mask, make_optimizer, parameter_roles, with_params
 
 D, N = 16, 2
-STILL = models.NeuralMemory(heads=N, hidden=(6,), inner_batch=2, convolution=0)
+STILL = models.Spec(nn.NeuralMemory, heads=N, hidden=(6,), inner_batch=2, convolution=0)
 MEMORY_UNDECAYED = {"rate/bias", "forget/bias", "carry/bias", "out/norm/scale"}
 OF_HYMBA = {"a_log", "skip", "step_bias", "convolution/bias"} | {f"norms/{x}/scale" for x in ("step", "key", "query")}
 
 # Spec -> (what is decayed but is no hidden matrix, what is not decayed); all else must be the kernel of a linear map.
 MIXERS = {
-    "attention": (models.Attention(N), set(), set()),
+    "attention": (models.Spec(nn.MultiHeadAttention, heads=N), set(), set()),
     "all of attention": (
-        models.Attention(N, qk_norm=True, gate=True, normalize=models.Spec(nn.NullSoftmax), convolution=2),
+        models.Spec(
+            nn.MultiHeadAttention,
+            heads=N,
+            qk_norm=models.Spec(nn.RMSNorm),
+            gate=True,
+            normalize=models.Spec(nn.NullSoftmax),
+            convolution=2,
+        ),
         {f"convolution/{x}/weight" for x in ("query", "key", "value")},
         {"query_norm/scale", "key_norm/scale", "normalize/null_logit"},
     ),
-    "linear attention": (models.LinearAttention(N, normalize=False), set(), {"out/norm/scale"}),
-    "based": (models.LinearAttention(N, TaylorFeatures(2), key_dim=4), set(), set()),
+    "linear attention": (models.Spec(nn.LinearAttention, heads=N, normalize=False), set(), {"out/norm/scale"}),
+    "based": (models.Spec(nn.LinearAttention, heads=N, feature_map=TaylorFeatures(2), key_dim=4), set(), set()),
     "hedgehog": (
-        models.LinearAttention(N, nn.HedgehogMap),
+        models.Spec(nn.LinearAttention, heads=N, feature_map=models.Spec(nn.HedgehogMap)),
         set(),
         {f"feature_map/{x}_{y}" for x in ("query", "key") for y in ("weight", "bias")},
     ),
-    "performer": (models.LinearAttention(N, nn.RandomFeatureMap), set(), set()),
+    "performer": (models.Spec(nn.LinearAttention, heads=N, feature_map=models.Spec(nn.RandomFeatureMap)), set(), set()),
     "linearized": (
-        models.Linearized(models.Attention(N)),
+        models.Spec(nn.Linearized, attention=models.Spec(nn.MultiHeadAttention, heads=N, mask=Causal())),
         set(),
         {f"feature_map/{x}_{y}" for x in ("query", "key") for y in ("weight", "bias")},
     ),
-    "retnet": (models.RetNet(N), set(), {"out/norm/scale"}),
-    "gla": (models.GLA(N), set(), {"decay/up/bias", "out/norm/scale"}),
-    "hgrn2": (models.HGRN2(N), set(), {"norm/scale"}),
+    "retnet": (models.Spec(nn.RetNet, heads=N), set(), {"out/norm/scale"}),
+    "gla": (models.Spec(nn.GLA, heads=N), set(), {"decay/up/bias", "out/norm/scale"}),
+    "hgrn2": (models.Spec(nn.HGRN2, heads=N), set(), {"norm/scale"}),
     "deltanet": (
-        models.DeltaNet(N),
+        models.Spec(nn.DeltaNet, heads=N),
         {f"project/convolution/{x}/weight" for x in ("query", "key", "value")},
         {"out/norm/scale"},
     ),
     "gated deltanet": (
-        models.DeltaNet(N, decay="head", convolution=0),
+        models.Spec(nn.DeltaNet, heads=N, decay="head", convolution=0),
         set(),
         {"a_log", "step_bias", "out/norm/scale"},
     ),
     "kimi delta": (
-        models.DeltaNet(N, decay="channel", convolution=0),
+        models.Spec(nn.DeltaNet, heads=N, decay="channel", convolution=0),
         set(),
         {"a_log", "step_bias", "out/norm/scale", "out/gate/up/bias"},
     ),
-    "mamba": (models.S6(state=3), {"convolution/weight"}, {"a_log", "skip", "step_bias", "convolution/bias"}),
+    "mamba": (models.Spec(nn.S6, state=3), {"convolution/weight"}, {"a_log", "skip", "step_bias", "convolution/bias"}),
     "mamba2": (
-        models.Mamba2(N, state=3),
+        models.Spec(nn.Mamba2, heads=N, state=3),
         {f"project/convolution/{x}/weight" for x in ("query", "key", "value")},
         {"a_log", "skip", "step_bias", "norm/scale"}
         | {f"project/convolution/{x}/bias" for x in ("query", "key", "value")},
     ),
     "rwkv7": (
-        models.RWKV7(N),
+        models.Spec(nn.RWKV7, heads=N),
         set(),
         {"bonus", "removed", "replaced", "scale", "shift", "low_rank/decay/up/bias", "low_rank/rate/up/bias"}
         | {f"mix/{x}" for x in ("receptance", "key", "value", "decay", "rate", "gate")},
     ),
-    "latte": (models.Latte(N, window=3), set(), set()),
-    "convolution": (models.GatedConvolution(), {"convolution/weight"}, {"up/bias", "gate/bias", "out/bias"}),
+    "latte": (models.Spec(nn.Latte, heads=N, window=3), set(), set()),
+    "convolution": (models.Spec(nn.GatedConvolution), {"convolution/weight"}, {"up/bias", "gate/bias", "out/bias"}),
     "titans": (STILL, {"weights/0", "weights/1"}, MEMORY_UNDECAYED),
     "ttt": (
-        models.TTT(N, deep=True),
+        models.Spec(nn.TTT, heads=N, deep=True),
         {"weights/0", "weights/1", "convolution/query/weight", "convolution/key/weight"},
         {"biases/0", "biases/1", "convolution/query/bias", "convolution/key/bias", "rows", "gain", "shift"}
         | {"norm/scale", "norm/bias", "rate/bias"},
     ),
     "hymba": (
-        models.Hymba(N, state=3),
+        models.Spec(nn.hymba, heads=N, state=3),
         {"mixers/1/convolution/weight"},
         {f"mixers/1/{x}" for x in OF_HYMBA | {"signal/bias", "gate/bias"}}
         | {f"mixers/0/{x}/bias" for x in ("query", "key", "value")}
         | {"norms/0/scale", "norms/1/scale", "out/bias"},
     ),
     "memory as context": (
-        models.Titans("context", N, window=4, persistent=2, memory=STILL),
+        models.Spec(nn.MemoryAsContext, heads=N, segment=4, persistent=2, memory=STILL),
         {"memory/weights/0", "memory/weights/1"},
         {f"memory/{x}" for x in MEMORY_UNDECAYED} | {"persistent", "norms/0/scale", "norms/1/scale"},
     ),
     "memory as layer": (
-        models.Titans("layer", N, window=4, persistent=2, memory=STILL),
+        models.Spec(nn.memory_as_layer, heads=N, window=4, persistent=2, memory=STILL),
         {"mixer/mixers/0/weights/0", "mixer/mixers/0/weights/1"},
         {f"mixer/mixers/0/{x}" for x in MEMORY_UNDECAYED} | {"prefix"},
     ),
@@ -138,7 +145,7 @@ def assert_roles(module, decayed, undecayed):
 @pytest.mark.parametrize("name", MIXERS)
 def test_every_parameter_of_a_mixer_says_its_role(name):
     spec, decayed, undecayed = MIXERS[name]
-    assert_roles(spec.build(D, jnp.float32, nnx.Rngs(0)), decayed, undecayed)
+    assert_roles(nn.as_mixer(spec, features=D, dtype=jnp.float32, rngs=nnx.Rngs(0)), decayed, undecayed)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -147,31 +154,30 @@ def test_every_parameter_of_a_module_says_its_role(name):
     assert_roles(make(nnx.Rngs(0)), decayed, undecayed)
 
 
-def test_every_spec_there_is_stands_in_the_table():
-    def specs(kind):
-        return {kind} | {each for under in kind.__subclasses__() for each in specs(under)}
-
-    shown = {type(spec) for spec, _, _ in MIXERS.values()}
-    public = {kind for kind in specs(models.Mixer) if kind.__name__ in models.__all__ and kind is not models.Mixer}
-    assert public <= shown
+def test_every_mechanism_there_is_stands_in_the_table():
+    shown = {spec.target for spec, _, _ in MIXERS.values()}
+    public = {each for name in nn.__all__ if isinstance(each := getattr(nn, name), type)}
+    assert {each for each in public if issubclass(each, nn.Mechanism)} - {nn.Mechanism} <= shown
 
 
-LAYER = models.Layer(models.Mamba2(N, state=3))
+LAYER = models.pre_norm(models.Spec(nn.Mamba2, heads=N, state=3))
 
 
 def decoder(**changes):
-    config = {"vocabulary": 5, "context": 8, "width": D, "layers": [LAYER] * 2}
-    return models.Decoder(models.DecoderConfig(**config | changes), rngs=nnx.Rngs(0))
+    config = {"vocabulary": 5, "length": 8, "width": D, "layers": [LAYER] * 2}
+    return models.Transformer(models.TransformerConfig(**config | changes), rngs=nnx.Rngs(0))
 
 
 def test_embeddings_and_the_output_are_decayed_and_no_hidden_matrices():
-    said = roles(decoder(tied=False, meta_tokens=2))
-    assert said["embed/embedding"] == said["head/kernel"] == "decayed"
-    assert said["meta"] == said["final_norm/scale"] == said["runs/0/mixer_norm/scale"] == "undecayed"
-    assert said["runs/0/feed_forward/up/kernel"] == "hidden"
-    said = roles(decoder(tied=False, inputs=3))
-    assert (said["embed/kernel"], said["embed/bias"]) == ("decayed", "undecayed")
-    config = models.DecoderConfig(vocabulary=5, width=D, layers=[models.Layer(models.Attention(N))])
+    said = roles(decoder(head=models.Spec(nn.Head), meta_tokens=2))
+    assert said["embed/table"] == said["head/map/kernel"] == "decayed"
+    assert said["meta"] == said["norm/scale"] == said["runs/0/branches/0/norm/scale"] == "undecayed"
+    assert said["runs/0/branches/1/module/up/kernel"] == "hidden"
+    said = roles(decoder(head=models.Spec(nn.Head), embed=models.Spec(nn.VectorEmbedding, inputs=3)))
+    assert (said["embed/map/kernel"], said["embed/map/bias"]) == ("decayed", "undecayed")
+    config = models.TransformerConfig(
+        vocabulary=5, width=D, layers=[models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=N))]
+    )
     said = roles(models.FoldedDecoder(config, segment=2, condense="queries", rngs=nnx.Rngs(0)))
     assert said["start"] == said["queries"] == said["norm/scale"] == "undecayed"
     assert said["enter/kernel"] == "hidden"

@@ -11,8 +11,8 @@ import yaml
 from flax import nnx
 from tiny import assert_close
 
-from jaxattn import Alibi, Dot, RelativeBias, SoftCap, Softmax, Window, attend
-from jaxattn.models import Attention, Decoder, DecoderConfig, FeedForward, Layer, Spec, from_plain, to_plain
+from jaxattn import Alibi, Causal, Dot, RelativeBias, SoftCap, Softmax, Window, attend, nn
+from jaxattn.models import Spec, Transformer, TransformerConfig, from_plain, pre_norm, to_plain
 from jaxattn.nn import (
     AdditiveScore,
     BilinearScore,
@@ -29,13 +29,14 @@ TOKENS = np.random.default_rng(0).integers(0, V, (2, T))
 
 YAML = """
 vocabulary: 11
-context: 7
+length: 7
 width: 8
 layers:
-- mixer:
-    class_path: jaxattn.models.config.Attention
-    init_args: {heads: 2, rotary_base: null, SLOT}
-  feed_forward: {hidden: 8}
+- branches:
+  - module:
+      class_path: jaxattn.nn.MultiHeadAttention
+      init_args: {heads: 2, position: null, SLOT}
+  - module: {class_path: jaxattn.nn.FeedForward, init_args: {hidden: 8}}
 """
 # name: (what stands in the YAML, the slot, the type of part that the module makes)
 SLOTS = {
@@ -70,7 +71,7 @@ def test_every_learned_slot_stands_in_a_decoder_from_yaml(name):
     assert from_plain(to_plain(config)) == config
     assert from_plain(yaml.safe_load(yaml.safe_dump(to_plain(config)))) == config
     assert hash(config) == hash(copy.deepcopy(config))
-    model = Decoder(config, rngs=nnx.Rngs(0))
+    model = Transformer(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
     noisy = jax.tree.map(
         lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), nnx.state(model, nnx.Param)
@@ -78,12 +79,12 @@ def test_every_learned_slot_stands_in_a_decoder_from_yaml(name):
     nnx.update(model, noisy)
     records = model(TOKENS, record=("q", "k", "v", "z"))[2]
     graph, arrays = nnx.split(model.runs[0])
-    mixer = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixer
+    mixer = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixers[0]
 
     def part(x):
         return x() if isinstance(x, nnx.Module) else x
 
-    slots = {each: part(getattr(mixer, each)) for each in ("score", "bias", "normalize", "mask")}
+    slots = {each: part(getattr(mixer, each)) for each in ("score", "bias", "normalize")} | {"mask": Causal()}
     slots |= {each: tuple(map(part, getattr(mixer, each))) for each in ("score_maps", "weight_maps")}
     assert_close(records["z"][0], attend(*(records[x][0] for x in "qkv"), **slots), 100)
     made = slots[slot][-1] if isinstance(slots[slot], tuple) else slots[slot]
@@ -117,11 +118,12 @@ def test_specs_are_data():
     assert pickle.loads(pickle.dumps(one)) == one == copy.deepcopy(one)
     with pytest.raises(AttributeError, match="a Spec is frozen"):
         one.target = NullSoftmax
-    nested = Spec(Layer, mixer=Spec(Attention, heads=2, mask=Window(3)), feed_forward=None)
-    assert Spec(Layer, mixer=[1, [2]]).arguments["mixer"] == (1, (2,))
-    assert nested == nested.replace(feed_forward=None)
-    given = to_plain(Spec(Layer, mixer=Attention(2)))["init_args"]["mixer"]  # a config among the arguments
-    assert (given["class_path"], given["init_args"]["heads"]) == ("jaxattn.models.config.Attention", 2)
+    nested = Spec(nn.Linearized, attention=Spec(nn.MultiHeadAttention, heads=2, mask=Window(3)))
+    assert Spec(nn.FeedForward, hidden=[1, [2]]).arguments["hidden"] == (1, (2,))
+    assert nested == nested.replace() != nested.replace(kind="exp")
+    given = to_plain(nested)["init_args"]["attention"]  # a spec among the arguments
+    assert (given["class_path"], given["init_args"]["heads"]) == ("jaxattn.nn.attention.MultiHeadAttention", 2)
+    assert from_plain(to_plain(TransformerConfig(layers=[pre_norm(nested)]))).layers[0].branches[0].module == nested
 
 
 @pytest.mark.parametrize(
@@ -137,11 +139,19 @@ def test_specs_are_data():
         (lambda: Spec(lambda heads: heads), TypeError, "cannot be imported"),
         (lambda: Spec(Softmax, null_logit=jnp.zeros(2)), TypeError, "null_logit holds an array"),
         (lambda: Spec(NeuralScore).build(head_dim=3, rngs=nnx.Rngs(0)), TypeError, "NeuralScore lacks 'hidden'"),
-        (lambda: Attention(normalize=Softmax(jnp.zeros(4))), ValueError, "normalize of a config holds an array"),
-        (lambda: Attention(score_maps=SoftCap(3.0)), TypeError, r"score_maps must be a tuple such as \(SoftCap"),
+        (
+            lambda: Spec(nn.MultiHeadAttention, heads=4, normalize=Softmax(jnp.zeros(4))),
+            TypeError,
+            "normalize holds an array",
+        ),
+        (
+            lambda: Spec(nn.MultiHeadAttention, heads=4, score_maps=SoftCap(3.0)).build(features=8, rngs=nnx.Rngs(0)),
+            TypeError,
+            r"score_maps must be a tuple such as \(SoftCap",
+        ),
         (lambda: read("score: {class_path: jaxattn.nn.NeuralScore, init_args: {hiden: 5}}"), ValueError, "hiden"),
         (lambda: read("score: {class_path: jaxattn.nn.NoScore}"), ValueError, "NoScore"),
-        (lambda: read("score: {hidden: 5}"), ValueError, "not the config of a decoder"),
+        (lambda: read("score: {hidden: 5}"), ValueError, "not the config of a model"),
     ],
 )
 def test_what_is_no_spec_is_refused(make, error, message):
@@ -150,25 +160,17 @@ def test_what_is_no_spec_is_refused(make, error, message):
 
 
 def test_plain_parts_stand_in_slots_as_they_are():
-    config = DecoderConfig(V, T, D, [Layer(Attention(N, score=Dot(0.3), score_maps=[SoftCap(2.0)]), FeedForward(8))])
+    config = TransformerConfig(
+        V,
+        T,
+        D,
+        [
+            pre_norm(
+                Spec(nn.MultiHeadAttention, heads=N, score=Dot(0.3), score_maps=[SoftCap(2.0)]),
+                Spec(nn.FeedForward, hidden=8),
+            )
+        ],
+    )
     assert from_plain(to_plain(config)) == config
-    mixer = Decoder(config, rngs=nnx.Rngs(0)).runs[0].mixer
+    mixer = Transformer(config, rngs=nnx.Rngs(0)).runs[0].mixers[0]
     assert (mixer.score, tuple(mixer.score_maps)) == (Dot(0.3), (SoftCap(2.0),))
-
-
-def test_configs_of_earlier_versions_are_read():
-    """Parts of core by their modules then, and the flags of attention."""
-    mask = {"class_path": "jaxattn.core.mask.Window", "init_args": {"left": 3}}
-    normalize = {"class_path": "jaxattn.core.normalize.Softmax", "init_args": {"null_logit": None}}
-    flags = {"heads": 2, "rotary_base": None, "mask": mask, "normalize": normalize, "null_logit": True, "alibi": True}
-    attention = {"class_path": "jaxattn.models.config.Attention", "init_args": flags}
-    config = from_plain({"width": D, "layers": [{"mixer": attention, "feed_forward": None}]})
-    slots = {"bias": Spec(Alibi.geometric), "normalize": Spec(NullSoftmax)}
-    mixer = Attention(2, rotary_base=None, mask=Window(3), **slots)
-    assert config == DecoderConfig(width=D, layers=[Layer(mixer, None)])
-    plain = {
-        "class_path": "jaxattn.models.config.Attention",
-        "init_args": flags | {"null_logit": False, "alibi": False},
-    }
-    config = from_plain({"width": D, "layers": [{"mixer": plain}]})
-    assert config.layers[0].mixer == Attention(2, rotary_base=None, mask=Window(3))

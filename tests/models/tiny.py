@@ -6,39 +6,41 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxattn import Alibi, Causal, Sigmoid, Sinks, Window
-from jaxattn.models import Attention, Decoder, DecoderConfig, FeedForward, Layer, Spec
+from jaxattn import Alibi, Causal, Sigmoid, Sinks, Window, nn
+from jaxattn.models import Spec, Transformer, TransformerConfig, pre_norm
 from jaxattn.nn import NullSoftmax
 
 VOCABULARY, CONTEXT, WIDTH, HEADS = 11, 12, 16, 4
 EPS = float(np.finfo(np.float32).eps)
 
-PLAIN = Layer(Attention(heads=HEADS), FeedForward(hidden=16))
-STREAMING = Layer(
-    Attention(
+ATTENTION, FEED = Spec(nn.MultiHeadAttention, heads=HEADS), Spec(nn.FeedForward, hidden=16)
+PLAIN = pre_norm(ATTENTION, FEED)
+STREAMING = pre_norm(
+    Spec(
+        nn.MultiHeadAttention,
         heads=HEADS,
         key_heads=2,
         head_dim=6,
         mask=Causal() & (Window(3) | Sinks(1)),
         normalize=Spec(NullSoftmax),
-        qk_norm=True,
+        qk_norm=Spec(nn.RMSNorm),
         gate=True,
         dropout=0.5,
     ),
-    FeedForward(hidden=16),
+    FEED,
 )
-SIGMOID = Layer(
-    Attention(heads=HEADS, rotary_base=None, bias=Spec(Alibi.geometric), normalize=Sigmoid()),
-    FeedForward(hidden=16, kind="gelu"),
+SIGMOID = pre_norm(
+    Spec(nn.MultiHeadAttention, heads=HEADS, position=None, bias=Spec(Alibi.geometric), normalize=Sigmoid()),
+    Spec(nn.FeedForward, hidden=16, activation="gelu_tanh", gated=False),
 )
 MIXED = (PLAIN, PLAIN, STREAMING, SIGMOID)
 FACTOR = 20 * len(MIXED)  # epsilons: a handful of roundings in each of four steps of each layer
 
 
-def decoder(layers=MIXED, seed=0, **options) -> Decoder:
+def decoder(layers=MIXED, seed=0, **options) -> Transformer:
     """A decoder in evaluation mode whose every parameter got noise: no gain or null logit is left at 0 or 1."""
-    config = DecoderConfig(VOCABULARY, CONTEXT, WIDTH, layers, **options)
-    model = Decoder(config, rngs=nnx.Rngs(seed))
+    config = TransformerConfig(VOCABULARY, CONTEXT, WIDTH, layers, **options)
+    model = Transformer(config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
 
     def noisy(leaf):
@@ -50,7 +52,7 @@ def decoder(layers=MIXED, seed=0, **options) -> Decoder:
 
 
 @cache
-def shared(layers=MIXED) -> Decoder:
+def shared(layers=MIXED) -> Transformer:
     """The same decoder for every test that does not change it."""
     return decoder(layers)
 

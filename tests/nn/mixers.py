@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxattn import nn
 from jaxattn.nn import Tap, Tokens
 
 B, T, D, N = 2, 11, 16, 2
@@ -13,7 +14,7 @@ X = jax.random.normal(jax.random.key(1), (B, T, D))
 
 def build(spec, seed=0):
     """The mixer with its gates away from where they start, so that nothing is at zero."""
-    mixer = spec.build(D, jnp.float32, nnx.Rngs(seed))
+    mixer = nn.as_mixer(spec, features=D, dtype=jnp.float32, rngs=nnx.Rngs(seed))
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
     keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(params))))
     params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)

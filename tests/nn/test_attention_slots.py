@@ -39,7 +39,7 @@ def inputs(length=T):
 
 
 def build(**options):
-    return randomise(MultiHeadAttention(D, 4, rotary_base=None, mask=Causal(), **options, rngs=nnx.Rngs(0)))
+    return randomise(MultiHeadAttention(D, 4, position=None, mask=Causal(), **options, rngs=nnx.Rngs(0)))
 
 
 def test_maps_are_applied_in_order_and_parts_stand_beside_modules():

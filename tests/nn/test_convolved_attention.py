@@ -57,6 +57,6 @@ def test_what_a_convolution_cannot_tell_is_refused(module):
     with pytest.raises(ValueError, match="mask has documents and a state is given"):
         call(module, x, mask=Documents(jnp.zeros(T, int)), state=module.init_state(B, T))
     with pytest.raises(ValueError, match="a convolution sees only tokens of one sequence"):
-        call(MultiHeadAttention(D, 4, rotary_base=None, convolution=2, rngs=nnx.Rngs(0)), x, context=x)
+        call(MultiHeadAttention(D, 4, position=None, convolution=2, rngs=nnx.Rngs(0)), x, context=x)
     with pytest.raises(ValueError, match="convolution must be at least 1 token wide, got -1"):
         MultiHeadAttention(D, 4, convolution=-1, rngs=nnx.Rngs(0))

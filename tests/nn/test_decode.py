@@ -15,18 +15,25 @@ from mixers import call
 from multi_head import assert_close, randomise
 
 from jaxattn import Alibi, Causal, Sigmoid, Sinks, Window
-from jaxattn.nn import MultiHeadAttention, NullSoftmax
+from jaxattn.models import Spec
+from jaxattn.nn import MultiHeadAttention, NullSoftmax, RMSNorm
 
 D, T = 16, 7
 LENGTHS = np.array([7, 5, 3])
 MIXERS = {
     "rotary": lambda: {"mask": Causal()},
     "window and sinks": lambda: {"mask": Causal() & (Window(2) | Sinks(1))},
-    "alibi": lambda: {"mask": Causal(), "rotary_base": None, "bias": Alibi.geometric(4)},
+    "alibi": lambda: {"mask": Causal(), "position": None, "bias": Alibi.geometric(4)},
     "sigmoid": lambda: {"mask": Causal(), "normalize": Sigmoid()},
     "null logit": lambda: {"mask": Causal(), "normalize": NullSoftmax(4)},
     "convolution": lambda: {"mask": Causal(), "key_heads": 2, "convolution": 3},
-    "grouped, qk-norm, gate": lambda: {"mask": Causal(), "key_heads": 2, "head_dim": 6, "qk_norm": True, "gate": True},
+    "grouped, qk-norm, gate": lambda: {
+        "mask": Causal(),
+        "key_heads": 2,
+        "head_dim": 6,
+        "qk_norm": Spec(RMSNorm),
+        "gate": True,
+    },
 }
 # How the tokens of three sequences of lengths 7, 5 and 3 are laid out, and cut into calls.
 LAYOUTS = {"full": None, "right-padded": "right", "left-padded": "left"}

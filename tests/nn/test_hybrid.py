@@ -11,15 +11,15 @@ from jaxattn import Causal, Documents, Explicit, Sinks, Window, memory_scan, mod
 from jaxattn.cache import Policy, Recent
 from jaxattn.core.attend.position import rotary
 
-MEMORY = models.NeuralMemory(heads=N, hidden=(6,), inner_batch=2, documents=2)
-STILL = models.NeuralMemory(heads=N, hidden=(6,), inner_batch=2, documents=2, convolution=0)
+MEMORY = models.Spec(nn.NeuralMemory, heads=N, hidden=(6,), inner_batch=2, documents=2)
+STILL = models.Spec(nn.NeuralMemory, heads=N, hidden=(6,), inner_batch=2, documents=2, convolution=0)
 NEAR = Causal() & (Window(2) | Sinks(2))
 SPECS = {
-    "hymba": models.Hymba(heads=N, key_heads=1, mask=NEAR, state=3),
-    "memory as gate": models.Titans("gate", N, window=3, persistent=2, memory=MEMORY),
-    "memory as layer": models.Titans("layer", N, window=3, persistent=0, memory=MEMORY),
-    "memory as context": models.Titans("context", N, window=4, persistent=2, memory=STILL),
-    "no persistent tokens": models.Titans("context", N, window=2, persistent=0, memory=STILL),
+    "hymba": models.Spec(nn.hymba, heads=N, key_heads=1, mask=NEAR, state=3),
+    "memory as gate": models.Spec(nn.memory_as_gate, heads=N, window=3, persistent=2, memory=MEMORY),
+    "memory as layer": models.Spec(nn.memory_as_layer, heads=N, window=3, persistent=0, memory=MEMORY),
+    "memory as context": models.Spec(nn.MemoryAsContext, heads=N, segment=4, persistent=2, memory=STILL),
+    "no persistent tokens": models.Spec(nn.MemoryAsContext, heads=N, segment=2, persistent=0, memory=STILL),
 }
 
 
@@ -72,7 +72,7 @@ def test_every_parameter_has_a_gradient(name):
 
 def test_a_branch_without_gain_leaves_the_other():
     """Hymba with one gain at zero is half of the other branch, normed and projected."""
-    mixer = build(models.Hymba(heads=N, state=3))
+    mixer = build(models.Spec(nn.hymba, heads=N, state=3))
     attention, s6 = mixer.mixers
     norms = [np.asarray(norm.scale[...]) for norm in mixer.norms]
     for kept, branch in enumerate((attention, s6)):
@@ -85,7 +85,7 @@ def test_a_branch_without_gain_leaves_the_other():
 
 
 def test_memory_as_gate_is_attention_times_a_sigmoid_of_the_memory():
-    mixer = build(models.Titans("gate", N, window=3, persistent=0, memory=MEMORY))
+    mixer = build(models.Spec(nn.memory_as_gate, heads=N, window=3, persistent=0, memory=MEMORY))
     attention, memory = (each(X)[0] for each in mixer.mixers)
     y, m = (np.asarray(norm(x), np.float64) for norm, x in zip(mixer.norms, (attention, memory), strict=True))
     assert_close(mixer(X)[0], y / (1 + np.exp(-m)))
@@ -93,7 +93,7 @@ def test_memory_as_gate_is_attention_times_a_sigmoid_of_the_memory():
 
 def test_memory_as_layer_is_attention_over_what_the_memory_says_of_both():
     """Behind two persistent tokens, written out."""
-    mixer = build(models.Titans("layer", N, window=3, persistent=2, memory=MEMORY))
+    mixer = build(models.Spec(nn.memory_as_layer, heads=N, window=3, persistent=2, memory=MEMORY))
     tokens = jnp.concatenate([jnp.broadcast_to(mixer.prefix[...], (B, 2, D)), X], 1)
     recurrent, attention = mixer.mixer.mixers
     m = recurrent(tokens)[0]
@@ -155,16 +155,45 @@ def test_errors_name_what_is_wrong():
         (lambda: nn.Parallel(D, [attention] * 2, fuse="sum", rngs=rngs), "fuse is 'sum': need one of mean, gate"),
         (lambda: nn.Chain([]), "mixers is empty"),
         (lambda: nn.Prefixed(attention, D, 0, rngs=rngs), "tokens must be at least 1, got 0"),
-        (lambda: models.Titans("beside").build(D, None, rngs), "wiring is 'beside'"),
-        (lambda: models.Titans("context", N, memory=MEMORY).build(D, None, rngs), "need convolution=0"),
-        (lambda: models.Titans("context", N, window=3, memory=STILL).build(D, None, rngs), "segment is 3"),
-        (lambda: models.Titans("gate", N, window=0).build(D, None, rngs), "need window >= 1"),
-        (lambda: models.Hymba(heads=3).build(D, None, rngs), "heads is 3: need a divisor of 32"),
+        (
+            lambda: nn.as_mixer(
+                models.Spec(nn.MemoryAsContext, heads=N, memory=MEMORY, segment=32, persistent=4),
+                features=D,
+                dtype=None,
+                rngs=rngs,
+            ),
+            "need convolution=0",
+        ),
+        (
+            lambda: nn.as_mixer(
+                models.Spec(nn.MemoryAsContext, heads=N, segment=3, memory=STILL, persistent=4),
+                features=D,
+                dtype=None,
+                rngs=rngs,
+            ),
+            "segment is 3",
+        ),
+        (
+            lambda: nn.as_mixer(
+                models.Spec(nn.memory_as_gate, heads=N, window=0, persistent=4, memory=MEMORY),
+                features=D,
+                dtype=None,
+                rngs=rngs,
+            ),
+            "need window >= 1",
+        ),
+        (
+            lambda: nn.as_mixer(models.Spec(nn.hymba, heads=3), features=D, dtype=None, rngs=rngs),
+            "heads is 3: need a divisor of 32",
+        ),
         (lambda: call(nn.Chain([attention]), X, context=X), "context is given"),
         (lambda: nn.S6(D, state=0, rngs=rngs), "state must be at least 1, got 0"),
         (lambda: nn.GatedConvolution(D, expand=0, rngs=rngs), "expand must be at least 1, got 0"),
         (lambda: nn.Latte(D, N, causal=False, window=3, rngs=rngs), "need a window of at least 1, and a causal mixer"),
-        (lambda: nn.MultiHeadAttention(D, N, own_keys=False, rngs=rngs)(X), "context must be the KeyValue of another"),
+        (
+            lambda: nn.MultiHeadAttention(D, N, keys_from="layer", rngs=rngs)(X),
+            "context must be the KeyValue of another",
+        ),
     ):
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             make()
@@ -174,7 +203,7 @@ def test_errors_name_what_is_wrong():
 
 
 FULL = {
-    "hymba without a window": models.Hymba(heads=N, key_heads=1, state=3),
+    "hymba without a window": models.Spec(nn.hymba, heads=N, key_heads=1, state=3),
     "prefixed": None,
 }
 
@@ -208,7 +237,7 @@ def test_a_mask_and_a_state_behind_a_prefix_are_refused():
 
 def test_a_prefix_before_packed_rows_leaves_attention_in_both_directions():
     """One document is the same row, also where attention is not causal."""
-    prefixed = nn.Prefixed(nn.MultiHeadAttention(D, N, rotary_base=None, rngs=nnx.Rngs(0)), D, 2, rngs=nnx.Rngs(1))
+    prefixed = nn.Prefixed(nn.MultiHeadAttention(D, N, position=None, rngs=nnx.Rngs(0)), D, 2, rngs=nnx.Rngs(1))
     assert_close(call(prefixed, X, mask=Documents(jnp.zeros(T, int)))[0], call(prefixed, X)[0])
 
 

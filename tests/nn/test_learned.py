@@ -96,7 +96,7 @@ def build(name, seed=0):
     rngs = nnx.Rngs(seed)
     owner = owner(rngs)
     given = {slot: (owner,) if slot.endswith("maps") else owner}
-    return MultiHeadAttention(D, N, rotary_base=None, mask=Causal(), **given, rngs=rngs), owner
+    return MultiHeadAttention(D, N, position=None, mask=Causal(), **given, rngs=rngs), owner
 
 
 @pytest.mark.parametrize("name", OWNERS)

@@ -25,7 +25,9 @@ from jaxattn import (
     attend,
     rotary,
 )
-from jaxattn.nn import MultiHeadAttention, NullSoftmax, Tokens
+from jaxattn.core.attend.position import Rotary
+from jaxattn.models import Spec
+from jaxattn.nn import MultiHeadAttention, NullSoftmax, RMSNorm, Tokens
 
 D, T, B = 16, 7, 2
 
@@ -57,8 +59,7 @@ CASES = {
         {
             "key_heads": 2,
             "head_dim": 6,
-            "rotary_base": 100.0,
-            "rotary_fraction": 2 / 3,
+            "position": Rotary(100.0, 2 / 3),
             "use_bias": True,
             "mask": Causal(),
         },
@@ -67,20 +68,20 @@ CASES = {
         None,
     ),
     "one key head, qk-norm, gate, null logit": (
-        {"key_heads": 1, "qk_norm": True, "gate": True, "mask": WINDOW, "normalize": NullSoftmax(4)},
+        {"key_heads": 1, "qk_norm": Spec(RMSNorm), "gate": True, "mask": WINDOW, "normalize": NullSoftmax(4)},
         {"key_heads": 1, "qk_norm": True, "gate": True, "rotary": 1e4},
         window,
         None,
     ),
     "sigmoid with alibi": (
-        {"rotary_base": None, "normalize": Sigmoid(), "bias": Alibi.geometric(4), "mask": Causal()},
+        {"position": None, "normalize": Sigmoid(), "bias": Alibi.geometric(4), "mask": Causal()},
         {"sigmoid": True, "slopes": [1 / 4, 1 / 16, 1 / 64, 1 / 256]},
         causal,
         None,
     ),
     "positions": ({"mask": Causal()}, {"rotary": 1e4}, causal, RAGGED),
     "tiled": (
-        {"key_heads": 2, "qk_norm": True, "mask": WINDOW, "implementation": "tiled"},
+        {"key_heads": 2, "qk_norm": Spec(RMSNorm), "mask": WINDOW, "implementation": "tiled"},
         {"key_heads": 2, "qk_norm": True, "rotary": 1e4},
         window,
         RAGGED,
@@ -109,7 +110,7 @@ def test_it_is_the_oracle(name):
 
 def test_the_oracle_tells_the_options_apart():
     """Each option moves the oracle by far more than the tolerance, so that the test above can fail."""
-    module = randomise(MultiHeadAttention(D, 4, qk_norm=True, gate=True, rngs=nnx.Rngs(0)))
+    module = randomise(MultiHeadAttention(D, 4, qk_norm=Spec(RMSNorm), gate=True, rngs=nnx.Rngs(0)))
     x, sizes = inputs(B, T, D), {"heads": 4, "key_heads": 4, "head_dim": 4}
     plain, magnitude = multi_head(module, x, causal, **sizes)
     variants = [{"rotary": 1e4}, {"qk_norm": True}, {"gate": True}, {"slopes": [1.0] * 4}, {"sigmoid": True}]
@@ -119,9 +120,7 @@ def test_the_oracle_tells_the_options_apart():
 
 
 def test_cross_attention_reads_a_context_of_another_width_and_length():
-    module = MultiHeadAttention(
-        D, 4, key_heads=2, context_features=10, rotary_base=None, use_bias=True, rngs=nnx.Rngs(0)
-    )
+    module = MultiHeadAttention(D, 4, key_heads=2, context_features=10, position=None, use_bias=True, rngs=nnx.Rngs(0))
     x, context = inputs(B, T, D), inputs(B, 5, 10, seed=6)
     sizes = {"heads": 4, "key_heads": 2, "head_dim": 4, "context": context}
     expected, magnitude = multi_head(randomise(module), x, everything, **sizes)
@@ -138,7 +137,7 @@ def test_cross_attention_reads_a_context_of_another_width_and_length():
 
 @pytest.mark.parametrize("scaling", [Interpolate(4.0), NTK(4.0), Yarn(4.0, 8)], ids=str)
 def test_scaled_rotary_turns_and_sharpens_queries_and_keys(scaling):
-    options = {"key_heads": 2, "mask": Causal(), "rotary_base": 100.0, "rotary_scaling": scaling}
+    options = {"key_heads": 2, "mask": Causal(), "position": Rotary(100.0, scaling=scaling)}
     module, places = MultiHeadAttention(D, 4, **options, rngs=nnx.Rngs(0)), 3 * np.arange(T)
     _, _, seen = run(module, inputs(B, T, D), record=("q", "k", "v", "z"), positions=places)
     query, key = (rotary(seen[site], places, 100.0, scaling=scaling) * scaling.attention_scale for site in "qk")
@@ -150,7 +149,7 @@ def test_scaled_rotary_turns_and_sharpens_queries_and_keys(scaling):
 def test_only_rotated_channels_are_sharpened():
     """As in the published models, whose sines and cosines carry the scale."""
     scaling = Yarn(4.0, 8)
-    module = MultiHeadAttention(D, 2, rotary_fraction=0.5, rotary_scaling=scaling, rngs=nnx.Rngs(0))
+    module = MultiHeadAttention(D, 2, position=Rotary(fraction=0.5, scaling=scaling), rngs=nnx.Rngs(0))
     x, places = inputs(B, T, 2, D // 2), np.arange(T)
     turned = rotary(x, places, fraction=0.5, scaling=scaling)
     half = D // 4
@@ -160,7 +159,7 @@ def test_only_rotated_channels_are_sharpened():
 
 def test_interpolated_positions_are_the_trained_ones():
     plain, scaled = (
-        MultiHeadAttention(D, 4, mask=Causal(), rotary_scaling=scaling, rngs=nnx.Rngs(0))
+        MultiHeadAttention(D, 4, mask=Causal(), position=Rotary(scaling=scaling), rngs=nnx.Rngs(0))
         for scaling in (None, Interpolate(4.0))
     )
     x = inputs(B, T, D)
@@ -198,7 +197,7 @@ def test_dropout_draws_anew_at_every_call_and_is_off_in_evaluation():
 
 
 def test_parameters_are_float32_and_the_output_has_the_dtype_asked_for():
-    module = MultiHeadAttention(D, 4, qk_norm=True, gate=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    module = MultiHeadAttention(D, 4, qk_norm=Spec(RMSNorm), gate=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))} == {jnp.dtype("float32")}
     assert jax.eval_shape(lambda x: module(x)[0], jnp.zeros((B, T, D))).dtype == jnp.bfloat16
     assert module.init_state(1, 2).key.dtype == jnp.bfloat16
@@ -215,10 +214,13 @@ def test_parameters_are_float32_and_the_output_has_the_dtype_asked_for():
         ({"heads": 4, "head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"heads": 4, "head_dim": 3}, r"fraction 1\.0 of head dim 3 is 3 channels: need an even number <= 3"),
         (
-            {"heads": 4, "rotary_fraction": 0.25},
+            {"heads": 4, "position": Rotary(fraction=0.25)},
             r"fraction 0\.25 of head dim 4 is 1 channels: need an even number <= 4",
         ),
-        ({"heads": 4, "context_features": 8}, "context_features is given .* need rotary_base=None"),
+        ({"heads": 4, "context_features": 8}, "for keys of another sequence: need position=None"),
+        ({"heads": 4, "keys_from": "context"}, "for keys of another sequence: need position=None"),
+        ({"heads": 4, "keys_from": "it"}, "keys_from is 'it': need one of self, layer, context"),
+        ({"heads": 4, "use_bias": ("keys",)}, r"use_bias names \['keys'\]: need True, False, or some of"),
         ({"heads": 4, "dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1\.0"),
         ({"heads": 4, "dropout": -0.1}, r"dropout must be at least 0 and below 1, got -0\.1"),
     ],
@@ -230,15 +232,15 @@ def test_sizes_that_make_no_sense_are_refused(options, message):
 
 def test_cross_attention_refuses_rotary_positions_and_a_state():
     x = jnp.zeros((B, T, D))
-    with pytest.raises(ValueError, match=r"cross-attention takes .* no rotary positions: need rotary_base=None"):
+    with pytest.raises(ValueError, match="cross-attention takes no state and no positions"):
         call(MultiHeadAttention(D, 4, rngs=nnx.Rngs(0)), x, context=x)
-    module = MultiHeadAttention(D, 4, rotary_base=None, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="cross-attention takes no state"):
+    module = MultiHeadAttention(D, 4, position=None, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="cross-attention takes no state and no positions"):
         call(module, x, context=x, state=module.init_state(B, T))
 
 
 def test_inputs_of_another_width_are_refused():
-    module = MultiHeadAttention(D, 4, context_features=8, rotary_base=None, rngs=nnx.Rngs(0))
+    module = MultiHeadAttention(D, 4, context_features=8, position=None, rngs=nnx.Rngs(0))
     x = jnp.zeros((B, T, D))
     with pytest.raises(ValueError, match=r"x has shape \(2, .*, 8\): need \[batch, length, 16\]"):
         module(x[..., :8])
@@ -266,7 +268,7 @@ def test_arrays_and_functions_stand_in_the_slots_of_mask_and_bias(shape):
     x = inputs(B, T, D)
 
     def build(**slots):
-        return MultiHeadAttention(D, 4, rotary_base=None, **slots, rngs=nnx.Rngs(0))
+        return MultiHeadAttention(D, 4, position=None, **slots, rngs=nnx.Rngs(0))
 
     expected = build(mask=Explicit(shown), bias=Bias(added))(x)[0]
     np.testing.assert_array_equal(build(mask=shown, bias=added)(x)[0], expected)

@@ -7,14 +7,14 @@ import pytest
 from flax import nnx
 from mixers import B, D, N, T, X, build, call
 
-from jaxattn import Documents, models
+from jaxattn import Documents, models, nn
 
 SPECS = {
-    "attention": models.Attention(heads=N, convolution=2),
-    "mamba2": models.Mamba2(heads=N, state=4),
-    "gated deltanet": models.DeltaNet(heads=N, decay="head", convolution=2),
-    "titans": models.NeuralMemory(heads=N, hidden=(), inner_batch=4),
-    "hymba": models.Hymba(heads=N, state=3),
+    "attention": models.Spec(nn.MultiHeadAttention, heads=N, convolution=2),
+    "mamba2": models.Spec(nn.Mamba2, heads=N, state=4),
+    "gated deltanet": models.Spec(nn.DeltaNet, heads=N, decay="head", convolution=2),
+    "titans": models.Spec(nn.NeuralMemory, heads=N, hidden=(), inner_batch=4),
+    "hymba": models.Spec(nn.hymba, heads=N, state=3),
 }
 LEFT, RIGHT = np.arange(T) < 3, np.arange(T) >= 8
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mixers import B, D, N, T, X, assert_close, build, run
 
-from jaxattn import models
+from jaxattn import models, nn
 
 x = np.asarray(X, np.float64)
 EPS = 1e-6  # of norms, unless a paper has another
@@ -60,7 +60,7 @@ def merged(x):
 
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_gated_convolution_is_that_of_based(use_bias):
-    mixer = build(models.GatedConvolution(use_bias=use_bias))
+    mixer = build(models.Spec(nn.GatedConvolution, use_bias=use_bias))
     m = mixer.mechanism
     assert m.up.kernel.shape == (D, 2 * D)
     assert m.convolution.bias is None
@@ -98,7 +98,7 @@ def delta_rule(q, k, v, beta, decay):
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
 def test_deltanet_is_the_published_layer(decay, convolution):
     """SiLU of q, k and v also without a convolution, and Kimi's gate of low rank with a bias (their authors' codes)."""
-    mixer = build(models.DeltaNet(heads=N, decay=decay, convolution=convolution))
+    mixer = build(models.Spec(nn.DeltaNet, heads=N, decay=decay, convolution=convolution))
     m = mixer.mechanism
     q, k, v = projected(m.project, x, silu_last=True)
     beta, kept = sigmoid(linear(m.beta, x)), np.ones((B, T, N, 1))
@@ -120,7 +120,7 @@ def test_deltanet_is_the_published_layer(decay, convolution):
 
 def test_titans_memory_has_silu_without_a_convolution():
     """Of queries, keys and values (Behrouz et al., 2025)."""
-    mixer = build(models.NeuralMemory(heads=N, hidden=(), inner_batch=4, convolution=0))
+    mixer = build(models.Spec(nn.NeuralMemory, heads=N, hidden=(), inner_batch=4, convolution=0))
     m = mixer.mechanism
     q, k, v = projected(m.project, x, silu_last=True)
     _, _, records = run(mixer, X, record=("q", "k", "v"))
@@ -130,7 +130,7 @@ def test_titans_memory_has_silu_without_a_convolution():
 
 def test_mamba_is_the_published_layer():
     """With the bias of its convolution (Gu & Dao, 2023)."""
-    mixer = build(models.S6(inner=6, state=3))
+    mixer = build(models.Spec(nn.S6, inner=6, state=3))
     m = mixer.mechanism
     signal = silu(convolved(m.convolution, linear(m.signal, x)))
     assert m.convolution.bias is not None
@@ -147,7 +147,7 @@ def test_mamba_is_the_published_layer():
 
 def test_mamba2_is_the_published_layer():
     """With the bias of its convolution, and its norm over all heads after the gate (Dao & Gu, 2024)."""
-    mixer = build(models.Mamba2(heads=N, state=3))
+    mixer = build(models.Spec(nn.Mamba2, heads=N, state=3))
     m = mixer.mechanism
     assert all(each.bias is not None for each in m.project.convolution.values())
     value, key, query = projected(m.project, x, silu_last=True)
@@ -164,7 +164,7 @@ def test_mamba2_is_the_published_layer():
 @pytest.mark.parametrize("convolution", [0, 3])
 def test_hgrn2_is_the_published_layer(convolution):
     """Its norm is over all heads at once, and its convolution has no SiLU (Qin et al., 2024, and their code)."""
-    mixer = build(models.HGRN2(heads=N, lower_bound=0.3, convolution=convolution))
+    mixer = build(models.Spec(nn.HGRN2, heads=N, lower_bound=0.3, convolution=convolution))
     m = mixer.mechanism
     q, forget, v = projected(m.project, x, silu_last=False)
     kept = 0.3 + 0.7 * sigmoid(forget)
@@ -178,7 +178,7 @@ def test_hgrn2_is_the_published_layer(convolution):
 
 def test_rwkv7_is_the_published_layer():
     """tanh inside the decay, a gate without a sigmoid behind it, and eps 64e-5 (Peng et al., 2025, and their code)."""
-    mixer = build(models.RWKV7(heads=N, rank=3))
+    mixer = build(models.Spec(nn.RWKV7, heads=N, rank=3))
     m = mixer.mechanism
     before = np.concatenate([np.zeros_like(x[:, :1]), x[:, :-1]], 1)
     mixed = {name: x + (before - x) * array(mix) for name, mix in m.mix.items()}
@@ -222,7 +222,7 @@ def rotated(y, places, base=10000.0):
 def test_ttt_linear_is_the_published_layer(convolution):
     """One row and one head at a time, in the dual form of one inner batch after the other (Sun et al., 2024)."""
     size = 4
-    mixer = build(models.TTT(heads=N, inner_batch=size, convolution=convolution))
+    mixer = build(models.Spec(nn.TTT, heads=N, inner_batch=size, convolution=convolution))
     m = mixer.mechanism
     if convolution:
         shared = linear(m.linear["shared"], x)
@@ -260,7 +260,7 @@ def test_ttt_linear_is_the_published_layer(convolution):
 @pytest.mark.parametrize("angles", ["rotary", "torchscale"])
 def test_retnet_is_the_published_layer(angles):
     """With the frequencies 1, ..., 1 / base, evenly spread in their logs, of the authors' code (Sun et al., 2023)."""
-    mixer = build(models.RetNet(heads=N, rotary_base=100.0, angles=angles))
+    mixer = build(models.Spec(nn.RetNet, heads=N, rotary_base=100.0, angles=angles))
     m = mixer.mechanism
     q, k, v = projected(m.project, x, silu_last=False)
     half = D // N // 2
@@ -276,7 +276,7 @@ def test_retnet_is_the_published_layer(angles):
 
 def test_hymba_is_the_published_layer():
     """With the biases of the authors' code (Dong et al., 2024)."""
-    mixer = build(models.Hymba(heads=N, key_heads=1, state=3))
+    mixer = build(models.Spec(nn.hymba, heads=N, key_heads=1, state=3))
     attention, m = mixer.mixers[0], mixer.mixers[1].mechanism
     q, k, v = (
         heads(linear(each, x), count)

@@ -34,29 +34,31 @@ from jaxattn.core.linear.gate import (
 from jaxattn.nn import Recurrent
 
 SPECS = {
-    "elu + 1": models.LinearAttention(heads=N),
-    "taylor": models.LinearAttention(heads=N, feature_map=TaylorFeatures(2), key_dim=4, convolution=3),
-    "hedgehog": models.LinearAttention(heads=N, feature_map=nn.HedgehogMap, rotary_base=100.0),
-    "performer": models.LinearAttention(heads=N, feature_map=nn.RandomFeatureMap),
-    "plain": models.LinearAttention(heads=N, normalize=False, gate="sigmoid"),
-    "retnet": models.RetNet(heads=N, convolution=3),
-    "gla": models.GLA(heads=N, rank=2, convolution=2),
-    "hgrn2": models.HGRN2(heads=N, lower_bound=0.3, convolution=2),
-    "deltanet": models.DeltaNet(heads=N),
-    "gated deltanet": models.DeltaNet(heads=N, decay="head", negative=True, convolution=2),
-    "kimi delta": models.DeltaNet(heads=N, decay="channel", rank=2),
-    "mamba2": models.Mamba2(heads=N, state=4),
-    "mimetic": models.Mamba2(heads=N, state=4, mimetic=True),
-    "rwkv7": models.RWKV7(heads=N, rank=2),
-    "latte": models.Latte(heads=N, latents=3, convolution=3),
-    "latte macchiato": models.Latte(heads=N, latents=3, window=3, rotary_base=100.0),
-    "s6": models.S6(inner=12, state=3, norm=True),
-    "convolution": models.GatedConvolution(expand=2),
-    "titans": models.NeuralMemory(heads=N, hidden=(6,), inner_batch=4),
-    "yaad": models.NeuralMemory(heads=N, hidden=(6,), loss=Huber(0.5), momentum=False, residual=True, inner_batch=4),
-    "memora": models.NeuralMemory(heads=N, hidden=(), link=SoftmaxLink(), momentum=False, inner_batch=3),
-    "ttt": models.TTT(heads=N, inner_batch=4),
-    "deep ttt": models.TTT(heads=N, deep=True, inner_batch=4),
+    "elu + 1": models.Spec(nn.LinearAttention, heads=N),
+    "taylor": models.Spec(nn.LinearAttention, heads=N, feature_map=TaylorFeatures(2), key_dim=4, convolution=3),
+    "hedgehog": models.Spec(nn.LinearAttention, heads=N, feature_map=models.Spec(nn.HedgehogMap), rotary_base=100.0),
+    "performer": models.Spec(nn.LinearAttention, heads=N, feature_map=models.Spec(nn.RandomFeatureMap)),
+    "plain": models.Spec(nn.LinearAttention, heads=N, normalize=False, gate="sigmoid"),
+    "retnet": models.Spec(nn.RetNet, heads=N, convolution=3),
+    "gla": models.Spec(nn.GLA, heads=N, rank=2, convolution=2),
+    "hgrn2": models.Spec(nn.HGRN2, heads=N, lower_bound=0.3, convolution=2),
+    "deltanet": models.Spec(nn.DeltaNet, heads=N),
+    "gated deltanet": models.Spec(nn.DeltaNet, heads=N, decay="head", negative=True, convolution=2),
+    "kimi delta": models.Spec(nn.DeltaNet, heads=N, decay="channel", rank=2),
+    "mamba2": models.Spec(nn.Mamba2, heads=N, state=4),
+    "mimetic": models.Spec(nn.Mamba2, heads=N, state=4, mimetic=True),
+    "rwkv7": models.Spec(nn.RWKV7, heads=N, rank=2),
+    "latte": models.Spec(nn.Latte, heads=N, latents=3, convolution=3),
+    "latte macchiato": models.Spec(nn.Latte, heads=N, latents=3, window=3, rotary_base=100.0),
+    "s6": models.Spec(nn.S6, inner=12, state=3, norm=True),
+    "convolution": models.Spec(nn.GatedConvolution, expand=2),
+    "titans": models.Spec(nn.NeuralMemory, heads=N, hidden=(6,), inner_batch=4),
+    "yaad": models.Spec(
+        nn.NeuralMemory, heads=N, hidden=(6,), loss=Huber(0.5), momentum=False, residual=True, inner_batch=4
+    ),
+    "memora": models.Spec(nn.NeuralMemory, heads=N, hidden=(), link=SoftmaxLink(), momentum=False, inner_batch=3),
+    "ttt": models.Spec(nn.TTT, heads=N, inner_batch=4),
+    "deep ttt": models.Spec(nn.TTT, heads=N, deep=True, inner_batch=4),
 }
 
 
@@ -101,9 +103,9 @@ def test_packed_documents_are_separate_runs_and_the_future_is_not_seen(name):
     "feature_map", [UnitFeatures(), StandardizedFeatures(TaylorFeatures(2, scale=1.0)), LogNormalFeatures(2.0, 2.0)]
 )
 def test_maps_with_plain_numbers_stand_in_a_spec(feature_map):
-    spec = models.LinearAttention(heads=N, feature_map=feature_map, key_dim=4)
-    config = models.DecoderConfig(vocabulary=5, context=T, width=D, layers=[models.Layer(spec)] * 2)
-    decoder = models.Decoder(config, rngs=nnx.Rngs(0))
+    spec = models.Spec(nn.LinearAttention, heads=N, feature_map=feature_map, key_dim=4)
+    config = models.TransformerConfig(vocabulary=5, length=T, width=D, layers=[models.pre_norm(spec)] * 2)
+    decoder = models.Transformer(config, rngs=nnx.Rngs(0))
     tokens = jnp.arange(T)[None] % 5
     whole, _, _ = nnx.jit(lambda decoder, tokens: decoder(tokens))(decoder, tokens)
     (first, state, _), piece = decoder(tokens[:, :6], state=decoder.init_state(1, T)), tokens[:, 6:]
@@ -113,16 +115,16 @@ def test_maps_with_plain_numbers_stand_in_a_spec(feature_map):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (models.Latte(heads=N, latents=0), "query has 2 heads of 0 channels: need at least 1 of each"),
-        (models.DeltaNet(heads=N, key_dim=0), "query has 2 heads of 0 channels"),
-        (models.RetNet(heads=N, value_dim=0), "value has 2 heads of 0 channels"),
-        (models.TTT(heads=N, inner_batch=0), "TTT: inner_batch must be at least 1, got 0"),
-        (models.NeuralMemory(heads=N, hidden=(0,)), "NeuralMemory: hidden must be at least 1, got 0"),
+        (models.Spec(nn.Latte, heads=N, latents=0), "query has 2 heads of 0 channels: need at least 1 of each"),
+        (models.Spec(nn.DeltaNet, heads=N, key_dim=0), "query has 2 heads of 0 channels"),
+        (models.Spec(nn.RetNet, heads=N, value_dim=0), "value has 2 heads of 0 channels"),
+        (models.Spec(nn.TTT, heads=N, inner_batch=0), "TTT: inner_batch must be at least 1, got 0"),
+        (models.Spec(nn.NeuralMemory, heads=N, hidden=(0,)), "NeuralMemory: hidden must be at least 1, got 0"),
     ],
 )
 def test_sizes_of_nothing_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
-        spec.build(D, jnp.float32, nnx.Rngs(0))
+        nn.as_mixer(spec, features=D, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -168,7 +170,7 @@ def test_every_parameter_has_a_gradient(name):
 @pytest.mark.parametrize("name", SPECS)
 def test_states_keep_their_types_in_bfloat16(name):
     """So that they can be carried by a loop; the memory stays float32."""
-    mixer = SPECS[name].build(D, jnp.bfloat16, nnx.Rngs(0))
+    mixer = nn.as_mixer(SPECS[name], features=D, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     state = start(mixer, B, 9)
     x = X.astype(jnp.bfloat16)
     y, after = jax.eval_shape(lambda x, state: call(mixer, x, state=state)[:2], x, state)
@@ -180,7 +182,7 @@ def test_states_keep_their_types_in_bfloat16(name):
 @pytest.mark.parametrize("name", ["rwkv7", "s6", "kimi delta"])
 def test_splitting_and_merging_a_mixer_changes_nothing(name):
     """Merging puts the entries of a `nnx.Dict` into another order: none may be told by its place."""
-    mixer = SPECS[name].build(D, jnp.float32, nnx.Rngs(0))
+    mixer = nn.as_mixer(SPECS[name], features=D, dtype=jnp.float32, rngs=nnx.Rngs(0))
     assert_close(nnx.merge(*nnx.split(mixer))(X)[0], mixer(X)[0])
 
 
@@ -202,7 +204,7 @@ def test_normalised_features_are_attention_with_their_kernel():
 
 
 def test_latte_is_a_softmax_over_time_of_each_latent():
-    mixer = build(dataclasses.replace(SPECS["latte"], convolution=0))
+    mixer = build(SPECS["latte"].replace(convolution=0))
     project = {name: np.asarray(m.kernel[...], np.float64) for name, m in mixer.mechanism.project.linear.items()}
     x = np.asarray(X, np.float64)
     q, a, v = ((x @ project[name]).reshape(B, T, N, -1) for name in ("query", "key", "value"))
@@ -292,7 +294,7 @@ def test_mamba2_is_its_recurrence():
 
 def test_mimetic_initialization_is_linear_attention_of_the_tokens_with_themselves():
     """A_ij = b_i · b_j but for decays of 1e−3 per token; at the start, not after noise, and before convolutions."""
-    mixer = dataclasses.replace(SPECS["mimetic"], convolution=0).build(D, jnp.float32, nnx.Rngs(0))
+    mixer = nn.as_mixer(SPECS["mimetic"].replace(convolution=0), features=D, dtype=jnp.float32, rngs=nnx.Rngs(0))
     _, _, records = run(mixer, X, record=("weights", "k", "q"))
     np.testing.assert_array_equal(records["q"], records["k"])
     key = np.asarray(records["k"], np.float64)[:, :, 0]
@@ -361,9 +363,9 @@ def test_a_running_softmax_does_not_depend_on_a_constant_and_takes_missing_token
 @pytest.mark.parametrize("name", ["taylor", "gated deltanet", "mamba2", "latte"])
 def test_a_decoder_of_them_generates_what_its_whole_pass_says(name):
     """Beside softmax layers; greedy tokens from the constant-memory state are the argmax of one pass."""
-    layers = (models.Layer(SPECS[name]),) * 2 + (models.Layer(models.Attention(heads=N)),)
-    config = models.DecoderConfig(vocabulary=17, context=24, width=D, layers=layers)
-    model = models.Decoder(config, rngs=nnx.Rngs(0))
+    layers = (models.pre_norm(SPECS[name]),) * 2 + (models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=N)),)
+    config = models.TransformerConfig(vocabulary=17, length=24, width=D, layers=layers)
+    model = models.Transformer(config, rngs=nnx.Rngs(0))
     prompts, lengths = jax.random.randint(jax.random.key(4), (2, 6), 0, 17), jnp.array([6, 3])
     out = models.generate(model, prompts, lengths, max_new_tokens=5, temperature=0.0)
     for row, length in enumerate(lengths.tolist()):
@@ -375,12 +377,12 @@ def test_a_decoder_of_them_generates_what_its_whole_pass_says(name):
 @pytest.mark.parametrize("name", SPECS)
 def test_specs_are_plain_data(name):
     spec = SPECS[name]
-    config = models.DecoderConfig(layers=(models.Layer(spec), models.Layer()))
+    config = models.TransformerConfig(layers=(models.pre_norm(spec), models.Layer()))
     if name not in ("hedgehog", "performer"):
         assert models.from_plain(models.to_plain(config)) == config
     size = dataclasses.fields(spec)[0].name
-    assert hash(dataclasses.replace(spec, **{size: 4})) != hash(spec)
-    assert isinstance(spec.build(D, jnp.float32, nnx.Rngs(0)), Recurrent)
+    assert hash(spec.replace(**{size: 4})) != hash(spec)
+    assert isinstance(nn.as_mixer(spec, features=D, dtype=jnp.float32, rngs=nnx.Rngs(0)), Recurrent)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +411,7 @@ def test_calls_that_a_memory_cannot_serve_are_refused(call, message):
 
 
 def test_a_memory_that_learns_has_no_weights_and_takes_so_many_documents():
-    mixer = dataclasses.replace(SPECS["yaad"], documents=1).build(D, jnp.float32, nnx.Rngs(0))
+    mixer = nn.as_mixer(SPECS["yaad"].replace(documents=1), features=D, dtype=jnp.float32, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="record has 'weights'"):
         call(mixer, X, record=("weights",))
     ids = jnp.array([[0] * 5 + [1] * 6, [0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7]])
@@ -436,7 +438,7 @@ def test_a_memory_that_learns_has_no_weights_and_takes_so_many_documents():
         ),
         (lambda: nn.TTT(D, 2, base_rate=-1.0, rngs=nnx.Rngs(0)), r"base_rate must be positive, got -1\.0"),
         (
-            lambda: models.LinearAttention(feature_map=nn.HedgehogMap(2, 4)()),
+            lambda: models.Spec(nn.LinearAttention, heads=4, feature_map=nn.HedgehogMap(2, 4)()),
             "feature_map of a spec holds no arrays",
         ),
     ],

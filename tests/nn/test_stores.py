@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 from multi_head import randomise
 
-from jaxattn import Causal, Explicit
+from jaxattn import Causal, Explicit, nn
 from jaxattn.cache import HeavyHitters, Policy, Quest, Recent
-from jaxattn.models import Attention, Decoder, DecoderConfig, Layer
+from jaxattn.models import Spec, Transformer, TransformerConfig, pre_norm
 from jaxattn.nn import MultiHeadAttention, Tap, Tokens
 
 B, T, D, N, K = 2, 24, 16, 4, 2
@@ -160,8 +160,8 @@ def test_numbers_of_a_policy_change_without_another_program(module):
 
 def test_a_trained_model_decodes_under_another_store():
     """Without another config. Layers are scanned; records say what each of them read."""
-    layers = [Layer(Attention(N, key_heads=K))] * 2
-    model = Decoder(DecoderConfig(11, T, D, layers), rngs=nnx.Rngs(0))
+    layers = [pre_norm(Spec(nn.MultiHeadAttention, heads=N, key_heads=K))] * 2
+    model = Transformer(TransformerConfig(11, T, D, layers), rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(1).integers(0, 11, (B, T))
     graph, arrays = nnx.split(model)
 

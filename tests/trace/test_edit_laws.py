@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxattn import Bias, Entropy, Explicit, KeyBias, Map, Temperature, Temporal, Window, attend, nn, part, trace
-from jaxattn.models import Attention, Decoder, DecoderConfig, DeltaNet, FeedForward, Hymba, Layer, NeuralMemory, Titans
+from jaxattn.models import Spec, Transformer, TransformerConfig, pre_norm
 from jaxattn.nn import Context, MultiHeadAttention, Recurrent, Tap, Tokens
 from jaxattn.trace import Add, Layers, OnlyAt, Patch, Put, Scale
 
@@ -75,9 +75,13 @@ EDITS = {
 
 @pytest.fixture(scope="module")
 def model():
-    block = FeedForward(hidden=16)
-    layers = [Layer(Attention(N), block), Layer(Attention(N), block), Layer(Attention(N, rotary_base=None), block)]
-    model = Decoder(DecoderConfig(V, T, D, layers, eps=1e-3), rngs=nnx.Rngs(0))
+    block = Spec(nn.FeedForward, hidden=16)
+    layers = [
+        pre_norm(Spec(nn.MultiHeadAttention, heads=N), block),
+        pre_norm(Spec(nn.MultiHeadAttention, heads=N), block),
+        pre_norm(Spec(nn.MultiHeadAttention, heads=N, position=None), block),
+    ]
+    model = Transformer(TransformerConfig(V, T, D, layers), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     nnx.update(
         model,
@@ -180,8 +184,8 @@ def test_all_ablations_of_heads_are_one_program_and_equal_the_loop(model, logits
     for layer, head in ((0, 2), (2, 3)):
         changed = nnx.clone(model)
         run, place = next((r, layer) for r in changed.runs if layer < 2) if layer < 2 else (changed.runs[1], 0)
-        kernel = run.mixer.out.kernel[...].reshape(-1, N, H, D)
-        run.mixer.out.kernel[...] = kernel.at[place, head].set(0).reshape(run.mixer.out.kernel.shape)
+        kernel = run.mixers[0].out.kernel[...].reshape(-1, N, H, D)
+        run.mixers[0].out.kernel[...] = kernel.at[place, head].set(0).reshape(run.mixers[0].out.kernel.shape)
         close(changed(TOKENS)[0], loop[layer * N + head], 100)
 
 
@@ -199,7 +203,7 @@ def test_knocked_out_edges_and_marked_spans_are_those_of_attend():
     """Dense, rows and tiled, values and gradients, against the mask and the bias given to `attend` itself."""
     x, strength = drawn(B, T, D), drawn(N, T)
     for implementation in ("dense", "rows", "tiled"):
-        module = MultiHeadAttention(D, N, rotary_base=None, implementation=implementation, rngs=nnx.Rngs(0))
+        module = MultiHeadAttention(D, N, position=None, implementation=implementation, rngs=nnx.Rngs(0))
 
         def edited(strength, module=module):
             tap = Tap({"scores": (Explicit(jnp.asarray(EDGES)), KeyBias(strength))}, record=("q", "k", "v", "z"))
@@ -219,30 +223,29 @@ def test_knocked_out_edges_and_marked_spans_are_those_of_attend():
 
 def test_an_edit_says_what_it_needs():
     """Edits of scores run in tiles; one that looks along a row of weights does not, and is named."""
-    module = MultiHeadAttention(D, N, rotary_base=None, implementation="tiled", rngs=nnx.Rngs(0))
+    module = MultiHeadAttention(D, N, position=None, implementation="tiled", rngs=nnx.Rngs(0))
     x = drawn(B, T, D)
     with pytest.raises(NotImplementedError, match="'tiled' cannot serve weight_maps=Reweigh: it needs whole rows"):
         module(x, tap=Tap({"weights": Reweigh(jnp.ones((N, T)))}))
 
 
+ATTENTION, BLOCK = Spec(nn.MultiHeadAttention, heads=N), Spec(nn.FeedForward, hidden=16)
+HYMBA, MEMORY = Spec(nn.hymba, heads=2, state=3), Spec(nn.NeuralMemory, heads=2, inner_batch=2)
+TITANS = Spec(nn.memory_as_gate, heads=2, window=3, persistent=2, memory=MEMORY)
+# name: (layers, meta tokens)
 KINDS = {
-    "meta tokens": lambda: Decoder(
-        DecoderConfig(V, T + 3, D, [Layer(Attention(N), FeedForward(16)), Layer(DeltaNet(2), FeedForward(16))],
-                      meta_tokens=2), rngs=nnx.Rngs(0)),
-    "parallel heads": lambda: Decoder(
-        DecoderConfig(V, T, D, [Layer(Hymba(2, state=3)), Layer(Hymba(2, state=3, own_keys=False))]), rngs=nnx.Rngs(0)),
-    "titans": lambda: Decoder(
-        DecoderConfig(V, T, D, [Layer(Titans("gate", 2, 3, 2, NeuralMemory(2, inner_batch=2)))]),
-        rngs=nnx.Rngs(0)),
-    "windows": lambda: Decoder(
-        DecoderConfig(V, T, D, [Layer(Attention(N, mask=Window(3)))] * 2), rngs=nnx.Rngs(0)),
-}  # fmt: skip
+    "meta tokens": ([pre_norm(ATTENTION, BLOCK), pre_norm(Spec(nn.DeltaNet, heads=2), BLOCK)], 2),
+    "parallel heads": ([pre_norm(HYMBA), pre_norm(HYMBA.replace(keys_from="layer"))], 0),
+    "titans": ([pre_norm(TITANS)], 0),
+    "windows": ([pre_norm(ATTENTION.replace(mask=Window(3)))] * 2, 0),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_edits_of_every_mixer_do_the_same_token_by_token(kind):
     """Learned tokens before the row are left as they are, in the full pass as in the state."""
-    model = KINDS[kind]()
+    layers, meta = KINDS[kind]
+    model = Transformer(TransformerConfig(V, T + 3, D, layers, meta_tokens=meta), rngs=nnx.Rngs(0))
     edits = {"attn_out": Scale(1.5), "z": Scale(0.7), "q": Scale(1.3), "resid": OnlyAt(Add(drawn(D)), jnp.array([1]))}
     edits |= {"v": Scale(0.5), "mlp_post": Scale(0.8)} if kind != "parallel heads" else {}
     if kind in ("meta tokens", "windows"):
@@ -271,7 +274,7 @@ def test_maps_that_read_other_queries_are_no_edits_of_a_state():
 
 
 def test_keys_of_another_sequence_stand_where_it_says():
-    module = MultiHeadAttention(D, N, rotary_base=None, rngs=nnx.Rngs(0))
+    module = MultiHeadAttention(D, N, position=None, rngs=nnx.Rngs(0))
     x, other = drawn(B, T, D), drawn(B, 6, D, seed=1)
     context = Context(other, Tokens.of(other, positions=jnp.arange(6)[::-1]))
     tap = Tap(record={"key": ("k", trace.TokensAt(jnp.array([0, 5]))), "k": "k"})
@@ -280,8 +283,12 @@ def test_keys_of_another_sequence_stand_where_it_says():
 
 
 def test_a_measure_is_recorded_where_there_is_attention_and_edits_of_weights_act_there():
-    layers = [Layer(Attention(N)), Layer(DeltaNet(2)), Layer(Attention(N))]
-    model = Decoder(DecoderConfig(V, T, D, layers), rngs=nnx.Rngs(0))
+    layers = [
+        pre_norm(Spec(nn.MultiHeadAttention, heads=N)),
+        pre_norm(Spec(nn.DeltaNet, heads=2)),
+        pre_norm(Spec(nn.MultiHeadAttention, heads=N)),
+    ]
+    model = Transformer(TransformerConfig(V, T, D, layers), rngs=nnx.Rngs(0))
     record = {"entropy": ("weights", Entropy())}
     said, _, records = model(TOKENS, edits={"weights": Scale(0.5)}, record=record)
     assert [x is None for x in records["entropy"]] == [False, True, False]

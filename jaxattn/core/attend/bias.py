@@ -51,6 +51,25 @@ class ScoreBias(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no accumulate")
 
+    def __add__(self, other: "ScoreBias") -> "SumOfBiases":
+        return SumOfBiases(self, other)
+
+
+@part
+class SumOfBiases(ScoreBias):
+    """What two biases add together; what `a + b` makes.
+
+    Attributes:
+        first: One of them.
+        second: The other.
+    """
+
+    first: ScoreBias
+    second: ScoreBias
+
+    def __call__(self, tile: Tile) -> Values:
+        return self.first(tile) + self.second(tile)
+
 
 def _run(positions: Any, axis: int) -> tuple[Any, Any]:
     """(first position, whether all of them go up by one from it along the axis, in every batch entry alike)."""

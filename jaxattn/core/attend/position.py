@@ -242,6 +242,42 @@ def rotary(
     return _rotate(x, positions, base, fraction, scaling, "positions")
 
 
+class Position(abc.ABC):
+    """How queries and keys are told where they stand, other than by the bias or the mask."""
+
+    @abc.abstractmethod
+    def __call__(self, x: Float[Array, "*b t n h"], positions: Int[Array, "*#b t"]) -> Float[Array, "*b t n h"]:
+        """Queries or keys as they meet each other, from those of these positions."""
+
+    def check(self, head_dim: int) -> None:  # noqa: B027, most work with any
+        """Raises ValueError for a head dim that it cannot work with."""
+
+
+@part
+class Rotary(Position):
+    """`rotary` with these settings, and the rotated channels times the `attention_scale` of the scaling.
+
+    Attributes:
+        base: Base of the angles.
+        fraction: Fraction of the channels that is rotated.
+        scaling: How positions beyond those of training are read: `Yarn`, `Llama3` or another.
+    """
+
+    base: float = 10000.0
+    fraction: float = 1.0
+    scaling: RotaryScaling | None = None
+
+    def check(self, head_dim):
+        rotary_channels(head_dim, self.fraction)
+
+    def __call__(self, x, positions):
+        x = rotary(x, positions, self.base, self.fraction, self.scaling)
+        if self.scaling is None or self.scaling.attention_scale == 1:
+            return x
+        rotated = jnp.arange(x.shape[-1]) < rotary_channels(x.shape[-1], self.fraction)
+        return x * jnp.where(rotated, self.scaling.attention_scale, 1).astype(x.dtype)
+
+
 def rotary_2d(
     x: Float[Array, "*b t n h"],
     rows: Int[Array, "*#b t"],

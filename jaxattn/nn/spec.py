@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
 
 
 class Spec:
@@ -32,6 +34,7 @@ class Spec:
             raise TypeError(f"Spec: target must be a class or a function, got {target!r}")
         path = path_of(target)
         names = list(_parameters(target))
+        arguments = {name: _frozen(value) for name, value in arguments.items()}
         for name, value in arguments.items():
             if name not in names and not _takes_any(target):
                 near = difflib.get_close_matches(name, names, 1)
@@ -40,7 +43,7 @@ class Spec:
             if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value)):
                 raise TypeError(f"Spec of {path}: {name} holds an array, and a config holds none: {value!r}")
         object.__setattr__(self, "target", target)
-        object.__setattr__(self, "arguments", {name: _frozen(value) for name, value in arguments.items()})
+        object.__setattr__(self, "arguments", arguments)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Spec is frozen: need spec.replace({name}=...)")
@@ -92,6 +95,16 @@ def built(slot: Any, **sizes: Any) -> Any:
     return slot.build(**sizes) if isinstance(slot, Spec) else slot
 
 
+def owned(slot: Any) -> Any:
+    """A slot as an attribute of a module: parts with arrays are data, so that NNX sees their leaves."""
+    return slot if isinstance(slot, nnx.Module) else nnx.data(slot)
+
+
+def part_of(slot: Any) -> Any:
+    """The part that stands in a slot: a module makes it when called."""
+    return slot() if isinstance(slot, nnx.Module) else slot
+
+
 def path_of(target: Callable[..., Any]) -> str:
     """The dotted name under which the target is found. Raises TypeError if there is none."""
     owner = getattr(target, "__self__", None)
@@ -129,8 +142,10 @@ def from_plain(plain: Any) -> Any:
 def _read(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_read, value))
-    if not isinstance(value, Mapping) or "class_path" not in value:
+    if not isinstance(value, Mapping):
         return value
+    if "class_path" not in value:
+        raise ValueError(f"not a spec, nor a part: need class_path and init_args, got {value!r}")
     target = _found(value["class_path"])
     if isinstance(target, type) and hasattr(target, "__dataclass_fields__"):
         return target(**{name: _read(x) for name, x in (value.get("init_args") or {}).items()})
@@ -161,6 +176,9 @@ def _takes_any(target: Callable[..., Any]) -> bool:
 
 
 def _frozen(value: Any) -> Any:
+    """Lists as tuples, and numbers of NumPy as numbers."""
+    if isinstance(value, np.generic):
+        return value.item()
     return tuple(_frozen(each) for each in value) if isinstance(value, list | tuple) else value
 
 

@@ -1,0 +1,88 @@
+"""An encoder and a decoder that reads what it made: two transformers, as in T5 and Whisper."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float, Int, Shaped
+
+from jaxattn import nn
+from jaxattn.models.config import TransformerConfig
+from jaxattn.models.transformer import Transformer
+
+
+class EncoderDecoder(nnx.Module):
+    """logits of `decoder`, whose cross-attention reads the vectors of `encoder` (Vaswani et al., 2017).
+
+        context, records = model.encode(inputs)
+        logits, state, records = model.decoder(tokens, context=context)
+        models.generate(model.decoder, prompts, context=context, max_new_tokens=32)
+
+    Layers of the decoder have a branch with `nn.MultiHeadAttention(..., keys_from="context")`.
+
+    Args:
+        encoder: Its head must be None.
+        decoder: The decoder.
+        share_embedding: Whether both have one embedding (T5).
+        rngs: Streams for the initial parameters, and `dropout`.
+
+    Raises:
+        ValueError: For an encoder with a head, a decoder without cross-attention, and embeddings that differ where one
+            is shared.
+    """
+
+    def __init__(
+        self,
+        encoder: TransformerConfig,
+        decoder: TransformerConfig,
+        *,
+        share_embedding: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if encoder.head is not None:
+            raise ValueError(f"encoder has the head {encoder.head}: need None, so that it gives vectors")
+        self.encoder, self.decoder = Transformer(encoder, rngs=rngs), Transformer(decoder, rngs=rngs)
+        if not any(mixer.keys_from == "context" for run in self.decoder.runs for mixer in run.mixers):
+            raise ValueError("decoder has no cross-attention: need nn.MultiHeadAttention(..., keys_from='context')")
+        if share_embedding:
+            same = encoder.embed == decoder.embed and encoder.vocabulary == decoder.vocabulary
+            if not same or encoder.width != decoder.width:
+                raise ValueError("share_embedding is True, but the embeddings of encoder and decoder differ")
+            self.decoder.embed = self.encoder.embed
+
+    def encode(
+        self,
+        inputs: Shaped[Array, "b s ..."],
+        *,
+        positions: Int[Array, "#b s"] | None = None,
+        mask: Any = None,
+        edits: Mapping[str, Any] = {},
+        record: Any = (),
+    ) -> tuple[nn.Context, dict[str, Any]]:
+        """What the decoder reads, and records of the encoder; arguments as of `Transformer`.
+
+        Positions −1 are padding, which the decoder does not see either.
+        """
+        x, _, records = self.encoder(inputs, positions=positions, mask=mask, edits=edits, record=record)
+        return nn.Context(x, nn.Tokens.of(x, positions=positions, mask=mask)), records
+
+    def __call__(
+        self,
+        inputs: Shaped[Array, "b s ..."],
+        tokens: Int[Array, "b t"],
+        *,
+        input_positions: Int[Array, "#b s"] | None = None,
+        input_mask: Any = None,
+        **options: Any,
+    ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Any]]:
+        """(logits, state, records) of the decoder.
+
+        Args:
+            inputs: What the encoder reads.
+            tokens: What the decoder reads.
+            input_positions: As `positions`, of the inputs.
+            input_mask: As `mask`, of the inputs.
+            options: Other arguments of `Transformer`, for the decoder.
+        """
+        context, _ = self.encode(inputs, positions=input_positions, mask=input_mask)
+        return self.decoder(tokens, context=context, **options)

@@ -1,0 +1,1 @@
+"""Published models: their configs, and the names of their weights."""

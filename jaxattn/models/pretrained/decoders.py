@@ -1,0 +1,275 @@
+"""Published decoders: for each a config, from the numbers of its config.json, and a table of names of its weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxattn import nn
+from jaxattn.core.attend.maps import SoftCap
+from jaxattn.core.attend.mask import Window
+from jaxattn.core.attend.position import Llama3, Rotary, RotaryScaling
+from jaxattn.core.attend.score import Dot
+from jaxattn.models.config import Branch, Layer, TransformerConfig, pre_norm
+from jaxattn.models.pretrained.weights import Layout, Table, To, linear, norm, part_of_columns, transposed
+from jaxattn.nn.spec import Spec
+
+Published = Mapping[str, Any]
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+"""The published names of activations -> those of `nn.FeedForward`."""
+
+MIXER, BLOCK = "layers.*.branches.0", "layers.*.branches.1"
+
+
+def activation_of(name: str) -> str:
+    """The activation of `nn.FeedForward` that a config names.
+
+    Raises:
+        ValueError: For one that is not known.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"the activation {name!r} is not known: need one of {sorted(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def refuse(config: Published, **expected: Any) -> None:
+    """Raises ValueError for options of a config that no model here has, rather than leaving them out."""
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"config has {name}={config[name]!r}: need {value!r}")
+
+
+def gpt2(config: Published) -> TransformerConfig:
+    """GPT-2 (Radford et al., 2019): LayerNorm before, learned positions, biases everywhere, a tied head."""
+    refuse(config, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
+    around = Spec(nn.LayerNorm, eps=config["layer_norm_epsilon"])
+    attention = Spec(nn.MultiHeadAttention, heads=config["n_head"], position=None, use_bias=True)
+    block = Spec(
+        nn.FeedForward,
+        hidden=config.get("n_inner") or 4 * config["n_embd"],
+        activation=activation_of(config["activation_function"]),
+        gated=False,
+        use_bias=True,
+    )
+    return TransformerConfig(
+        vocabulary=config["vocab_size"],
+        length=config["n_positions"],
+        width=config["n_embd"],
+        layers=[pre_norm(attention, block, around)] * config["n_layer"],
+        positions=Spec(nn.PositionEmbedding),
+        norm=around,
+    )
+
+
+def gpt2_table(config: Published) -> Table:
+    """Names of GPT-2, whose maps are [in, out], with those of queries, keys and values side by side."""
+    layer, attention, block = "transformer.h.*", f"{MIXER}.module", f"{BLOCK}.module"
+    parts = {name: part_of_columns(i, 3) for i, name in enumerate(("query", "key", "value"))}
+    return (
+        {"transformer.wte.weight": [To("embed.table")], "transformer.wpe.weight": [To("positions.table")]}
+        | norm(f"{layer}.ln_1", f"{MIXER}.norm", bias=True)
+        | norm(f"{layer}.ln_2", f"{BLOCK}.norm", bias=True)
+        | norm("transformer.ln_f", "norm", bias=True)
+        | {f"{layer}.attn.c_attn.weight": [To(f"{attention}.{name}.kernel", each) for name, each in parts.items()]}
+        | {f"{layer}.attn.c_attn.bias": [To(f"{attention}.{name}.bias", each) for name, each in parts.items()]}
+        | {f"{layer}.attn.c_proj.weight": [To(f"{attention}.out.kernel")]}
+        | {f"{layer}.attn.c_proj.bias": [To(f"{attention}.out.bias")]}
+        | {f"{layer}.mlp.c_fc.weight": [To(f"{block}.up.kernel")]}
+        | {f"{layer}.mlp.c_fc.bias": [To(f"{block}.up.bias")]}
+        | {f"{layer}.mlp.c_proj.weight": [To(f"{block}.down.kernel")]}
+        | {f"{layer}.mlp.c_proj.bias": [To(f"{block}.down.bias")]}
+    )
+
+
+def rotary_scaling(config: Published) -> RotaryScaling | None:
+    """What a config says of positions beyond those of training.
+
+    Raises:
+        ValueError: For a kind that is not known.
+    """
+    said = config.get("rope_scaling") or {}
+    kind = said.get("rope_type", said.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"config has rope_scaling={said}: need rope_type 'default' or 'llama3'")
+    return Llama3(
+        said["factor"],
+        said["original_max_position_embeddings"],
+        said["low_freq_factor"],
+        said["high_freq_factor"],
+    )
+
+
+def llama(config: Published) -> TransformerConfig:
+    """Llama 3 (Dubey et al., 2024): RMSNorm before, rotary positions, grouped heads, gated blocks, no biases."""
+    refuse(config, attention_bias=False, mlp_bias=False)
+    return _llama_like(config)
+
+
+def qwen3(config: Published) -> TransformerConfig:
+    """Qwen 3 (Yang et al., 2025): Llama's layers with RMSNorm of the queries and keys of each head."""
+    refuse(config, attention_bias=False, use_sliding_window=False)
+    return _llama_like(config, qk_norm=Spec(nn.RMSNorm, eps=config["rms_norm_eps"]))
+
+
+def _llama_like(config: Published, **options: Any) -> TransformerConfig:
+    around = Spec(nn.RMSNorm, eps=config["rms_norm_eps"])
+    attention = Spec(nn.MultiHeadAttention, **_heads(config), **options)
+    block = Spec(
+        nn.FeedForward, hidden=config["intermediate_size"], activation=activation_of(config["hidden_act"]), gated=True
+    )
+    return TransformerConfig(
+        vocabulary=config["vocab_size"],
+        length=config["max_position_embeddings"],
+        width=config["hidden_size"],
+        layers=[pre_norm(attention, block, around)] * config["num_hidden_layers"],
+        norm=around,
+        head=Spec(nn.Head, tied=config["tie_word_embeddings"]),
+    )
+
+
+def _heads(config: Published) -> dict[str, Any]:
+    """Sizes of grouped attention with rotary positions."""
+    heads = config["num_attention_heads"]
+    return {
+        "heads": heads,
+        "key_heads": config["num_key_value_heads"],
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "position": Rotary(float(config["rope_theta"]), scaling=rotary_scaling(config)),
+    }
+
+
+def llama_table(config: Published) -> Table:
+    """Names of Llama."""
+    return _llama_names(config) | _norms_before()
+
+
+def qwen3_table(config: Published) -> Table:
+    """Names of Qwen 3: those of Llama, and of the norms of queries and keys."""
+    attention = "model.layers.*.self_attn"
+    return (
+        llama_table(config)
+        | norm(f"{attention}.q_norm", f"{MIXER}.module.query_norm")
+        | norm(f"{attention}.k_norm", f"{MIXER}.module.key_norm")
+    )
+
+
+def _llama_names(config: Published) -> dict[str, Any]:
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+    blocks = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    table: dict[str, Any] = {"model.embed_tokens.weight": [To("embed.table")]} | norm("model.norm", "norm")
+    for ours, name in names.items():
+        table |= linear(f"model.layers.*.self_attn.{name}", f"{MIXER}.module.{ours}")
+    for ours, name in blocks.items():
+        table |= linear(f"model.layers.*.mlp.{name}", f"{BLOCK}.module.{ours}")
+    return table if config.get("tie_word_embeddings", True) else table | linear("lm_head", "head.map")
+
+
+def _norms_before() -> dict[str, Any]:
+    return norm("model.layers.*.input_layernorm", f"{MIXER}.norm") | norm(
+        "model.layers.*.post_attention_layernorm", f"{BLOCK}.norm"
+    )
+
+
+def gemma2(config: Published) -> TransformerConfig:
+    """Gemma 2 (Gemma Team, 2024): norms with gains 1 + g before and after, capped scores and logits, and a window in
+    every other layer, beginning with the first."""
+    refuse(config, attention_bias=False, tie_word_embeddings=True)
+    around = Spec(nn.RMSNorm, eps=config["rms_norm_eps"], offset=1.0)
+    cap = config["attn_logit_softcapping"]
+    attention = Spec(
+        nn.MultiHeadAttention,
+        **_heads(config),
+        score=Dot(config["query_pre_attn_scalar"] ** -0.5),
+        score_maps=() if cap is None else (SoftCap(cap),),
+    )
+    block = Spec(
+        nn.FeedForward,
+        hidden=config["intermediate_size"],
+        activation=activation_of(config.get("hidden_activation") or config["hidden_act"]),
+        gated=True,
+    )
+    near = attention.replace(mask=Window(config["sliding_window"] - 1))
+
+    def layer(mixer: Spec) -> Layer:
+        return Layer([Branch(each, around, norm_after=around) for each in (mixer, block)])
+
+    return TransformerConfig(
+        vocabulary=config["vocab_size"],
+        length=config["max_position_embeddings"],
+        width=config["hidden_size"],
+        layers=[layer(attention if number % 2 else near) for number in range(config["num_hidden_layers"])],
+        embed=Spec(nn.TokenEmbedding, scale=config["hidden_size"] ** 0.5),
+        norm=around,
+        head=Spec(nn.Head, tied=True, cap=config["final_logit_softcapping"]),
+    )
+
+
+def gemma2_table(config: Published) -> Table:
+    """Names of Gemma 2: those of Llama, with four norms in each layer."""
+    layer = "model.layers.*"
+    return (
+        _llama_names(config)
+        | norm(f"{layer}.input_layernorm", f"{MIXER}.norm")
+        | norm(f"{layer}.post_attention_layernorm", f"{MIXER}.norm_after")
+        | norm(f"{layer}.pre_feedforward_layernorm", f"{BLOCK}.norm")
+        | norm(f"{layer}.post_feedforward_layernorm", f"{BLOCK}.norm_after")
+    )
+
+
+def gpt_neox(config: Published) -> TransformerConfig:
+    """GPT-NeoX (Black et al., 2022) and Pythia: attention and feed-forward block in parallel, part of the channels
+    rotated."""
+    refuse(config, attention_bias=True, rope_scaling=None)
+    around = Spec(nn.LayerNorm, eps=config["layer_norm_eps"])
+    attention = Spec(
+        nn.MultiHeadAttention,
+        heads=config["num_attention_heads"],
+        position=Rotary(float(config["rotary_emb_base"]), config["rotary_pct"]),
+        use_bias=True,
+    )
+    block = Spec(
+        nn.FeedForward,
+        hidden=config["intermediate_size"],
+        activation=activation_of(config["hidden_act"]),
+        gated=False,
+        use_bias=True,
+    )
+    layer = Layer([Branch(attention, around), Branch(block, around)], parallel=config["use_parallel_residual"])
+    return TransformerConfig(
+        vocabulary=config["vocab_size"],
+        length=config["max_position_embeddings"],
+        width=config["hidden_size"],
+        layers=[layer] * config["num_hidden_layers"],
+        norm=around,
+        head=Spec(nn.Head, tied=config["tie_word_embeddings"]),
+    )
+
+
+def gpt_neox_table(config: Published) -> Table:
+    """Names of GPT-NeoX, whose map of queries, keys and values has the three of each head side by side."""
+    heads, layer = config["num_attention_heads"], "gpt_neox.layers.*"
+
+    def of(index: int) -> Layout:
+        return lambda x: x.reshape(heads, 3, -1, *x.shape[1:])[:, index].reshape(-1, *x.shape[1:]).T
+
+    names = ("query", "key", "value")
+    fused = f"{layer}.attention.query_key_value"
+    kernels = [To(f"{MIXER}.module.{name}.kernel", of(i)) for i, name in enumerate(names)]
+    biases = [To(f"{MIXER}.module.{name}.bias", of(i)) for i, name in enumerate(names)]
+    table = (
+        {"gpt_neox.embed_in.weight": [To("embed.table")], f"{fused}.weight": kernels, f"{fused}.bias": biases}
+        | norm(f"{layer}.input_layernorm", f"{MIXER}.norm", bias=True)
+        | norm(f"{layer}.post_attention_layernorm", f"{BLOCK}.norm", bias=True)
+        | norm("gpt_neox.final_layer_norm", "norm", bias=True)
+        | linear(f"{layer}.attention.dense", f"{MIXER}.module.out", bias=True)
+        | linear(f"{layer}.mlp.dense_h_to_4h", f"{BLOCK}.module.up", bias=True)
+        | linear(f"{layer}.mlp.dense_4h_to_h", f"{BLOCK}.module.down", bias=True)
+    )
+    return table if config["tie_word_embeddings"] else table | {"embed_out.weight": [To("head.map.kernel", transposed)]}

@@ -1,0 +1,406 @@
+"""The model that decoders, encoders and vision models are configurations of: embedding, layers, final norm, head."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Shaped
+
+from jaxattn import nn
+from jaxattn.cache import Policy, check_room
+from jaxattn.core.attend.mask import Causal, Documents, anded, as_mask, documents_of
+from jaxattn.core.attend.measure import Measure
+from jaxattn.core.checks import check_array
+from jaxattn.models.config import Branch, Layer, TransformerConfig
+from jaxattn.nn.parameter import undecayed
+from jaxattn.nn.recurrent import as_mixer
+from jaxattn.nn.spec import built, owned, part_of
+from jaxattn.nn.tap import OF_MODEL, At, Tap, as_edits, as_records, scanned
+from jaxattn.nn.tokens import Tokens
+
+DOCUMENTS = 8  # how many of them may be packed in a row behind meta tokens: each has its own
+
+
+class Residual(nnx.Module):
+    """x + scale ⊙ norm_after(module(norm(x))), and then norm_sum of that: what a `Branch` says."""
+
+    def __init__(self, spec: Branch, features: int, dtype: Any, rngs: nnx.Rngs):
+        sizes: dict[str, Any] = {"features": features, "dtype": dtype, "rngs": rngs}
+        self.norm = built(spec.norm, **sizes)
+        self.module: Any = as_mixer(spec.module, **sizes)
+        self.norm_after, self.norm_sum = built(spec.norm_after, **sizes), built(spec.norm_sum, **sizes)
+        self.scale = None if spec.scale is None else undecayed(jnp.full(features, float(spec.scale)))
+        self.name = spec.name
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it moves information between tokens."""
+        return isinstance(self.module, nn.Mixer)
+
+    @property
+    def adds(self) -> str:
+        """The site of what it adds to the residual stream."""
+        return self.site("attn_out" if self.mixes else "mlp_out")
+
+    def site(self, name: str) -> str:
+        """The name that a site has in the layer."""
+        return f"{self.name}.{name}" if self.name else name
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """The sites of the module, without what it adds."""
+        own = self.module.sites if self.mixes else ("mlp_pre", "mlp_post")
+        return tuple(site for site in own if site != "attn_out")
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that it has, in the order in which it comes to them."""
+        norm, after = ((self._scale,), ()) if self.norm is not None else ((), (self._scale,))
+        after = after if self.norm_sum is not None else ()
+        return (*norm, *map(self.site, self.inside), self.adds, *after)
+
+    @property
+    def recorded_only(self) -> tuple[str, ...]:
+        """Those of them that take no edits."""
+        return tuple(map(self.site, self.module.recorded_only)) if self.mixes else ()
+
+    @property
+    def _scale(self) -> str:
+        return self.site("mixer_norm_scale" if self.mixes else "mlp_norm_scale")
+
+    def added(self, x, tokens, tap, state, context, give):
+        """(what is added to x, state)."""
+        inside = tap.renamed({self.site(name): name for name in self.inside})
+        y = x if self.norm is None else self.norm(x, tap, self._scale)
+        if self.mixes:
+            more = {} if give is None else {"give": give}
+            y, state = self.module(y, tokens, inside, state, context, **more)
+        else:
+            y = self.module(y, inside)
+        y = y if self.norm_after is None else self.norm_after(y)
+        return tap(self.adds, y if self.scale is None else self.scale[...] * y), state
+
+    def closed(self, x, tap):
+        """The sum as the next branch reads it."""
+        if self.norm_sum is None:
+            return x
+        return self.norm_sum(x, tap, self._scale) if self.norm is None else self.norm_sum(x)
+
+
+class Block(nnx.Module):
+    """Residual branches in sequence or in parallel: what a `Layer` says."""
+
+    def __init__(self, spec: Layer, features: int, dtype: Any, rngs: nnx.Rngs):
+        self.deterministic, self.parallel = False, spec.parallel
+        self.branches = nnx.List([Residual(branch, features, dtype, rngs) for branch in spec.branches])
+        for site in self.sites:
+            if self.sites.count(site) > 1:
+                raise ValueError(
+                    f"branches have the site {site!r} {self.sites.count(site)} times: need Branch(..., name=...) for "
+                    "all but one of them"
+                )
+
+    @property
+    def mixers(self) -> list[Any]:
+        """The mixers, each of which has a state."""
+        return [branch.module for branch in self.branches if branch.mixes]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites of the layer, in the order in which it comes to them."""
+        found = ["resid_pre"]
+        for number, branch in enumerate(self.branches):
+            found += branch.sites
+            if not self.parallel and branch.mixes and number < len(self.branches) - 1:
+                found.append(branch.site("resid_mid"))
+        return (*found, "resid")
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """The sites that take edits."""
+        kept = {site for branch in self.branches for site in branch.recorded_only}
+        return tuple(site for site in self.sites if site not in kept)
+
+    def keeps(self, site: str, reducer: Any) -> bool:
+        """Whether this layer has such a record. Measures are of the weights of attention."""
+        scores = site.removesuffix("weights") + "scores"
+        return site in self.sites and (scores in self.sites or not isinstance(reducer, Measure))
+
+    def __call__(self, x, tokens, tap, states, shared, give, context):
+        x = total = tap("resid_pre", x)
+        states = None if states is None else list(states)
+        mixer = 0
+        for number, branch in enumerate(self.branches):
+            held, read, of, given = None, None, tokens, None
+            if branch.mixes:
+                held = None if states is None else states[mixer]
+                kind = branch.module.keys_from
+                read = {"layer": shared, "context": context}.get(kind)
+                of = _across(tokens, context) if kind == "context" else tokens
+                given = give if kind == "self" else None
+            y, held = branch.added(x, of, tap, held, read, given)
+            total = total + y
+            if branch.mixes:
+                if states is not None:
+                    states[mixer] = held
+                mixer += 1
+            if not self.parallel:
+                x = total = branch.closed(total, tap)
+                if branch.mixes and number < len(self.branches) - 1:
+                    x = total = tap(branch.site("resid_mid"), x)
+        return tap("resid", total), None if states is None else tuple(states)
+
+
+def _across(tokens: Tokens, context: Any) -> Tokens:
+    """The tokens as cross-attention sees them: of their mask only which document each is in."""
+    other = getattr(context, "tokens", None)
+    ids, others = documents_of(tokens.mask), None if other is None else documents_of(other.mask)
+    if context is not None and (ids is None) != (others is None):
+        raise ValueError("mask has documents on one side of cross-attention only: need them on both sides, or on none")
+    mask = None if ids is None or others is None else Documents(ids, others)
+    return dataclasses.replace(tokens, mask=mask, bias=None)
+
+
+class Transformer(nnx.Module):
+    """logits [B, T, vocabulary] from tokens [B, T], vectors, an image or frames: what a `TransformerConfig` says.
+
+    Layers with equal specs that stand side by side are one module with a leading layer axis on its arrays, scanned.
+
+    Args:
+        config: What the model is made of.
+        rngs: Streams for the initial parameters, and `dropout`.
+
+    Raises:
+        ValueError: For a tied head without a table of tokens, a layer that reads the keys of a layer before that has
+            none, and what the modules refuse.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        if config.dtype == "float64" and not jax.config.jax_enable_x64:
+            raise ValueError(
+                "dtype is 'float64' but JAX computes in 32 bits: need jax.config.update('jax_enable_x64', True)"
+            )
+        self.config = config
+        sizes: dict[str, Any] = {"vocabulary": config.vocabulary, "length": config.length, "rngs": rngs}
+        sizes |= {"features": config.width}
+        self.embed: Any = built(config.embed, **sizes)
+        self.positions, self.embed_norm = built(config.positions, **sizes), built(config.embed_norm, **sizes)
+        self.bias = owned(built(config.bias, **sizes))
+        runs = [(spec, len(list(run))) for spec, run in itertools.groupby(config.layers)]
+        self.lengths = tuple(length for _, length in runs)
+        self.runs = nnx.List([_stack(spec, length, config, rngs) for spec, length in runs])
+        kinds = [{mixer.keys_from for mixer in run.mixers} for run in self.runs]
+        self.reads = tuple("layer" in kind for kind in kinds)  # keys of a run before
+        for number, (before, kind) in enumerate(itertools.pairwise([set(), *kinds])):
+            if "layer" in kind and not before & {"self", "layer"}:
+                first = sum(self.lengths[:number])
+                raise ValueError(f"layers[{first}] shares the keys of the layer before it, which has none")
+        meta = (config.meta_tokens, config.width)
+        self.meta = undecayed(jax.random.normal(rngs.params(), meta) * 0.02) if config.meta_tokens else None
+        self.norm: Any = built(config.norm, **sizes)
+        self.head: Any = built(config.head, **sizes)
+        if getattr(self.head, "tied", False) and not isinstance(self.embed, nn.TokenEmbedding):
+            raise ValueError(f"head is {config.head} but embed is {config.embed}: need tied=False without token ids")
+
+    def __call__(
+        self,
+        inputs: Shaped[Array, "b t ..."],
+        *,
+        positions: Int[Array, "#b t"] | None = None,
+        mask: Any = None,
+        types: Int[Array, "#b t"] | None = None,
+        state: Any = None,
+        context: Any = None,
+        edits: Mapping[str, Any] = {},
+        record: Any = (),
+    ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Any]]:
+        """(logits, state, records).
+
+        Args:
+            inputs: What the embedding reads: by default tokens [B, T], ints. Tokens outside the vocabulary, negative
+                ones among them, give NaN logits there and wherever they are seen; those of padding are not read.
+            positions: [B, T] or [T], default 0..T−1, or after the last one in `state`; −1 is padding.
+            mask: And-ed with each layer's own; `Documents(ids)` for packed documents.
+            types: Token types [B, T] or [1, T], for embeddings that have a table of them.
+            state: From `init_state` when decoding.
+            context: `nn.Context`, or an array [B, S, C]: what cross-attention reads. With a state it is needed in the
+                first call only: the state keeps its keys.
+            edits: Site of `trace.SITES` -> what is changed there: an edit, or several in a tuple that act one after
+                the other. An edit is shared by all layers that have the site; `Layers(edit)` has arrays by layer, and
+                {layer: edit} acts in single layers. Sites of a branch with a name are `name.site`.
+            record: Names of sites, each kept whole; or name -> (site, reducer). Records of layers have a leading layer
+                axis; they are a list by layer, with None for layers without the site, where shapes differ.
+
+        With meta tokens, what is recorded in the layers covers the row that begins with them, and edits leave them as
+        they are. A packed row may then hold 8 documents: one of more is NaN.
+
+        Raises:
+            TypeError: For inputs that the embedding does not read, and for what is no edit or reducer.
+            ValueError: For empty inputs, unknown sites, sites that no layer has, edits without a layer axis, and layers
+                that there are not.
+        """
+        check_array("inputs", inputs)
+        if 0 in inputs.shape:
+            raise ValueError(f"inputs has shape {inputs.shape}: need at least one row of at least one token")
+        changes, asked = as_edits(edits, sum(self.lengths)), as_records(record)
+        x = self.embed(inputs, positions, types)
+        row = self.tokens(x, positions=positions, mask=mask, state=state)
+        of_model = {site: each for site, each in changes.items() if site in OF_MODEL}
+        tap = Tap(of_model, {name: each for name, each in asked.items() if each[0] in OF_MODEL}).at(row)
+        x = x if self.positions is None else x + self.positions(row.positions)
+        x = tap("embed", x if self.embed_norm is None else self.embed_norm(x))
+        strip: Callable[[Array], Array] = lambda y: y  # noqa: E731
+        if self.meta is not None and state is None:
+            x, row, strip = nn.with_prefix(self.meta[...], x, row, DOCUMENTS)
+        elif self.meta is not None:
+            row = nn.behind_prefix(row, len(x), self.config.meta_tokens)
+        asked = {name: each for name, each in asked.items() if each[0] not in OF_MODEL}
+        changes = {site: each for site, each in changes.items() if site not in OF_MODEL}
+        x, state, records = self.layers(x, row, state=state, context=context, edits=changes, record=asked)
+        x = strip(x)
+        x = tap("final_norm", x if self.norm is None else self.norm(x, tap, "final_norm_scale"))
+        logits = tap("logits", x if self.head is None else self.head(x, self.embed))
+        return logits, state, tap.records | records
+
+    def tokens(self, x: Float[Array, "b t d"], *, positions: Any = None, mask: Any = None, state: Any = None) -> Tokens:
+        """What stands where in one call, as all layers see it: with the mask and the bias that they share."""
+        after = None if state is None else self.reached(state)
+        mask = as_mask(mask)
+        if self.config.causal and not any(isinstance(term, Causal) for term in anded(mask)):
+            mask = Causal() if mask is None else Causal() & mask
+        row = Tokens.of(x, positions=positions, mask=mask, after=after)
+        return row if self.bias is None else dataclasses.replace(row, bias=part_of(self.bias))
+
+    def reached(self, state: Any) -> Int[Array, " b"]:
+        """The position after the last token that a state holds, not counting meta tokens."""
+        graph, arrays = nnx.split(self.runs[0])
+        mixers = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixers
+        pairs = zip(mixers, state[0], strict=True)
+        mixer, held = next(((each, held) for each, held in pairs if each.keys_from not in ("layer", "context")))
+        return mixer.reached(jax.tree.map(lambda x: x[0], held)) - self.config.meta_tokens
+
+    def layers(
+        self,
+        x: Float[Array, "b t d"],
+        tokens: Tokens | None = None,
+        *,
+        state: Any = None,
+        context: Any = None,
+        edits: Mapping[str, Any] = {},
+        record: Any = (),
+    ) -> tuple[Float[Array, "b t d"], Any, dict[str, Any]]:
+        """(x after all layers, state, records): the model between embedding and final norm, without its meta tokens."""
+        if tokens is None:
+            tokens = self.tokens(x, state=state)
+            tokens = tokens if state is None else tokens.moved(tokens.positions + self.config.meta_tokens)
+        context = nn.Context(context) if hasattr(context, "dtype") else context
+        check_room(state, tokens.positions)  # here, since the layers are traced
+        changes, asked = as_edits(edits, sum(self.lengths)), as_records(record)
+        self._check_sites(changes, asked)
+        states, recorded = [], []
+        shared: nn.KeyValue | None = None
+        first = 0
+        for number, (run, length) in enumerate(zip(self.runs, self.lengths, strict=True)):
+            gives = not self.reads[number] and self.reads[number + 1 : number + 2] == (True,)
+            given = shared if self.reads[number] else None
+            of_run = {name: each for name, each in asked.items() if run.keeps(*each)}
+            sliced, edits_of = scanned(changes, first, length, run.edited)
+
+            # Scanned as plain arrays: unlike `nnx.scan` this also works where the model is a constant of a JAX loop.
+            graph, arrays = nnx.split(run)
+
+            def layer(carry, slices, graph=graph, given=given, of_run=of_run, edits_of=edits_of, gives=gives):
+                x, keys = carry
+                arrays, state, edits = slices
+                block = nnx.merge(graph, arrays)
+                tap = Tap(edits_of(edits), of_run).at(tokens)
+                give: dict[str, Any] | None = {} if gives else None
+                x, state = block(x, tokens, tap, state, given, give, context)
+                keys = keys if give is None else give["keys"]
+                return (x, keys), (state, tap.records, nnx.state(block, nnx.RngCount))
+
+            own = arrays, None if state is None else state[number], sliced
+            keys = None
+            if gives:  # what the carry begins with has the shapes of what the first layer gives
+                one = jax.tree.map(lambda x: x[0], own)
+                shapes = jax.eval_shape(lambda x, one, layer=layer: layer((x, None), one)[0][1], x, one)
+                keys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (x, keys), (new_state, records, counts) = jax.lax.scan(layer, (x, keys), own)
+            shared = keys if gives else shared  # several runs may read the same keys
+            first += length
+            if not run.deterministic:
+                nnx.update(run, counts)
+            states.append(new_state)
+            recorded.append(records)
+        return x, None if state is None else tuple(states), _join(recorded, self.lengths)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All sites of the model, in the order in which it comes to them."""
+        of_layers = dict.fromkeys(site for run in self.runs for site in run.sites)
+        of_norm = () if self.norm is None else ("final_norm_scale",)
+        return ("embed", *of_layers, *of_norm, "final_norm", "logits")
+
+    def _check_sites(self, edits: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        by_layer = [run.edited for run, length in zip(self.runs, self.lengths, strict=True) for _ in range(length)]
+        for name, (site, reducer) in record.items():
+            if not any(run.keeps(site, reducer) for run in self.runs):
+                raise ValueError(f"record {name!r} is of {site!r}, which no layer has: need one of {list(self.sites)}")
+        for site, entries in edits.items():
+            for entry in entries:
+                one = isinstance(entry, At)
+                if not any(site in sites for sites in (by_layer[entry.layer : entry.layer + 1] if one else by_layer)):
+                    where = f"layer {entry.layer} does not have" if one else "no layer has"
+                    raise ValueError(f"edits has the site {site!r}, which {where}: need one of {list(self.sites)}")
+
+    def init_state(self, batch: int, capacity: int, store: Policy | None = None) -> Any:
+        """What decoding sequences of at most `capacity` tokens starts from: by run of layers, the states of its mixers.
+
+        A token beyond the capacity raises ValueError where its position is known, and its logits are NaN under `jit`,
+        but for models whose every layer is a window or has a state of fixed size: they go on.
+        """
+
+        def stacked(run: Block, length: int) -> Any:
+            graph, arrays = nnx.split(run)
+            mixers = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixers
+            one = tuple(mixer.init_state(batch, capacity, store) for mixer in mixers)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (length, *x.shape)), one)
+
+        capacity += self.config.meta_tokens
+        state = tuple(stacked(run, length) for run, length in zip(self.runs, self.lengths, strict=True))
+        if self.meta is None:
+            return state
+        meta = jnp.broadcast_to(self.meta[...], (batch, *self.meta.shape))
+        return self.layers(meta, state=state)[1]
+
+
+def _stack(spec: Layer, length: int, config: TransformerConfig, rngs: nnx.Rngs) -> Block:
+    """`length` layers of one spec as one module, every array with a leading layer axis."""
+
+    @nnx.split_rngs(splits=length)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs: nnx.Rngs) -> Block:
+        return Block(spec, config.width, jnp.dtype(config.dtype), rngs)
+
+    return create(rngs)
+
+
+def _join(recorded: list[dict[str, Any]], lengths: tuple[int, ...]) -> dict[str, Any]:
+    """Records of runs [layers, ...] as records of the model: [L, ...] where shapes agree, else a list by layer."""
+    joined: dict[str, Any] = {}
+    for name in dict.fromkeys(itertools.chain(*recorded)):
+        of_runs = [records.get(name) for records in recorded]
+        kinds = {tuple((x.shape[1:], x.dtype) for x in jax.tree.leaves(each)) for each in of_runs}
+        if None not in of_runs and len(kinds) == 1:
+            joined[name] = jax.tree.map(lambda *x: jnp.concatenate(x), *of_runs)
+            continue
+        joined[name] = [
+            None if each is None else jax.tree.map(lambda x, layer=layer: x[layer], each)
+            for each, length in zip(of_runs, lengths, strict=True)
+            for layer in range(length)
+        ]
+    return joined

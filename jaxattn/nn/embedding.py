@@ -1,0 +1,291 @@
+"""What goes into a model and what comes out: token tables, vectors, patches, audio frames, positions, heads.
+
+The first layer reads `embed(inputs, positions, types)` [B, T, D]; `positions` and `types` may be None.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxattn.core.attend.position import LearnedPositions, sinusoidal
+from jaxattn.core.checks import as_ids, check_array
+from jaxattn.nn.parameter import decayed, linear_map, undecayed
+from jaxattn.nn.tokens import Tokens
+
+
+class TokenEmbedding(nnx.Module):
+    """x_t = scale · table[token_t] + type_table[type_t].
+
+    Args:
+        vocabulary: Number of token ids.
+        features: Channels D.
+        types: Number of token types, such as the two segments of BERT; 0 for none.
+        scale: Factor of the table, such as √D in Gemma.
+        rngs: Streams for the initial parameters.
+    """
+
+    def __init__(self, vocabulary: int, features: int, *, types: int = 0, scale: float = 1.0, rngs: nnx.Rngs):
+        self.scale = scale
+        self.table = decayed(_small(rngs, vocabulary, features))
+        self.types = decayed(_small(rngs, types, features)) if types else None
+
+    def __call__(
+        self,
+        inputs: Int[Array, "b t"],
+        positions: Int[Array, "#b t"] | None = None,
+        types: Int[Array, "#b t"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """x of tokens [B, T].
+
+        Args:
+            inputs: Token ids. One outside the vocabulary gives NaN, but where its position says that it is padding.
+            positions: Where the tokens stand; −1 is padding.
+            types: The type of each token, by default 0; one that is not in the table gives NaN.
+
+        Raises:
+            TypeError: For tokens or types that are not integers.
+            ValueError: For types if there is no table of them.
+        """
+        check_array("tokens", inputs)
+        if not jnp.issubdtype(inputs.dtype, jnp.integer) or inputs.ndim != 2:
+            raise TypeError(f"tokens must be integers [batch, length], got {_said(inputs)}")
+        padding = jnp.zeros((), bool) if positions is None else Tokens.of(inputs, positions=positions).positions < 0
+        x = self.scale * _rows(self.table[...], as_ids(inputs), padding)
+        if self.types is None:
+            if types is not None:
+                raise ValueError("types are given, but the embedding has no table of them: need types=None")
+            return x
+        types = jnp.zeros((1, inputs.shape[1]), jnp.int32) if types is None else types
+        if not hasattr(types, "dtype") or not jnp.issubdtype(types.dtype, jnp.integer):
+            raise TypeError(f"types must be integers [batch, length], got {types!r}")
+        return x + _rows(self.types[...], as_ids(types), padding)
+
+
+class VectorEmbedding(nnx.Module):
+    """x_t = W input_t + b, of vectors.
+
+    Args:
+        inputs: Channels of the vectors.
+        features: Channels D.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: For no channels.
+    """
+
+    def __init__(self, inputs: int, features: int, *, rngs: nnx.Rngs):
+        if inputs < 1:
+            raise ValueError(f"inputs must be at least 1, got {inputs}")
+        self.channels = inputs
+        self.map = linear_map(inputs, features, None, rngs, use_bias=True, role="decayed")
+
+    def __call__(self, inputs: Float[Array, "b t c"], positions: Any = None, types: Any = None) -> Array:
+        """x of vectors [B, T, C].
+
+        Raises:
+            TypeError: For what is no such array.
+            ValueError: For types, which vectors do not have.
+        """
+        check_array("inputs", inputs)
+        _check_inputs(inputs, 3, self.channels, "vectors [batch, length, {}]", types)
+        return self.map(inputs)
+
+
+class PatchEmbedding(nnx.Module):
+    """x = [c; W patch_1 + b; W patch_2 + b; …] of an image, row by row (ViT, Dosovitskiy et al., 2021).
+
+    Args:
+        features: Channels D.
+        patch: Height and width of a patch, in pixels.
+        channels: Channels of the image.
+        class_token: Whether a learned token c stands before the patches.
+        rngs: Streams for the initial parameters.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        patch: Sequence[int] = (16, 16),
+        channels: int = 3,
+        class_token: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        if len(patch) != 2 or min(patch) < 1:
+            raise ValueError(f"patch is {patch}: need the height and the width of a patch, from 1 on")
+        self.patch, self.channels = tuple(patch), channels
+        self.map = linear_map(patch[0] * patch[1] * channels, features, None, rngs, use_bias=True, role="decayed")
+        self.class_token = decayed(_small(rngs, 1, features)) if class_token else None
+
+    def __call__(self, inputs: Float[Array, "b y x c"], positions: Any = None, types: Any = None) -> Array:
+        """x of images [B, height, width, channels].
+
+        Raises:
+            TypeError: For what is no such array.
+            ValueError: For an image that the patches do not fill, and for types, which patches do not have.
+        """
+        check_array("inputs", inputs)
+        _check_inputs(inputs, 4, self.channels, "images [batch, height, width, {}]", types)
+        batch, height, width, _ = inputs.shape
+        high, wide = self.patch
+        if height % high or width % wide:
+            raise ValueError(f"inputs are images of {height} by {width}: need multiples of the patch, {high} by {wide}")
+        patches = inputs.reshape(batch, height // high, high, width // wide, wide, self.channels).swapaxes(2, 3)
+        x = self.map(patches.reshape(batch, (height // high) * (width // wide), -1))
+        if self.class_token is None:
+            return x
+        first = jnp.broadcast_to(self.class_token[...], (batch, 1, x.shape[-1])).astype(x.dtype)
+        return jnp.concatenate([first, x], 1)
+
+
+class AudioEmbedding(nnx.Module):
+    """x = gelu(conv₂(gelu(conv₁(frames)))): two convolutions over 3 frames, the second with stride 2.
+
+    Log-mel frames as Whisper reads them (Radford et al., 2023); T frames become ⌈T / 2⌉ vectors.
+
+    Args:
+        features: Channels D.
+        channels: Mel bins.
+        rngs: Streams for the initial parameters.
+    """
+
+    def __init__(self, features: int, *, channels: int = 80, rngs: nnx.Rngs):
+        self.channels = channels
+        roles: dict[str, Any] = {"kernel_metadata": {"role": "decayed"}, "bias_metadata": {"role": "undecayed"}}
+        self.first = nnx.Conv(channels, features, 3, padding=1, **roles, rngs=rngs)
+        self.second = nnx.Conv(features, features, 3, strides=2, padding=1, **roles, rngs=rngs)
+
+    def __call__(self, inputs: Float[Array, "b t c"], positions: Any = None, types: Any = None) -> Array:
+        """x of frames [B, T, channels].
+
+        Raises:
+            TypeError: For what is no such array.
+            ValueError: For types, which frames do not have.
+        """
+        check_array("inputs", inputs)
+        _check_inputs(inputs, 3, self.channels, "frames [batch, length, {}]", types)
+        return nnx.gelu(self.second(nnx.gelu(self.first(inputs), approximate=False)), approximate=False)
+
+
+class PositionEmbedding(nnx.Module):
+    """A learned vector for each of `length` positions, which is added to the input (Gehring et al., 2017).
+
+    Args:
+        length: Number of positions.
+        features: Channels D.
+        rngs: Streams for the initial parameters.
+    """
+
+    def __init__(self, length: int, features: int, *, rngs: nnx.Rngs):
+        self.table = decayed(_small(rngs, length, features))
+
+    def __call__(self, positions: Int[Array, "#b t"]) -> Float[Array, "#b t d"]:
+        """What is added at these positions: 0 at −1 (padding), and NaN beyond the table.
+
+        Raises:
+            ValueError: For more tokens than the table has positions.
+        """
+        length = self.table.shape[0]
+        if positions.shape[-1] > length:
+            raise ValueError(f"there are {positions.shape[-1]} tokens: need at most {length}, the learned positions")
+        x = LearnedPositions(self.table[...])(positions)
+        return jnp.where((positions >= length)[..., None], jnp.nan, x)
+
+
+class SinusoidalEmbedding(nnx.Module):
+    """`sinusoidal` positions, which are added to the input (Vaswani et al., 2017).
+
+    Args:
+        features: Channels D.
+        base: Base of the wavelengths.
+    """
+
+    def __init__(self, features: int, *, base: float = 10000.0):
+        self.features, self.base = features, base
+
+    def __call__(self, positions: Int[Array, "#b t"]) -> Float[Array, "#b t d"]:
+        """What is added at these positions: 0 at −1 (padding)."""
+        return sinusoidal(positions, self.features, self.base)
+
+
+class Head(nnx.Module):
+    """logits = scale · W x + b, and with a cap c, c tanh(logits / c).
+
+    Args:
+        features: Channels D.
+        vocabulary: Number of outputs.
+        tied: Whether W is the table of the `TokenEmbedding` (Press & Wolf, 2017).
+        use_bias: Whether there is b.
+        scale: Of x, such as D^−½ in T5.
+        cap: The cap (Gemma 2, 2024), above 0.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: For a cap that is not positive.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        vocabulary: int,
+        *,
+        tied: bool = False,
+        use_bias: bool = False,
+        scale: float = 1.0,
+        cap: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if cap is not None and not cap > 0:
+            raise ValueError(f"cap must be positive, or None, got {cap}")
+        self.tied, self.scale, self.cap = tied, scale, cap
+        self.map = None if tied else linear_map(features, vocabulary, None, rngs, role="decayed")
+        self.bias = undecayed(jnp.zeros(vocabulary)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "b t d"], embed: Any) -> Float[Array, "b t vocabulary"]:
+        """The logits. `embed` is the embedding of the model."""
+        x = x if self.scale == 1 else x * self.scale
+        logits: Any = jnp.einsum("...d,vd->...v", x, embed.table[...]) if self.map is None else self.map(x)
+        logits = logits if self.bias is None else logits + self.bias[...]
+        return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
+
+
+class Pooler(nnx.Module):
+    """tanh(W x_0 + b) of the first token: the vector [B, D] that BERT makes of a text (Devlin et al., 2019).
+
+    Args:
+        features: Channels D.
+        rngs: Streams for the initial parameters.
+    """
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.map = linear_map(features, features, None, rngs, use_bias=True)
+
+    def __call__(self, x: Float[Array, "b t d"], embed: Any) -> Float[Array, "b d"]:
+        """The vector of each row."""
+        return jnp.tanh(self.map(x[:, 0]))
+
+
+def _small(rngs: nnx.Rngs, *shape: int) -> Array:
+    return 0.02 * jax.random.normal(rngs.params(), shape)
+
+
+def _rows(table: Float[Array, "v d"], ids: Int[Array, "#b t"], padding: Array) -> Float[Array, "b t d"]:
+    """Rows of the table; NaN outside it, and row 0 there for padding."""
+    inside = (ids >= 0) & (ids < len(table))
+    return jnp.where((inside | padding)[..., None], table[jnp.where(inside, ids, 0)], jnp.nan)
+
+
+def _check_inputs(inputs: Any, axes: int, channels: int, form: str, types: Any) -> None:
+    form = form.format(channels)
+    if not jnp.issubdtype(inputs.dtype, jnp.floating) or inputs.ndim != axes or inputs.shape[-1] != channels:
+        raise TypeError(f"inputs must be {form}, got {_said(inputs)}")
+    if types is not None:
+        raise ValueError(f"types are given, but inputs are {form}: need types=None")
+
+
+def _said(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}"

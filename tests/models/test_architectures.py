@@ -1,0 +1,187 @@
+"""Published architectures: their configs compute what plain NumPy does with the same random weights.
+
+Weights come by their published names through the tables, so names and layouts are tested too. In float64, where only
+rounding is left.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from published import GEMMA2, GPT2, LLAMA, LLAMA_TIED, NEOX, NEOX_SEQUENTIAL, QWEN3, QWEN3_TIED
+from published_more import BERT, T5, T5_GATED, VIT, WHISPER
+
+from jaxattn.models import EncoderDecoder, Transformer, from_plain, generate, to_plain
+from jaxattn.models.pretrained import decoders, encoders
+from jaxattn.models.pretrained.weights import assign
+
+B, LENGTH = 2, 512
+CAUSAL = {
+    "GPT-2": (GPT2, decoders.gpt2, decoders.gpt2_table),
+    "Llama 3": (LLAMA, decoders.llama, decoders.llama_table),
+    "Llama, tied": (LLAMA_TIED, decoders.llama, decoders.llama_table),
+    "Qwen 3": (QWEN3, decoders.qwen3, decoders.qwen3_table),
+    "Qwen 3, tied": (QWEN3_TIED, decoders.qwen3, decoders.qwen3_table),
+    "Gemma 2": (GEMMA2, decoders.gemma2, decoders.gemma2_table),
+    "GPT-NeoX": (NEOX, decoders.gpt_neox, decoders.gpt_neox_table),
+    "GPT-NeoX, sequential": (NEOX_SEQUENTIAL, decoders.gpt_neox, decoders.gpt_neox_table),
+}
+ENCODERS = {"BERT": (BERT, encoders.bert, encoders.bert_table), "ViT": (VIT, encoders.vit, encoders.vit_table)}
+BOTH = {
+    "T5": (T5, encoders.t5, encoders.t5_table),
+    "T5 1.1": (T5_GATED, encoders.t5, encoders.t5_table),
+    "Whisper": (WHISPER, encoders.whisper, encoders.whisper_table),
+}
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def double(model):
+    """The model with parameters of 64 bits, in evaluation mode."""
+    model.eval()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.float64), params), rest)
+
+
+def loaded(family, config, table):
+    """(model in float64, weights, inputs)."""
+    said = config(family.config)
+    kind = EncoderDecoder if isinstance(said, tuple) else Transformer
+    options = {"share_embedding": True} if family.config["model_type"] == "t5" else {}
+    given = said if isinstance(said, tuple) else (said,)
+    for each in given:
+        assert from_plain(to_plain(each)) == each
+    given = [dataclasses.replace(each, dtype="float64") for each in given]
+    model = double(kind(*given, **options, rngs=nnx.Rngs(0)))
+    weights = family.weights(1)
+    assign(model, weights, table(family.config))
+    return model, weights
+
+
+def run(model, *arguments, **options):
+    """As the model, compiled."""
+    graph, state = nnx.split(model)
+    return jax.jit(lambda state, arguments, options: nnx.merge(graph, state)(*arguments, **options))(
+        state, arguments, options
+    )
+
+
+def assert_equal(actual, expected, shown=None):
+    """Equal to 1e-8 of the largest number: a few layers of rounding in float64."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    where = slice(None) if shown is None else shown
+    np.testing.assert_allclose(actual[where], expected[where], rtol=0, atol=1e-8 * abs(expected).max())
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_decoders(name):
+    """The whole text at once, and the last tokens one by one behind the first."""
+    family, config, table = CAUSAL[name]
+    model, weights = loaded(family, config, table)
+    inputs = family.inputs(2, LENGTH, B)
+    ids = inputs["input_ids"]
+    expected = family.forward(weights, family.config, **inputs)["logits"]
+    assert_equal(run(model, ids)[0], expected)
+    state = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, model.init_state(B, LENGTH))
+    _, state, _ = run(model, ids[:, :-2], state=state)
+    for place in (-2, -1):
+        logits, state, _ = run(model, ids[:, place:][:, :1], state=state)
+        assert_equal(logits[:, 0], expected[:, place])
+
+
+def test_bert():
+    """Two texts of different lengths, the second padded; hidden tokens reach nothing."""
+    family, config, table = ENCODERS["BERT"]
+    model, weights = loaded(family, config, table)
+    inputs = family.inputs(2, LENGTH, B)
+    shown = inputs["attention_mask"] == 1
+    assert not shown.all()
+    expected = family.forward(weights, family.config, **inputs)
+    positions = np.where(shown, np.arange(LENGTH), -1)
+    options = {"positions": positions, "types": inputs["token_type_ids"]}
+    graph, state = nnx.split(model)
+    pooled, _, records = jax.jit(
+        lambda state, ids, options: nnx.merge(graph, state)(ids, record=("final_norm",), **options)
+    )(state, inputs["input_ids"], options)
+    assert_equal(pooled, expected["pooler_output"])
+    assert_equal(records["final_norm"], expected["last_hidden_state"], shown)
+
+
+def test_vit():
+    family, config, table = ENCODERS["ViT"]
+    model, weights = loaded(family, config, table)
+    images = family.inputs(2, LENGTH, B)["pixel_values"]
+    expected = family.forward(weights, family.config, pixel_values=images)["logits"]
+    logits = run(model, images.transpose(0, 2, 3, 1))[0]
+    assert logits.shape[1] >= LENGTH
+    assert_equal(logits[:, 0], expected)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_encoder_decoders(name):
+    """All at once, and token by token with the keys of the encoder's vectors computed once."""
+    family, config, table = BOTH[name]
+    model, weights = loaded(family, config, table)
+    inputs = family.inputs(2, LENGTH, B)
+    expected = family.forward(weights, family.config, **inputs)
+    ids = inputs["decoder_input_ids"]
+    if name == "Whisper":
+        given, positions = inputs["input_features"].swapaxes(1, 2), None
+    else:
+        shown = inputs["attention_mask"] == 1
+        assert not shown.all()
+        given, positions = inputs["input_ids"], np.where(shown, np.arange(LENGTH), -1)
+    logits = run(model, given, ids, input_positions=positions)[0]
+    assert_equal(logits, expected["logits"])
+
+    graph, state = nnx.split(model)
+    context, _ = jax.jit(lambda state, x: nnx.merge(graph, state).encode(x, positions=positions))(state, given)
+    assert_equal(context.x, expected["encoder_last_hidden_state"], None if positions is None else shown)
+    held = model.decoder.init_state(B, ids.shape[1])
+    _, held, _ = run(model.decoder, ids[:, :-2], state=held, context=context)
+    for place in (-2, -1):
+        logits, held, _ = run(model.decoder, ids[:, place:][:, :1], state=held)
+        assert_equal(logits[:, 0], expected["logits"][:, place])
+
+
+def test_generation_reads_the_context_once():
+    """Greedy tokens of an encoder-decoder are those of the likeliest logits of full passes."""
+    family, config, table = BOTH["T5"]
+    model, _ = loaded(family, config, table)
+    given = family.inputs(3, 9, B)["input_ids"]
+    context, _ = model.encode(given)
+    prompts = np.zeros((B, 1), np.int32)
+    drawn = generate(model.decoder, prompts, max_new_tokens=4, temperature=0.0, context=context)
+    ids = prompts
+    for _ in range(4):
+        likeliest = np.asarray(run(model, given, ids)[0][:, -1].argmax(-1))
+        ids = np.concatenate([ids, likeliest[:, None]], 1)
+    np.testing.assert_array_equal(drawn.tokens, ids[:, 1:])
+
+
+def test_names_that_do_not_fit_are_refused():
+    family, config, table = CAUSAL["GPT-2"]
+    model, weights = loaded(family, config, table)
+    names = table(family.config)
+    fewer = {name: array for name, array in weights.items() if name != "transformer.h.1.mlp.c_fc.bias"}
+    with pytest.raises(ValueError, match=r"parameters without weights \['layers\.1\.branches\.1\.module\.up\.bias'\]"):
+        assign(model, fewer, names)
+    with pytest.raises(ValueError, match=r"unused names \['transformer\.h\.1\.attn\.mask'\]"):
+        assign(model, weights | {"transformer.h.1.attn.mask": np.zeros(3)}, names)
+    assign(model, weights | {"transformer.h.1.attn.mask": np.zeros(3)}, names, ignored=["transformer.h.*.attn.mask"])
+    with pytest.raises(ValueError, match=r"positions\.table: \(3, 3\) was published, but the model has"):
+        assign(model, weights | {"transformer.wpe.weight": np.zeros((3, 3))}, names)
+    with pytest.raises(ValueError, match="the activation 'mish' is not known"):
+        config(family.config | {"activation_function": "mish"})
+    with pytest.raises(ValueError, match="config has scale_attn_by_inverse_layer_idx=True: need False"):
+        config(family.config | {"scale_attn_by_inverse_layer_idx": True})
+    with pytest.raises(ValueError, match="need rope_type 'default' or 'llama3'"):
+        decoders.llama(LLAMA.config | {"rope_scaling": {"rope_type": "yarn"}})
