@@ -180,7 +180,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        if config.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
             raise ValueError(
                 "dtype is 'float64' but JAX computes in 32 bits: need jax.config.update('jax_enable_x64', True)"
             )

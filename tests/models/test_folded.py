@@ -103,8 +103,8 @@ def test_gradients_stop_where_they_should():
         x = model.decoder.embed(TOKENS[:, :8])
         carry, first = model._segment(model._start(B), x[:, :W], jnp.ones((B, W), bool))
         _, second = model._segment(jax.lax.stop_gradient(carry), x[:, W:], jnp.ones((B, W), bool))
-        tops = model.decoder.final_norm(jnp.concatenate([first, second], 1))
-        return (model.decoder.embed.attend(tops) * cotangent).sum()
+        tops = model.decoder.norm(jnp.concatenate([first, second], 1))
+        return (model.decoder.head(tops, model.decoder.embed) * cotangent).sum()
 
     expected = jax.jit(jax.grad(apart))(params)
     for leaf, wanted in zip(*map(jax.tree.leaves, (slopes[1], expected)), strict=True):
