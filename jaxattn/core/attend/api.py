@@ -1,4 +1,6 @@
-"""attend: the one call for everything that weighs keys. Checks it, picks an implementation, explains the choice."""
+"""`attend`, the one call for everything that weighs keys: it checks its arguments, picks an implementation and explains
+the choice.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -55,45 +57,65 @@ def attend(
     block: int | tuple[int, int] | None = None,
     implementation: Implementation = "auto",
 ) -> Any:
-    """out_i = Σ_j w_ij v_j,  w = weight_maps(normalize(score_maps(score(q, k) + bias) where mask)),  per head.
+    """Reads the values under the weights that each query gives to the keys.
 
-    The defaults are softmax attention with scale H**-0.5 (Vaswani et al., 2017). N is a multiple of K and of Kv: query
-    head n reads key head n // (N / K) and value head n // (N / Kv). Any number of batch axes, also none.
+    For each head
 
-    mask also takes an array of booleans and bias an array of numbers that broadcast to [..., N, T, S]. Both also take a
-    function of positions, mask(query, key), which is called on arrays [..., 1, T, 1] and [..., 1, 1, S].
+        out_i = Σ_j w_ij v_j,    w = weight_maps(normalize(score_maps(score(q, k) + bias) where mask))
 
-    Every slot takes parts; see the first lines of `jaxattn.core.attend.score`, `bias`, `maps`, `mask`, `normalize` and
-    `measure` for the ones there are and what a new one must offer. All their arrays get gradients. Maps are applied in
-    order; `dropout` acts on the weights last.
+    The defaults are softmax attention with scale H**-0.5 (Vaswani et al., 2017).
 
-    query_positions [..., T] and key_positions [..., S] are ints, by default 0..T−1 and 0..S−1; key_positions may also
-    differ by key head, [..., S, K], with all batch axes. Position −1 marks an empty slot: as a key it is never seen, as
-    a query its row is zero, and whatever the arrays hold there is ignored.
+    The slots take parts. The first lines of `jaxattn.core.attend.score`, `bias`, `maps`, `mask`, `normalize` and
+    `measure` say which parts exist and what a new part must offer. All arrays in parts get gradients.
 
-    Scores and statistics are float32 (float64 for float64 inputs); `out` [..., T, N, V] has value's dtype. With
-    `return_lse` or `measures` the result is (out, extras): extras["lse"] [..., T, N] is the log of each row's total
-    weight, differentiable, and extras[name] what each measure says of the weights, in the same pass.
-    A row with no visible key gives out = 0 and lse = −inf, or with a null logit the lse that is its mass.
+    Position −1 marks an empty slot. A key at −1 is never seen, a query at −1 has the row zero, and the arrays may hold
+    anything there. A row with no visible key gives out = 0 and lse = −inf. With a null logit, its lse is that logit.
 
-    A query, key or value with an infinite or undefined number makes a row NaN that sees it, and reaches no other row,
-    forward or in a gradient: hidden keys may hold anything, and so may queries whose result is not used. Not so where
-    maps let rows read each other (a `halo`, or the whole matrix), where only empty slots may, and in "fused" only for
-    keys beyond `Lengths`. Of a single query (T = 1) the keys that it sees are not looked at, since that would read a
-    cache twice: what one with an infinite number does to its own row is arithmetic, and an array that several rows
-    share, such as a bias, may get a gradient from it.
+    A query, key or value with an infinite or undefined number makes every row NaN that sees it. No other row changes,
+    neither forward nor in a gradient, so hidden keys may hold anything, and so may queries whose result is not used.
+    Three cases are exceptions:
 
-    implementation: "dense" holds all T x S weights; "rows" a block of complete rows at a time; "tiled" a tile at a
-    time, skipping tiles in which the mask hides everything; both need memory linear in T + S and recompute for
-    gradients.
-    "fused" is a library's kernel. "auto" takes the fastest that serves the call (see `explain`); a named one is never
-    replaced. "tiled" has reverse-mode derivatives of first order: for `jax.jvp` and gradients of gradients name "rows"
-    or "dense". `block` is the tile size of "tiled", an int or (queries, keys), and
-    the number of queries at a time of "rows"; by default it fits the call.
+    - Where maps let rows read each other (a `halo`, or the whole matrix), only empty slots may hold such numbers.
+    - In "fused", only keys beyond `Lengths` may hold them.
+    - With a single query (T = 1) the keys that the query sees are not checked, since a check would read a cache twice.
+      An infinite number in such a key then goes through the arithmetic of the row, and an array that several rows
+      share, such as a bias, may get a gradient from it.
 
-    Raises TypeError or ValueError, naming the argument, for shapes that do not fit, integer arrays, positions of the
-    wrong shape, empty axes and unknown implementations; NotImplementedError if the named implementation cannot serve a
-    part.
+    Args:
+        query: [..., T, N, H], with any number of batch axes, also none.
+        key: [..., S, K, H], where K divides N: query head n reads key head n // (N / K).
+        value: [..., S, Kv, V], where Kv divides N: query head n reads value head n // (N / Kv).
+        score: How well a query matches a key.
+        bias: The numbers that are added to the scores: a part, an array that broadcasts to [..., N, T, S], or a
+            function bias(query, key) of positions, called on arrays [..., 1, T, 1] and [..., 1, 1, S].
+        mask: The keys that a query sees: a part, an array of booleans that broadcasts to [..., N, T, S], or a function
+            mask(query, key) of positions, called like that of `bias`.
+        normalize: How scores become weights.
+        score_maps: Changes of the scores, applied in order.
+        weight_maps: Changes of the weights, applied in order.
+        measures: Measures of the weights by name, taken in the same pass.
+        query_positions: Integers [..., T], by default 0..T−1.
+        key_positions: Integers [..., S], by default 0..S−1. Positions that differ by key head are [..., S, K], with all
+            batch axes.
+        dropout: Dropout of weights, which acts last.
+        return_lse: Also return the log of each row's total weight.
+        block: The tile size of "tiled", an int or (queries, keys), and the number of queries at a time of "rows". The
+            default fits the call.
+        implementation: "dense" holds all T x S weights. "rows" holds a block of complete rows at a time. "tiled" holds
+            a tile at a time and skips tiles in which the mask hides everything. "rows" and "tiled" need memory linear
+            in T + S and recompute for gradients. "fused" is a library's kernel. "auto" takes the fastest that serves
+            the call (see `explain`). A named implementation is never replaced by another. "tiled" has first derivatives
+            in reverse mode only: for `jax.jvp` and gradients of gradients name "rows" or "dense".
+
+    Returns:
+        out [..., T, N, V] in value's dtype. With `return_lse` or `measures`, the pair (out, extras): extras["lse"]
+            [..., T, N] is the log of each row's total weight, differentiable, and extras[name] the result of each
+            measure. Scores and statistics are float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError or ValueError: An array has the wrong shape or holds integers, positions have the wrong shape, an axis
+            is empty, or the implementation is unknown. The message names the argument.
+        NotImplementedError: The named implementation cannot serve a part.
     """
     slots: Any = (score, bias, score_maps, mask, normalize, weight_maps, dropout, measures)
     call = Given(query, key, value, Slots(*slots), query_positions, key_positions).in_parts()
@@ -123,9 +145,12 @@ def attention_weights(
     query_positions: Int[Array, "*#b t"] | None = None,
     key_positions: Int[Array, "*#b s"] | Int[Array, "*b s k"] | None = None,
 ) -> tuple[Float[Array, "*b n t s"], Float[Array, "*b n t s"]]:
-    """(weights, scores) [..., N, T, S] of the same call to `attend`, for looking at; hidden scores are −inf.
+    """Returns the weights and the scores of the same call to `attend`, for looking at.
 
-    Memory is T x S per head: for long inputs see `RowsOf`. Arguments and errors are those of `attend`.
+    The memory is T x S per head: for long inputs see `RowsOf`. Arguments and errors are those of `attend`.
+
+    Returns:
+        A pair (weights, scores), each [..., N, T, S]. Hidden scores are −inf.
     """
     slots: Any = (score, bias, score_maps, mask, normalize, weight_maps)
     call = Given(query, key, key, Slots(*slots), query_positions, key_positions).in_parts()
@@ -136,9 +161,19 @@ def attention_weights(
 
 
 def explain(query: Any, key: Any, value: Any, **options: Any) -> str:
-    """Prints which implementation `attend` with these arguments would use and why not the others; returns its name.
+    """Prints which implementation `attend` would use for these arguments, and why not the others.
 
-    Takes what `attend` takes; arrays may be `jax.ShapeDtypeStruct`s, since only shapes and dtypes are looked at.
+    Args:
+        query: As in `attend`. Arrays may be `jax.ShapeDtypeStruct`s, since only shapes and dtypes are looked at.
+        key: As in `attend`.
+        value: As in `attend`.
+        **options: Any other arguments of `attend`.
+
+    Returns:
+        The name of the implementation.
+
+    Raises:
+        TypeError: An option is not an argument of `attend`. The other errors are those of `attend`.
     """
     return_lse = options.pop("return_lse", False)
     block, implementation = options.pop("block", None), options.pop("implementation", "auto")

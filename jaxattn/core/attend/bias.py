@@ -1,13 +1,14 @@
-"""Biases: what is added to a score because of where the query and the key stand.
+"""Biases: numbers that are added to a score because of where the query and the key stand.
 
-A bias is a part called on a `Tile`, `bias(tile)`, and returns something that broadcasts to [..., N, T, S]. A bias never
-hides a key: that is a mask's work.
+A bias is a part called on a `Tile`, `bias(tile)`. It returns numbers that broadcast to [..., N, T, S]. A bias never
+hides a key: hiding is a mask's work.
 
-A bias with a large table may also say how to `accumulate` the gradient of one tile into that of the table. Without it
-each tile's gradient is made at full size first, which costs time in proportion to the table.
+A bias with a large table may also define `accumulate`, which adds the gradient of one tile to that of the table.
+Without it the gradient of each tile is made at the full size of the table first, which takes time in proportion to the
+table.
 
-Tables know two kinds of tile. On a *run*, where both positions go up by one, an entry or a distance is found by
-slicing; that is fast, and is what training and prefill have. Anywhere else it is looked up pair by pair.
+Tables know two kinds of tile. On a *run*, both positions go up by one, and an entry or a distance is found by slicing.
+Slicing is fast, and training and prefill have only runs. Anywhere else entries are looked up pair by pair.
 """
 
 import abc
@@ -32,22 +33,30 @@ Values = Float[Array, "*b n t s"]
 
 
 class ScoreBias(abc.ABC):
-    """What a part must offer to stand in the bias slot; see the head of this file.
+    """The base class of parts for the bias slot; the head of this file says what they must offer.
 
     Attributes:
-        accumulates: Whether it has `accumulate`.
+        accumulates: Whether the class defines `accumulate`.
     """
 
     accumulates: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, tile: Tile) -> Values:
-        """What is added to the scores of the tile; broadcasts to [..., N, T, S]."""
+        """Returns the numbers to add to the scores of the tile; they broadcast to [..., N, T, S]."""
 
     def accumulate(self, d_bias: Values, tile: Tile) -> Any:
-        """This part, which holds the gradient so far, with the gradient of one tile added; where `accumulates`.
+        """Adds the gradient of one tile to a part that holds the gradient so far; needed where `accumulates` is True.
 
-        `d_bias` is the gradient of what the call returned for the tile.
+        Args:
+            d_bias: The gradient of the numbers that the call returned for the tile.
+            tile: The tile.
+
+        Returns:
+            This part with the sums.
+
+        Raises:
+            NotImplementedError: The class has no `accumulate`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no accumulate")
 
@@ -80,11 +89,14 @@ def _run(positions: Any, axis: int) -> tuple[Any, Any]:
 
 @part
 class Bias(ScoreBias):
-    """bias = array[..., n, query position, key position]; 0 at positions outside the array.
+    """Adds array[..., n, query position, key position], and 0 at positions outside the array.
 
-    `array` is a table over positions, [..., N, P, R] or with fewer axes, [P, R], [R], []; axes of size 1 are shared
-    by all positions, heads or batch entries. Learned if you differentiate with respect to it: its gradient is summed
-    into an array of its own size, a tile at a time.
+    The bias is learned if you differentiate with respect to the array. Its gradient is summed a tile at a time into an
+    array of the same size.
+
+    Attributes:
+        array: A table over positions, [..., N, P, R] or with fewer axes, [P, R], [R], []. Axes of size 1 are shared by
+            all positions, heads or batch entries.
     """
 
     array: Float[Array, "*batch heads p r"] | Float[Array, "p r"] | Float[Array, " r"] | Float[Array, ""]
@@ -143,11 +155,14 @@ class Bias(ScoreBias):
 
 @part
 class BiasFunction(ScoreBias):
-    """function(query position, key position): what a plain function in the bias slot becomes.
+    """Adds function(query position, key position): the part that a plain function in the bias slot becomes.
 
-    It is called on arrays of positions, [..., 1, T, 1] and [..., 1, 1, S], and returns numbers that broadcast against
-    both. Arrays that the function closes over are constants: for a gradient write a part. Define the function once,
-    for another function is another program.
+    Arrays that the function closes over are constants: for a gradient write a part. Define the function once, because
+    another function is another program.
+
+    Attributes:
+        function: The function, called on arrays of positions [..., 1, T, 1] and [..., 1, 1, S]. It returns numbers that
+            broadcast against both.
     """
 
     function: Callable[..., Any]
@@ -157,7 +172,7 @@ class BiasFunction(ScoreBias):
 
 
 def as_bias(bias: Any) -> Any:
-    """The bias that an array or a function stands for: `Bias(array)`, `BiasFunction(function)`; a part is itself."""
+    """Makes a part of an array, `Bias(array)`, or of a function, `BiasFunction(function)`; a part stays as it is."""
     if bias is None or isinstance(bias, type) or dataclasses.is_dataclass(bias):
         return bias
     if hasattr(bias, "shape") and hasattr(bias, "dtype"):
@@ -167,10 +182,13 @@ def as_bias(bias: Any) -> Any:
 
 @part
 class KeyBias(ScoreBias):
-    """bias = array[..., n, key position], whatever the query: how much a key matters; 0 outside the array.
+    """Adds array[..., n, key position] whatever the query, and 0 outside the array: how much a key matters.
 
-    `array` [..., N or 1, R], or R = 1 for one number that all keys share. A prior over keys (bird's-eye importance, key
-    embeddings); log m is the effect of m copies of a key.
+    A key bias is a prior over keys (bird's-eye importance, key embeddings). A bias of log m has the effect of m copies
+    of a key.
+
+    Attributes:
+        array: [..., N or 1, R], or R = 1 for one number that all keys share.
     """
 
     array: Float[Array, "*batch heads key_positions"]
@@ -182,16 +200,27 @@ class KeyBias(ScoreBias):
 
 @part
 class Alibi(ScoreBias):
-    """bias = −slope_n · |query position − key position|  (Press et al., 2022)."""
+    """Adds −slope_n · |query position − key position|  (ALiBi, Press et al., 2022).
+
+    Attributes:
+        slopes: [N], one slope per head.
+    """
 
     slopes: Float[Array, " heads"]
 
     @classmethod
     def geometric(cls, heads: int) -> "Alibi":
-        """The paper's slopes: 2^(−8 n / N) for n = 1..N when N is a power of two.
+        """The slopes of the paper: 2^(−8 n / N) for n = 1..N when N is a power of two.
 
-        Otherwise those of the largest power of two below N, followed by every other slope of twice that many heads.
-        Raises TypeError for a number that is not an int, ValueError for one below 1.
+        For other N the slopes are those of the largest power of two below N, followed by every other slope of twice
+        that many heads.
+
+        Args:
+            heads: The number of heads N, at least 1.
+
+        Raises:
+            TypeError: `heads` is not an int.
+            ValueError: `heads` is below 1.
         """
         check_static_int("Alibi", "heads", heads, 1)
         power = 2 ** math.floor(math.log2(heads))
@@ -205,13 +234,19 @@ class Alibi(ScoreBias):
 
 @part
 class RelativeBias(ScoreBias):
-    """bias = table[n, bucket(query position − key position)]: relative distances in buckets of growing size.
+    """Adds table[n, bucket(query position − key position)], with buckets of growing size (T5, Raffel et al., 2020).
 
-    T5 (Raffel et al., 2020). `table` [N or 1, B]. Causal (the default): the first B/2 buckets are the distances
-    0 .. B/2 − 1, the others grow geometrically up to
-    `max_distance`, and all beyond it share the last; keys after the query share bucket 0.
-    `bidirectional` gives each direction half of the buckets: the first for keys at or before the query.
-    Raises ValueError for fewer buckets than 2 (4 in two directions), an odd number, or a max_distance that leaves none.
+    In the causal form (the default) the first B/2 buckets are the distances 0 .. B/2 − 1. The other buckets grow
+    geometrically up to `max_distance`, and all distances beyond it share the last. Keys after the query share bucket 0.
+
+    Attributes:
+        table: [N or 1, B], one number per head and bucket.
+        max_distance: The distance beyond which all keys share the last bucket.
+        bidirectional: Each direction gets half of the buckets: the first half for keys at or before the query.
+
+    Raises:
+        ValueError: The table has fewer than 2 buckets (4 in two directions) or an odd number of them, or `max_distance`
+            leaves none for the distances that grow.
     """
 
     table: Float[Array, "heads buckets"]
@@ -222,7 +257,7 @@ class RelativeBias(ScoreBias):
         check_static_int("RelativeBias", "max_distance", self.max_distance, 1)
 
     def _first_distances(self) -> np.ndarray:
-        """The least distance of every bucket of one direction."""
+        """Returns the least distance of every bucket of one direction."""
         buckets = jnp.shape(self.table)[-1] // (2 if self.bidirectional else 1)
         exact = buckets // 2
         if buckets < 2 or jnp.shape(self.table)[-1] % (4 if self.bidirectional else 2) or self.max_distance <= exact:
@@ -236,7 +271,7 @@ class RelativeBias(ScoreBias):
         return np.concatenate([np.arange(exact), grown]).astype(np.int32)
 
     def bucket(self, distance: Int[Array, "..."]) -> Int[Array, "..."]:
-        """The bucket of query position − key position."""
+        """Returns the bucket of a distance, query position − key position."""
         first = self._first_distances()
         distance = jnp.asarray(distance)
         if not self.bidirectional:
@@ -271,7 +306,10 @@ class RelativeBias(ScoreBias):
 
 
 def log_gaussian(centres: Array, sigma: Any, tile: Tile) -> Values:
-    """−(key − centres[query])² / (2 σ²), 0 where the query is outside the table; one centre is shared by all."""
+    """Returns −(key − centres[query])² / (2 σ²), and 0 where the query is outside the table.
+
+    A table with one centre shares it among all queries.
+    """
     place = on_shared_axis(jnp.shape(centres)[-1], tile.query, -2)
     inside = (place >= 0) & (place < jnp.shape(centres)[-1])
     centre = take(jnp.asarray(centres), place, 2, fill=0)
@@ -280,11 +318,18 @@ def log_gaussian(centres: Array, sigma: Any, tile: Tile) -> Values:
 
 @part
 class LogGaussian(ScoreBias):
-    """bias = −(j − c_i)² / (2 σ²): weights fall off around a predicted centre (local attention, Luong et al., 2015).
+    """Adds −(j − c_i)² / (2 σ²): weights fall off around a predicted centre (local attention, Luong et al., 2015).
 
-    `centres` [..., N or 1, P]: where each query position looks, in key positions, real-valued, so that it is learned.
-    `sigma` > 0 is a number or an array. As σ -> ∞ the bias goes to 0. Under softmax this equals multiplying the
-    weights by the Gaussian and normalising the row again; for the paper's form, not normalised, see `GaussianWindow`.
+    As σ → ∞ the bias goes to 0. Under softmax the bias equals multiplying the weights by the Gaussian and normalising
+    the row again. For the paper's form, which is not normalised, see `GaussianWindow`.
+
+    Attributes:
+        centres: [..., N or 1, P], where each query position looks, in key positions. Centres are real numbers, so they
+            are learned.
+        sigma: The width σ > 0, a number or an array.
+
+    Raises:
+        ValueError: `sigma` is a number that is not positive.
     """
 
     centres: Float[Array, "*batch heads positions"]

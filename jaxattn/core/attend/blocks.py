@@ -1,8 +1,8 @@
 """Which blocks of the (query, key) plane are active: found from masks, positions or scores, and used as a mask.
 
-Block selection (MoBA, NSA, Quest, ..) is a table of booleans: here `BlockIndex` makes it, `Blocks` reads it in the mask
-slot, and `attend(implementation="tiled")` skips what it leaves out. Nothing of size T x S is held. For decoding, where
-one query chooses single tokens, `select_tokens` copies the chosen ones out instead.
+Block selection (MoBA, NSA, Quest, ...) is a table of booleans. `BlockIndex` makes the table, `Blocks` reads it in the
+mask slot, and `attend(implementation="tiled")` skips the blocks that it leaves out. Nothing of size T x S is held. For
+decoding, where one query chooses single tokens, `select_tokens` copies the chosen tokens out instead.
 """
 
 import operator
@@ -25,13 +25,18 @@ Block = tuple[int, int]
 
 @part
 class BlockIndex:
-    """active[..., n, i, j]: does head n's block i of queries attend to block j of keys?
+    """active[..., n, i, j]: whether head n's block i of queries attends to block j of keys.
 
-    `active` is [..., N or 1, QB, KB] and `block` = (queries, keys) the size of a block: block i holds the slots
-    i · size .. (i + 1) · size − 1 of its axis. With blocks of one query each row is a query's own choice.
+    `a | b` is the union of two indices and `a & b` their intersection.
 
-    `a | b` and `a & b` are union and intersection. Raises TypeError or ValueError for a block that is not two ints of
-    at least 1, ValueError for a union or intersection of indices whose blocks differ.
+    Attributes:
+        active: Booleans [..., N or 1, QB, KB].
+        block: (queries, keys), the size of a block. Block i holds the slots i · size .. (i + 1) · size − 1 of its axis.
+            With blocks of one query, each row is a query's own choice.
+
+    Raises:
+        TypeError: `block` is not two ints.
+        ValueError: A block size is below 1, or the indices of a union or intersection differ in their blocks.
     """
 
     active: Bool[Array, "*batch heads query_blocks key_blocks"]
@@ -42,9 +47,14 @@ class BlockIndex:
 
     @classmethod
     def from_mask(cls, mask: Mask, lengths: tuple[int, int], block: Block) -> "BlockIndex":
-        """The blocks in which a mask shows something, at the positions 0..T−1 and 0..S−1 of lengths = (T, S).
+        """The blocks in which a mask shows something, at the positions 0..T−1 and 0..S−1.
 
-        `Blocks` of it & the mask is the mask again. See `from_positions`.
+        `Blocks(index) & mask` is the same mask again. The errors are those of `from_positions`.
+
+        Args:
+            mask: The mask.
+            lengths: (T, S).
+            block: (queries, keys), the size of a block.
         """
         query, key = (np.arange(length, dtype=np.int32) for length in lengths)
         return cls.from_positions(query, key, mask, block)
@@ -57,12 +67,23 @@ class BlockIndex:
         mask: Mask | None,
         block: Block,
     ) -> "BlockIndex":
-        """The blocks of slots in which a mask (None shows all) may show a pair that is at these positions.
+        """The blocks of slots in which a mask may show a pair at these positions.
 
-        Slots are in any order, and empty (−1) in a cache or in padding; blocks of empty slots are inactive. The mask is
-        `Blocks.at(index, query_positions, key_positions)`. Blocks are judged by the mask's `bounds`: one that these
-        cannot rule out is active. NumPy in and a static mask, NumPy out.
-        Raises TypeError for positions that are not integers.
+        `Blocks.at(index, query_positions, key_positions)` is the mask of the index. Blocks are judged by the mask's
+        `bounds`: a block that these cannot rule out is active.
+
+        Args:
+            query_positions: Integers [..., T] in any order. Empty slots, in a cache or in padding, are at −1, and
+                blocks of empty slots are inactive.
+            key_positions: Integers [..., S], likewise.
+            mask: The mask. None shows all keys.
+            block: (queries, keys), the size of a block.
+
+        Returns:
+            The index, with a NumPy array if the positions are NumPy arrays and the mask is static.
+
+        Raises:
+            TypeError: Positions are not integers.
         """
         _check_block(block)
         _check_integers(query_positions, key_positions)
@@ -80,19 +101,27 @@ class BlockIndex:
         forced: Bool[Array, "*#b #n #qb #kb"] | None = None,
         causal: bool = True,
     ) -> "BlockIndex":
-        """For each block of queries, the k blocks of keys with the highest scores; among equals the first ones.
+        """For each block of queries, the k blocks of keys with the highest scores.
 
-        `forced` blocks are active whatever their score and count among the k; where there are more of them, all are
-        active. A score of −∞ or NaN is never chosen, so a row may have fewer than k.
+        Among equal scores the first blocks are taken. A score of −∞ or NaN is never chosen, so a row may have fewer
+        than k blocks. The choice has no gradient. Scores that pool several queries look ahead within their block,
+        whatever is masked later.
 
-        With `causal`, and both axes starting at position 0, blocks that lie in the future of all queries of the row
-        are never active, forced or not, and the current ones, those not wholly past for its first query, are forced
-        (MoBA, Lu et al., 2025). Mask the current blocks with `Causal()` as well. When queries do not start at
-        position 0, as in decoding, give `causal=False`, −∞ for the future and `forced` for the present. Scores that
-        pool several queries look ahead within their block, whatever is masked later.
+        Args:
+            scores: Floating point [..., N, QB, KB].
+            k: The number of blocks per row, at least 1.
+            block: (queries, keys), the size of a block.
+            forced: Blocks that are active whatever their score. They count among the k; if a row has more of them, all
+                are active.
+            causal: Both axes start at position 0. Blocks that lie in the future of all queries of the row are then
+                never active, forced or not. The current blocks, those not wholly past for the row's first query, are
+                forced (MoBA, Lu et al., 2025). Mask the current blocks with `Causal()` as well. When queries do not
+                start at position 0, as in decoding, give `causal=False`, scores of −∞ for the future and `forced` for
+                the present.
 
-        Choosing has no gradient. Raises ValueError for a k below 1 or scores with fewer than three axes, TypeError for
-        a k that is not an int.
+        Raises:
+            TypeError: `k` is not an int.
+            ValueError: `k` is below 1, or `scores` has fewer than three axes.
         """
         _check_block(block)
         check_static_int("from_scores", "k", k, 1)
@@ -112,11 +141,11 @@ class BlockIndex:
         return cls(active | must, block)
 
     def transpose(self) -> "BlockIndex":
-        """The query blocks that each key block is read by."""
+        """Returns the query blocks that read each key block."""
         return BlockIndex(self.active.swapaxes(-1, -2), self.block[::-1])
 
     def density(self) -> Float[Array, ""]:
-        """The share of blocks that are active."""
+        """Returns the share of blocks that are active."""
         return jnp.asarray(self.active, jnp.float32).mean()
 
     def __or__(self, other: "BlockIndex") -> "BlockIndex":
@@ -134,19 +163,29 @@ class BlockIndex:
 
 @part
 class Standing:
-    """Which slot a position stands in: positions in ascending order, and beside each its slot. Called on positions."""
+    """Which slot a position stands in. Called on positions, it returns slots.
+
+    Attributes:
+        positions: [..., P], in ascending order.
+        slots: [..., P], the slot of each position.
+    """
 
     positions: Int[Array, "*batch places"]
     slots: Int[Array, "*batch places"]
 
     @classmethod
     def of(cls, positions: Int[Array, "*batch places"]) -> "Standing":
-        """Slot i is at positions[..., i]; of equal positions the first slot counts."""
+        """The slots of positions[..., i] in slot i. Of equal positions the first slot counts."""
         order = jnp.argsort(positions, axis=-1, stable=True)
         return cls(jnp.take_along_axis(positions, order, -1), order)
 
     def __call__(self, positions: Int[Array, "*b 1 a c"], grid: int) -> Int[Array, "*b 1 a c"]:
-        """The slots, −1 for a position at which none stands; `grid` is the number of axes after that of heads."""
+        """Returns the slots of the positions, and −1 for a position at which no slot stands.
+
+        Args:
+            positions: The positions to look up.
+            grid: The number of axes after that of heads.
+        """
         places, slots = (jnp.asarray(x)[..., None, :] for x in (self.positions, self.slots))
         most = np.iinfo(np.int32).max
         # How many places are below each position, a binary digit at a time.
@@ -160,12 +199,17 @@ class Standing:
 
 @part
 class Blocks(Mask):
-    """The query's block attends to the key's block: index.active[..., n, ⌊i / queries⌋, ⌊j / keys⌋] of slots i and j.
+    """Shows the blocks of an index: index.active[..., n, ⌊i / queries⌋, ⌊j / keys⌋] for query slot i and key slot j.
 
-    Slots are counted by positions: slot i is where position i stands, as in a call with the default positions. In a
-    call with other positions (an offset, a cache, permuted tokens) say where each slot stands: see `at`. Slots outside
-    the index are hidden. A call skips the tiles in which no block is active, for each head apart where heads choose
-    apart, and masks none in which all are.
+    Without `query_slots` and `key_slots`, slot i is where position i stands, as in a call with the default positions.
+    In a call with other positions (an offset, a cache, permuted tokens) say where each slot stands, with `at`. Slots
+    outside the index are hidden. A call skips the tiles in which no block is active and masks no tile in which all are.
+    Where heads choose apart, each head skips its own tiles.
+
+    Attributes:
+        index: The blocks that are active.
+        query_slots: Where the query positions stand.
+        key_slots: Where the key positions stand.
     """
 
     index: BlockIndex
@@ -179,10 +223,17 @@ class Blocks(Mask):
         query_positions: Int[Array, "*#b t"] | np.ndarray,
         key_positions: Int[Array, "*#b s"] | np.ndarray,
     ) -> "Blocks":
-        """The mask of an index over the slots of a call with these positions, [..., T] and [..., S], all different.
+        """The mask of an index over the slots of a call with these positions.
 
-        `BlockIndex.from_positions` and `from_scores` make such an index. Empty slots are at −1.
-        Raises TypeError for positions that are not integers.
+        `BlockIndex.from_positions` and `from_scores` make such an index.
+
+        Args:
+            index: The blocks that are active.
+            query_positions: Integers [..., T], all different but for empty slots, which are at −1.
+            key_positions: Integers [..., S], likewise.
+
+        Raises:
+            TypeError: Positions are not integers.
         """
         _check_integers(query_positions, key_positions)
         return cls(index, *(Standing.of(jnp.asarray(x, jnp.int32)) for x in (query_positions, key_positions)))
@@ -235,15 +286,24 @@ class Blocks(Mask):
 
 
 def block_means(key: Float[Array, "*b s k h"], size: int) -> Float[Array, "*b kb k h"]:
-    """The mean of each block of `size` keys, [..., KB, K, H], in float32 or better: MoBA's centroids.
+    """The mean of each block of `size` keys, MoBA's centroids (Lu et al., 2025).
 
-    The last block may be shorter; its mean is over the keys it has. MoBA (Lu et al., 2025) of query and key is
+    MoBA of a query and a key is
 
         _, scores = attention_weights(query, block_means(key, size), score=Dot(1.0))  # [..., N, T, KB]
         index = BlockIndex.from_scores(scores, k, (1, size))
         attend(query, key, value, mask=Causal() & Blocks(index))
 
-    Raises ValueError for a size below 1, TypeError for one that is not an int.
+    Args:
+        key: [..., S, K, H].
+        size: The number of keys per block, at least 1. The last block may be shorter; its mean is over the keys it has.
+
+    Returns:
+        The means [..., KB, K, H], in float32 or better.
+
+    Raises:
+        TypeError: `size` is not an int.
+        ValueError: `size` is below 1.
     """
     check_static_int("block_means", "size", size, 1)
     *batch, length, heads, width = key.shape
@@ -262,14 +322,29 @@ def select_tokens(
     k: int,
     key_positions: Int[Array, "*#b s"] | None = None,
 ) -> tuple[Float[Array, "*b c k h"], Float[Array, "*b c k v"], Int[Array, "*b c k"]]:
-    """The k best-scored tokens of every key head, copied out: (key, value, key positions), [..., k, K, ..].
+    """Copies out the k best-scored tokens of every key head, for decoding.
 
-    For decoding: the few queries that share a key head read `attend(query, key, value, key_positions=positions)` of
-    what is returned, and nothing else of a long cache is touched again. Among equal scores the first tokens are taken.
-    A score of −∞ or NaN is never chosen; a head with fewer than k others has empty slots (position −1). With k >= S
-    all tokens are there and the result is that of plain attention. Gradients flow to keys and values, not to scores.
+        key, value, positions = select_tokens(scores, key, value, k)
+        attend(query, key, value, key_positions=positions)
 
-    Raises ValueError for shapes that do not fit and a k below 1, TypeError for a k that is not an int.
+    The few queries that share a key head then read these tokens, and nothing else of a long cache is touched again.
+    Among equal scores the first tokens are taken. A score of −∞ or NaN is never chosen, and a head with fewer than k
+    other tokens gets empty slots (position −1). With k ≥ S all tokens are taken, and the result is plain attention.
+    Gradients flow to keys and values, not to scores.
+
+    Args:
+        scores: [..., K, S], a score for each token and key head.
+        key: [..., S, K, H].
+        value: [..., S, K, V].
+        k: The number of tokens per key head, at least 1.
+        key_positions: Integers [..., S], by default 0..S−1.
+
+    Returns:
+        A triple (key, value, key positions): [..., k, K, H], [..., k, K, V] and [..., k, K].
+
+    Raises:
+        TypeError: `k` is not an int.
+        ValueError: `k` is below 1, or shapes do not fit.
     """
     check_static_int("select_tokens", "k", k, 1)
     *batch, length, heads, _ = key.shape
@@ -286,10 +361,20 @@ def take_tokens(
     value: Float[Array, "*b s k v"],
     key_positions: Int[Array, "*#b s"] | None = None,
 ) -> tuple[Float[Array, "*b c k h"], Float[Array, "*b c k v"], Int[Array, "*b c k"]]:
-    """The tokens in the given slots of every key head, [..., K, c], as (key, value, key positions) [..., c, K, ..].
+    """Copies out the tokens in the given slots of every key head.
 
-    A slot outside 0..S−1, such as −1, gives an empty one: position −1. `key_positions` are 0..S−1 unless given.
-    Raises ValueError for shapes that do not fit, TypeError for slots or positions that are not integers.
+    Args:
+        slots: Integers [..., K, c]. A slot outside 0..S−1, such as −1, gives an empty one: position −1.
+        key: [..., S, K, H].
+        value: [..., S, K, V].
+        key_positions: Integers [..., S], by default 0..S−1.
+
+    Returns:
+        A triple (key, value, key positions): [..., c, K, H], [..., c, K, V] and [..., c, K].
+
+    Raises:
+        TypeError: Slots or positions are not integers.
+        ValueError: Shapes do not fit.
     """
     *batch, length, heads, _ = key.shape
     if not jnp.issubdtype(slots.dtype, jnp.integer):
@@ -325,7 +410,7 @@ def _check_integers(query_positions: Any, key_positions: Any) -> None:
 
 
 def _cut(positions: Any, size: int) -> Any:
-    """[..., L] as [..., ceil(L / size), size], padded with empty slots."""
+    """Cuts [..., L] into [..., ceil(L / size), size], padded with empty slots."""
     xp: Any = np if isinstance(positions, np.ndarray) else jnp
     short = -positions.shape[-1] % size
     padding = [(0, 0)] * (positions.ndim - 1) + [(0, short)]

@@ -1,4 +1,4 @@
-"""One attention call: as the user gave it, and as the implementations get it."""
+"""One attention call, as the user gave it and as the implementations get it."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from jaxattn.core.part import part
 
 
 class Given(NamedTuple):
-    """The arguments of a call to `attend` that mean something, as the user gave them."""
+    """The arguments of a call to `attend` that describe the computation, as the user gave them."""
 
     query: Any
     key: Any
@@ -27,9 +27,11 @@ class Given(NamedTuple):
     key_positions: Any
 
     def in_parts(self) -> "Given":
-        """With the parts that arrays and functions in the slots of mask and bias stand for.
+        """Replaces arrays and functions in the slots of mask and bias by the parts that they stand for.
 
-        Raises ValueError for an array that does not broadcast to [..., N, T, S], TypeError for one of the wrong kind.
+        Raises:
+            ValueError: An array does not broadcast to [..., N, T, S].
+            TypeError: An array is of the wrong kind.
         """
         for slot in ("mask", "bias"):
             given = getattr(self.slots, slot)
@@ -50,7 +52,7 @@ def check_pairs(name: str, x: Any, query: Any, key: Any) -> None:
 
 @part
 class Call:
-    """What every implementation is given: a checked call, with positions that broadcast over tiles.
+    """A checked call with positions that broadcast over tiles, as every implementation is given it.
 
     Positions are NumPy arrays when they are the default 0..length−1, so that masks can be read at trace time. The
     dropout among the slots has its seeds drawn.
@@ -65,13 +67,13 @@ class Call:
 
     @property
     def tile(self) -> Tile:
-        """All queries and keys, and which pairs the mask shows."""
+        """The tile of all queries and keys, with the pairs that the mask shows."""
         places = self.query_positions, self.key_positions
         return Tile(*places, visible(self.slots.mask, *places))
 
 
 def prepare(given: Given) -> Call:
-    """Default positions filled in, queries that are not there zeroed (they may be anything), dropout seeds drawn."""
+    """Fills in default positions, zeroes queries in empty slots (which may hold anything) and draws dropout seeds."""
     query, key, value = given.query, given.key, given.value
     *batch, length, heads, _ = query.shape
     query_positions, key_positions = given.query_positions, given.key_positions
@@ -94,7 +96,7 @@ def prepare(given: Given) -> Call:
 
 
 def _to_any_head(shown: Bool[Array, "*b #n s"], heads: int) -> Bool[Array, "*b #k s"]:
-    """Which keys are shown to any of the query heads that read key head k."""
+    """Returns which keys are shown to any of the query heads that read key head k."""
     if shown.shape[-2] > 1:
         shown = shown.reshape(*shown.shape[:-2], heads, -1, shown.shape[-1]).any(-2)
     return shown
@@ -106,7 +108,10 @@ def _to_any_head(shown: Bool[Array, "*b #n s"], heads: int) -> Bool[Array, "*b #
 
 
 class WrongKeys(NamedTuple):
-    """What must not be multiplied: not finite, or read by no query. None where there can be nothing of the kind."""
+    """Keys and values that must not be multiplied: they are not finite, or no query reads them.
+
+    A field is None where the call can have nothing of the kind.
+    """
 
     seen: Bool[Array, "*b g s"] | None  # keys that make a row wrong which sees them, of G = K or N heads
     keys: Bool[Array, "*b s k"] | None
@@ -114,9 +119,10 @@ class WrongKeys(NamedTuple):
 
 
 class Wrong(NamedTuple):
-    """What is not finite, and keys that no query reads. None where there is nothing to keep it out of.
+    """Queries and keys that are not finite, and keys that no query reads.
 
-    With maps, which may mix heads, all heads of a token are wrong or none in `queries` and `keys.seen`.
+    A field is None where nothing needs to be kept out. With maps, which may mix heads, all heads of a token are wrong
+    or none in `queries` and `keys.seen`.
     """
 
     queries: Bool[Array, "*b n t"] | None
@@ -124,11 +130,15 @@ class Wrong(NamedTuple):
 
 
 class Guard(NamedTuple):
-    """How what is wrong is found; static.
+    """How wrong queries and keys are found; static.
 
-    queries, keys: whether they are looked at for what is not finite (keys with values). one: whether there is a single
-    query, so that the mask alone says which keys are read. empty: whether there may be empty slots. heads: N. mixed:
-    whether maps may mix heads.
+    Attributes:
+        queries: Whether queries are checked for numbers that are not finite.
+        keys: Whether keys and values are checked.
+        one: Whether the call has a single query, so that the mask alone says which keys are read.
+        empty: Whether the call may have empty slots.
+        heads: N.
+        mixed: Whether maps may mix heads.
     """
 
     queries: bool
@@ -139,13 +149,17 @@ class Guard(NamedTuple):
     mixed: bool
 
     def in_all_heads(self, x: Bool[Array, "*b g s"]) -> Bool[Array, "*b g s"]:
-        """x, or whether it holds in any head, where heads may be mixed."""
+        """Returns x, or, where heads may be mixed, whether x holds in any head."""
         return jnp.broadcast_to(x.any(-2, keepdims=True), x.shape) if self.mixed else x
 
 
 def guard_of(call: Call) -> Guard:
-    """Keys of a single query are not looked at, which would take as long as to attend to them: what the query sees
-    makes its row wrong, and what it does not see is not read. But where heads that share a key see different ones."""
+    """Decides which arrays of a call are checked.
+
+    The keys of a single query are not checked, which would take as long as attending to them: a wrong key that the
+    query sees makes its row wrong, and a key that it does not see is not read. The exception is a call in which heads
+    that share a key see different keys.
+    """
     maps = call.slots.maps
     rows_alone = not any(each.halo or "matrix" in (each.scores_need, each.weights_need) for each in maps)
     one, empty = call.query.shape[-3] == 1, not isinstance(call.key_positions, np.ndarray)
@@ -160,7 +174,7 @@ def guard_of(call: Call) -> Guard:
 
 
 def wrong_queries(guard: Guard, query: Float[Array, "*b t n h"]) -> Bool[Array, "*b n t"] | None:
-    """The queries that are not finite."""
+    """Returns which queries are not finite."""
     return guard.in_all_heads(not_finite(query).swapaxes(-1, -2)) if guard.queries else None
 
 
@@ -172,7 +186,7 @@ def wrong_keys(
     query_positions: Int[Array, "*#b 1 t 1"],
     key_positions: Int[Array, "*#b #n 1 s"],
 ) -> WrongKeys:
-    """Which of these keys and values must not be multiplied."""
+    """Returns which of these keys and values must not be multiplied."""
     seen = keys = values = None
     if guard.keys:
         keys, values = not_finite(key), not_finite(value)
@@ -188,7 +202,7 @@ def wrong_keys(
 
 
 def hide(call: Call) -> tuple[Call, Wrong]:
-    """The call with zeros for what must not be multiplied, and where that was."""
+    """Puts zeros in place of numbers that must not be multiplied, and returns the call and where they were."""
     guard = guard_of(call)
     of_keys = wrong_keys(guard, call.key, call.value, call.slots.mask, call.query_positions, call.key_positions)
     wrong = Wrong(wrong_queries(guard, call.query), of_keys)
@@ -198,10 +212,10 @@ def hide(call: Call) -> tuple[Call, Wrong]:
 
 
 def without(x: Float[Array, "*b h"], wrong: Bool[Array, "*#b"] | None) -> Float[Array, "*b h"]:
-    """x with zeros for the wrong vectors."""
+    """Returns x with zeros for the wrong vectors."""
     return x if wrong is None else jnp.where(wrong[..., None], 0, x)
 
 
 def repeated(x: Bool[Array, "*b g s"], heads: int) -> Bool[Array, "*b n s"]:
-    """What holds for G heads, for the N heads that read them."""
+    """Repeats an array for G heads for the N heads that read them."""
     return x if x.shape[-2] == heads else jnp.repeat(x, heads // x.shape[-2], -2)

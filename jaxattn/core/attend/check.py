@@ -1,4 +1,4 @@
-"""What a call to attend must be: shapes that fit, parts in their slots. Everything else is refused by name."""
+"""Checks of a call to `attend`: shapes fit, and the slots hold parts. The errors name the argument that is refused."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from jaxattn.core.part import check_fields
 
 
 def check(given: Given) -> None:
-    """Raises for every call that could not mean anything, before any of it is traced."""
+    """Raises TypeError or ValueError for a call that cannot mean anything, before any of it is traced."""
     _check_parts(given)
     query, key, value = given.query, given.key, given.value
     arrays = {"query": query, "key": key, "value": value}
@@ -62,7 +62,7 @@ def check(given: Given) -> None:
 
 @jax.jit  # which keeps what it has traced, so that a call like an earlier one is checked at once
 def _check_slots(given: Given) -> None:
-    """Traces every slot in its turn, so that what does not fit is named by its own."""
+    """Traces every slot by itself, so that an error names the slot that does not fit."""
     call = prepare(given)
     slots = call.slots
     places = call.query_positions, call.key_positions
@@ -108,7 +108,7 @@ def _check_slots(given: Given) -> None:
 
 
 def _check_parts(given: Given) -> None:
-    """Raises for what is not a part, or stands in the wrong slot, or holds something its fields do not say."""
+    """Raises for a slot that holds no part, or a part of another slot, or a part whose fields hold the wrong things."""
     slots, single = given.slots, ("score", "bias", "mask", "normalize", "dropout")
     for slot in single:
         part = getattr(slots, slot)

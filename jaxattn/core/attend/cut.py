@@ -1,7 +1,7 @@
 """A call cut into pieces: the query heads that read one key head each, or one batch entry each.
 
-Parts are cut by the axes that the annotations of their fields call `heads` and `*batch`, wherever in the part the
-field is. An axis of size 1 is shared by all pieces, and so is an array that has no axis of the name.
+Parts are cut along the axes that the annotations of their fields call `heads` and `*batch`, at any depth in a part. An
+axis of size 1 is shared by all pieces, and so is an array that has no axis of the name.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Named(NamedTuple):
 
 
 def named_axes(hint: Any, rank: int) -> Named:
-    """The axes of an array of this rank in a field with this annotation; none where the annotation names none."""
+    """Returns the axes that the annotation of a field names, for an array of this rank; none where it names none."""
     for names in _dimensions(hint):
         variadic = next((i for i, name in enumerate(names) if name.startswith("*") or name == "..."), None)
         more = rank - len(names)
@@ -44,7 +44,7 @@ def named_axes(hint: Any, rank: int) -> Named:
 
 
 def _dimensions(hint: Any) -> list[list[str]]:
-    """The names of the axes in every array type inside an annotation."""
+    """Returns the names of the axes in every array type inside an annotation."""
     if hasattr(hint, "dim_str"):
         return [hint.dim_str.replace("#", "").split()]
     return [names for inner in typing.get_args(hint) for names in _dimensions(inner)]
@@ -56,7 +56,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _leaves(tree: Any) -> list[tuple[Array, Named]]:
-    """The leaves of a pytree of parts, as `jax.tree.leaves` orders them, and their named axes."""
+    """Returns the leaves of a pytree of parts, as `jax.tree.leaves` orders them, with their named axes."""
     found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         owner, hint = tree, None
@@ -81,12 +81,12 @@ class Pieces(NamedTuple):
     structure: Any
 
     def each(self, function: Callable[..., Any], *more: Any) -> Any:
-        """function(piece, *more of the piece), one piece after the other; the results are stacked in front."""
+        """Calls function(piece, *more of the piece) on one piece after the other and stacks the results in front."""
         stacked = [x for x, is_stacked in zip(self.leaves, self.stacked, strict=True) if is_stacked]
         return jax.lax.map(lambda xs: function(self._with(xs[0]), *xs[1:]), (stacked, *more))
 
     def first(self) -> Call:
-        """The first piece."""
+        """Returns the first piece."""
         return self._with([x[0] for x, is_stacked in zip(self.leaves, self.stacked, strict=True) if is_stacked])
 
     def _with(self, leaves: list[Any]) -> Call:
@@ -96,7 +96,7 @@ class Pieces(NamedTuple):
 
 
 def _pieces(call: Call, take: Callable[[Any, Named], Any]) -> Pieces:
-    """`take` gives the pieces of an array along a leading axis, or None for one that all pieces share."""
+    """Cuts a call; `take` gives the pieces of an array along a leading axis, or None for one that all pieces share."""
     named = _leaves(call)
     taken = [take(*each) for each in named]
     leaves = [x if pieces is None else pieces for (x, _), pieces in zip(named, taken, strict=True)]
@@ -104,7 +104,15 @@ def _pieces(call: Call, take: Callable[[Any, Named], Any]) -> Pieces:
 
 
 def by_heads(call: Call, groups: int) -> Pieces:
-    """The call cut into groups of heads. `groups` is a multiple of K and of Kv and divides N."""
+    """Cuts a call into groups of heads.
+
+    Args:
+        call: The call.
+        groups: The number of groups: a multiple of K and of Kv that divides N.
+
+    Raises:
+        ValueError: An array of a part has more than one axis of heads.
+    """
     heads = call.query.shape[-2]
 
     def take(x: Any, named: Named) -> Any:
@@ -131,7 +139,7 @@ def by_heads(call: Call, groups: int) -> Pieces:
 
 
 def by_entries(call: Call) -> Pieces:
-    """The call cut into its batch entries. Each piece has as many batch axes as the call, of size 1."""
+    """Cuts a call into its batch entries. Each piece has as many batch axes as the call, of size 1."""
     batch = call.query.shape[:-3]
 
     def take(x: Any, named: Named) -> Any:
@@ -145,7 +153,7 @@ def by_entries(call: Call) -> Pieces:
 
 
 def _of_head(mask: Mask, head: int, heads: int) -> Mask:
-    """What a mask shows head `head`, as a mask for one head."""
+    """Returns the mask of head `head`, as a mask for one head."""
     leaves = [
         jax.lax.slice_in_dim(x, head, head + 1, axis=named.heads[0])
         if named.heads and x.shape[named.heads[0]] == heads
@@ -172,8 +180,11 @@ class _OneOf(Mask):
 
 
 def refusal(call: Call, pieces: Callable[[Call], Pieces]) -> str | None:
-    """Why this call cannot be cut so, or None if it can: a part lets heads read each other, or its arrays do not say
-    which of their axes are cut."""
+    """Returns why this call cannot be cut so, or None if it can be.
+
+    A call cannot be cut if a part lets heads read each other, or if the arrays of a part do not say which of their axes
+    are cut.
+    """
     for slot in ("score_maps", "weight_maps"):
         for each in getattr(call.slots, slot):
             if not each.heads_apart:

@@ -1,4 +1,7 @@
-"""The definition: all scores at once. Serves every part, in memory batch x N x T x S; the oracle of the others."""
+"""The definition of attention: all scores at once.
+
+This implementation serves every part, in memory batch x N x T x S. The others are tested against it.
+"""
 
 from typing import Any
 
@@ -16,8 +19,11 @@ Rows = Bool[Array, "*b n t"]
 
 
 def weigh(call: Call, wrong: Wrong) -> tuple[View, Tile, Rows | None]:
-    """score, bias, score maps, mask, normaliser and weight maps, in this order; not dropout. And which rows are wrong:
-    in the tile they see nothing."""
+    """Applies score, bias, score maps, mask, normaliser and weight maps, in this order, but not dropout.
+
+    Returns:
+        A triple (view, tile, rows). `rows` says which rows are wrong; in the tile they see nothing.
+    """
     query, key = call.query.swapaxes(-2, -3), call.key.swapaxes(-2, -3)
     slots, tile = call.slots, call.tile
     shown: Any = tile.visible
@@ -40,8 +46,10 @@ def weigh(call: Call, wrong: Wrong) -> tuple[View, Tile, Rows | None]:
 
 
 def _seen(shown: Bool[Array, "*#b #n t s"], keys: Bool[Array, "*b g s"], heads: int) -> tuple[Array, Rows]:
-    """The rows [..., 1 or N, T] that see any key, and those that see one of these keys. By a product with columns of
-    zeros and ones, which is faster than to look at every pair of every head."""
+    """Returns the rows [..., 1 or N, T] that see any key, and those that see one of these keys.
+
+    Both come from a product with columns of zeros and ones, which is faster than looking at every pair of every head.
+    """
     columns = keys[..., None, :, :] if shown.shape[-3] == 1 else repeated(keys, heads)[..., None, :]
     columns = jnp.concatenate([jnp.ones_like(columns[..., :1, :]), columns], -2).swapaxes(-1, -2)
     counts = product(shown.astype(jnp.float32), columns.astype(jnp.float32))  # [..., 1, T, 1 + G] or [..., N, T, 2]
@@ -50,7 +58,7 @@ def _seen(shown: Bool[Array, "*#b #n t s"], keys: Bool[Array, "*b g s"], heads: 
 
 
 def marked(view: View, tile: Tile, rows: Rows | None) -> tuple[View, Tile]:
-    """Both with NaN in the wrong rows, which see what they are told."""
+    """Puts NaN in the wrong rows of the view, and restores in the tile the pairs that they see."""
     tile = tile._replace(query=jnp.asarray(tile.query), key=jnp.asarray(tile.key))
     if rows is None:
         return view, tile
@@ -63,7 +71,7 @@ def marked(view: View, tile: Tile, rows: Rows | None) -> tuple[View, Tile]:
 def read(
     call: Call, view: View, tile: Tile, rows: Rows | None
 ) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:
-    """(out, lse, measured) of the rows in view."""
+    """Returns (out, lse, measured) of the rows in view."""
     told = marked(view, tile, rows)
     measured = {name: measure(*told) for name, measure in call.slots.measures.items()}
     weights = view.weights
@@ -75,6 +83,6 @@ def read(
 
 
 def dense(call: Call) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:
-    """out = Σ_j w_j v_j with the weights of `weigh`; lse; and what is measured, rows as [..., N, T, *c]."""
+    """Returns out = Σ_j w_j v_j with the weights of `weigh`, the lse, and what is measured, rows as [..., N, T, *c]."""
     call, wrong = hide(call)
     return read(call, *weigh(call, wrong))

@@ -1,4 +1,4 @@
-"""dot_product_attention: `attend` under the arguments of `jax.nn` and of Flax, for code that was written for them."""
+"""`dot_product_attention`: `attend` under the arguments of `jax.nn` and of Flax, for code that was written for them."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -43,40 +43,46 @@ def dot_product_attention(
     qk_attn_weights_einsum: Callable[..., Array] | None = None,
     attn_weights_value_einsum: Callable[..., Array] | None = None,
 ) -> Any:
-    """softmax(q·k · scale + bias where mask) v: `jax.nn.dot_product_attention`, and `attention_fn` for Flax's modules.
+    """softmax(q·k · scale + bias where mask) v, with the arguments of `jax.nn.dot_product_attention` and of Flax.
 
         nnx.MultiHeadAttention(..., attention_fn=jaxattn.dot_product_attention)
         linen.MultiHeadDotProductAttention(..., attention_fn=jaxattn.dot_product_attention)
 
     The arguments mean what they mean there, with one difference: a query that sees no key gives zeros, where `jax.nn`
-    gives the mean of all values. What a mask hides may hold NaN. Scores and statistics are float32 or better.
+    gives the mean of all values. Hidden keys and values may hold NaN. Scores and statistics are float32 or better.
 
     Args:
         query: [..., T, N, H].
-        key: [..., S, K, H], N a multiple of K.
+        key: [..., S, K, H], where N is a multiple of K.
         value: [..., S, K, V].
-        bias: Added to the scores; an array that broadcasts to [..., N, T, S].
-        mask: True where a query sees a key; an array that broadcasts to [..., N, T, S], boolean or, as Flax makes them,
+        bias: An array that broadcasts to [..., N, T, S] and is added to the scores.
+        mask: True where a query sees a key: an array that broadcasts to [..., N, T, S], boolean or, as Flax makes them,
             of zeros and ones.
-        scale: H**-0.5 unless given.
+        scale: The factor of q·k, by default H**-0.5.
         is_causal: Query i sees the keys up to i.
-        query_seq_lengths: [B], queries that are there; the rows of others are zeros.
-        key_value_seq_lengths: [B], keys that are there.
+        query_seq_lengths: [B], the number of queries that each sequence has; the rows of other queries are zeros.
+        key_value_seq_lengths: [B], the number of keys that each sequence has.
         local_window_size: (left, right), or one number for both: query i sees the keys i − left .. i + right.
         return_residual: Also return the log of each row's total weight, [..., T, N].
         implementation: As in `attend`. None and "xla" are "auto", and "cudnn" is "fused".
-        dropout_rng: The key of the dropout on the weights, which are scaled by 1 / (1 − rate).
-        dropout_rate: Its rate, from 0 to below 1.
+        dropout_rng: The random key of the dropout on the weights, which are scaled by 1 / (1 − rate).
+        dropout_rate: The rate of the dropout, from 0 to below 1.
         broadcast_dropout: All batch entries and heads drop the same pairs.
         deterministic: No dropout.
-        dtype: Query, key and value are cast to it; by default to the one that they promote to.
-        precision: Of products; JAX's names and `jax.lax.Precision`.
+        dtype: The dtype that query, key and value are cast to, by default the one that they promote to.
+        precision: The precision of products: one of JAX's names or a `jax.lax.Precision`.
         module: A module of Flax to whose intermediates `attention_weights` are added.
-        promote_dtype: What casts instead, promote_dtype((query, key, value), dtype=dtype).
-        qk_attn_weights_einsum: Refused, as is `attn_weights_value_einsum`: no product here is an einsum.
+        promote_dtype: A function that casts instead, promote_dtype((query, key, value), dtype=dtype).
+        qk_attn_weights_einsum: Refused, since no product here is an einsum.
+        attn_weights_value_einsum: Refused, likewise.
 
-    Raises ValueError or TypeError, naming the argument, for shapes that do not fit, masks of other numbers than 0 and
-    1, and dropout without a key; NotImplementedError for the two einsums.
+    Returns:
+        out [..., T, N, V], or the pair (out, residual) with `return_residual`.
+
+    Raises:
+        TypeError or ValueError: Shapes do not fit, a mask holds other numbers than 0 and 1, or dropout has no key. The
+            message names the argument.
+        NotImplementedError: One of the two einsums is given.
     """
     einsums = {"qk_attn_weights": qk_attn_weights_einsum, "attn_weights_value": attn_weights_value_einsum}
     for name, einsum in einsums.items():

@@ -1,7 +1,7 @@
 """Kernels of libraries, for the calls that they can serve: cuDNN through JAX on NVIDIA GPUs, tokamax where installed.
 
-A call is translated to the arguments of `dot_product_attention`, which both libraries have, or refused by name. They
-return no `lse` with a gradient and no statistic, so calls that ask for those are refused too.
+A call is translated to the arguments of `dot_product_attention`, which both libraries have, or refused by name. The
+kernels return no `lse` with a gradient and no statistic, so calls that ask for those are refused too.
 """
 
 import dataclasses
@@ -34,7 +34,13 @@ class Plan:
 
 
 def plan(given: Any, return_lse: bool, platform: str | None = None) -> Plan | str:
-    """How to serve the call (the arguments of `attend`), or why not. `platform`: JAX's backend unless given."""
+    """Returns how to serve a call (the arguments of `attend`), or why it cannot be served.
+
+    Args:
+        given: The call.
+        return_lse: As in `attend`.
+        platform: The platform to plan for, by default JAX's backend.
+    """
     platform = jax.default_backend() if platform is None else platform
     if platform not in ("gpu", "cuda", "tpu"):
         return f"platform {platform}: library kernels are for GPU and TPU"
@@ -51,7 +57,7 @@ def plan(given: Any, return_lse: bool, platform: str | None = None) -> Plan | st
 
 
 def _describe(given: Any, return_lse: bool) -> Plan | str:
-    """The call in the libraries' terms, or the first thing in it that neither of them has."""
+    """Returns the call in the libraries' terms, or the first thing in it that neither of them has."""
     length, keys = given.query.shape[-3], given.key.shape[-3]
     normalize, maps = given.slots.normalize, tuple(given.slots.score_maps)
     unserved = {
@@ -114,7 +120,7 @@ def _tokamax_refusal(given: Any, described: Plan, platform: str) -> str | None:
 
 
 def fused(given: Any, plan: Plan) -> Float[Array, "*b t n v"]:
-    """out of a call with this plan, by the library's kernel."""
+    """Returns the out of a call with this plan, by the library's kernel."""
     if plan.kernel == "cudnn":
         return call(given, plan, jax.nn.dot_product_attention, implementation="cudnn")
     from tokamax import dot_product_attention
@@ -124,10 +130,11 @@ def fused(given: Any, plan: Plan) -> Float[Array, "*b t n v"]:
 
 
 def call(given: Any, plan: Plan, attention: Callable, **options: Any) -> Float[Array, "*b t n v"]:
-    """out = attention(...), with one batch axis. Sequences without a key are computed with one and then zeroed.
+    """Returns out = attention(...), with one batch axis.
 
-    Keys beyond a length may hold anything, and a query that is not finite is 0 for the kernel and NaN in the end. Other
-    hidden keys must be finite, since what a kernel does with a weight of 0 is not said.
+    Sequences without a key are computed with one key and then zeroed. Keys beyond a length may hold anything. A query
+    that is not finite is 0 for the kernel and NaN in the end. Other hidden keys must be finite, since the libraries do
+    not say what a kernel does with a weight of 0.
     """
     batch = given.query.shape[:-3]
     count = int(np.prod(batch))

@@ -1,4 +1,4 @@
-"""Masks of nodes: who sees whom is given by a graph or a tree, and positions are the numbers of nodes."""
+"""Masks of nodes: a graph or a tree says who sees whom, and positions are the numbers of nodes."""
 
 from typing import Any
 
@@ -15,21 +15,29 @@ from jaxattn.core.table import take
 
 @part
 class Graph(Mask):
-    """The query sees the keys in its list: key ∈ neighbours[..., n, query position, :].
+    """Shows a query the keys in its list: key ∈ neighbours[..., n, query position, :].
 
-    `neighbours` [..., N or 1, P, D] holds the positions of at most D keys per node, padded with −1. Memory is P · D
-    where the table of an `Explicit` holds every pair. A node sees itself only if its list says so; positions outside
-    the lists see nothing.
+    The memory is P · D, where the table of an `Explicit` holds every pair. A node sees itself only if its list says so.
+    Positions outside the lists see nothing.
+
+    Attributes:
+        neighbours: Integers [..., N or 1, P, D], the positions of at most D keys per node, padded with −1.
     """
 
     neighbours: Int[Array, "*batch heads nodes degree"]
 
     @classmethod
     def from_edges(cls, senders: Any, receivers: Any, nodes: int) -> "Graph":
-        """The graph in which receivers[e] sees senders[e] for every edge e; int arrays [E] that are known, not traced.
+        """The graph in which receivers[e] sees senders[e] for every edge e.
 
-        Raises ValueError for edges to or from a node that is not one of 0..nodes−1, or arrays that do not match,
-        TypeError for ends that are not integers.
+        Args:
+            senders: Integers [E] that are known, not traced.
+            receivers: Integers [E], likewise.
+            nodes: The number of nodes.
+
+        Raises:
+            TypeError: The ends of edges are not integers.
+            ValueError: An edge is to or from a node that is not one of 0..nodes−1, or the arrays do not match.
         """
         ends = np.asarray(senders), np.asarray(receivers)
         if ends[0].shape != ends[1].shape or ends[0].ndim != 1:
@@ -47,9 +55,13 @@ class Graph(Mask):
 
     @classmethod
     def from_adjacency(cls, adjacency: Any) -> "Graph":
-        """The graph in which node i sees node j where adjacency[..., i, j], [P, R] or [..., N or 1, P, R], known.
+        """The graph in which node i sees node j where adjacency[..., i, j].
 
-        Raises ValueError for an array with fewer than two axes.
+        Args:
+            adjacency: [P, R] or [..., N or 1, P, R], known, not traced.
+
+        Raises:
+            ValueError: The array has fewer than two axes.
         """
         adjacency = np.asarray(adjacency, bool)
         if adjacency.ndim < 2:
@@ -60,7 +72,7 @@ class Graph(Mask):
         return cls(jnp.asarray(np.where(np.take_along_axis(adjacency, order, -1), order, -1).astype(np.int32)))
 
     def _of(self, query: Any) -> Array:
-        """The lists of queries [..., 1, T, 1], [..., n, T, D]."""
+        """Returns the lists [..., n, T, D] of queries [..., 1, T, 1]."""
         neighbours = jnp.asarray(self.neighbours)
         *lead, nodes, degree = neighbours.shape
         check_entries("Graph", "neighbours", neighbours[..., 0], query)
@@ -89,21 +101,24 @@ class Graph(Mask):
 
 @part
 class Ancestors(Mask):
-    """The query's node sees itself and its ancestors: the mask of a tree of drafts (SpecInfer, Miao et al., 2024).
+    """Shows a node itself and its ancestors: the mask of a tree of drafts (SpecInfer, Miao et al., 2024).
 
-    `parents` [..., M] holds each node's parent, which comes before it, parents[i] < i, or −1 for a root; several roots
-    make a forest. Nodes are told apart by their position (siblings would share a depth), so the query and key
-    positions of the call are node numbers; what embeds a position uses the depth. A chain is `Causal()`.
+    Nodes are told apart by their position (siblings would share a depth), so the query and key positions of the call
+    are node numbers. Position embeddings use the depth of a node. A chain is `Causal()`.
 
     In a walk that meets each node before its children, the descendants of node j are the nodes met at steps
-    enter_j .. exit_j − 1. So j is an ancestor of i, or i, iff enter_j ≤ enter_i < exit_j: memory is linear in M, and
+    enter_j .. exit_j − 1. So j is i or an ancestor of i iff enter_j ≤ enter_i < exit_j. The memory is linear in M, and
     pointer doubling finds the steps in log M rounds.
+
+    Attributes:
+        parents: Integers [..., M], the parent of each node, which comes before it, parents[i] < i, or −1 for a root.
+            Several roots make a forest.
     """
 
     parents: Int[Array, "*batch nodes"]
 
     def _of(self, query, key, grid):
-        """(enter of queries, enter of keys, exit of keys); outside the tree −1, 0, 0, which no one sees."""
+        """Returns (enter of queries, enter of keys, exit of keys); outside the tree −1, 0, 0, which no node sees."""
         parents = jnp.asarray(self.parents)
         check_entries("Ancestors", "parents", parents, query, key)
         enter, after = jax.vmap(_walk)(parents.reshape(-1, parents.shape[-1]))
@@ -128,7 +143,7 @@ class Ancestors(Mask):
 
 
 def _walk(parents: Int[Array, " m"]) -> tuple[Int[Array, " m"], Int[Array, " m"]]:
-    """(enter, exit) of every node of a forest in preorder, children in the order of their numbers."""
+    """Returns (enter, exit) of every node of a forest in preorder, children in the order of their numbers."""
     nodes = parents.shape[0]
     rounds = max(nodes - 1, 1).bit_length()
     parents = jnp.maximum(parents, -1)

@@ -1,19 +1,19 @@
-"""Maps: what is done to the scores before they are masked and normalised, and to the weights before they read values.
+"""Maps: changes of the scores before they are masked and normalised, and of the weights before they read values.
 
-A map is a part called on a block of either, `map(x [..., N, T, S], tile)`, and returns the block changed. The `Tile`
+A map is a part called on a block of either, `map(x [..., N, T, S], tile)`. It returns the changed block. The `Tile`
 says where the block stands and which of its pairs are visible.
 
-`scores_need` and `weights_need` say how much a map must see in the slot `score_maps` or `weight_maps`; "rows" unless
-it says otherwise:
+`scores_need` and `weights_need` say how much a map must see in the slot `score_maps` or `weight_maps`, by default
+"rows":
 
     "tile"    any block at all. As a weight map it then must commute with a factor per row, map(c·w) = c·map(w), since
               tiles are mapped before their rows are normalised.
     "rows"    all keys of a query; also of the `halo` queries before it.
     "matrix"  all queries at once: only the dense implementation can serve it.
 
-`heads_apart` promises that each head of the result depends on that head of the block alone. Only with this promise,
-False unless given, are heads computed one by one where they see different keys. Arrays by head or by batch entry then
-have to say so in their annotation, by the names `heads` and `*batch` (see `cut`).
+`heads_apart` promises that each head of the result depends on the same head of the block alone. The default is False.
+Where heads see different keys, they are computed one by one only with this promise. Arrays by head or by batch entry
+then have to say so in their annotation, by the names `heads` and `*batch` (see `cut`).
 """
 
 import abc
@@ -40,7 +40,13 @@ Queries = Int[Array, "*b 1 t 1"]
 
 
 class Map(abc.ABC):
-    """What a part must offer to stand in the slots score_maps and weight_maps; see the head of this file."""
+    """The base class of parts for score_maps and weight_maps; the head of this file says what they must offer.
+
+    Attributes:
+        scores_need: How much the map must see of the scores.
+        weights_need: How much the map must see of the weights.
+        heads_apart: Whether each head of the result depends on the same head of the block alone.
+    """
 
     scores_need: ClassVar[Need] = "rows"
     weights_need: ClassVar[Need] = "rows"
@@ -48,17 +54,17 @@ class Map(abc.ABC):
 
     @property
     def halo(self) -> int:
-        """How many queries before a row the map reads."""
+        """The number of queries before a row that the map reads."""
         return 0
 
     @property
     def kind(self) -> str:
-        """What errors and explanations call it."""
+        """The name of the map in errors and explanations."""
         return type(self).__name__
 
     @abc.abstractmethod
     def __call__(self, x: Block, tile: Tile) -> Block:
-        """The block, mapped."""
+        """Returns the changed block."""
 
 
 # Maps of scores.
@@ -66,9 +72,15 @@ class Map(abc.ABC):
 
 @part
 class SoftCap(Map):
-    """s -> cap · tanh(s / cap): scores stay within ±cap (Gemma 2, 2024). cap = ∞ is the identity.
+    """Caps scores at ±cap: s → cap · tanh(s / cap)  (Gemma 2, 2024).
 
-    It acts after scale and bias and before the mask. Raises ValueError for a cap that is not positive.
+    The map acts after scale and bias and before the mask. cap = ∞ is the identity.
+
+    Attributes:
+        cap: The bound, a positive number.
+
+    Raises:
+        ValueError: `cap` is not positive.
     """
 
     cap: float
@@ -85,9 +97,13 @@ class SoftCap(Map):
 
 @part
 class Temperature(Map):
-    """s -> s / τ, with τ > 0 one number or one per head [N]; learned if it is an array. τ = 1 is the identity.
+    """Divides by a temperature: s → s / τ. τ = 1 is the identity.
 
-    Raises ValueError for a number that is not positive.
+    Attributes:
+        temperature: τ > 0, one number or one per head [N]. An array is learned.
+
+    Raises:
+        ValueError: `temperature` is a number that is not positive.
     """
 
     temperature: Float[Array, ""] | Float[Array, " heads"] | float
@@ -104,10 +120,10 @@ class Temperature(Map):
 
 @part
 class Temporal(Map):
-    """s_ti -> s_ti − log Σ_{j<t} exp(s_ji): discounts keys that earlier queries attended to (Paulus et al., 2018).
+    """Discounts keys that earlier queries attended to: s_ti → s_ti − log Σ_{j<t} exp(s_ji)  (Paulus et al., 2018).
 
     Softmax then gives weights ∝ exp(s_ti) / Σ_{j<t} exp(s_ji), and exp(s_1i) for the first query that sees key i.
-    Earlier means before it in the array; hidden pairs and empty slots count for nothing. Adding a constant to all
+    "Earlier" means before it in the array. Hidden pairs and empty slots count for nothing. Adding a constant to all
     scores of a key changes only the first query that sees it.
     """
 
@@ -129,10 +145,15 @@ class Temporal(Map):
 
 @part
 class MixHeads(Map):
-    """x_n -> Σ_m weight[n, m] · x_m: heads read each other (talking heads, Shazeer et al., 2020).
+    """Lets heads read each other: x_n → Σ_m weight[n, m] · x_m  (talking heads, Shazeer et al., 2020).
 
-    `weight` [N, N]; the identity matrix is the identity. A permutation permutes the heads of the scores or weights,
-    not those of the values.
+    A permutation permutes the heads of the scores or weights, not those of the values.
+
+    Attributes:
+        weight: [N, N]. The identity matrix is the identity.
+
+    Raises:
+        ValueError: `weight` has another shape.
     """
 
     weight: Float[Array, "heads heads"]
@@ -151,13 +172,18 @@ class MixHeads(Map):
 
 @part
 class Convolution(Map):
-    """x_nij -> Σ_a Σ_b kernel[n, a, b] · x_{n, i − (A−1) + a, j + b − ⌊B/2⌋}, hidden pairs counting as 0.
+    """Convolves over queries and keys: x_nij → Σ_a Σ_b kernel[n, a, b] · x_{n, i − (A−1) + a, j + b − ⌊B/2⌋}.
 
-    The key-query convolution of multi-token attention (row i reads the A − 1 rows before it, and B/2 keys on either
-    side): a key can match a conjunction of queries. `kernel` [N or 1, A, B], B odd; 1 in the last row's centre and 0
-    elsewhere is the identity. Neighbours are those in the arrays. Causal and document masks stay leak-free, since
-    what they hide is 0 before the convolution and hidden after it.
-    Raises ValueError for an even B, or heads that do not fit.
+    This map is the key-query convolution of multi-token attention. Row i reads the A − 1 rows before it, and B/2 keys
+    on either side, so a key can match a conjunction of queries. Neighbours are those in the arrays, and hidden pairs
+    count as 0. Causal and document masks stay leak-free, since hidden pairs are 0 before the convolution and hidden
+    after it.
+
+    Attributes:
+        kernel: [N or 1, A, B] with B odd. A kernel with 1 in the last row's centre and 0 elsewhere is the identity.
+
+    Raises:
+        ValueError: B is even, or the heads do not fit.
     """
 
     kernel: Float[Array, "heads a b"]
@@ -189,14 +215,22 @@ class Convolution(Map):
 
 
 def _keep(weights: Block, kept: Bool[Array, "*b n t s"]) -> Block:
-    """The kept weights, scaled so that each row's total stays what it was; nothing kept gives zeros."""
+    """Keeps some weights, scaled so that each row's total stays as before; a row that keeps none is zeros."""
     left = jnp.where(kept, weights, 0)
     return left * ratio(weights.sum(-1, keepdims=True), left.sum(-1, keepdims=True))
 
 
 @part
 class TopKWeights(Map):
-    """Keeps the k largest weights of each row (ties: the first keys) and scales them to the row's former total."""
+    """Keeps the k largest weights of each row (ties: the first keys) and scales them to the row's former total.
+
+    Attributes:
+        k: The number of weights to keep, at least 1.
+
+    Raises:
+        TypeError: `k` is not an int.
+        ValueError: `k` is below 1.
+    """
 
     k: int
 
@@ -209,11 +243,19 @@ class TopKWeights(Map):
 
 @part
 class DropTopK(Map):
-    """Drops ⌊rate · m⌋ of the m = min(k, visible keys) largest weights of each row at random, and scales the rest.
+    """Drops ⌊rate · m⌋ of the m = min(k, visible keys) largest weights of each row at random, and scales the others.
 
-    Stochastic top-k masking of ACMIL (Zhang et al., 2024): after softmax it equals masking those scores with −∞.
-    The choice is a function of key, head and positions. Leave it out when evaluating.
-    Raises ValueError unless 0 <= rate < 1 and k >= 1.
+    This map is the stochastic top-k masking of ACMIL (Zhang et al., 2024). After softmax it equals masking those scores
+    with −∞. The choice is a function of key, head and positions. Leave the map out when evaluating.
+
+    Attributes:
+        k: The number of largest weights to choose from, at least 1.
+        rate: The share of them to drop, 0 ≤ rate < 1.
+        key: The random key.
+
+    Raises:
+        TypeError: `k` is not an int, or `rate` is not a number.
+        ValueError: `k` is below 1, or `rate` is not at least 0 and below 1.
     """
 
     k: int
@@ -239,14 +281,18 @@ class DropTopK(Map):
 
 @part
 class Reallocate(Map):
-    """w_ij -> w_ij · m'_g / m_g for key j in group g, where m_g = Σ_{j in g} w_ij: each group's mass becomes m'_g.
+    """Gives each group of keys a new mass: w_ij → w_ij · m'_g / m_g for key j in group g, where m_g = Σ_{j in g} w_ij.
 
-    Proportions inside a group stay. Equal to adding log(m'_g / m_g) to the scores of the group (log-bias lemma).
-    `groups` [..., P] is a table over key positions of ids 0 .. G−1; keys with a negative id, or outside the table,
-    keep their weights. `masses` gives the new masses: an array [..., N or 1, P or 1, G], a table over query positions
-    (queries outside it keep their weights), or with fewer axes; or a part that is called on the old ones, m [..., N, T,
-    G] -> m'. `size` is G, by default as many as there are masses or ids.
+    Proportions inside a group stay. The map equals adding log(m'_g / m_g) to the scores of the group (log-bias lemma).
     A group without weight in a row has nothing to scale and stays 0.
+
+    Attributes:
+        groups: Integers [..., P], a table over key positions of ids 0 .. G−1. Keys with a negative id, or outside the
+            table, keep their weights.
+        masses: The new masses: an array [..., N or 1, P or 1, G], or with fewer axes, that is a table over query
+            positions (queries outside it keep their weights). A part that is called on the old masses, m [..., N, T, G]
+            → m', may stand here too.
+        size: G, by default as many as there are masses or ids.
     """
 
     groups: Int[Array, "*batch positions"]
@@ -270,7 +316,7 @@ class Reallocate(Map):
         return x * jnp.where(ids >= 0, by_key, 1)
 
     def _at(self, query: Queries, old: Array) -> Array:
-        """The table of masses at the query positions; outside it the old ones."""
+        """Returns the table of masses at the query positions; outside the table the old masses."""
         table = jnp.asarray(self.masses, old.dtype)
         table = table.reshape((1,) * (old.ndim - table.ndim) + table.shape)
         if table.shape[-2] == 1:
@@ -282,10 +328,17 @@ class Reallocate(Map):
 
 @part
 class GaussianWindow(Map):
-    """w_ij -> w_ij · exp(−(j − c_i)² / (2 σ²)), not renormalised: the local attention of Luong et al. (2015).
+    """Multiplies weights by a Gaussian, w_ij → w_ij · exp(−(j − c_i)² / (2 σ²)), not renormalised (Luong et al., 2015).
 
-    `centres` [..., N or 1, P]: where each query position looks, in key positions, real-valued, so that it is learned
-    through the window. `sigma` > 0 is a number or an array. As σ -> ∞ the identity. As a bias, see `LogGaussian`.
+    This map is the local attention of the paper. As σ → ∞ it is the identity. For a bias, see `LogGaussian`.
+
+    Attributes:
+        centres: [..., N or 1, P], where each query position looks, in key positions. Centres are real numbers, so they
+            are learned through the window.
+        sigma: The width σ > 0, a number or an array.
+
+    Raises:
+        ValueError: `sigma` is a number that is not positive.
     """
 
     centres: Float[Array, "*batch heads positions"]
@@ -303,7 +356,12 @@ class GaussianWindow(Map):
 
 @part
 class Seeded(Map):
-    """Dropout with its seeds drawn: one per batch entry and head, [..., N, 1, 1]. What `Dropout.draw` makes."""
+    """Dropout with its seeds drawn, as `Dropout.draw` makes it.
+
+    Attributes:
+        rate: The probability that a weight is dropped.
+        seeds: [..., N, 1, 1], one seed per batch entry and head.
+    """
 
     rate: float
     seeds: UInt32[Array, "*batch heads 1 1"]
@@ -318,11 +376,19 @@ class Seeded(Map):
 
 @part
 class Dropout:
-    """weight_ij -> weight_ij · keep_ij / (1 − rate), keep_ij independent with probability 1 − rate.
+    """Drops weights at random: w_ij → w_ij · keep_ij / (1 − rate), keep_ij independent with probability 1 − rate.
 
-    Each keep_ij is a function of the key, the batch entry, the head and the two positions alone, so every
+    Each keep_ij is a function of the key, the batch entry, the head and the two positions alone. So every
     implementation and every block size drops the same weights, and nothing is stored for the backward pass.
-    With `shared`, all batch entries and heads drop the same pairs. Raises ValueError unless 0 <= rate < 1.
+
+    Attributes:
+        rate: The probability that a weight is dropped, 0 ≤ rate < 1.
+        key: The random key.
+        shared: All batch entries and heads drop the same pairs.
+
+    Raises:
+        TypeError: `rate` is not a number.
+        ValueError: `rate` is not at least 0 and below 1.
     """
 
     rate: float
@@ -333,13 +399,13 @@ class Dropout:
         check_rate("Dropout", self.rate)
 
     def draw(self, batch: tuple[int, ...], heads: int) -> Seeded:
-        """The same dropout with one seed per batch entry and head."""
+        """Returns the same dropout with one seed per batch entry and head."""
         seeds = noise.seeds(self.key, () if self.shared else (*batch, heads))
         return Seeded(self.rate, jnp.broadcast_to(seeds, (*batch, heads, 1, 1)))
 
 
 def check_rate(owner: str, rate: float) -> None:
-    """Raises TypeError unless it is a number and ValueError unless 0 <= rate < 1."""
+    """Raises TypeError for a rate that is not a number, and ValueError unless 0 ≤ rate < 1."""
     if not isinstance(rate, int | float | np.number):
         raise TypeError(f"{owner}: rate must be a number, got {rate!r}")
     if not 0 <= rate < 1:

@@ -1,13 +1,14 @@
 """Masks: which keys a query may see, as boolean functions of positions that compose with `&`, `|` and `~`.
 
-A mask is called on the positions of a tile, `mask(query [..., 1, T, 1], key [..., 1, 1, S])`, and returns booleans that
-broadcast to [..., N, T, S]. Position −1 marks an empty slot; the core hides those, masks need not. Because masks
-read positions and never offsets, one mask serves training, padding, packed documents, caches and permuted tokens.
+A mask is called on the positions of a tile, `mask(query [..., 1, T, 1], key [..., 1, 1, S])`. It returns booleans that
+broadcast to [..., N, T, S]. Position −1 marks an empty slot. The core hides empty slots, so a mask need not. Masks use
+the positions that they are given, never array indices. One mask then serves training, padding, packed documents, caches
+and permuted tokens.
 
-`bounds` says what is known of whole tiles, so that empty ones are skipped and full ones are not masked. It gets the
-positions cut into tiles, `query [..., 1, QB, 1, bq]` and `key [..., 1, 1, KB, bk]`, and returns (possible, certain):
-False in `possible` promises that the tile hides every pair of slots, True in `certain` that it shows every pair of
-non-empty slots. It is evaluated with NumPy when positions and mask are static, with JAX otherwise.
+`bounds` says what is known of whole tiles, so that empty tiles are skipped and full ones are not masked. It gets the
+positions cut into tiles, `query [..., 1, QB, 1, bq]` and `key [..., 1, 1, KB, bk]`, and returns (possible, certain).
+False in `possible` promises that the tile hides every pair of slots. True in `certain` promises that it shows every
+pair of non-empty slots. `bounds` is evaluated with NumPy when positions and mask are static, with JAX otherwise.
 
 Every mask can be looked at: `to_array`, `density`, `describe` (and `viz.show_mask`).
 """
@@ -34,14 +35,14 @@ Bounds = tuple[Any, Any]
 
 
 class Reach(NamedTuple):
-    """What a mask may show at most: keys at positions below `first`, and the last `recent` up to the query's own."""
+    """The most that a mask may show: keys at positions below `first`, and the last `recent` up to the query's own."""
 
     first: int
     recent: int
 
 
 def tile_range(positions: Any, valid: Any = None) -> tuple[Any, Any]:
-    """The least and the greatest non-negative value of each tile (last axis); (2³¹−1, −1) if it has none."""
+    """Returns the least and the greatest non-negative value of each tile (last axis); (2³¹−1, −1) if it has none."""
     xp = np if isinstance(positions, np.ndarray) else jnp
     valid = positions >= 0 if valid is None else valid
     largest = np.iinfo(np.int32).max
@@ -49,7 +50,7 @@ def tile_range(positions: Any, valid: Any = None) -> tuple[Any, Any]:
 
 
 def every_slot(positions: Any, condition: Any) -> Any:
-    """Whether it holds for every non-empty slot of a tile (last axis)."""
+    """Returns whether the condition holds for every non-empty slot of a tile (last axis)."""
     return ((positions < 0) | condition).all(-1)
 
 
@@ -61,49 +62,64 @@ def _as_mask(other: Any) -> Any:
 
 
 class Mask(abc.ABC):
-    """What a part must offer to stand in the mask slot. A new mask needs `__call__`; `bounds` makes it fast."""
+    """The base class of parts for the mask slot. A new mask needs `__call__`; `bounds` makes it fast."""
 
     @abc.abstractmethod
     def __call__(self, query: Int[Array, "*b 1 t 1"], key: Int[Array, "*b 1 1 s"]) -> Bool[Array, "*b n t s"]:
-        """True where the query may see the key."""
+        """Returns True where the query may see the key."""
 
     def bounds(self, query: Int[Array, "*b 1 qb 1 bq"], key: Int[Array, "*b 1 1 kb bk"]) -> Bounds:
-        """(possible, certain) per tile, [..., 1 or N, QB, KB]; by default nothing is known and nothing is skipped."""
+        """Returns (possible, certain) per tile, [..., 1 or N, QB, KB].
+
+        By default nothing is known and nothing is skipped.
+        """
         return np.True_, np.False_
 
     @property
     def is_relative(self) -> bool:
-        """Whether it reads nothing but the distance between query and key; by default it may read more."""
+        """Whether the mask depends on the distance between query and key alone; by default it may read more."""
         return False
 
     @property
     def reach(self) -> Reach | None:
-        """How few keys it shows a query, so that a cache need not keep others; None, the default, for no limit."""
+        """How few keys the mask shows a query, so that a cache need not keep others; by default None, no limit."""
         return None
 
     @property
     def grain(self) -> tuple[int, int] | None:
-        """(queries, keys) of the blocks in which it shows and hides pairs, so that tiles can fit them; None, the
-        default, if it shows nothing in blocks."""
+        """(queries, keys), the blocks in which the mask shows and hides pairs, so that tiles can fit them.
+
+        None, the default, means that the mask shows nothing in blocks.
+        """
         return None
 
     def to_array(self, queries: Any, keys: Any = None) -> Bool[Array, "*b n t s"]:
-        """What each query sees, [..., N or 1, T, S]; `Explicit` of it is the same mask at the positions 0..length−1.
+        """Returns what each query sees, [..., N or 1, T, S].
 
-        `queries` and `keys` are numbers of positions, counted from 0, or int arrays of positions [..., T] and [..., S]
-        (those of an empty slot, −1, are hidden); `keys` are the queries unless given. Raises ValueError for a number
-        below 1, TypeError for what is not integer.
+        `Explicit` of the result is the same mask at the positions 0..length−1.
+
+        Args:
+            queries: A number of positions, counted from 0, or an int array of positions [..., T]. Those of an empty
+                slot, −1, are hidden.
+            keys: A number of positions, or an int array of positions [..., S]; by default the queries.
+
+        Raises:
+            TypeError: Positions are not integers.
+            ValueError: A number is below 1.
         """
         query, key = _places("queries", queries), _places("keys", queries if keys is None else keys)
         shown = visible(self, query[..., None, :, None], key[..., None, None, :])
         return jnp.broadcast_to(shown, np.broadcast_shapes(shown.shape, (1, query.shape[-1], key.shape[-1])))
 
     def density(self, queries: Any, keys: Any = None) -> float:
-        """The share of the pairs of `to_array` that are visible. It holds them all, and does not run under `jit`."""
+        """Returns the share of the pairs of `to_array` that are visible.
+
+        The method holds all pairs, and does not run under `jit`.
+        """
         return float(self.to_array(queries, keys).mean())
 
     def describe(self) -> str:
-        """A few words on what the mask shows."""
+        """Returns a few words on which keys the mask shows."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         static = [f"{name}={x}" for name, x in values.items() if isinstance(x, int | np.integer | str)]
         return f"{type(self).__name__}({', '.join(static)})"
@@ -125,9 +141,10 @@ class Mask(abc.ABC):
 
 
 def as_mask(mask: Any) -> Any:
-    """The mask that an array or a function stands for: `Explicit(array)`, `MaskFunction(function)`; a mask is itself.
+    """Makes a mask of an array, `Explicit(array)`, or of a function, `MaskFunction(function)`; a mask stays as it is.
 
-    Raises TypeError for an array that is not boolean.
+    Raises:
+        TypeError: An array is not boolean.
     """
     if mask is None or isinstance(mask, Mask | type) or dataclasses.is_dataclass(mask):
         return mask
@@ -150,19 +167,19 @@ def _places(name: str, given: Any) -> Any:
 
 
 def visible(mask: Mask | None, query: Int[Array, "*b 1 t 1"], key: Int[Array, "*b 1 1 s"]) -> Bool[Array, "#*b #n t s"]:
-    """The mask (None shows all) with the empty slots hidden."""
+    """Returns the mask (None shows all) with the empty slots hidden."""
     shown = (query >= 0) & (key >= 0)
     return shown if mask is None else shown & mask(query, key)
 
 
 def _finer(*masks: Mask) -> tuple[int, int] | None:
-    """The grain of masks that are combined: blocks into which those of all of them can be cut."""
+    """Returns the grain of masks that are combined: blocks into which the blocks of all of them can be cut."""
     grains = [mask.grain for mask in masks if mask.grain is not None]
     return (math.gcd(*(x for x, _ in grains)), math.gcd(*(x for _, x in grains))) if grains else None
 
 
 def anded(mask: Mask | None) -> list[Mask]:
-    """The masks that are and-ed together; none for None."""
+    """Returns the masks that are and-ed together; an empty list for None."""
     if mask is None:
         return []
     return anded(mask.first) + anded(mask.second) if isinstance(mask, And) else [mask]
@@ -173,7 +190,7 @@ def _grouped(mask: Mask, kinds: Any) -> str:
 
 
 class _OfTwo(Mask):
-    """What `&` and `|` of two masks share."""
+    """The shared part of `&` and `|` of two masks."""
 
     first: Mask
     second: Mask
@@ -189,7 +206,7 @@ class _OfTwo(Mask):
 
 @part
 class And(_OfTwo):
-    """Visible to both masks; what `a & b` makes."""
+    """Shows the keys that both masks show; `a & b` makes it."""
 
     first: Mask
     second: Mask
@@ -212,7 +229,7 @@ class And(_OfTwo):
 
 @part
 class Or(_OfTwo):
-    """Visible to either mask; what `a | b` makes."""
+    """Shows the keys that either mask shows; `a | b` makes it."""
 
     first: Mask
     second: Mask
@@ -235,7 +252,7 @@ class Or(_OfTwo):
 
 @part
 class Not(Mask):
-    """Visible where the mask hides; what `~a` makes. Empty slots stay hidden."""
+    """Shows the keys that the mask hides; `~a` makes it. Empty slots stay hidden."""
 
     mask: Mask
 
@@ -260,7 +277,7 @@ class Not(Mask):
 
 @part
 class Causal(Mask):
-    """Keys at the query's position and before: key ≤ query."""
+    """Shows keys at the query's position and before: key ≤ query."""
 
     def __call__(self, query, key):
         return key <= query
@@ -279,10 +296,17 @@ class Causal(Mask):
 
 @part
 class Window(Mask):
-    """The query at position p sees keys at positions p − left .. p + right, itself included.
+    """Shows a query at position p the keys at positions p − left .. p + right, itself included.
 
     `Window(left)` alone is causal. A window of W keys that counts the query itself is `Window(W − 1)`.
-    Raises ValueError for a negative `left` or `right`, TypeError for anything but ints.
+
+    Attributes:
+        left: The number of positions before the query, at least 0.
+        right: The number of positions after the query, at least 0.
+
+    Raises:
+        TypeError: `left` or `right` is not an int.
+        ValueError: `left` or `right` is negative.
     """
 
     left: int
@@ -317,11 +341,18 @@ class Window(Mask):
 
 @part
 class Sinks(Mask):
-    """Keys at positions below `count`: the first tokens, seen by every query (StreamingLLM, Xiao et al., 2024).
+    """Shows every query the first tokens: keys at positions below `count` (StreamingLLM, Xiao et al., 2024).
 
-    It shows them to earlier queries too: compose it with `Causal()`. In a row of packed documents the first positions
-    are those of the row, so `Sinks(4) & Documents(ids)` shows sinks to the first document alone;
+    Earlier queries see them too: compose the mask with `Causal()`. In a row of packed documents the first positions are
+    those of the row, so `Sinks(4) & Documents(ids)` shows sinks to the first document alone.
     `Documents(ids).within(Sinks(4))` gives every document its own.
+
+    Attributes:
+        count: The number of tokens, at least 0.
+
+    Raises:
+        TypeError: `count` is not an int.
+        ValueError: `count` is negative.
     """
 
     count: int
@@ -346,12 +377,18 @@ class Sinks(Mask):
 
 @part
 class Dilated(Mask):
-    """Keys at a distance from the query that `step` divides, before it and after it.
+    """Shows keys at a distance from the query that `step` divides, before it and after it.
 
-    It limits neither direction nor distance, since other masks do: `Dilated(s) & Window(n * s)` shows the keys at
-    distances 0, s, .. n·s, a dilated window; `Causal() & (Window(s) | Dilated(s))` joins the two patterns of the
+    Direction and distance are not limited, since other masks do so. `Dilated(s) & Window(n * s)` is a dilated window,
+    which shows the keys at distances 0, s, .., n·s. `Causal() & (Window(s) | Dilated(s))` joins the two patterns of the
     strided sparse transformer (Child et al., 2019).
-    Raises ValueError for a step below 1, TypeError for one that is not an int.
+
+    Attributes:
+        step: The step, at least 1.
+
+    Raises:
+        TypeError: `step` is not an int.
+        ValueError: `step` is below 1.
     """
 
     step: int
@@ -378,9 +415,14 @@ class Dilated(Mask):
 
 @part
 class Chunked(Mask):
-    """Query and key are in the same chunk of `size` positions: ⌊query / size⌋ = ⌊key / size⌋ (local block attention).
+    """Shows keys in the same chunk of `size` positions: ⌊query / size⌋ = ⌊key / size⌋ (local block attention).
 
-    Raises ValueError for a size below 1, TypeError for one that is not an int.
+    Attributes:
+        size: The number of positions per chunk, at least 1.
+
+    Raises:
+        TypeError: `size` is not an int.
+        ValueError: `size` is below 1.
     """
 
     size: int
@@ -401,10 +443,12 @@ class Chunked(Mask):
 
 @part
 class Documents(Mask):
-    """Query and key belong to the same document: ids[query position] == key_ids[key position].
+    """Shows keys of the same document: ids[query position] == key_ids[key position].
 
-    `ids` [..., P] is a table over positions (one id per token of the packed sequence); `key_ids` defaults to `ids`.
-    A negative id is padding, which sees nothing and is not seen; so is a position outside the table.
+    Attributes:
+        ids: Integers [..., P], a table over positions (one id per token of the packed sequence). A negative id is
+            padding, which sees nothing and is not seen; so is a position outside the table.
+        key_ids: The table of the keys, by default `ids`.
     """
 
     ids: Int[Array, "*batch positions"]
@@ -429,10 +473,13 @@ class Documents(Mask):
         return possible, shown & (first == last) & (first_key == last_key) & (first == first_key)
 
     def within(self, mask: Mask) -> Mask:
-        """`mask` with positions counted from the start of each document, which sees no other one.
+        """Returns `mask` with positions counted from the start of each document, which sees no other document.
 
-        `Documents(ids).within(Causal() & (Window(w) | Sinks(n)))` is what each document would see if it were alone in
-        its row. Raises ValueError if `key_ids` are given, since queries and keys then stand in different rows.
+        `Documents(ids).within(Causal() & (Window(w) | Sinks(n)))` is the mask that each document would have if it were
+        alone in its row.
+
+        Raises:
+            ValueError: `key_ids` are given. Queries and keys then stand in different rows.
         """
         if self.key_ids is not None:
             raise ValueError("Documents: within counts places in one row: need key_ids=None")
@@ -444,11 +491,15 @@ class Documents(Mask):
 
 @part
 class Within(Mask):
-    """mask(places[query position], places[key position]): another mask, read at other places than the positions.
+    """Reads another mask at other places than the positions: mask(places[query position], places[key position]).
 
     With the place of each token in its document, `Causal() & (Window(w) | Sinks(n))` shows the first n tokens of each
-    document of a packed row, not those of the row. `places` [..., P] is a table over positions like that of
-    `Documents`, with which it is combined; −1, and all beyond the table, are empty slots.
+    document of a packed row, not those of the row.
+
+    Attributes:
+        mask: The mask to read.
+        places: Integers [..., P], a table over positions like that of `Documents`, with which it is combined. −1, and
+            all positions beyond the table, are empty slots.
     """
 
     mask: Mask
@@ -473,7 +524,7 @@ class Within(Mask):
 
 
 def documents_of(mask: Mask | None) -> Int[Array, "*batch positions"] | None:
-    """The ids of the `Documents` that the mask asks for, alone or together with others; None if it does not."""
+    """Returns the ids of the `Documents` in a mask, alone or and-ed with others; None if the mask has none."""
     if isinstance(mask, And):
         first = documents_of(mask.first)
         return documents_of(mask.second) if first is None else first
@@ -481,7 +532,7 @@ def documents_of(mask: Mask | None) -> Int[Array, "*batch positions"] | None:
 
 
 def places_in_documents(ids: Int[Array, "*batch positions"]) -> Int[Array, "*batch positions"]:
-    """The place of each token in its document, from 0: where the run of equal ids began."""
+    """Returns the place of each token in its document, counted from 0 where the run of equal ids began."""
     ids = jnp.asarray(ids)
     index = jnp.arange(ids.shape[-1])
     starts = jnp.concatenate([jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], -1)
@@ -490,7 +541,11 @@ def places_in_documents(ids: Int[Array, "*batch positions"]) -> Int[Array, "*bat
 
 @part
 class Lengths(Mask):
-    """Keys at positions below the sequence's length: the padding mask of a right-padded batch. `lengths` is [...]."""
+    """Shows keys at positions below the sequence's length: the padding mask of a right-padded batch.
+
+    Attributes:
+        lengths: Integers [...], one per batch entry.
+    """
 
     lengths: Int[Array, "*batch"]
 
@@ -507,10 +562,13 @@ class Lengths(Mask):
 
 @part
 class Prefix(Mask):
-    """key ≤ query, or key < length: a prefix that sees itself in both directions, then causal (prefix-LM).
+    """Shows key ≤ query or key < length: a prefix that sees itself in both directions, then causal (prefix-LM).
 
-    The prefix of Raffel et al. (2020); `length` is an int or an array [...], one per batch entry. A length known when
-    the program is written may be left to static masks, so that tiles are skipped at trace time: `Causal() | Sinks(n)`.
+    The prefix is that of Raffel et al. (2020). A length known when the program is written may be left to static masks,
+    so that tiles are skipped at trace time: `Causal() | Sinks(n)`.
+
+    Attributes:
+        length: An int, or an array [...] with one length per batch entry.
     """
 
     length: Int[Array, "*batch"] | int
@@ -527,11 +585,14 @@ class Prefix(Mask):
 
 @part
 class Explicit(Mask):
-    """array[..., n, query position, key position]: any boolean table over positions; outside it, hidden.
+    """Shows the pairs of a boolean table over positions, array[..., n, query position, key position].
 
-    `array` is [..., N, P, R] or with fewer axes, [P, R], [R]. An axis of size 1 is shared by all positions, heads or
-    batch entries, as in `jax.nn`: [B, 1, 1, S] hides the padding of a batch. A table of every pair has memory quadratic
-    in length, whatever reads it.
+    Positions outside the table are hidden. A table of every pair has memory quadratic in length, whichever
+    implementation reads it.
+
+    Attributes:
+        array: Booleans [..., N, P, R] or with fewer axes, [P, R], [R], []. An axis of size 1 is shared by all
+            positions, heads or batch entries, as in `jax.nn`: [B, 1, 1, S] hides the padding of a batch.
     """
 
     array: Bool[Array, "*batch heads p r"] | Bool[Array, "p r"] | Bool[Array, " r"] | Bool[Array, ""]
@@ -558,11 +619,14 @@ class Explicit(Mask):
 
 @part
 class MaskFunction(Mask):
-    """function(query position, key position): what a plain function in the mask slot becomes.
+    """Shows the pairs where function(query position, key position): what a plain function in the mask slot becomes.
 
-    It is called on arrays of positions, [..., 1, T, 1] and [..., 1, 1, S], and returns booleans that broadcast against
-    both. Arrays that the function closes over are constants, and another function is another program: define it once.
-    A mask class can say more, such as which tiles are empty (`bounds`).
+    Arrays that the function closes over are constants, and another function is another program: define it once. A mask
+    class can say more, such as which tiles are empty (`bounds`).
+
+    Attributes:
+        function: The function, called on arrays of positions [..., 1, T, 1] and [..., 1, 1, S]. It returns booleans
+            that broadcast against both.
     """
 
     function: Callable[..., Any]
@@ -576,11 +640,17 @@ class MaskFunction(Mask):
 
 @part
 class PerHead(Mask):
-    """Head n sees what masks[n] shows it: for instance another window for every head.
+    """Shows head n the keys that masks[n] shows, for instance another window for every head.
 
     A mask of the tuple that itself differs by head stands for its own head n. Each key head computes the tiles that the
-    heads which read it need. Raises TypeError unless `masks` is a tuple, ValueError if it is empty or,
-    when called, if one of them has another number of heads.
+    query heads which read it need.
+
+    Attributes:
+        masks: A tuple with one mask per head.
+
+    Raises:
+        TypeError: `masks` is not a tuple.
+        ValueError: `masks` is empty or, when called, one of them has another number of heads.
     """
 
     masks: tuple[Mask, ...]
@@ -616,7 +686,7 @@ class PerHead(Mask):
 
 
 def _stack_heads(each: Any) -> Any:
-    """Element n of [..., 1 or N, a, b] arrays becomes head n."""
+    """Makes element n of a list of [..., 1 or N, a, b] arrays head n of one array."""
     xp: Any = np if all(isinstance(x, np.ndarray | np.bool_) for x in each) else jnp
     for heads in (x.shape[-3] for x in each if np.ndim(x) > 2):
         if heads not in (1, len(each)):

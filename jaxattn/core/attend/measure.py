@@ -1,4 +1,4 @@
-"""Measures: what can be said of attention weights without ever holding them all.
+"""Measures: statistics of attention weights, computed without ever holding all weights.
 
 A measure is a part called on a `View` of complete rows and their `Tile`, `measure(view, tile)`; `tile.visible` has the
 shape of the weights. Its `over` says what the core does with the results of one block of queries after another:
@@ -6,12 +6,13 @@ shape of the weights. Its `over` says what the core does with the results of one
     "rows"    [..., N, T, *c], one result per query: put one after the other, returned as [..., T, N, *c]
     "sum"     any shape, a contribution of these queries to one result: added up, returned as it is
 
-A `LinearMeasure` is a weighted sum over keys of numbers that depend on the key's position alone. It says which numbers,
-and needs no complete rows: they are read as more columns of the values, so that tiled serves it too.
+A `LinearMeasure` is a weighted sum over keys of numbers that depend on the key's position alone. The measure says which
+numbers. It needs no complete rows: the numbers are read as more columns of the values, so "tiled" serves it too.
 
-So memory is linear in length whatever is measured, and each measure is its dense definition. All are differentiable but
-for positions (`ArgMax`, those of `TopWeights`). Weights are those that read the values, after normalisation and
-weight maps, before dropout. They need not sum to one (sigmoid, maps); a measure says so where it normalises rows.
+Memory is therefore linear in length whatever is measured, and each measure is its dense definition. All results are
+differentiable but for positions (`ArgMax`, those of `TopWeights`). The weights are those that read the values: after
+normalisation and weight maps, before dropout. Weights need not sum to one (sigmoid, maps). A measure that normalises
+rows says so.
 """
 
 import abc
@@ -29,9 +30,12 @@ from jaxattn.core.table import take
 
 
 class View(NamedTuple):
-    """Complete rows of weights and scores, [..., N, T, S], and the log of each row's total weight, [..., N, T].
+    """Complete rows of weights and scores. Rows of empty query slots see nothing: their weights are 0.
 
-    Rows of empty query slots see nothing: their weights are 0.
+    Attributes:
+        weights: [..., N, T, S].
+        scores: [..., N, T, S].
+        lse: [..., N, T], the log of each row's total weight.
     """
 
     weights: Float[Array, "*b n t s"]
@@ -40,24 +44,28 @@ class View(NamedTuple):
 
 
 class Measure(abc.ABC):
-    """What a part must offer to be measured beside `out`; see the head of this file."""
+    """The base class of measures beside `out`; the head of this file says what they must offer.
+
+    Attributes:
+        over: How the results of blocks of queries are put together.
+    """
 
     over: ClassVar[Literal["rows", "sum"]] = "rows"
 
     @abc.abstractmethod
     def __call__(self, view: View, tile: Tile) -> Any:
-        """The results for these rows."""
+        """Returns the results for these rows."""
 
 
 class LinearMeasure(Measure):
-    """finish(Σ_j w_ij c_j): the sums of a few numbers c_j per key under the weights, and what becomes of them."""
+    """A measure finish(Σ_j w_ij c_j): the sums of a few numbers c_j per key under the weights, turned into a result."""
 
     @abc.abstractmethod
     def columns(self, key: Int[Array, "*b #n 1 s"]) -> Array:
-        """c of the keys at these positions, [..., 1 or N, S, C]; finite also at −1, an empty slot."""
+        """Returns the c of the keys at these positions, [..., 1 or N, S, C]; finite also at −1, an empty slot."""
 
     def finish(self, sums: Float[Array, "*b n t c"]) -> Any:
-        """The results for rows with these sums, [..., N, T, *c]; the sums unless it is overridden."""
+        """Returns the results for rows with these sums, [..., N, T, *c]. Without an override they are the sums."""
         return sums
 
     def __call__(self, view, tile):
@@ -66,15 +74,16 @@ class LinearMeasure(Measure):
 
 
 def _shares(weights: Float[Array, "*b n t s"]) -> Float[Array, "*b n t s"]:
-    """Rows divided by their totals; rows without weight stay 0."""
+    """Divides rows by their totals; rows without weight stay 0."""
     return ratio(weights, weights.sum(-1, keepdims=True))
 
 
 @part
 class Entropy(Measure):
-    """H_i = −Σ_j p_ij log p_ij in nats, p the row divided by its total: 0 for one key, log n for n equal ones.
+    """Entropy in nats, H_i = −Σ_j p_ij log p_ij, where p is the row divided by its total. [..., T, N]
 
-    0 for a row without weight. For softmax H = lse − Σ_j p_j s_j. [..., T, N]
+    The entropy is 0 for one key and log n for n equal ones. A row without weight has 0. For softmax H = lse − Σ_j p_j
+    s_j.
     """
 
     def __call__(self, view, tile):
@@ -85,10 +94,15 @@ class Entropy(Measure):
 
 @part
 class Mass(LinearMeasure):
-    """m_ig = Σ_{j in group g} w_ij, that is `attend` with one-hot values. [..., T, N, G]
+    """The weight of each group of keys, m_ig = Σ_{j in group g} w_ij: `attend` with one-hot values. [..., T, N, G]
 
-    `groups` [..., P] is a table over key positions of ids 0 .. size − 1; keys with another id, or outside the table,
-    count for none. G is `size`, by default one more than the largest id; under `jit`, where ids are not known, give it.
+    Attributes:
+        groups: Integers [..., P], a table over key positions of ids 0 .. size − 1. Keys with another id, or outside the
+            table, count for none.
+        size: G, by default one more than the largest id. Under `jit`, where ids are not known, give it.
+
+    Raises:
+        ValueError: `groups` is traced and `size` is not given, or `size` is below 1.
     """
 
     groups: Int[Array, "*batch positions"]
@@ -105,9 +119,10 @@ class Mass(LinearMeasure):
 
 @part
 class MeanPosition(LinearMeasure):
-    """Σ_j p_ij · (key position j), p the row divided by its total: where a query looks on average; 0 without weight.
+    """Where a query looks on average, Σ_j p_ij · (key position j), where p is the row divided by its total. [..., T, N]
 
-    Under a causal mask `Distance` is the query's position less this, without the need for complete rows. [..., T, N]
+    A row without weight has 0. Under a causal mask `Distance` is the query's position less this mean, which needs no
+    complete rows.
     """
 
     def columns(self, key):
@@ -120,9 +135,10 @@ class MeanPosition(LinearMeasure):
 
 @part
 class Received(Measure):
-    """r_j = Σ_i w_ij, what each key receives from all queries: the column sums. [..., S, N]
+    """The weight that each key receives from all queries, r_j = Σ_i w_ij: the column sums. [..., S, N]
 
-    The gradient of Σ_i lse_i in a zero bias per key, for softmax. Σ_j r_j is the number of queries that see a key.
+    For softmax r is the gradient of Σ_i lse_i in a zero bias per key, and Σ_j r_j is the number of queries that see a
+    key.
     """
 
     over: ClassVar[Literal["rows", "sum"]] = "sum"
@@ -133,7 +149,10 @@ class Received(Measure):
 
 @part
 class MaxWeight(Measure):
-    """max_j w_ij, 0 for a row that sees nothing. For softmax exp(max_j s_ij − lse_i). [..., T, N]"""
+    """The largest weight of a row, max_j w_ij, and 0 for a row that sees nothing. [..., T, N]
+
+    For softmax it is exp(max_j s_ij − lse_i).
+    """
 
     def __call__(self, view, tile):
         best = jnp.where(tile.visible, view.weights, -jnp.inf).max(-1)
@@ -150,9 +169,16 @@ class ArgMax(Measure):
 
 @part
 class TopWeights(Measure):
-    """(weights, positions) of the k keys with the largest weights, in descending order; each [..., T, N, k].
+    """The k keys with the largest weights, in descending order: a pair (weights, positions), each [..., T, N, k].
 
-    Ties: the first keys. Where fewer are visible, weight 0 and position −1.
+    Among equal weights the first keys are taken. Where fewer keys are visible, weight is 0 and position −1.
+
+    Attributes:
+        k: The number of keys, at least 1.
+
+    Raises:
+        TypeError: `k` is not an int.
+        ValueError: `k` is below 1.
     """
 
     k: int
@@ -172,7 +198,10 @@ class TopWeights(Measure):
 
 @part
 class Distance(Measure):
-    """Σ_j p_ij |query position − key position|, p the row divided by its total; 0 without weight. [..., T, N]"""
+    """The mean distance, Σ_j p_ij |query position − key position|, where p is the row divided by its total. [..., T, N]
+
+    A row without weight has 0.
+    """
 
     def __call__(self, view, tile):
         apart = jnp.abs(tile.query - tile.key).astype(view.weights.dtype)
@@ -181,9 +210,16 @@ class Distance(Measure):
 
 @part
 class LagProfile(Measure):
-    """a_d = Σ_i w_{i, i−d} for d = 0 .. lags − 1, by positions: how much is read d tokens back. [..., N, lags]
+    """How much is read d tokens back, a_d = Σ_i w_{i, i−d} for d = 0 .. lags − 1, by positions. [..., N, lags]
 
-    Lag 1 is the previous-token head; divide by the number of queries at positions >= d for a mean.
+    Lag 1 is the previous-token head. For a mean, divide by the number of queries at positions ≥ d.
+
+    Attributes:
+        lags: The number of lags, at least 1.
+
+    Raises:
+        TypeError: `lags` is not an int.
+        ValueError: `lags` is below 1.
     """
 
     lags: int
@@ -205,7 +241,11 @@ class LagProfile(Measure):
 
 @part
 class RowsOf(Measure):
-    """All weights of the queries at a few positions, [..., N, R, S]; `positions` [R]. Zeros where no query stands."""
+    """All weights of the queries at a few positions, [..., N, R, S]. Rows are zeros where no query stands.
+
+    Attributes:
+        positions: Integers [R].
+    """
 
     positions: Int[Array, " rows"]
 
@@ -221,11 +261,14 @@ class RowsOf(Measure):
 
 @part
 class Lookback(Measure):
-    """ā_C / (ā_C + ā_G): ā_C the mean weight of visible keys before `split`, ā_G that of the others. [..., T, N]
+    """The lookback ratio ā_C / (ā_C + ā_G)  (Chuang et al., 2024). [..., T, N]
 
-    The lookback ratio (Chuang et al., 2024): how much is read from the context, against what was generated since.
-    Equal weights give ½ wherever both parts are visible; a part of which nothing is visible has mean 0; 0 where both
-    are. `split` is a position, one number or one per batch entry [...].
+    ā_C is the mean weight of visible keys before `split`, and ā_G that of the others: how much is read from the
+    context, against the tokens generated since. Equal weights give ½ wherever both parts are visible. A part of which
+    nothing is visible has mean 0, and where both means are 0 the ratio is 0.
+
+    Attributes:
+        split: A position, one number or one per batch entry [...].
     """
 
     split: Int[Array, "*batch"] | int

@@ -5,11 +5,11 @@ is the log of a row's total weight before normalisation. A row that sees no key 
 the mass that the normaliser has without keys: that of a null logit, else −inf. `tile.visible` has the shape of the
 scores.
 
-One that can be computed a few keys at a time (a *streaming* normaliser) is defined by
+A normaliser that can be computed a few keys at a time (a *streaming* normaliser) is defined by
 
     reference(scores)              a number per row that keeps weights in range (the maximum so far); it cancels out
     weight(scores, reference)      the weight of each key before normalisation, elementwise and differentiable;
-                                   a hidden key has score −inf and must get weight 0 and gradient 0
+                                   hidden keys arrive with score −inf: return weight 0 for them, with a zero gradient
     finish(numerator, total, reference) -> (out, lse)
 
 with numerator = Σ weight·value [..., N, T, V] and total = Σ weight [..., N, T]. Weights under two references differ by
@@ -35,30 +35,30 @@ PerHead = Float[Array, ""] | Float[Array, " heads"] | float
 
 
 class Normalize(abc.ABC):
-    """What a part must offer to stand in the normalize slot."""
+    """The base class of parts for the normalize slot."""
 
     @abc.abstractmethod
     def weights(self, scores: Scores, tile: Tile) -> tuple[Scores, Rows]:
-        """(weights, lse) of whole rows: the definition."""
+        """Returns (weights, lse) of whole rows: the definition."""
 
 
 class Streaming(Normalize):
-    """A normaliser that needs a few keys at a time; see the head of this file."""
+    """A normaliser that needs a few keys at a time; the head of this file says what it must offer."""
 
     @abc.abstractmethod
     def reference(self, scores: Scores) -> Rows:
-        """A number per row that keeps weights in range."""
+        """Returns a number per row that keeps weights in range."""
 
     @abc.abstractmethod
     def weight(self, scores: Scores, reference: Rows) -> Scores:
-        """The weight of each key before normalisation."""
+        """Returns the weight of each key before normalisation."""
 
     @abc.abstractmethod
     def finish(self, numerator: Float[Array, "*b n t v"], total: Rows, reference: Rows) -> tuple[Array, Rows]:
-        """(out, lse) from the sums over keys."""
+        """Returns (out, lse) from the sums over keys."""
 
     def weights(self, scores, tile):
-        """All keys at once. The weights are what reading the identity matrix gives."""
+        """Takes all keys at once. The weights are the results of reading the identity matrix."""
         scores = jnp.where(tile.visible, scores, -jnp.inf)
         reference = jax.lax.stop_gradient(self.reference(scores))
         reference = jnp.where(jnp.isneginf(reference), 0, reference)
@@ -67,20 +67,28 @@ class Streaming(Normalize):
 
 
 def safe_log(x: Array) -> Array:
-    """log x for x > 0; −inf with gradient 0 for x = 0, or for an x whose reciprocal is out of range."""
+    """Returns log x for x > 0; −inf with gradient 0 for x = 0, or for an x whose reciprocal is out of range."""
     some = in_range(x)
     return jnp.where(some, jnp.log(jnp.where(some, x, 1)), -jnp.inf)
 
 
 @part
 class Softmax(Streaming):
-    """weight_j = exp(s_j / τ) / (exp(b) + Σ_i exp(s_i / τ)), lse = log(exp(b) + Σ_i exp(s_i / τ)).
+    """Softmax weights, with a null logit b if given: weight_j = exp(s_j / τ) / (exp(b) + Σ_i exp(s_i / τ)).
 
-    b is the head's `null_logit` [N], the score of a key whose value is zero: a learned sink that lets a head attend
-    to nothing. Without it (b = −∞) this is softmax; b = 0 is softmax-off-by-one. With it, out = σ(lse₀ − b) · out₀
-    where out₀, lse₀ are those of plain softmax. A row that sees no key has out 0 and lse b: so the result over all keys
-    is the `merge` of those over parts of them, if one part has the null logit.
-    The `temperature` τ > 0, one number or one per head [N], is 1 unless given; it does not divide b.
+        lse = log(exp(b) + Σ_i exp(s_i / τ))
+
+    Without a null logit (b = −∞) the weights are softmax; b = 0 is softmax-off-by-one. With a null logit, out = σ(lse₀
+    − b) · out₀, where out₀ and lse₀ are those of plain softmax. A row that sees no key has out 0 and lse b. So the
+    result over all keys is the `merge` of the results over parts of them, if one part has the null logit.
+
+    Attributes:
+        null_logit: b [N], one per head, the score of a key whose value is zero: a learned sink that lets a head attend
+            to nothing.
+        temperature: τ > 0, one number or one per head [N], by default 1. It does not divide b.
+
+    Raises:
+        ValueError: `temperature` is a number that is not positive, or `null_logit` has another shape.
     """
 
     null_logit: Float[Array, " heads"] | None = None
@@ -118,11 +126,14 @@ class Softmax(Streaming):
 
 
 class Elementwise(Streaming):
-    """Each key's weight depends on its own score alone, so changing a key leaves the weights of the others as they are.
+    """A normaliser in which each key's weight depends on its own score alone.
 
-    `normalized` divides a row by its total; rows whose total is 0 stay 0. Without it the scale of `out` grows with the
-    number of visible keys. lse = log Σ_j weight_j. Normalised weights that cannot be 0 are taken relative to the
-    largest of the row, so that no score is too low for them.
+    Changing a key leaves the weights of the others as they are. lse = log Σ_j weight_j. Normalised weights that cannot
+    be 0 are taken relative to the largest of the row, so that no score is too low for them.
+
+    Attributes:
+        normalized: A row is divided by its total; rows whose total is 0 stay 0. Otherwise the scale of `out` grows with
+            the number of visible keys.
     """
 
     normalized: bool
@@ -138,11 +149,14 @@ class Elementwise(Streaming):
 
 @part
 class Sigmoid(Elementwise):
-    """weight_j = σ(s_j + bias); lse = log Σ_j σ(s_j + bias).
+    """Sigmoid weights: weight_j = σ(s_j + bias), lse = log Σ_j σ(s_j + bias).
 
     No sink can form where rows are not normalised (the attention-sink study of Gu et al., 2024). A bias of −log S lets
-    the weights of a row start with a sum near 1. `bias` is one number or one per head [N], 0 unless given. Where
-    all s_j + bias are very negative, normalised sigmoid is softmax.
+    the weights of a row start with a sum near 1. Where all s_j + bias are very negative, normalised sigmoid is softmax.
+
+    Attributes:
+        bias: One number or one per head [N], by default 0.
+        normalized: Whether rows are divided by their totals.
     """
 
     bias: Float[Array, ""] | Float[Array, " heads"] | float | None = None
@@ -162,7 +176,11 @@ class Sigmoid(Elementwise):
 
 @part
 class Relu(Elementwise):
-    """weight_j = max(s_j, 0): many weights are exactly 0."""
+    """Rectified scores: weight_j = max(s_j, 0), of which many are exactly 0.
+
+    Attributes:
+        normalized: Whether rows are divided by their totals.
+    """
 
     normalized: bool = False
 
@@ -172,7 +190,11 @@ class Relu(Elementwise):
 
 @part
 class ReluSquared(Elementwise):
-    """weight_j = max(s_j, 0)²."""
+    """Squared rectified scores: weight_j = max(s_j, 0)².
+
+    Attributes:
+        normalized: Whether rows are divided by their totals.
+    """
 
     normalized: bool = False
 
@@ -182,7 +204,11 @@ class ReluSquared(Elementwise):
 
 @part
 class Elu1(Elementwise):
-    """weight_j = elu(s_j) + 1, that is s_j + 1 for s_j > 0 and exp(s_j) below: positive, with a gradient everywhere."""
+    """weight_j = elu(s_j) + 1, which is s_j + 1 for s_j > 0 and exp(s_j) below: positive, with a gradient everywhere.
+
+    Attributes:
+        normalized: Whether rows are divided by their totals.
+    """
 
     normalized: bool = False
 
@@ -202,9 +228,13 @@ def _log_elu1(scores: Scores) -> Scores:
 
 @part
 class Linear(Streaming):
-    """weight_j = s_j, which may be negative; normalised, weight_j = s_j / max(|Σ_i s_i|, 1).  lse = log |Σ_j s_j|.
+    """The scores as weights: weight_j = s_j, which may be negative, and lse = log |Σ_j s_j|  (Gu et al., 2024).
 
-    The linear kernel of Gu et al. (2024). Without masks or normalisation out = (Σ_j v_j k_jᵀ) q: linear attention.
+    Normalised, weight_j = s_j / max(|Σ_i s_i|, 1), the linear kernel of the paper. Without masks or normalisation
+    out = (Σ_j v_j k_jᵀ) q: linear attention.
+
+    Attributes:
+        normalized: Whether rows are divided as above.
     """
 
     normalized: bool = False
@@ -225,15 +255,16 @@ class Linear(Streaming):
 
 
 def _total_one(visible: Bool[Array, "*b n t s"], dtype: jnp.dtype) -> Rows:
-    """The lse of weights that sum to one by construction: 0, and −inf where nothing is visible."""
+    """Returns the lse of weights that sum to one by construction: 0, and −inf where nothing is visible."""
     return jnp.where(visible.any(-1), jnp.zeros((), dtype), -jnp.inf)
 
 
 def _support(scores: Scores, visible: Bool[Array, "*b n t s"], power: int) -> tuple[Scores, Bool[Array, "*b n t s"]]:
-    """(x, x > τ) for x = scores less their row's maximum and the τ with Σ_j max(x_j − τ, 0)^power = 1.
+    """Returns (x, x > τ) for x = scores less their row's maximum and the τ with Σ_j max(x_j − τ, 0)^power = 1.
 
-    Newton's method from τ = −1, where the maximum alone contributes 1: the sum is convex and falls in τ, so the steps
-    only ever go up, to the root; some ten of them, each a pass over the row, where sorting it would take far longer.
+    Newton's method starts from τ = −1, where the maximum alone contributes 1. The sum is convex and falls in τ, so the
+    steps only ever go up, to the root. It takes some ten steps, each a pass over the row, where sorting the row would
+    take far longer.
     """
     shown = jnp.where(visible, scores, -jnp.inf)
     top = jax.lax.stop_gradient(shown.max(-1, keepdims=True))
@@ -256,10 +287,11 @@ def _support(scores: Scores, visible: Bool[Array, "*b n t s"], power: int) -> tu
 
 @part
 class Sparsemax(Normalize):
-    """The point of the simplex nearest to the scores, argmin_p |p − s|²: p_j = max(s_j − τ, 0) with Σ p = 1.
+    """The point of the simplex nearest to the scores, argmin_p |p − s|²  (Martins and Astudillo, 2016).
 
-    Martins and Astudillo (2016). Sparse; piecewise linear in s; a lead of 1 over all other keys gives one-hot.
-    lse is 0.
+        p_j = max(s_j − τ, 0)  with  Σ p = 1
+
+    The weights are sparse and piecewise linear in s. A lead of 1 over all other keys gives one-hot weights. lse is 0.
     """
 
     def weights(self, scores, tile):
@@ -272,9 +304,11 @@ class Sparsemax(Normalize):
 
 @part
 class Entmax15(Normalize):
-    """p = argmax_p p·s + Σ_j (p_j − p_j^1.5) / 0.75: p_j = max(s_j / 2 − τ, 0)² with Σ p = 1  (Peters et al., 2019).
+    """The 1.5-entmax, p = argmax_p p·s + Σ_j (p_j − p_j^1.5) / 0.75  (Peters et al., 2019).
 
-    The 1.5-entmax: sparse like sparsemax and smooth like softmax, between the two. lse is 0.
+        p_j = max(s_j / 2 − τ, 0)²  with  Σ p = 1
+
+    The weights lie between sparsemax and softmax: sparse like the first and smooth like the second. lse is 0.
     """
 
     def weights(self, scores, tile):
@@ -292,7 +326,14 @@ class Entmax15(Normalize):
 class TopK(Normalize):
     """Softmax over the k largest visible scores of each row (ties: the first keys); lse is over those.
 
-    k >= the number of keys is softmax, k = 1 one-hot. No gradient flows through the choice.
+    With k ≥ the number of keys the weights are softmax, with k = 1 one-hot. No gradient flows through the choice.
+
+    Attributes:
+        k: The number of keys, at least 1.
+
+    Raises:
+        TypeError: `k` is not an int.
+        ValueError: `k` is below 1.
     """
 
     k: int
@@ -315,8 +356,12 @@ class OneHotSample(Normalize):
                                   carry no gradient.
         straight_through          the weights have the values of the sample and the gradient of p (biased).
 
-    E out = softmax attention. The draw is a function of `key`, head and positions (Gumbel-max), so every
-    implementation draws the same; use a new key for every step.
+    E out = softmax attention. The draw is a function of `key`, head and positions (Gumbel-max), so every implementation
+    draws the same key.
+
+    Attributes:
+        key: The random key. Use a new one for every step.
+        straight_through: Whether the weights have the gradient of p.
     """
 
     key: Seed
@@ -337,11 +382,17 @@ class OneHotSample(Normalize):
 
 @part
 class Gumbel(Normalize):
-    """softmax((s + g) / τ) with Gumbel noise g: a relaxed sample, one-hot as τ -> 0.
+    """A relaxed sample, softmax((s + g) / τ) with Gumbel noise g, one-hot as τ → 0.
 
-    Jang et al. (2017), Maddison et al. (2017). The largest weight is that of the key which `OneHotSample` draws with
-    the same `key`, whatever τ > 0.
-    lse is that of the noisy scores over τ.
+    The method is that of Jang et al. (2017) and Maddison et al. (2017). The largest weight is that of the key which
+    `OneHotSample` draws with the same `key`, whatever τ > 0. lse is that of the noisy scores over τ.
+
+    Attributes:
+        key: The random key.
+        temperature: τ > 0, one number or one per head [N].
+
+    Raises:
+        ValueError: `temperature` is a number that is not positive.
     """
 
     key: Seed
@@ -359,11 +410,17 @@ class Gumbel(Normalize):
 def score_function(
     reward: Float[Array, "..."], log_probability: Float[Array, "..."], baseline: Float[Array, "..."] | float = 0.0
 ) -> Float[Array, "..."]:
-    """(reward − baseline) · log_probability, with no gradient through reward and baseline: its gradient in the
-    parameters of the distribution is an unbiased estimate of that of E reward (REINFORCE, Williams, 1992).
+    """Returns (reward − baseline) · log_probability, with no gradient through reward and baseline.
 
-    With `OneHotSample`, log_probability is the `lse` that attend returns; a baseline that does not depend on the draw
-    changes the variance only. Rows that saw nothing (−inf) give 0.
+    Its gradient in the parameters of the distribution is an unbiased estimate of the gradient of E reward (REINFORCE,
+    Williams, 1992).
+
+    Args:
+        reward: The reward of each draw.
+        log_probability: The log probability of each draw: with `OneHotSample`, the `lse` that `attend` returns. Rows
+            that saw nothing (−inf) give 0.
+        baseline: A number that is subtracted from the reward. One that does not depend on the draw changes the variance
+            only.
     """
     seen = ~jnp.isneginf(log_probability)
     advantage = jax.lax.stop_gradient(reward - baseline)

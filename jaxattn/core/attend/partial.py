@@ -1,7 +1,7 @@
 """Attention results form a monoid: weighted means with the log of their total weight.
 
-Tiling, split-K decoding, memory beside local context, shared prefixes and sinks are each one `merge`. Results of many
-key sets are merged along an array axis by `merge_axis`, and over the devices of a mesh axis by `psum_merge`.
+Tiling, split-K decoding, memory beside local context, shared prefixes and sinks are each one `merge`. `merge_axis`
+merges the results of many key sets along an array axis, and `psum_merge` over the devices of a mesh axis.
 """
 
 import functools
@@ -19,10 +19,17 @@ from jaxattn.core.part import part
 
 @part
 class Partial:
-    """A mean of values under positive weights, `out` [..., T, N, V], and the log of their sum, `lse` [..., T, N].
+    """A mean of values under positive weights, and the log of the sum of the weights.
 
-    `Partial(out, extras["lse"])` of `out, extras = attend(..., return_lse=True)` is the partial result for its keys,
-    under a normaliser whose weights sum to one (`Sigmoid` gives a sum: its mean is out · exp(−lse)).
+        out, extras = attend(..., return_lse=True)
+        Partial(out, extras["lse"])
+
+    is the partial result for the keys of the call, under a normaliser whose weights sum to one. `Sigmoid` gives a sum
+    instead: its mean is out · exp(−lse).
+
+    Attributes:
+        out: [..., T, N, V].
+        lse: [..., T, N].
     """
 
     out: Float[Array, "*b t n v"]
@@ -35,13 +42,20 @@ needs its final shape, `Partial(jnp.zeros_like(out), jnp.full_like(lse, -jnp.inf
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """The result over the keys of both:
+    """Returns the result over the keys of both partial results:
 
         lse = log(exp(lse_a) + exp(lse_b)),   out = (exp(lse_a) out_a + exp(lse_b) out_b) / exp(lse)
 
-    Associative and commutative, with `EMPTY` as unit; where both are empty, out is 0 and lse −inf. Differentiable in
-    both fields of both arguments, also where one side is empty. Computed in float32 or better; `out` keeps its dtype.
-    Raises TypeError for arguments that are no `Partial`.
+    The operation is associative and commutative, with `EMPTY` as unit. Where both are empty, out is 0 and lse −inf. It
+    is differentiable in both fields of both arguments, also where one side is empty. Sums are computed in float32 or
+    better; `out` keeps its dtype.
+
+    Args:
+        a: The first partial result.
+        b: The second partial result.
+
+    Raises:
+        TypeError: An argument is not a `Partial`.
     """
     _check_partial("a", a)
     _check_partial("b", b)
@@ -52,15 +66,23 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def merge_axis(partials: Partial, axis: int) -> Partial:
-    """The result over the keys of all entries along an axis of `lse`, as if they were merged one after the other:
+    """Merges all entries along an axis of `lse`, as if they were merged one after the other:
 
         lse = log Σ_i exp(lse_i),   out = Σ_i exp(lse_i) out_i / exp(lse)
 
-    `axis` is an axis of `lse` [..., T, N], counted from its front or, if negative, from its end; `out` has the same one
-    before its last. Split-K decoding is `vmap` of `attend` over parts of the keys, and this over the axis of parts.
-    Entries without weight (lse −inf) count for nothing and may hold anything in `out`; where all are, out is 0 and lse
-    −inf. Differentiable in both fields. Computed in float32 or better; `out` keeps its dtype.
-    Raises TypeError for what is no `Partial` or an axis that is not an int, ValueError for an axis that `lse` has not.
+    Split-K decoding is `vmap` of `attend` over parts of the keys, and this function over the axis of parts. Entries
+    without weight (lse −inf) count for nothing and may hold anything in `out`. Where all entries are without weight,
+    out is 0 and lse −inf. The result is differentiable in both fields. Sums are computed in float32 or better; `out`
+    keeps its dtype.
+
+    Args:
+        partials: The partial results.
+        axis: An axis of `lse` [..., T, N], counted from its front or, if negative, from its end. `out` has the same
+            axis before its last.
+
+    Raises:
+        TypeError: `partials` is not a `Partial`, or `axis` is not an int.
+        ValueError: `lse` has no such axis.
     """
     _check_partial("partials", partials)
     rank = jnp.ndim(partials.lse)
@@ -72,40 +94,60 @@ def merge_axis(partials: Partial, axis: int) -> Partial:
 
 
 def psum_merge(partial: Partial, axis_name: str | tuple[str, ...]) -> Partial:
-    """The result over the keys of all devices along a mesh axis, the same on each; inside `jax.shard_map`.
+    """Returns the result over the keys of all devices along a mesh axis, the same on each; inside `jax.shard_map`.
 
-    `merge_axis` for partials that stand on different devices: keys and values stay where they are, and a mean and a
-    number per query travel (tree attention, context parallelism). Devices without keys give lse −inf, and may hold
-    anything in `out`. Differentiable in both fields, on every device. `axis_name` names one mesh axis or several.
-    Raises TypeError for what is no `Partial`; JAX's own error where no such axis is bound.
+    This function is `merge_axis` for partial results that stand on different devices. Keys and values stay where they
+    are, and a mean and a number per query travel (tree attention, context parallelism). Devices without keys give lse
+    −inf, and may hold anything in `out`. The result is differentiable in both fields, on every device.
+
+    Args:
+        partial: The partial result on this device.
+        axis_name: The name of a mesh axis, or of several. Where no such axis is bound, JAX raises its own error.
+
+    Raises:
+        TypeError: `partial` is not a `Partial`.
     """
     _check_partial("partial", partial)
     return _merged((partial,), lambda x: jax.lax.pmax(x, axis_name), lambda x: jax.lax.psum(x, axis_name))
 
 
 def with_log_mass(partial: Partial, log_mass: Float[Array, "*#b t n"] | float) -> Partial:
-    """The same mean with the total weight exp(log_mass): lse is replaced by log_mass.
+    """Returns the same mean with the total weight exp(log_mass): lse is replaced by log_mass.
 
-    So that something other than the keys' own scores says how much a part counts in a merge: a landmark's score for
-    its block (landmark attention, Mohtashami and Jaggi, 2023), or an estimate. The gradient goes to log_mass, and none
-    to the lse that was. Where the partial is empty it has no mean, and stays empty. −inf takes all weight away.
-    `log_mass` broadcasts to lse [..., T, N]. Raises TypeError for what is no `Partial`, ValueError for other shapes.
+    A merge then weighs the part by something other than the keys' own scores: a landmark's score for its block
+    (landmark attention, Mohtashami and Jaggi, 2023), or an estimate. The gradient goes to log_mass, and none to the
+    former lse. Where the partial result is empty it has no mean, and stays empty. −inf takes all weight away.
+
+    Args:
+        partial: The partial result.
+        log_mass: An array that broadcasts to lse [..., T, N].
+
+    Raises:
+        TypeError: `partial` is not a `Partial`.
+        ValueError: `log_mass` has another shape.
     """
     return _replace_lse(partial, log_mass, lambda lse, log_mass: log_mass)
 
 
 def add_log_mass(partial: Partial, log_mass: Float[Array, "*#b t n"] | float) -> Partial:
-    """The same mean with exp(log_mass) times the weight: lse + log_mass, as if that were added to every score.
+    """Returns the same mean with exp(log_mass) times the weight: lse + log_mass, as if it were added to every score.
 
-    log m lets every key count m times, as a key that stands for m others does, and −inf takes all weight away. An
-    empty partial stays empty. `log_mass` broadcasts to lse [..., T, N]. Differentiable in both arguments.
-    Raises TypeError for what is no `Partial`, ValueError for other shapes.
+    log m lets every key count m times, as a key that stands for m others does. −inf takes all weight away. An empty
+    partial result stays empty. The result is differentiable in both arguments.
+
+    Args:
+        partial: The partial result.
+        log_mass: An array that broadcasts to lse [..., T, N].
+
+    Raises:
+        TypeError: `partial` is not a `Partial`.
+        ValueError: `log_mass` has another shape.
     """
     return _replace_lse(partial, log_mass, lambda lse, log_mass: lse + log_mass)
 
 
 def _merged(sides: tuple[Partial, ...], largest: Callable[[Array], Array], total: Callable[[Array], Array]) -> Partial:
-    """Over the sides, and over what `largest` and `total` reduce over."""
+    """Merges the sides, and the entries that `largest` and `total` reduce over."""
     out_dtype = jnp.result_type(*(side.out for side in sides))
     dtype = jnp.promote_types(jnp.result_type(*(side.lse for side in sides)), jnp.float32)
     each = [(jnp.asarray(side.lse).astype(dtype), jnp.asarray(side.out)) for side in sides]

@@ -1,8 +1,8 @@
 """Complete rows, a block of queries at a time: memory linear in length for everything that looks along a row.
 
-Whatever needs all keys of a query but not all queries at once is served here: sorting normalisers, maps and measures.
-Each block is the dense definition, recomputed for gradients, in plain JAX: so forward mode, Hessians and any order of
-differentiation work too.
+This implementation serves parts that need all keys of a query but not all queries at once: sorting normalisers, maps
+and measures. Each block is the dense definition, recomputed for gradients, in plain JAX. So forward mode, Hessians and
+any order of differentiation work too.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ ROWS, ROW_BYTES = 128, 2**24
 
 
 def rows(call: Call, size: int | None) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]]:
-    """(out, lse, measured), `size` queries at a time (by default as fit `ROWS` and `ROW_BYTES`)."""
+    """Returns (out, lse, measured), `size` queries at a time (by default as fit `ROWS` and `ROW_BYTES`)."""
     call, wrong = hide(call)
     *batch, length, heads, _ = call.query.shape
     if size is None:

@@ -26,10 +26,15 @@ class Block:
 class Schedule:
     """For each query tile, the granules at which its tiles start, those that need no mask first.
 
-    Row i of `starts` begins with `full[i]` tiles in which every pair is visible, goes on to `count[i]` with those in
-    which some may be, and ends with tiles that are not computed. The tiles of a row do not overlap. A query tile is
-    computed once for all batch entries and heads, so keys are skipped when they are empty for all of them. A call that
-    is cut into pieces (see `Apart`) has a schedule for each, along leading axes. NumPy arrays when known at trace time.
+    The tiles of a row do not overlap. A query tile is computed once for all batch entries and heads, so keys are
+    skipped when they are empty for all of them. A call that is cut into pieces (see `Apart`) has a schedule for each,
+    along leading axes. The arrays are NumPy arrays when known at trace time.
+
+    Attributes:
+        starts: Row i begins with `full[i]` tiles in which every pair is visible, goes on to `count[i]` with tiles in
+            which some pairs may be, and ends with tiles that are not computed.
+        full: The number of tiles of each row that need no mask.
+        count: The number of tiles of each row that are computed.
     """
 
     starts: Int[Array, "*pieces qb a"]
@@ -38,8 +43,13 @@ class Schedule:
 
 
 class Apart(NamedTuple):
-    """How a call is cut into pieces that each have their own schedule: batch entries, the groups of heads that read a
-    key head, and the members of a group. Each is a number, 1 where there is no cut."""
+    """How a call is cut into pieces that each have their own schedule. A number of 1 means no cut.
+
+    Attributes:
+        entries: The number of batch entries.
+        groups: The number of groups of heads that read a key head.
+        members: The number of members of a group.
+    """
 
     entries: int = 1
     groups: int = 1
@@ -56,7 +66,13 @@ TOGETHER = Apart()
 
 @dataclasses.dataclass(frozen=True)
 class Kinds:
-    """What trace time can tell: is any tile full, is any not, and does every query tile have exactly one."""
+    """The facts about a schedule that are known at trace time.
+
+    Attributes:
+        full: Whether any tile is full.
+        partial: Whether any tile is not full.
+        single: Whether every query tile has exactly one tile.
+    """
 
     full: bool
     partial: bool
@@ -64,7 +80,7 @@ class Kinds:
 
 
 def _tile_starts(possible: Bool[Array, "qb g"], run: int) -> Bool[Array, "qb g"]:
-    """Where tiles of `run` granules start that cover all possible ones: each at the first not yet covered."""
+    """Returns where tiles of `run` granules start that cover all possible ones: each at the first not yet covered."""
     if run == 1:
         return possible
     if isinstance(possible, np.ndarray):
@@ -90,9 +106,15 @@ def schedule(
     apart: Apart = TOGETHER,
     batch: tuple[int, ...] = (),
 ) -> tuple[Schedule, Kinds]:
-    """The tiles of `run` granules that a mask needs, over queries in tiles and keys in granules (−1: an empty slot).
+    """Returns the tiles of `run` granules that a mask needs, and their kinds.
 
-    `batch` are the axes of the batch of which `apart` makes pieces.
+    Args:
+        mask: The mask.
+        query: The positions of queries in tiles, −1 for an empty slot.
+        key: The positions of keys in granules, −1 for an empty slot.
+        run: The number of granules per tile.
+        apart: How the call is cut into pieces.
+        batch: The axes of the batch of which `apart` makes pieces.
     """
     possible, certain = (np.True_, np.True_) if mask is None else mask.bounds(query, key)
     possible = possible & (query >= 0).any(-1) & (key >= 0).any(-1)
@@ -142,9 +164,13 @@ FEW_QUERIES, READ_BYTES = 16, 2**22
 def blocks_for(
     queries: int, bytes_per_key: int, grain: tuple[int, int] | None = None, alone: bool = False
 ) -> tuple[Block, ...]:
-    """The blocks to choose from on this backend, for so many queries and keys of so many bytes over batch and heads.
+    """Returns the blocks to choose from on this backend. The first fits the `grain` of the mask, if there is one.
 
-    The first fits the `grain` of the mask, if there is one. `alone`: a piece is one head, or those of one key head.
+    Args:
+        queries: The number of queries.
+        bytes_per_key: The bytes that a key takes over batch and heads.
+        grain: The grain of the mask.
+        alone: Whether a piece is one head, or the heads of one key head.
     """
     backend = jax.default_backend()
     if backend == "cpu" and queries <= FEW_QUERIES:
@@ -160,8 +186,11 @@ def blocks_for(
 
 
 def _in_grains(grain: int, least: int, most: int) -> int:
-    """A size that fits blocks of this grain: their own if it is from `least` to `most`; an even part of a larger one;
-    of smaller ones, as many as make up `least`."""
+    """Returns a size that fits blocks of this grain.
+
+    The size is the grain itself if it is from `least` to `most`, an even part of a larger grain, and as many of a
+    smaller grain as make up `least`.
+    """
     if grain < least:
         return -(-least // grain) * grain
     fewest = -(-grain // most)
@@ -169,7 +198,7 @@ def _in_grains(grain: int, least: int, most: int) -> int:
 
 
 def choose_block(index_of: Callable[[Block], Schedule], lengths: tuple[int, int], blocks: Iterable[Block]) -> Block:
-    """The block that computes the fewest pairs, counting `TILE_COST` per tile; the first if that is not known."""
+    """Returns the block that computes the fewest pairs, counting `TILE_COST` per tile; if unknown, the first."""
     blocks = [fit(block, lengths) for block in blocks]
 
     def cost(block: Block) -> int:
@@ -179,6 +208,6 @@ def choose_block(index_of: Callable[[Block], Schedule], lengths: tuple[int, int]
 
 
 def fit(block: Block, lengths: tuple[int, int]) -> Block:
-    """The block, no larger than the lengths need."""
+    """Returns the block, no larger than the lengths need."""
     granule = min(block.granule, lengths[1])
     return Block(min(block.queries, lengths[0]), min(block.keys, -(-lengths[1] // granule) * granule), granule)

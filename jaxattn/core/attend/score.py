@@ -20,15 +20,15 @@ Scores = Float[Array, "*b n t s"]
 
 
 class Score(abc.ABC):
-    """What a part must offer to stand in the score slot; see the head of this file."""
+    """The base class of parts for the score slot; the head of this file says what they must offer."""
 
     @abc.abstractmethod
     def __call__(self, query: Float[Array, "*b n t h"], key: Float[Array, "*b k s h"], tile: Tile) -> Scores:
-        """How well each query matches each key, [..., N, T, S]."""
+        """Returns how well each query matches each key, [..., N, T, S]."""
 
 
 def mapped_scores(score: Any, bias: Any, score_maps: tuple, query: Array, key: Array, tile: Tile) -> Scores:
-    """score(q, k) + bias, through the score maps: a tile of [..., N, T, S], in the accumulator's dtype.
+    """Returns score(q, k) + bias, through the score maps: a tile of [..., N, T, S], in the accumulator's dtype.
 
     `bias` is a part, the numbers it gave for this tile, or None.
     """
@@ -42,9 +42,13 @@ def mapped_scores(score: Any, bias: Any, score_maps: tuple, query: Array, key: A
 
 @part
 class Dot(Score):
-    """score = scale * q·k. `scale` is H**-0.5 unless given; an array scale is learned.
+    """Scaled dot product: score = scale · q·k  (Vaswani et al., 2017).
 
-    Scaled dot-product attention (Vaswani et al., 2017). Raises ValueError if query and key head dims differ.
+    Attributes:
+        scale: The factor, by default H**-0.5. An array is learned.
+
+    Raises:
+        ValueError: The head dims of query and key differ.
     """
 
     scale: Float[Array, ""] | float | None = None
@@ -59,15 +63,16 @@ class Dot(Score):
 
 
 def _spread(heads: Float[Array, "*b k s h"], count: int) -> Float[Array, "*b n s h"]:
-    """Every key head repeated for the query heads that read it."""
+    """Repeats every key head for the query heads that read it."""
     return jnp.repeat(heads, count // heads.shape[-3], -3)
 
 
 @part
 class Bilinear(Score):
-    """score = qᵀ W k: the `general` score of Luong et al. (2015). W = I/√H is scaled dot product.
+    """score = qᵀ W k, the `general` score of Luong et al. (2015). W = I/√H is scaled dot product.
 
-    `weight` [H, H'] is shared by the heads, or [N, H, H'] one per head; query and key head dims may differ.
+    Attributes:
+        weight: W [H, H'], shared by the heads, or [N, H, H'] with one per head. Query and key head dims may differ.
     """
 
     weight: Float[Array, "h g"] | Float[Array, "heads h g"]
@@ -90,8 +95,10 @@ def _pairwise(
     key: Float[Array, "*b n s d"],
     hidden: int = 0,
 ) -> Float[Array, "*b n t s"]:
-    """out[..., t, s] = of_pair(query[..., t, :] [..., 1, d], key [..., s, d]), a few rows at a time, recomputed for
-    gradients. `of_pair` must broadcast; it holds up to max(d, hidden) numbers per pair."""
+    """Computes out[..., t, s] = of_pair(query[..., t, :] [..., 1, d], key [..., s, d]), a few rows at a time.
+
+    The rows are recomputed for gradients. `of_pair` must broadcast; it holds up to max(d, hidden) numbers per pair.
+    """
     length, width = query.shape[-2:]
     per_row = query.size // (length * width) * key.shape[-2] * max(width, hidden)
     rows = max(1, min(length, PAIR_NUMBERS // per_row))
@@ -110,9 +117,14 @@ def _pairwise(
 
 @part
 class Additive(Score):
-    """score = vᵀ tanh(A q + B k)  (Bahdanau et al., 2015), shared by all heads.
+    """score = vᵀ tanh(A q + B k), shared by all heads  (Bahdanau et al., 2015).
 
-    `query_weight` A [H, D], `key_weight` B [H', D], `vector` v [D]. A query-independent score if A = 0.
+    With A = 0 the score does not depend on the query.
+
+    Attributes:
+        query_weight: A [H, D].
+        key_weight: B [H', D].
+        vector: v [D].
     """
 
     query_weight: Float[Array, "h d"]
@@ -129,10 +141,18 @@ class Additive(Score):
 class Neural(Score):
     """score = w₃ᵀ relu(W₂ᵀ relu(W₁ᵀ [q; k] + b₁) + b₂), a network on the pair, shared by all heads.
 
-    Neural attention (2025). `w1` [H + H', D] reads the query with its first H rows and the key with the others; `b1`
-    [D]. With `w2` [D] the network ends there, w₂ᵀ relu(..); with `w2` [D, E], `b2` [E] and `w3` [E] it has a second
-    hidden layer. There is no scale: the last layer sets the temperature. Memory: never T x S x D. Raises ValueError
-    for widths that do not fit.
+    The score is that of neural attention (2025). It has no scale: the last layer sets the temperature. The memory is
+    never T x S x D.
+
+    Attributes:
+        w1: W₁ [H + H', D]. Its first H rows read the query, and the others the key.
+        b1: b₁ [D].
+        w2: [D] for a network that ends here, w₂ᵀ relu(...), or [D, E] for one with a second hidden layer.
+        b2: b₂ [E], with a second hidden layer.
+        w3: w₃ [E], with a second hidden layer.
+
+    Raises:
+        ValueError: Widths do not fit.
     """
 
     w1: Float[Array, "pair d"]
@@ -163,10 +183,15 @@ class Neural(Score):
 
 @part
 class NegativeDistance(Score):
-    """score = −scale · |q − k|²: under softmax a Gaussian kernel of variance 1 / (2 scale).
+    """score = −scale · |q − k|², which under softmax is a Gaussian kernel of variance 1 / (2 scale).
 
-    Equal to 2 scale · q·k − scale · |k|² up to a term that a row shares. `scale` is 1 / (2 √H) unless given, which is
-    scaled dot product where all keys have the same norm. Raises ValueError if query and key head dims differ.
+    The score equals 2 scale · q·k − scale · |k|² up to a term that a row shares.
+
+    Attributes:
+        scale: The factor, by default 1 / (2 √H), which is scaled dot product where all keys have the same norm.
+
+    Raises:
+        ValueError: The head dims of query and key differ.
     """
 
     scale: Float[Array, ""] | float | None = None
@@ -191,10 +216,14 @@ class NegativeDistance(Score):
 
 @part
 class PairSum(Score):
-    """score = LeakyReLU(a·q + b·k), slope `negative_slope` below 0: graph attention (Veličković et al., 2018).
+    """score = LeakyReLU(a·q + b·k): graph attention (Veličković et al., 2018).
 
-    `query_vector` a [H] or one per head [N, H], `key_vector` b [H'] or [N, H']. Without the LeakyReLU (slope 1) softmax
-    does not see the query. All queries rank their keys alike, since it is monotone.
+    All queries rank their keys alike, since LeakyReLU is monotone. Without it (slope 1) softmax does not see the query.
+
+    Attributes:
+        query_vector: a [H], or [N, H] with one per head.
+        key_vector: b [H'], or [N, H'] with one per head.
+        negative_slope: The slope of the LeakyReLU below 0.
     """
 
     query_vector: Float[Array, " h"] | Float[Array, "heads h"]
@@ -210,9 +239,11 @@ class PairSum(Score):
 
 @part
 class Location(Score):
-    """score_ij = q_i · w_j with a learned vector per key position: what the key holds is ignored (Luong et al., 2015).
+    """score_ij = q_i · w_j with a learned vector per key position, whatever the key holds (Luong et al., 2015).
 
-    `weight` [R, H], or [N, R, H] one table per head; key positions outside it score 0, and R = 1 is one vector for all.
+    Attributes:
+        weight: [R, H], or [N, R, H] with one table per head. Key positions outside the table score 0, and R = 1 is one
+            vector for all.
     """
 
     weight: Float[Array, "positions h"] | Float[Array, "heads positions h"]

@@ -1,4 +1,4 @@
-"""The slots of `attend`: the one place where the list of them stands."""
+"""The slots of `attend`. Their list stands in this file alone."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,19 +15,19 @@ from jaxattn.core.part import part
 
 @part
 class Slots:
-    """What a call to `attend` does with queries, keys and values, in the order in which it is done.
+    """The parts that a call to `attend` applies to queries, keys and values, in the order in which they are applied.
 
     `attend(query, key, value, **vars(slots))` is the call with these slots.
 
     Attributes:
         score: How well a query matches a key.
-        bias: What is added to a score because of where both stand.
-        score_maps: What is done to the scores, one map after the other.
-        mask: Which keys a query sees.
+        bias: The numbers that are added to a score because of where query and key stand.
+        score_maps: Changes of the scores, applied in order.
+        mask: The keys that a query sees.
         normalize: How scores become weights.
-        weight_maps: What is done to the weights, one map after the other.
-        dropout: Which weights are dropped; last, and after the measures have looked. `Seeded` inside a call.
-        measures: What is measured of the weights, by name.
+        weight_maps: Changes of the weights, applied in order.
+        dropout: Dropout of weights, applied last, and after the measures have looked. Inside a call it is `Seeded`.
+        measures: Measures of the weights, by name.
     """
 
     score: Score = Dot()
@@ -40,9 +40,10 @@ class Slots:
     measures: Mapping[str, Measure] = dataclasses.field(default_factory=dict)
 
     def in_parts(self) -> "Slots":
-        """With the parts that arrays and functions in the slots of mask and bias stand for.
+        """Replaces arrays and functions in the slots of mask and bias by the parts that they stand for.
 
-        Raises TypeError for an array of the wrong kind.
+        Raises:
+            TypeError: An array is of the wrong kind.
         """
         return dataclasses.replace(self, mask=as_mask(self.mask), bias=as_bias(self.bias))
 

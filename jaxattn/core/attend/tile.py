@@ -1,4 +1,4 @@
-"""Where a block of scores or weights stands: what every slot of `attend` is told besides its own values."""
+"""Where a block of scores or weights stands: the argument that every slot of `attend` gets besides its own values."""
 
 from typing import Any, NamedTuple
 
@@ -20,5 +20,5 @@ class Tile(NamedTuple):
     visible: Any = None  # Bool[Array, "*#b #n t s"] | None
 
     def shown(self, shape: tuple[int, ...]) -> Bool[Array, "*b n t s"]:
-        """`visible` for every pair of a block of this shape, [..., N, T, S]."""
+        """Returns `visible` for every pair of a block of this shape, [..., N, T, S]."""
         return jnp.broadcast_to(True if self.visible is None else self.visible, shape)

@@ -54,7 +54,7 @@ FIRST_ORDER = (
 
 
 class Sums(NamedTuple):
-    """What is carried over tiles of keys, per query; see the head of this file."""
+    """The sums that are carried over tiles of keys, per query; see the head of this file."""
 
     numerator: Float[Array, "*b n t v"]
     total: Float[Array, "*b n t"]
@@ -62,7 +62,7 @@ class Sums(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What the custom gradient differentiates. Lengths are whole numbers of tiles."""
+    """The arguments that the custom gradient differentiates. Lengths are whole numbers of tiles."""
 
     query: Float[Array, "*b t n h"]
     key: Float[Array, "*b s k h"] | Float[Array, "*b k s h"]  # see `Plan.heads_first`
@@ -71,7 +71,10 @@ class Learned(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What it does not. `wrong` is None where it is found a tile at a time, see `Plan.heads_first`."""
+    """The arguments without a gradient.
+
+    `wrong` is None where wrong keys are found a tile at a time, see `Plan.heads_first`.
+    """
 
     mask: Any
     query_positions: Int[Array, "*b 1 t 1"]
@@ -81,10 +84,15 @@ class Given(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is static.
+    """The static arguments.
 
-    heads_first: keys and values were laid out heads first before the loops, and what must not be multiplied was found;
-    not a tile at a time, which is faster where each is visited a few times only.
+    Attributes:
+        block: The tile size.
+        kinds: The kinds of tiles.
+        heads_first: Keys and values were laid out heads first before the loops, and wrong keys were found then.
+            Otherwise both are done a tile at a time, which is faster where each tile is visited a few times only.
+        guard: How wrong queries and keys are found.
+        dtype: The dtype of out.
     """
 
     block: Block
@@ -97,8 +105,8 @@ class Plan(NamedTuple):
 class Keys(NamedTuple):
     """A tile of keys, heads first, at an offset into all of them.
 
-    `poison` is NaN for the keys that make a row wrong if it sees them (see `WrongKeys`), 0 for others. It makes the
-    total of such a row NaN, and with it all of its results.
+    `poison` is NaN for the keys that make a row wrong if it sees them (see `WrongKeys`), 0 for others. The total of
+    such a row is then NaN, and so are all of its results.
     """
 
     key: Float[Array, "*b k bk h"]
@@ -118,13 +126,13 @@ def _put(x: Array, part: Array, start: Any, axis: int) -> Array:
 
 
 def _add(x: Array, part: Array, start: Any) -> Array:
-    """x[..., start : start + part.shape[-1]] += part."""
+    """Adds in place: x[..., start : start + part.shape[-1]] += part."""
     old = _slice(x, start, part.shape[-1], -1)
     return _put(x, old + part.reshape(old.shape).astype(x.dtype), start, -1)
 
 
 def _pad(x: Any, axis: int, length: int, fill: int = 0) -> Any:
-    """x, filled up to a length along an axis (negative)."""
+    """Fills x up to a length along an axis (negative)."""
     if x.shape[axis] == length:
         return x
     xp: Any = np if isinstance(x, np.ndarray) else jnp
@@ -133,14 +141,14 @@ def _pad(x: Any, axis: int, length: int, fill: int = 0) -> Any:
 
 
 def _queries(plan: Plan, learned: Learned, given: Given, row: Any) -> tuple[Array, Array]:
-    """A tile of queries [*b, n, bq, h] and their positions [*b, 1, bq, 1]."""
+    """Returns a tile of queries [*b, n, bq, h] and their positions [*b, 1, bq, 1]."""
     size = plan.block.queries
     query = _slice(learned.query, row * size, size, -3).swapaxes(-2, -3)
     return query, _slice(given.query_positions, row * size, size, -2)
 
 
 def _keys(plan: Plan, learned: Learned, given: Given, granule: Any, masked: bool) -> Keys:
-    """The tile of keys that starts at a granule."""
+    """Returns the tile of keys that starts at a granule."""
     start, size = granule * plan.block.granule, plan.block.keys
     positions = _slice(given.key_positions, start, size, -1)
     seen = None if given.wrong is None or given.wrong.seen is None else _slice(given.wrong.seen, start, size, -1)
@@ -160,10 +168,10 @@ def _keys(plan: Plan, learned: Learned, given: Given, granule: Any, masked: bool
 
 
 def _tile(mask: Any, query_positions: Array, keys: Keys) -> Tile:
-    """The tile of these queries and keys.
+    """Returns the tile of these queries and keys.
 
-    A branch that is always taken makes XLA hold the result. Otherwise it would put the mask into every loop over scores
-    that reads it, and evaluate it anew for every head.
+    A branch that is always taken makes XLA hold the mask of the tile. Otherwise XLA would put the mask into every loop
+    over scores that reads it, and evaluate it anew for every head.
     """
     positions = query_positions, keys.positions
     if not keys.masked:
@@ -177,7 +185,7 @@ def _tile(mask: Any, query_positions: Array, keys: Keys) -> Tile:
 
 
 def _over_keys(plan: Plan, learned: Learned, given: Given, row: Any, visit: Any, carry: Any) -> Any:
-    """carry = visit(keys, carry) over the tiles of keys of one query tile: first the full ones, with no mask."""
+    """Computes carry = visit(keys, carry) over the tiles of keys of one query tile: first the full ones, unmasked."""
     starts, full, count = given.active.starts[row], given.active.full[row], given.active.count[row]
 
     def visit_at(t: Any, masked: bool, carry: Any) -> Any:
@@ -193,7 +201,7 @@ def _over_keys(plan: Plan, learned: Learned, given: Given, row: Any, visit: Any,
 
 
 def _sums(plan: Plan, learned: Learned, given: Given, row: Any) -> Sums:
-    """The three numbers of one query tile."""
+    """Returns the three numbers of one query tile."""
     score, bias, score_maps, normalize, weight_maps = learned.parts
     query, query_positions = _queries(plan, learned, given, row)
 
@@ -230,7 +238,7 @@ def _sums(plan: Plan, learned: Learned, given: Given, row: Any) -> Sums:
 
 
 def _forward(plan: Plan, learned: Learned, given: Given, keep: bool) -> tuple[Array, Array, Sums | None]:
-    """out [*b, t, n, v], lse [*b, n, t], and if they are to be kept the sums of all queries, laid out likewise."""
+    """Returns out [*b, t, n, v], lse [*b, n, t] and, if `keep`, the sums of all queries, laid out likewise."""
     *batch, length, heads, _ = learned.query.shape
     dtype = accumulator(learned.query, learned.key, learned.value)
     wide = (*batch, length, heads, learned.value.shape[-1])
@@ -254,7 +262,7 @@ def _forward(plan: Plan, learned: Learned, given: Given, keep: bool) -> tuple[Ar
 
 
 def _without_wrong(learned: Learned, given: Given) -> Learned:
-    """Zeros for the wrong keys and values. Not done before, where it would also cost in the gradient."""
+    """Puts zeros in place of wrong keys and values. Doing so earlier would also cost in the gradient."""
     if given.wrong is None or given.wrong.keys is None or given.wrong.values is None:
         return learned
     key, value = given.wrong.keys.swapaxes(-1, -2), given.wrong.values.swapaxes(-1, -2)
@@ -401,8 +409,14 @@ Results = tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"], dict[str, Any]
 
 
 def tiled(call: Call, block: tuple[int, int] | None) -> Results:
-    """(out, lse, measured) of a call whose parts work on tiles, in tiles of `block` = (queries, keys) or a fitting
-    size. Heads that see different keys are computed one key head after the other."""
+    """Returns (out, lse, measured) of a call whose parts work on tiles.
+
+    Heads that see different keys are computed one key head after the other.
+
+    Args:
+        call: The call.
+        block: The tile size (queries, keys), by default one that fits the call.
+    """
     lengths = call.query.shape[-3], call.key.shape[-3]
     apart = apart_of(call, block)[0]
 
@@ -452,7 +466,7 @@ def tiled(call: Call, block: tuple[int, int] | None) -> Results:
 
 
 def _in_tiles(call: Call, block: Block) -> tuple[Any, Any]:
-    """The positions as [*b, 1, qb, 1, bq] and [*b, #n, 1, g, granule], with empty slots at the end."""
+    """Returns the positions as [*b, 1, qb, 1, bq] and [*b, #n, 1, g, granule], with empty slots at the end."""
 
     def cut(x: Any, size: int) -> Any:
         x = _pad(x, -1, -(-x.shape[-1] // size) * size, fill=-1)
@@ -463,7 +477,7 @@ def _in_tiles(call: Call, block: Block) -> tuple[Any, Any]:
 
 
 def apart_of(call: Call, block: tuple[int, int] | None) -> tuple[Apart, str]:
-    """How the call is cut, by what the mask says of whole tiles, and the same in words."""
+    """Returns how the call is cut, judged by the bounds that the mask gives for whole tiles, and the same in words."""
     query, key = call.query, call.key
     lengths = query.shape[-3], key.shape[-3]
     if call.slots.mask is None:
@@ -497,10 +511,11 @@ def apart_of(call: Call, block: tuple[int, int] | None) -> tuple[Apart, str]:
 
 
 def _together(chosen: Block, kinds: Kinds, keys: int, heads_first: bool, call: Call, active: Schedule) -> Results:
-    """A call whose heads and batch entries share the schedule, over `keys` slots of keys.
+    """Computes a call whose heads and batch entries share the schedule, over `keys` slots of keys.
 
-    Columns of linear measures are read as more columns of the values. In a pass of their own where the values are read
-    with dropout, which measures do not see, and for few queries, for whom it would take a copy of all values.
+    Columns of linear measures are read as more columns of the values. They are read in a pass of their own in two
+    cases: where the values are read with dropout, which measures do not see, and for few queries, where more columns
+    would take a copy of all values.
     """
     attention = partial(_attention_of, chosen, kinds, keys, heads_first)
     measures: dict[str, Any] = dict(call.slots.measures)
@@ -525,7 +540,7 @@ def _together(chosen: Block, kinds: Kinds, keys: int, heads_first: bool, call: C
 
 
 def _columns(call: Call) -> tuple[Float[Array, "*b s #n c"], list[int]]:
-    """The columns of all measures side by side, heads last as those of values are, and how many each measure has."""
+    """Returns the columns of all measures side by side, heads last as in values, and how many each measure has."""
     dtype = accumulator(call.query, call.key, call.value)
     measures: Any = call.slots.measures.values()
     each = [measure.columns(call.key_positions) for measure in measures]
@@ -538,7 +553,7 @@ def _columns(call: Call) -> tuple[Float[Array, "*b s #n c"], list[int]]:
 def _attention_of(
     chosen: Block, kinds: Kinds, keys: int, heads_first: bool, call: Call, active: Schedule
 ) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"]]:
-    """(out, lse) of such a call."""
+    """Returns (out, lse) of such a call."""
     slots, lengths = call.slots, (call.query.shape[-3], call.key.shape[-3])
     queries = -(-lengths[0] // chosen.queries) * chosen.queries
     weight_maps = slots.weight_maps if slots.dropout is None else (*slots.weight_maps, slots.dropout)
