@@ -1,7 +1,7 @@
 """Linear attention: one decayed associative memory of fixed size, read by every token.
 
-A mechanism is a choice of queries, keys, values, decays and erasures (`feature.py`, `gate.py`); a normaliser is one
-more column of ones in the values. The forms in which it is computed are in `recurrence.py`.
+A mechanism is a choice of queries, keys, values, decays and erasures (`feature.py`, `gate.py`). A normaliser is one
+more column of ones in the values. The forms in which the memory is computed are in `recurrence.py`.
 """
 
 import functools
@@ -25,8 +25,12 @@ Form = Literal["auto", "parallel", "chunk", "step", "associative"]
 
 
 class LinearState(NamedTuple):
-    """What a memory holds after some tokens: S [..., M, K, V] for M state heads, in float32 or better, and the segment
-    [...] of the last token (0 where segments were not given)."""
+    """The content of a memory after some tokens.
+
+    Attributes:
+        memory: S [..., M, K, V] for M state heads, in float32 or better.
+        segment: [...], the segment of the last token (0 where segments were not given).
+    """
 
     memory: Float[Array, "... m k v"]
     segment: Int[Array, "..."]
@@ -46,42 +50,47 @@ def linear_attention(
     form: Form = "auto",
     chunk: int | None = None,
 ) -> tuple[Float[Array, "*b t n v"], LinearState]:
-    """One associative memory per head that decays, is corrected, written and read at every token; (out, last state).
+    """Reads one associative memory per head that decays, is corrected, written and read at every token:
 
         S_t = diag(e^{g_t}) S_{t−1} + erase_t(S_{t−1}) + k_t v_tᵀ
         out_t = S_tᵀ q_t + ((bonus ⊙ k_t) · q_t) v_t
 
+    Key, value, log_decay and erase each have M state heads or a divisor of M. The query has N heads, a multiple or a
+    divisor of M, and head n reads memory n // (N / M).
+
+    With `segment_ids` a token that holds an infinite or undefined number makes the outputs NaN that read it: its own,
+    those of later tokens of its segment, and the last state if that has read it. No other output changes, neither
+    forward nor in a gradient. Without segments the same holds for queries only. Keys, values and gates are not checked
+    then, since a check would cost a tenth of the time. One that is not finite may reach earlier tokens of its chunk
+    (not in "step"), and in gradients any token. `segment_ids` of zeros keep it apart then, too.
+
     Args:
         query: [..., T, N, K]. No scale is applied.
         key: [..., T, M, K].
-        value: [..., T, M, V]. Attention normalised by Σ_j φ(q)·ψ(k_j) is a last column of ones (`append_one`), divided
-            by at the end (`divide`).
-        log_decay: g <= 0, −inf to forget everything: [M] (per head), [..., T, M] (and token), or [..., T, M, K] (and
+        value: [..., T, M, V]. For attention normalised by Σ_j φ(q)·ψ(k_j), append a last column of ones (`append_one`)
+            and divide by it at the end (`divide`).
+        log_decay: g ≤ 0, −inf to forget everything: [M] (per head), [..., T, M] (and token), or [..., T, M, K] (and
             channel). None does not forget.
-        erase: `Delta(beta)` or `Erase(read, write)`; None only adds.
+        erase: `Delta(beta)` or `Erase(read, write)`. None only adds.
         bonus: [N, K], or anything that broadcasts against the queries.
-        read: "post" reads the state after the token's write; "pre" before its decay and write (out_t = S_{t−1}ᵀ q_t,
-            the RWKV-6 order, with `bonus` for the token itself); "all" the state after the last token, so every token
-            sees all tokens.
-        state: What earlier tokens left. None is empty.
-        segment_ids: [..., T], not decreasing: a token that starts a new segment finds the memory empty.
+        read: "post" reads the state after the token's write. "pre" reads it before the token's decay and write
+            (out_t = S_{t−1}ᵀ q_t, the RWKV-6 order, with `bonus` for the token itself). "all" reads the state after the
+            last token, so every token sees all tokens.
+        state: The state after earlier tokens. None is empty.
+        segment_ids: Integers [..., T], not decreasing. A token that starts a new segment finds the memory empty.
         form: "parallel" (one chunk: quadratic in T), "chunk" (a scan over chunks; linear), "associative" (a parallel
-            tree over chunks; holds all their states), "step" (a scan over tokens). All are equal but for rounding.
+            tree over chunks; holds all their states) or "step" (a scan over tokens). All are equal but for rounding.
             "auto" takes "step" for one token and "chunk" otherwise.
-        chunk: Tokens per chunk, a power of two; `CHUNK` if not given. It changes speed, never results.
+        chunk: The number of tokens per chunk, a power of two, by default `CHUNK`. It changes speed, never results.
 
-    Heads: each of key, value, log_decay and erase has M state heads or a divisor of M, the query N, a multiple or a
-    divisor of M; head n reads memory n // (N / M). Computed in float32, or float64 if any argument is; `out` has
-    value's dtype.
+    Returns:
+        A pair (out, last state). `out` [..., T, N, V] is computed in float32, or float64 if any argument is, and has
+            value's dtype.
 
-    With `segment_ids` a token that holds an infinite or undefined number makes those outputs NaN that read it, itself
-    and later tokens of its segment, and the last state if that has read it. It reaches no other output, forward or in a
-    gradient. Without segments this holds for queries. Keys, values and gates are not looked at there, which would cost
-    a tenth of the time: one that is not finite may reach earlier tokens of its chunk (not in "step"), and in gradients
-    any token. `segment_ids` of zeros keep it apart there, too.
-
-    Raises ValueError for shapes that do not fit, gates out of range (where they are known: not under `jit`), segments
-    that decrease, a state of another shape or dtype, and a chunk that is no power of two; TypeError for other types.
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: Shapes do not fit, gates are out of range (where they are known: not under `jit`), segments
+            decrease, the state has another shape or dtype, or the chunk is not a power of two.
     """
     given = _Given(query, key, value, log_decay, erase, bonus, state, segment_ids)
     _check(given, read, form, chunk)
@@ -104,9 +113,15 @@ def linear_step(
     bonus: Float[Array, "n k"] | None = None,
     read: Literal["post", "pre"] = "post",
 ) -> tuple[Float[Array, "*b n v"], LinearState]:
-    """One token of `linear_attention`, without the time axis: what decoding costs, whatever came before.
+    """Computes one token of `linear_attention`, without the time axis: the cost of decoding, whatever came before.
 
-    Raises as that; ValueError for read="all", which one token does not have.
+    Arguments and errors are those of `linear_attention`.
+
+    Returns:
+        A pair (out, state), `out` [..., N, V].
+
+    Raises:
+        ValueError: `read` is "all", which one token does not have.
     """
     if read not in ("post", "pre"):
         raise ValueError(f"read is {read!r}: need one of post, pre")
@@ -146,9 +161,10 @@ def mixing_matrix(
     read: Read = "post",
     segment_ids: Int[Array, "*b t"] | None = None,
 ) -> Float[Array, "*b n t t"]:
-    """A [..., N, T, T] with out_i = Σ_j A_ij v_j: what `linear_attention` does to any values, as a dense matrix.
+    """Returns A [..., N, T, T] with out_i = Σ_j A_ij v_j: `linear_attention` of any values, as a dense matrix.
 
-    For looking, for distillation and for tests; memory T². A row over its sum is the weights of a normalised read.
+    The matrix is for looking, for distillation and for tests; its memory is T². A row over its sum is the weights of a
+    normalised read. Arguments are those of `linear_attention`.
     """
     length = key.shape[-3]
     eye = jnp.broadcast_to(jnp.eye(length, dtype=accumulator(query, key))[:, None], (*key.shape[:-2], 1, length))
@@ -166,9 +182,9 @@ def state_map(
     erase: Delta | Erase | None = None,
     chunk: int | None = None,
 ) -> StateMap:
-    """What these tokens do to any state, S ↦ through S + add: through is [..., M, K], and [..., M, K, K] with erasures.
+    """Returns the effect of these tokens on any state, S ↦ through S + add.
 
-    The same arguments as `linear_attention`.
+    `through` is [..., M, K], and [..., M, K, K] with erasures. Arguments are those of `linear_attention`.
     """
     given = _Given(key, key, value, log_decay, erase)
     _check(given, "post", "chunk", chunk)
@@ -176,17 +192,17 @@ def state_map(
 
 
 def append_one(value: Float[Array, "*b v"]) -> Float[Array, "*b v+1"]:
-    """value with a last column of ones, whose read is the sum of the weights; `divide` takes it off again."""
+    """Appends a last column of ones to value. Its read is the sum of the weights, by which `divide` divides."""
     return jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
 
 
 def divide(read: Float[Array, "*b v+1"]) -> Float[Array, "*b v"]:
-    """read / its last column, and zeros where that is zero: Σ_j w_j v_j / Σ_j w_j of values with `append_one`."""
+    """Divides a read by its last column: Σ_j w_j v_j / Σ_j w_j of values with `append_one`; zeros where it is zero."""
     return ratio(read[..., :-1], read[..., -1:])
 
 
 class _Given(NamedTuple):
-    """The arrays of a call, as they came."""
+    """The arrays of a call, as the caller gave them."""
 
     query: Array
     key: Array
@@ -223,16 +239,18 @@ def _attention(given: _Given, read: Read, form: Form, chunk: int) -> tuple[Array
 
 
 class _Wrong(NamedTuple):
-    """What a number that is not finite has reached: outputs [..., T, N], and the last memory [..., M]."""
+    """The outputs [..., T, N] and the last memory [..., M] that a number has reached which is not finite."""
 
     out: Array
     memory: Array | None
 
 
 def _hide(given: _Given, read: Read) -> tuple[_Given, _Wrong | None]:
-    """The call with zeros for what is not finite, and what that reaches: its own segment, from its token on.
+    """Puts zeros in place of numbers that are not finite; returns the call and which outputs and memories they reach.
 
-    Of a call without segments only the queries are looked at: to look at all takes a tenth of the time of all else.
+    A number reaches its own segment, from its token on.
+
+    Of a call without segments only the queries are checked: to check all takes a tenth of the time of all else.
     """
     query, key, value, log_decay, erase, bonus, state, _ = given
     if (starts := _starts(given)) is None:
@@ -285,7 +303,7 @@ def _hide(given: _Given, read: Read) -> tuple[_Given, _Wrong | None]:
 
 
 def _states(given: _Given) -> int:
-    """The number of memories M."""
+    """Returns the number of memories M."""
     sizes = [x.shape[-2] for x in jax.tree.leaves((given.key, given.value))]
     if isinstance(given.erase, Delta):
         sizes.append(given.erase.beta.shape[-1])
@@ -299,7 +317,7 @@ def _heads(log_decay: Array, key: Array) -> int:
 
 
 def _starts(given: _Given) -> Array | None:
-    """Which tokens start a segment, [..., T]; None without segments."""
+    """Returns which tokens start a segment, [..., T]; None without segments."""
     if given.segment_ids is None:
         return None
     ids = jnp.broadcast_to(given.segment_ids, given.key.shape[:-2])
@@ -317,7 +335,7 @@ def _state_map(given: _Given, chunk: int) -> StateMap:
 
 
 def _prepare(given: _Given, read: Read) -> tuple[Tokens, Array, Array, int]:
-    """(tokens, memory, last segment, heads of the output): heads sorted into states and the queries of each."""
+    """Returns (tokens, memory, last segment, heads of the output), heads sorted into states and the queries of each."""
     query, key, value, log_decay, erase, bonus, state, segment_ids = given
     batch, length, channels = key.shape[:-3], key.shape[-3], key.shape[-1]
     if log_decay is not None and log_decay.ndim == 1:

@@ -1,12 +1,12 @@
-"""What a memory forgets within a chunk of tokens.
+"""Decays of a memory within a chunk of tokens.
 
-With a log decay g_t <= 0 per token, the weight of token j at token i is exp(g_{j+1} + ... + g_i). Sums of log decays
-are products with matrices of zeros and ones, never differences of cumulative sums, which would lose digits, overflow as
-exp(−G_j), and be NaN where a gate is exactly closed (g = −inf): with G_i = g_1 + ... + g_i, exp(G_i − G_j) is used only
-where the whole chunk forgets little.
+With a log decay g_t ≤ 0 per token, the weight of token j at token i is exp(g_{j+1} + ... + g_i). Sums of log decays are
+products with matrices of zeros and ones. They are never differences of cumulative sums, which would lose digits,
+overflow as exp(−G_j), and be NaN where a gate is exactly closed (g = −inf). With G_i = g_1 + ... + g_i,
+exp(G_i − G_j) is used only where the whole chunk forgets little.
 
-A decay of a chunk is one of the classes below. Each makes rows of what reads and columns of what is written, weighs
-them against each other, and says how the state passes through the chunk:
+A decay of a chunk is one of the classes below. Each makes rows of the arrays that read and columns of those that are
+written, weighs them against each other, and says how the state passes through the chunk:
 
     out = scores(rows, columns) values + rows.state S        S' = leave(S, columns.stateᵀ values)
 
@@ -40,33 +40,36 @@ class Side(NamedTuple):
     reads: Bool[Array, "... m c 1"] | None = None  # whether a row reads anything of the state; None: all do
 
     def read(self, memory: Float[Array, "... m k v"]) -> Float[Array, "... m c v"]:
-        """What the rows find in the state. One that the chunk has forgotten altogether may be anything."""
+        """Returns what the rows find in the state. A state that the chunk has forgotten altogether may be anything."""
         found = product(self.state, memory)
         return found if self.reads is None else jnp.where(self.reads, found, 0)
 
 
 class Decay(Protocol):
-    """What the decays of a chunk have in common."""
+    """The methods that the decays of a chunk share."""
 
     @classmethod
     def of(cls, log_decay: Any) -> "Decay":
-        """From log decays [..., C, M, K or 1]."""
+        """Makes the decay of log decays [..., C, M, K or 1]."""
 
     def rows(self, x: Float[Array, "... c m k"], before: bool = False) -> Side:
-        """What reads after its token, or before its token's decay and write."""
+        """Returns the rows of arrays that read after their token, or before its decay and write."""
 
     def columns(self, x: Float[Array, "... c m k"]) -> Side:
-        """What is written."""
+        """Returns the columns of arrays that are written."""
 
     def scores(self, rows: Side, columns: Side, before: bool = False) -> Float[Array, "... m c c"]:
-        """A_ij = Σ_k rows_ik exp(g_{j+1} + ... + g_i)_k columns_jk for j <= i, else 0; before: up to g_{i−1}, j < i."""
+        """Returns A_ij = Σ_k rows_ik exp(g_{j+1} + ... + g_i)_k columns_jk for j ≤ i, else 0.
+
+        With `before`, the sum goes up to g_{i−1}, and j < i.
+        """
 
     def leave(self, memory: Float[Array, "... m k v"], add: Float[Array, "... m k v"]) -> Array:
-        """The state after the chunk."""
+        """Returns the state after the chunk."""
 
 
 def decayed(kept: Float[Array, "... m k 1"], memory: Float[Array, "... m k v"]) -> Float[Array, "... m k v"]:
-    """kept · memory; what is forgotten altogether may be anything, also infinite."""
+    """Returns kept · memory. A memory that is forgotten altogether may be anything, also infinite."""
     return kept * jnp.where(kept == 0, 0, memory)
 
 
@@ -75,7 +78,7 @@ def heads(x: Float[Array, "... c m k"]) -> Float[Array, "... m c k"]:
 
 
 def _shifted(x: Array, first: Array, axis: int) -> Array:
-    """x a token later, the first one filled."""
+    """Returns x a token later, the first one filled."""
     return jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, -1, axis=axis)], axis)
 
 
@@ -84,7 +87,7 @@ def _plain_scores(rows: Side, columns: Side, before: bool) -> Array:
 
 
 class NoDecay(NamedTuple):
-    """Nothing is forgotten."""
+    """No decay: nothing is forgotten."""
 
     @classmethod
     def of(cls, log_decay: None) -> "NoDecay":
@@ -204,8 +207,10 @@ class ChannelDecay(NamedTuple):
 
 
 def _halves(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each level of halves [L, C, C]: whose log decays a row or column sums up, and which pairs it is for. Level 0
-    is a token with itself."""
+    """Returns for each level of halves [L, C, C] whose log decays a row or column sums up, and which pairs it is for.
+
+    Level 0 is a token with itself.
+    """
     row, column = np.arange(size)[:, None], np.arange(size)
     sums, pairs = [np.zeros((size, size))], [row == column]
     half = 1
@@ -219,15 +224,18 @@ def _halves(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sums(which: np.ndarray, log_decay: Float[Array, "... s m k"]) -> Float[Array, "... c m k"]:
-    """Sums of log decays over tokens s, weighed by the rows of `which` [..., C, S]."""
+    """Sums log decays over tokens s, weighed by the rows of `which` [..., C, S]."""
     flat = jnp.maximum(log_decay, CLOSED).reshape(*log_decay.shape[:-2], -1)
     sums = product(jnp.asarray(which, log_decay.dtype), flat)
     return sums.reshape(*sums.shape[:-1], *log_decay.shape[-2:])
 
 
 def ends(log_decay: Float[Array, "... c k"]) -> tuple[Float[Array, "... c k"], Float[Array, "... c k"]]:
-    """(exp(g_1 + ... + g_i), exp(g_{i+1} + ... + g_C)): what is left at token i of the state the chunk starts from, and
-    at the end of the chunk of what token i writes."""
+    """Returns (exp(g_1 + ... + g_i), exp(g_{i+1} + ... + g_C)) for each token i.
+
+    The first is the share of the chunk's starting state that is left at token i, and the second the share of the write
+    of token i that is left at the end of the chunk.
+    """
     through = jnp.tri(log_decay.shape[-2], dtype=log_decay.dtype)
     finite = jnp.maximum(log_decay, CLOSED)
     return jnp.exp(product(through, finite)), jnp.exp(product(1 - through, finite))
@@ -235,7 +243,7 @@ def ends(log_decay: Float[Array, "... c k"]) -> tuple[Float[Array, "... c k"], F
 
 @jax.custom_jvp
 def decay_matrix(log_decay: Float[Array, "... c 1"]) -> Float[Array, "... c c"]:
-    """D_ij = exp(g_{j+1} + ... + g_i) for j <= i, else 0."""
+    """Returns D_ij = exp(g_{j+1} + ... + g_i) for j ≤ i, else 0."""
     through = jnp.tri(log_decay.shape[-2], dtype=log_decay.dtype)
     later = jnp.where(through == 0, 0, jnp.maximum(log_decay, CLOSED)) * (1 - jnp.eye(len(through)))
     return jnp.tril(jnp.exp(product(through, later)))
@@ -243,7 +251,7 @@ def decay_matrix(log_decay: Float[Array, "... c 1"]) -> Float[Array, "... c c"]:
 
 @decay_matrix.defjvp
 def _decay_matrix_jvp(primals: tuple, tangents: tuple) -> tuple:
-    """Tangents are small and finite, so theirs are differences of cumulative sums."""
+    """Tangents are small and finite, so their sums are differences of cumulative sums."""
     matrix = decay_matrix(*primals)
     change = product(jnp.tri(matrix.shape[-1], dtype=matrix.dtype), *tangents)
     return matrix, matrix * (change - change.swapaxes(-1, -2))
@@ -251,11 +259,11 @@ def _decay_matrix_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 @jax.custom_jvp
 def unit_lower_inverse(lower: Float[Array, "... c c"]) -> Float[Array, "... c c"]:
-    """(I + lower)⁻¹ for a strictly lower triangular matrix; what stands on or above its diagonal is not looked at.
+    """Returns (I + lower)⁻¹ for a strictly lower triangular matrix. Entries on or above its diagonal are ignored.
 
-    By halves: the inverse of [[P, 0], [R, Q]] is [[P⁻¹, 0], [−Q⁻¹ R P⁻¹, Q⁻¹]], for all blocks of a size at once. With
-    X the inverse of the diagonal blocks, the corners are those of −X R X. Doubling, Π (I + lower^{2^i}), has errors of
-    many orders of magnitude where keys repeat.
+    The inverse of [[P, 0], [R, Q]] is [[P⁻¹, 0], [−Q⁻¹ R P⁻¹, Q⁻¹]], for all blocks of a size at once. With X the
+    inverse of the diagonal blocks, the corners are those of −X R X. Doubling, Π (I + lower^{2^i}), has errors of many
+    orders of magnitude where keys repeat.
     """
     itself, *levels = _halves(lower.shape[-1])[1]
     inverse = itself - jnp.where(levels[0], lower, 0) if levels else jnp.ones_like(lower)

@@ -1,8 +1,8 @@
 """Feature maps: kernels of a query and a key that are products of a function of each, the parts of linear attention.
 
-A feature map is a part with `phi, psi = features(query, key)` and φ_i · ψ_j = the weight of pair (i, j) before
+A feature map is a part with `phi, psi = features(query, key)`, where φ_i · ψ_j is the weight of pair (i, j) before
 normalisation. So Σ_j (φ_i · ψ_j) v_j = φ_iᵀ (Σ_j ψ_j v_jᵀ) needs no pair: the keys are summed once, into [F, V].
-Features of a token depend on that token alone, never on others: what is causal or streamed stays so.
+The features of a token depend on that token alone, never on others, so causal and streamed computations stay so.
 """
 
 import abc
@@ -28,30 +28,36 @@ Number = Float[Array, ""] | float
 
 
 class Features(abc.ABC):
-    """What a part must offer to be a feature map.
+    """The base class of feature maps.
 
-    Query head n meets the keys of head n // (N / K). Features are float32, or float64 for float64 inputs, whatever
-    the inputs are. They cost O(T N F) memory, and the state that sums the keys is [F, V] per head.
+    Query head n meets the keys of head n // (N / K). Features are float32, or float64 for float64 inputs. They cost
+    O(T N F) memory, and the state that sums the keys is [F, V] per head.
 
     Maps with exponentials have a switch `normalized`. It divides φ of a query by a number of its own, the same for all
-    keys. That cancels where weights are divided by their total, and then it is the setting to use: no query can
-    overflow. Without it φ · ψ is the kernel as written. A factor per key would change the weights, so ψ has none.
+    keys. Where weights are divided by their total, this number cancels. Use the switch then: no query can overflow.
+    Without it φ · ψ is the kernel as written. A factor per key would change the weights, so ψ has none.
 
-    Raises ValueError for head dims that differ or do not fit the arrays of the map, TypeError for inputs that are not
-    floating point [..., length, heads, head dim].
+    Raises:
+        TypeError: Inputs are not floating point [..., length, heads, head dim].
+        ValueError: Head dims differ or do not fit the arrays of the map.
     """
 
     @abc.abstractmethod
     def __call__(self, query: Query, key: Key) -> tuple[QueryFeatures, KeyFeatures]:
-        """(φ, ψ), the features of every query and of every key."""
+        """Returns (φ, ψ), the features of every query and of every key."""
 
     @abc.abstractmethod
     def size(self, head_dim: int) -> int:
-        """F, the number of features for heads of so many channels."""
+        """Returns F, the number of features for heads of so many channels."""
 
 
 def checked(owner: str, query: Any, key: Any) -> tuple[Query, Key]:
-    """Both as arrays of the accumulator's dtype."""
+    """Returns both as arrays of the accumulator's dtype.
+
+    Raises:
+        TypeError: Inputs are not floating point [..., length, heads, head dim].
+        ValueError: Head dims differ.
+    """
     query, key = jnp.asarray(query), jnp.asarray(key)
     for name, x in (("query", query), ("key", key)):
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 3:
@@ -72,7 +78,7 @@ def check_kind(owner: str, kind: Any, kinds: Any) -> None:
 
 
 def root_of_scale(scale: Any, x: Array) -> Array:
-    """√scale, by which both sides are multiplied; scale is H**-0.5 unless given."""
+    """Returns √scale, the factor of both sides; scale is H**-0.5 unless given."""
     return jnp.sqrt(jnp.asarray(x.shape[-1] ** -0.5 if scale is None else scale, x.dtype))
 
 
@@ -83,8 +89,11 @@ def root_of_scale(scale: Any, x: Array) -> Array:
 class IdentityFeatures(Features):
     """φ = scale · q,  ψ = k: the kernel is scale · q·k, of either sign. F = H.
 
-    Linear attention without a feature map, to be read without a normaliser (Schmidhuber, 1992; Sun et al., 2023), for
-    its weights may sum to zero. `scale` is H**-0.5 unless given.
+    This map is linear attention without a feature map (Schmidhuber, 1992; Sun et al., 2023). Read it without a
+    normaliser, because its weights may sum to zero.
+
+    Attributes:
+        scale: The factor, by default H**-0.5.
     """
 
     scale: Number | None = None
@@ -122,8 +131,13 @@ def _elu1(x: Array) -> Array:
 class ReluFeatures(Features):
     """φ = max(q, 0) + offset,  ψ = max(k, 0) + offset. F = H.
 
-    With offset 0 many features are exactly 0, and a query may see no key at all; any offset > 0 keeps every weight
-    positive. Raises ValueError for a negative offset.
+    Attributes:
+        offset: At least 0. With 0 many features are exactly 0, and a query may see no key at all. Any offset > 0 keeps
+            every weight positive.
+
+    Raises:
+        TypeError: `offset` is not a number.
+        ValueError: `offset` is negative.
     """
 
     offset: float = 0.0
@@ -147,11 +161,18 @@ class LogNormalFeatures(Features):
     """φ = exp(α q),  ψ = exp(β k), elementwise: linear log-normal attention (Nahshan et al., 2024). F = H.
 
     The kernel is Σ_d exp(α q_d + β k_d). With α, β from `moment_match` the logs of the weights vary as those of softmax
-    attention do. `alpha` is one number or one per query head [N], `beta` one number or one per key head [K].
+    attention do.
 
-    Range: in float32 e^88 is the largest number, so β k must stay below 88 − log S for S keys that are summed, and
-    without `normalized` max_d(α q_d + β k_d) must. With it φ = softmax(α q) over the features, whatever q is. Raises
-    ValueError for an alpha or beta of another shape.
+    In float32 e^88 is the largest number. So β k must stay below 88 − log S for S keys that are summed, and without
+    `normalized` so must max_d(α q_d + β k_d). With `normalized`, φ = softmax(α q) over the features, whatever q is.
+
+    Attributes:
+        alpha: α, one number or one per query head [N].
+        beta: β, one number or one per key head [K].
+        normalized: Whether φ of a query is divided by its sum.
+
+    Raises:
+        ValueError: `alpha` or `beta` has another shape.
     """
 
     alpha: Number | Float[Array, " heads"]
@@ -176,7 +197,7 @@ class LogNormalFeatures(Features):
 
 
 def _exp(exponents: Array, normalized: bool) -> Array:
-    """exp, or divided by its sum over the features."""
+    """Returns exp, or exp divided by its sum over the features."""
     return jax.nn.softmax(exponents) if normalized else jnp.exp(exponents)
 
 
@@ -186,19 +207,27 @@ def moment_match(
     a: float = 0.14855178,
     b: float = -0.35487039,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """(α, β) of `LogNormalFeatures` for which weights are as concentrated as those of softmax (Nahshan et al., 2024).
+    """Returns (α, β) of `LogNormalFeatures` for which weights are as concentrated as in softmax (Nahshan et al., 2024).
 
         α = σ̃ / σ_q,   β = σ̃ / σ_k,   σ̃² = (σ_q² σ_k² − b) / (2 a)
 
     For Gaussian q, k with standard deviations σ_q, σ_k, Var log P = σ_q² σ_k² for the weights of softmax(q·k / √H) and
-    about a (α² σ_q² + β² σ_k²) + b for those of exp(α q)·exp(β k). `a` and `b` are the authors' fit. At H = 64 and
-    T = 512 the two variances are within 30 % for σ_q σ_k from 0.4 to 1.7; smaller heads vary more (1.5 times as much at
-    H = 16): fit your own.
+    about a (α² σ_q² + β² σ_k²) + b for those of exp(α q)·exp(β k). At H = 64 and T = 512 the two variances are within
+    30 % for σ_q σ_k from 0.4 to 1.7. Smaller heads vary more (1.5 times as much at H = 16): fit your own.
 
-    Arrays are taken elementwise, such as one σ per head. No gradient flows through. σ_q² σ_k² <= b, which takes a
-    positive b, asks for less variance than the fit can give: α = β = 0, equal weights. An array's σ of 0 gives 0, for
-    there is nothing to scale. The σ of a whole sequence tells early tokens of late ones: for causal use, keep them
-    fixed or let them follow training. Raises ValueError for numbers σ or `a` that are not positive.
+    No gradient flows through. The σ of a whole sequence tells early tokens of late ones: for causal use, keep the
+    numbers fixed or let them follow training.
+
+    Args:
+        query_std: σ_q, a number or an array that is taken elementwise, such as one σ per head. An array's σ of 0 gives
+            0, since a constant has nothing to scale.
+        key_std: σ_k, likewise.
+        a: The slope of the authors' fit.
+        b: The offset of the authors' fit. With a positive b, σ_q² σ_k² ≤ b asks for less variance than the fit can
+            give; then α = β = 0, equal weights.
+
+    Raises:
+        ValueError: σ or `a` is a number that is not positive.
     """
     for name, value in (("query_std", query_std), ("key_std", key_std), ("a", a)):
         check_positive("moment_match", name, value)
@@ -213,19 +242,26 @@ def moment_match(
 
 @part
 class TaylorFeatures(Features):
-    """φ · ψ = Σ_{l <= p} (scale · q·k)^l / l!: the Taylor polynomial of exp, of degree p = `degree`.
+    """φ · ψ = Σ_{l ≤ p} (scale · q·k)^l / l!: the Taylor polynomial of exp, of degree p = `degree`.
 
     Degree 2 is BASED (Arora et al., 2024) and, on standardised inputs, FAST (Gerami et al., 2024). x = √scale · q has
     one feature per product of at most p channels, Π_d x_d^{n_d} / √(n_d!): for p = 2
 
         φ = [1, x, x_a² / √2 and x_a x_b (b < a)],   F = C(H + p, p) = 1 + H + H (H + 1) / 2
 
-    and ψ likewise. `scale` is H**-0.5 unless given, so each side has the H**-0.25 of BASED. For p -> ∞ it is softmax.
+    and ψ likewise. For p → ∞ the weights are softmax.
 
-    Range: it follows exp for |s| = |scale · q·k| up to about 1, within |s|^{p+1} e^{|s|} / (p + 1)!. Below −1 it does
-    not: degree 1 gives negative weights, degree 2 is least at s = −1, with 1/2, and *rises* again, so a key that
-    matches badly enough weighs much. Even degrees are positive everywhere, odd ones are not. Raises ValueError for a
-    degree below 1 or a scale that is not positive.
+    The polynomial follows exp for |s| = |scale · q·k| up to about 1, within |s|^{p+1} e^{|s|} / (p + 1)!. Below −1 it
+    does not. Degree 1 gives negative weights. Degree 2 is least at s = −1, with 1/2, and *rises* again, so a key that
+    matches badly enough weighs much. Even degrees are positive everywhere, odd ones are not.
+
+    Attributes:
+        degree: p, at least 1.
+        scale: By default H**-0.5, so each side has the H**-0.25 of BASED.
+
+    Raises:
+        TypeError: `degree` is not an int.
+        ValueError: `degree` is below 1, or `scale` is not positive.
     """
 
     degree: int = 2
@@ -270,13 +306,22 @@ class HedgehogFeatures(Features):
         softmax   φ = [softmax(z), softmax(−z)], over the features of each half: in (0, 1)
         exp       φ = [exp(z), exp(−z)]
 
-    and ψ with matrices of its own. `query_weight` is [N, H, D], `key_weight` [K, H, D], biases [N, D] and [K, D] or
-    none; F = 2D. Start from `identity`, where D = H and the kernel of exp is 2 Σ_d cosh(q_d + k_d), and fit the weights
-    of softmax attention by `distillation_loss`. Apply after rotary embedding. Softmax features are at most 1, so W
-    must grow for weights to get sharp: no weight decay.
+    and ψ with matrices of its own; F = 2D. Start from `identity`, where D = H and the kernel of exp is
+    2 Σ_d cosh(q_d + k_d), and fit the weights of softmax attention by `distillation_loss`. Apply the map after rotary
+    embedding. Softmax features are at most 1, so W must grow for weights to get sharp: no weight decay.
 
-    Range of exp in float32: |z| below 88 − log S for keys, and without `normalized` the sum of both sides' |z|. Raises
-    ValueError for arrays that do not fit the heads, or another kind.
+    In float32 exp needs |z| below 88 − log S for keys, and without `normalized` the sum of both sides' |z| below that.
+
+    Attributes:
+        query_weight: W of the queries, [N, H, D].
+        key_weight: W of the keys, [K, H, D].
+        query_bias: b of the queries, [N, D] or None.
+        key_bias: b of the keys, [K, D] or None.
+        kind: "softmax" or "exp".
+        normalized: Whether φ of a query is divided by a number of its own, see `Features`.
+
+    Raises:
+        ValueError: Arrays do not fit the heads, or `kind` is another.
     """
 
     query_weight: Float[Array, "heads h d"]
@@ -297,7 +342,7 @@ class HedgehogFeatures(Features):
         kind: HedgehogKind = "softmax",
         normalized: bool = False,
     ) -> "HedgehogFeatures":
-        """W = I, b = 0 for N query heads and K key heads, as many unless given."""
+        """The map with W = I and b = 0 for N query heads and K key heads, by default K = N."""
         key_heads = heads if key_heads is None else key_heads
         weights, biases = (
             [jnp.broadcast_to(x, (n, *x.shape)) for n in (heads, key_heads)]
@@ -341,12 +386,18 @@ LEAST_WEIGHT = 1e-12
 def distillation_loss(
     teacher_weights: Float[Array, "*b n t s"], student_weights: Float[Array, "*b n t s"]
 ) -> Float[Array, ""]:
-    """The mean over rows of −Σ_j P_j log max(A_j, 1e−12): how far weights A are from those of a teacher, P, in nats.
+    """Returns the mean over rows of −Σ_j P_j log max(A_j, 1e−12): how far weights A are from a teacher's P, in nats.
 
-    It trains `HedgehogFeatures`, or any weights, towards softmax attention (Zhang et al., 2024). Rows of both sum to 1;
-    those in which P is 0, which see no key, do not count. At least the entropy of P (less S · 1e−12), and equal to it
-    if and only if A = P. Finite for A = 0, where there is no gradient; in float32 or better. Raises ValueError for
-    shapes that differ.
+    The loss trains `HedgehogFeatures`, or any weights, towards softmax attention (Zhang et al., 2024). It is at least
+    the entropy of P (less S · 1e−12), and equal to it if and only if A = P. It is finite for A = 0, where it has no
+    gradient, and computed in float32 or better.
+
+    Args:
+        teacher_weights: P [..., N, T, S]. Rows sum to 1. Rows in which P is 0, which see no key, do not count.
+        student_weights: A, likewise.
+
+    Raises:
+        ValueError: Shapes differ.
     """
     if jnp.shape(teacher_weights) != jnp.shape(student_weights):
         raise ValueError(
@@ -366,12 +417,18 @@ def distillation_loss(
 
 @part
 class StandardizedFeatures(Features):
-    """The map `then` of (x − mean x) / √(var x + ε) for x = q and x = k, mean and variance over a token's H channels.
+    """Applies `then` to (x − mean x) / √(var x + ε) for x = q and x = k, mean and variance over a token's H channels.
 
-    FAST (Gerami et al., 2024) is `StandardizedFeatures(TaylorFeatures(2, scale=1.0))`. Nothing changes if all queries
-    or all keys are scaled by a positive number or shifted by one, but for ε = `epsilon`, which keeps a token with equal
-    channels at 0 with finite gradients. |x̂|² is H, so q̂·k̂ is within ±H: a polynomial of odd degree needs a scale
-    of 1 / H. Raises ValueError for an epsilon that is not positive.
+    FAST (Gerami et al., 2024) is `StandardizedFeatures(TaylorFeatures(2, scale=1.0))`. But for ε, nothing changes if
+    all queries or all keys are scaled by a positive number or shifted by one. |x̂|² is H, so q̂·k̂ is within ±H: a
+    polynomial of odd degree needs a scale of 1 / H.
+
+    Attributes:
+        then: The map.
+        epsilon: ε > 0, which keeps a token with equal channels at 0 with finite gradients.
+
+    Raises:
+        ValueError: `epsilon` is not positive.
     """
 
     then: Features
@@ -391,11 +448,17 @@ class StandardizedFeatures(Features):
 
 @part
 class UnitFeatures(Features):
-    """The map `then` of x / √(|x|² + ε) for x = q and x = k: queries and keys of length 1. F is that of `then`.
+    """Applies `then` to x / √(|x|² + ε) for x = q and x = k: queries and keys of length 1. F is that of `then`.
 
     By default `then` has scale 1 and the kernel is the cosine of the angle between q and k, of either sign.
-    `UnitFeatures(TaylorFeatures(2, scale=1.0))` is positive, with every score where the polynomial follows exp. A zero
-    vector stays 0 and has finite gradients, by ε = `epsilon`. Raises ValueError for an epsilon that is not positive.
+    `UnitFeatures(TaylorFeatures(2, scale=1.0))` is positive, with every score where the polynomial follows exp.
+
+    Attributes:
+        then: The map.
+        epsilon: ε > 0, by which a zero vector stays 0 and has finite gradients.
+
+    Raises:
+        ValueError: `epsilon` is not positive.
     """
 
     then: Features = IdentityFeatures(1.0)

@@ -32,17 +32,22 @@ class RandomFeatures(Features):
         hyperbolic      half of that, times 1 − e^{−|x+y|²}
         trigonometric   SM⁻² e^{|x+y|²} (1 − e^{−|x−y|²})² / 2m
 
-    so positive ones are good where weights are small and trigonometric ones, which may be negative, where they are
-    large. All grow exponentially with the norms: keep |x + y|² to a few units. `relu` is another kernel, the arc-cosine
-    one (Cho and Saul, 2009) for the small offset 0, |x| |y| (sin θ + (π − θ) cos θ) / 2π with the angle θ. It has no
-    exponential, and `normalized` does nothing.
+    so positive features are good where weights are small, and trigonometric ones, which may be negative, where they are
+    large. All errors grow exponentially with the norms: keep |x + y|² to a few units. `relu` is another kernel, the
+    arc-cosine one (Cho and Saul, 2009) for the small offset 0, |x| |y| (sin θ + (π − θ) cos θ) / 2π with the angle θ.
+    It has no exponential, and `normalized` does nothing.
 
-    `scale` is H**-0.5 unless given. Draw W by `orthogonal_gaussian`, with m from H ln H; all heads, queries and keys
-    share it. It is an array leaf, so hold it constant in training or redraw it now and then.
+    The kinds with e^{−|x|²/2} are at most e^{|w|²/2}; a key with |y|² / 2 − max w·y above 87 has ψ = 0 in float32.
 
-    Range: the kinds with e^{−|x|²/2} are at most e^{|w|²/2}; a key with |y|² / 2 − max w·y above 87 has ψ = 0 in
-    float32. Raises ValueError for another kind, a projection that is not [m, H], m >= 1, or a scale that is not
-    positive.
+    Attributes:
+        projection: W [m, H], shared by all heads, queries and keys. Draw it by `orthogonal_gaussian`, with m from H ln
+            H. W is an array leaf, so hold it constant in training or redraw it now and then.
+        kind: "positive", "hyperbolic", "trigonometric" or "relu".
+        scale: By default H**-0.5.
+        normalized: Whether φ of a query is divided by a number of its own, see `Features`.
+
+    Raises:
+        ValueError: `kind` is another, `projection` is not [m, H] with m ≥ 1, or `scale` is not positive.
     """
 
     projection: Float[Array, "m h"]
@@ -89,7 +94,7 @@ Scaling = Literal["chi", "sqrt", "none"]
 
 
 def orthogonal_gaussian(key: Any, count: int, head_dim: int, scaling: Scaling = "chi") -> Float[Array, "m h"]:
-    """m = `count` random directions [m, H] for `RandomFeatures`, orthogonal in blocks of H (Choromanski et al., 2021).
+    """Draws m = `count` directions [m, H] for `RandomFeatures`, orthogonal in blocks of H (Choromanski et al., 2021).
 
     Each block of H rows is a uniformly random orthogonal matrix, whose rows get, by `scaling`, the lengths
 
@@ -97,8 +102,17 @@ def orthogonal_gaussian(key: Any, count: int, head_dim: int, scaling: Scaling = 
         sqrt   √H each: less variance, slightly biased
         none   no blocks: independent rows of N(0, I)
 
-    Orthogonal rows have a smaller error than independent ones. Raises ValueError for a count or head_dim below 1 or
-    another scaling.
+    Orthogonal rows have a smaller error than independent ones.
+
+    Args:
+        key: The random key.
+        count: m, at least 1.
+        head_dim: H, at least 1.
+        scaling: "chi", "sqrt" or "none".
+
+    Raises:
+        TypeError: `count` or `head_dim` is not an int.
+        ValueError: `count` or `head_dim` is below 1, or `scaling` is another.
     """
     check_static_int("orthogonal_gaussian", "count", count, 1)
     check_static_int("orthogonal_gaussian", "head_dim", head_dim, 1)

@@ -1,7 +1,7 @@
 """The recurrence of linear attention in its forms: token by token, and as chunks that are affine maps of the state.
 
-A chunk of tokens is an affine map of the state it starts from, both in what it reads and in the state it leaves. So
-every form but `steps` is the same chunks: one of them (parallel), a scan over them (chunk), a tree over their maps
+A chunk of tokens is an affine map of the state it starts from, both in the outputs it reads and in the state it leaves.
+So every form but `steps` uses the same chunks: one of them (parallel), a scan over them (chunk), a tree over their maps
 (associative).
 """
 
@@ -35,11 +35,13 @@ SMALL = 8  # tokens of the smaller chunks that a chunk is cut into where its cha
 
 @part
 class Delta:
-    """The delta rule: β_t of what the memory returns for key t is replaced by β_t of value t.
+    """The delta rule: β_t of the value that the memory returns for key t is replaced by β_t of value t.
 
-    S_t = (I − β_t k_t k_tᵀ) diag(e^{g_t}) S_{t−1} + β_t k_t v_tᵀ: a step of size β_t of gradient descent on
-    ½ ‖S ᵀ k_t − v_t‖² after the decay. With ‖k‖ = 1, β in [0, 1] forgets what k held in part or in full, and β in
-    (1, 2] turns it around. Schlag et al. (2021), Yang et al. (2024).
+        S_t = (I − β_t k_t k_tᵀ) diag(e^{g_t}) S_{t−1} + β_t k_t v_tᵀ
+
+    The rule is a step of size β_t of gradient descent on ½ ‖S ᵀ k_t − v_t‖² after the decay. With ‖k‖ = 1, β in [0, 1]
+    forgets the value of k in part or in full, and β in (1, 2] turns it around. Schlag et al. (2021), Yang et al.
+    (2024).
 
     Attributes:
         beta: [..., T, N], at least 0; at most 2 / ‖k‖² for a memory that does not grow.
@@ -52,11 +54,11 @@ class Delta:
 class Erase:
     """The general correction of rank one: S_t = diag(e^{g_t}) S_{t−1} + write_t (read_tᵀ S_{t−1}) + k_t v_tᵀ.
 
-    `read` sees the state before the decay. The delta rule is read = e^g ⊙ k, write = −β k with the key β k; RWKV-7
-    (Peng et al., 2025) is read = −κ, write = κ ⊙ a.
+    The delta rule is read = e^g ⊙ k, write = −β k with the key β k. RWKV-7 (Peng et al., 2025) is read = −κ,
+    write = κ ⊙ a.
 
     Attributes:
-        read: [..., T, N, K].
+        read: [..., T, N, K], applied to the state before the decay.
         write: [..., T, N, K].
     """
 
@@ -65,17 +67,22 @@ class Erase:
 
 
 class StateMap(NamedTuple):
-    """What some tokens do to the state: S ↦ through S + add; through is a diagonal [..., K] or a matrix [..., K, K]."""
+    """The effect of some tokens on the state: S ↦ through S + add.
+
+    Attributes:
+        through: A diagonal [..., K] or a matrix [..., K, K].
+        add: [..., K, V].
+    """
 
     through: Float[Array, "..."]
     add: Float[Array, "... k v"]
 
     def __call__(self, memory: Float[Array, "... k v"]) -> Float[Array, "... k v"]:
-        """The state after the tokens, from the state before them."""
+        """Returns the state after the tokens, from the state before them."""
         return self.keep(memory) + self.add
 
     def keep(self, memory: Float[Array, "... k v"]) -> Float[Array, "... k v"]:
-        """through S: what the tokens leave of a state."""
+        """Returns through S, the part of a state that the tokens leave."""
         return decayed(self.through[..., None], memory) if self.is_diagonal else product(self.through, memory)
 
     @property
@@ -85,10 +92,10 @@ class StateMap(NamedTuple):
 
 
 def combine(first: StateMap, second: StateMap) -> StateMap:
-    """The map of the tokens of `first` and then those of `second`. Associative, with the identity (1, 0).
+    """Returns the map of the tokens of `first` and then those of `second`.
 
-    Shards of a sequence, each with its own map, are joined by it (context parallelism): the state that a shard starts
-    from is the maps of the shards before it, combined.
+    The operation is associative, with the identity (1, 0). It joins shards of a sequence, each with its own map
+    (context parallelism): the state that a shard starts from is the maps of the shards before it, combined.
     """
     if first.is_diagonal and second.is_diagonal:
         return StateMap(second.through * first.through, second(first.add))
@@ -101,7 +108,10 @@ def _diagonal(entries: Float[Array, "... k"]) -> Float[Array, "... k k"]:
 
 
 class Tokens(NamedTuple):
-    """Tokens of a call: [..., T, M, X], or M = 1 where heads share; R queries of each state are the first axis."""
+    """The tokens of a call, [..., T, M, X], or M = 1 where heads share.
+
+    The R queries of each state are the first axis.
+    """
 
     query: Array
     key: Array
@@ -112,7 +122,7 @@ class Tokens(NamedTuple):
 
 
 def steps(tokens: Tokens, memory: Array, read: Read) -> tuple[Array, Array]:
-    """(last state, what tokens read), by the definition, token by token."""
+    """Returns (last state, reads of the tokens), by the definition, token by token."""
 
     def step(memory: Array, token: Tokens) -> tuple[Array, Array]:
         query, key, value, log_decay, erase, bonus = jax.tree.map(lambda x: x.astype(memory.dtype)[..., None, :], token)
@@ -132,8 +142,10 @@ def steps(tokens: Tokens, memory: Array, read: Read) -> tuple[Array, Array]:
 
 
 def chunks(tokens: Tokens, memory: Array, read: Read, size: int) -> tuple[Array, Array]:
-    """The same, by a scan over chunks of `size` tokens. Each is worked out again in the backward pass, so what is kept
-    is the tokens and one state per chunk."""
+    """Returns the same as `steps`, by a scan over chunks of `size` tokens.
+
+    Each chunk is computed again in the backward pass, so only the tokens and one state per chunk are kept.
+    """
 
     @partial(jax.checkpoint, prevent_cse=False)
     def chunk(memory: Array, given: _Chunk) -> tuple[Array, Array]:
@@ -144,7 +156,7 @@ def chunks(tokens: Tokens, memory: Array, read: Read, size: int) -> tuple[Array,
 
 
 def tree(tokens: Tokens, memory: Array, read: Read, size: int) -> tuple[Array, Array]:
-    """The same, for all chunks at once, from the states that a tree over their maps finds."""
+    """Returns the same as `steps`, for all chunks at once, from the states that a tree over their maps finds."""
     given = _cut(tokens, size)
     # Chunks are one more batch axis here: after the queries that share a state, which have no place in states.
     shared = tokens.query.ndim - tokens.key.ndim
@@ -157,7 +169,7 @@ def tree(tokens: Tokens, memory: Array, read: Read, size: int) -> tuple[Array, A
 
 
 def whole_map(tokens: Tokens, size: int) -> StateMap:
-    """What all tokens do to the state, by the same tree."""
+    """Returns the effect of all tokens on the state, by the same tree."""
     return jax.tree.map(lambda x: x[-1], jax.lax.associative_scan(combine, _maps(_cut(tokens, size))))
 
 
@@ -169,7 +181,7 @@ class _Chunk(NamedTuple):
 
 
 def _cut(tokens: Tokens, size: int) -> _Chunk:
-    """Time cut into chunks, [chunks, ..., C, M, X]; what is missing is filled with zeros, tokens that do nothing."""
+    """Cuts time into chunks, [chunks, ..., C, M, X], padded with zeros, which are tokens that do nothing."""
 
     def cut(x: Array) -> Array:
         *batch, length, states, width = x.shape
@@ -191,8 +203,10 @@ def _joined(out: Float[Array, "chunks ... c m v"], tokens: Tokens) -> Float[Arra
 
 
 def _maps(given: _Chunk) -> StateMap:
-    """What each chunk does to the state. With an erasure, of a state [0, I] and with values [v, 0] it leaves
-    [add, through]."""
+    """Returns the effect of each chunk on the state.
+
+    With an erasure, a chunk turns a state [0, I] with values [v, 0] into [add, through].
+    """
     tokens = given.tokens
     key, value, log_decay, erase = tokens.key, tokens.value, tokens.log_decay, tokens.erase
     dtype = accumulator(*jax.tree.leaves(tokens))
@@ -211,7 +225,7 @@ def _maps(given: _Chunk) -> StateMap:
 
 
 def _walk(given: _Chunk, memory: Array, read: Read) -> tuple[Array, Array]:
-    """(state after a chunk, what its tokens read), from the state it starts from [..., M, K, V]."""
+    """Returns (state after a chunk, reads of its tokens), from the state that it starts from [..., M, K, V]."""
     tokens = given.tokens
     if tokens.log_decay is None:
         return _pass(NoDecay, read, tokens, memory)

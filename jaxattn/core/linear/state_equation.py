@@ -4,9 +4,9 @@
     h_t = Λ_t h_{t−1} + B_t u_t,    y_t = C_t h_t + D_t u_t
 
 A state h [K, V] holds K numbers for each of the V channels of the input, Λ is a diagonal over K, B_t u_t is key_t
-value_tᵀ and C_t reads with the query. That is `linear_attention`; these functions say what the arguments are for a
-mechanism given in its own terms, so that what differs between them can be compared: how the decay and the size of what
-is written depend on each other, and how large the state is.
+value_tᵀ and C_t reads with the query. `linear_attention` computes this equation. The functions here give its arguments
+for a mechanism in its own terms, so that mechanisms can be compared: how the decay and the size of the write depend on
+each other, and how large the state is.
 """
 
 from typing import Any, NamedTuple
@@ -22,9 +22,14 @@ from jaxattn.core.linear.feature import Features, TaylorFeatures
 class StateEquation(NamedTuple):
     """h_t = diag(e^{log_decay_t}) h_{t−1} + key_t value_tᵀ,  y_t = h_tᵀ query_t + skip ⊙ value_t.
 
-    query, key [..., T, N, K]; value [..., T, N, V]; log_decay [..., T, N] or [..., T, N, K]; skip: anything that
-    broadcasts against the values, None for none. divided: the last of the V columns is a normaliser that depends on the
-    query, which no decay can stand for: y is the others over it.
+    Attributes:
+        query: [..., T, N, K].
+        key: [..., T, N, K].
+        value: [..., T, N, V].
+        log_decay: [..., T, N] or [..., T, N, K].
+        skip: Anything that broadcasts against the values, or None.
+        divided: The last of the V columns is a normaliser that depends on the query, which no decay can stand for. y is
+            the other columns over it.
     """
 
     query: Float[Array, "*b t n k"]
@@ -37,7 +42,15 @@ class StateEquation(NamedTuple):
     def __call__(
         self, state: LinearState | None = None, **options: Any
     ) -> tuple[Float[Array, "*b t n v"], LinearState]:
-        """(y, last state). options: those of `linear_attention`, such as `form` and `segment_ids`."""
+        """Computes the equation by `linear_attention`.
+
+        Args:
+            state: The state to start from.
+            **options: Other arguments of `linear_attention`, such as `form` and `segment_ids`.
+
+        Returns:
+            A pair (y, last state).
+        """
         query, key, value, log_decay, skip, divided = self
         y, state = linear_attention(query, key, value, log_decay=log_decay, state=state, **options)
         if skip is not None:
@@ -45,20 +58,23 @@ class StateEquation(NamedTuple):
         return divide(y) if divided else y, state
 
     def matrix(self) -> Float[Array, "*b n t t"]:
-        """A_ij = C_i (Π_{s = j+1 .. i} Λ_s) B_j, and skip apart, y_i = Σ_j A_ij u_j; rows are normalised if divided."""
+        """Returns A_ij = C_i (Π_{s = j+1 .. i} Λ_s) B_j, with y_i = Σ_j A_ij u_j apart from the skip.
+
+        Rows are normalised if `divided`.
+        """
         matrix = mixing_matrix(self.query, self.key, log_decay=self.log_decay)
         return divide(jnp.concatenate([matrix, matrix.sum(-1, keepdims=True)], -1)) if self.divided else matrix
 
     @property
     def state_size(self) -> int:
-        """Numbers of the state per head, K V."""
+        """The numbers of the state per head, K V."""
         return self.key.shape[-1] * self.value.shape[-1]
 
 
 def attention_equation(
     features: Features, query: Float[Array, "*b t n h"], key: Float[Array, "*b t n h"], value: Float[Array, "*b t n v"]
 ) -> StateEquation:
-    """Σ_{j <= t} φ(q_t)·ψ(k_j) v_j / Σ_{j <= t} φ(q_t)·ψ(k_j): no decay, and a normaliser that depends on the query."""
+    """Σ_{j ≤ t} φ(q_t)·ψ(k_j) v_j / Σ_{j ≤ t} φ(q_t)·ψ(k_j): no decay, and a normaliser that depends on the query."""
     phi, psi = features(query, key)
     return StateEquation(phi, psi, append_one(value), divided=True)
 
@@ -80,13 +96,19 @@ def normalized_equation(
     value: Float[Array, "*b t n v"],
     log_normalizer: Float[Array, "*b t n"],
 ) -> StateEquation:
-    """Σ_{j <= t} (q_t·k_j) v_j / η_t for a normaliser η > 0 that does not depend on the query, as a decay:
+    """Σ_{j ≤ t} (q_t·k_j) v_j / η_t for a normaliser η > 0 that does not depend on the query, as a decay:
 
         Λ_t = η_{t−1} / η_t,    B_t u_t = k_t v_tᵀ / η_t,    C_t = q_t
 
-    Normalised attention of the paper makes η_t = e^{w · u_t} of the input; with the running sum of a latent's weights
-    it is Latte. Where η falls, Λ would be above 1: the decay has only the rises of log η, and the query the rest, so
-    that the state is larger by as much and y the same. log_normalizer: log η.
+    Normalised attention of the paper makes η_t = e^{w · u_t} of the input. With the running sum of a latent's weights
+    the equation is Latte. Where η falls, Λ would be above 1: the decay has only the rises of log η, and the query the
+    rest, so that the state is larger by as much and y the same.
+
+    Args:
+        query: [..., T, N, K].
+        key: [..., T, N, K].
+        value: [..., T, N, V].
+        log_normalizer: log η, [..., T, N].
     """
     rises = jnp.maximum(jnp.diff(log_normalizer, axis=-2, prepend=log_normalizer[..., :1, :]), 0)
     risen = log_normalizer[..., :1, :] + jnp.cumsum(rises, -2)
@@ -104,7 +126,15 @@ def state_space_equation(
 ) -> StateEquation:
     """Mamba's selective scan, a head per channel and V = 1: Λ_t = e^{−Δ_t a}, B_t u_t = Δ_t B s_t, C_t, D.
 
-    step: Δ >= 0. rate: a >= 0. The step couples decay and input: what forgets much writes much.
+    The step couples decay and input: a token that forgets much writes much.
+
+    Args:
+        step: Δ ≥ 0, [..., T, N].
+        rate: a ≥ 0, [N, K].
+        write: B, [..., T, N, K].
+        read: C, [..., T, N, K].
+        signal: s, [..., T, N].
+        skip: D, [N] or None.
     """
     log_decay = -step[..., None] * rate
     skip = None if skip is None else skip[:, None]
@@ -114,8 +144,14 @@ def state_space_equation(
 def gated_rnn_equation(
     forget: Float[Array, "*b t n"], write: Float[Array, "*b t n"], signal: Float[Array, "*b t n"]
 ) -> StateEquation:
-    """A gated RNN that is linear in its state (quasi-LSTM): h_t = σ(f_t) h_{t−1} + σ(i_t) u_t and y = h, one number per
-    channel, with logits f and i of its gates. Decay and input do not depend on each other.
+    """A gated RNN that is linear in its state (quasi-LSTM): h_t = σ(f_t) h_{t−1} + σ(i_t) u_t and y = h.
+
+    The state is one number per channel. Decay and input do not depend on each other.
+
+    Args:
+        forget: f, the logits of the forget gate, [..., T, N].
+        write: i, the logits of the input gate, [..., T, N].
+        signal: u, [..., T, N].
     """
     one = jnp.ones((*signal.shape, 1), signal.dtype)
     return StateEquation(one, jax.nn.sigmoid(write)[..., None], signal[..., None], jax.nn.log_sigmoid(forget))
