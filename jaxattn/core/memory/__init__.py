@@ -1,4 +1,4 @@
-"""`memory_scan`: memories that are trained while they read, their losses and what they keep."""
+"""`memory_scan`: memories that are trained while they read, their losses and the links to their weights."""
 
 from jaxattn.core.memory.api import MemoryState, memory_read, memory_scan
 from jaxattn.core.memory.inner import (

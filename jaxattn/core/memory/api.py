@@ -24,12 +24,16 @@ PerToken = Float[Array, "..."] | float
 
 
 class MemoryState(NamedTuple):
-    """What a memory is after some tokens, in float32 or better; it continues the sequence wherever it was cut.
+    """The state of a memory after some tokens, in float32 or better. It continues the sequence wherever it was cut.
 
-    `start`: the weights (under a link, its argument) at which the gradients of the inner batch under way are taken.
-    `dual`: those that the last token left, `start` plus what this inner batch has learned so far. `momentum`: as it is
-    after the last token; None for a memory without. Each has one [..., N, in, out] per fast weight. `seen` [...]:
-    tokens of the inner batch under way. `segment` [...]: that of the last token (0 where segments were not given).
+    `start`, `dual` and `momentum` each have one array [..., N, in, out] per fast weight.
+
+    Attributes:
+        start: The weights (under a link, its argument) at which the gradients of the inner batch under way are taken.
+        dual: The weights after the last token, `start` plus what this inner batch has learned so far.
+        momentum: The momentum after the last token. None for a memory without.
+        seen: [...], the number of tokens of the inner batch under way.
+        segment: [...], the segment of the last token (0 where segments were not given).
     """
 
     start: Weights
@@ -57,48 +61,55 @@ def memory_scan(
     segment_ids: Int[Array, "*b t"] | None = None,
     lengths: Int[Array, "*b"] | None = None,
 ) -> tuple[Float[Array, "*b t n v"], MemoryState]:
-    """A network per head that learns k_t ↦ v_t at every token and is then asked for q_t; (out, last state).
+    """Trains a network per head on k_t ↦ v_t at every token, and then asks it for q_t:
 
         u_t = ∂ℓ(M(k_t), v_t) / ∂W  at  W = link(A_c)          A_c: A before the first token of t's inner batch
         S_t = e^{log_momentum_t} S_{t−1} − rate_t u_t          without momentum S_t = −rate_t u_t
         A_t = e^{log_decay_t} A_{t−1} + S_t
         out_t = M(q_t)  at  W = link(A_t)
 
-    Titans (Behrouz et al., 2025), Miras: Moneta, Yaad and Memora (2025), TTT (Sun et al., 2024).
+    Titans (Behrouz et al., 2025), Miras: Moneta, Yaad and Memora (2025), and TTT (Sun et al., 2024) are such memories.
+    The memory of the backward pass is the inputs and one state per inner batch.
 
     Args:
         memory: The network M and its first A_0, which outer training learns: `MatrixMemory`, `MLPMemory`. S_0 = 0.
-        query, key: [..., T, N, K], in general of norm 1. No scale is applied.
+        query: [..., T, N, K], in general of norm 1. No scale is applied.
+        key: [..., T, N, K], likewise.
         value: [..., T, N, V].
-        rate: θ >= 0, the step size: a number, or an array that broadcasts to [..., T, N], like the next three. For a
+        rate: θ ≥ 0, the step size: a number, or an array that broadcasts to [..., T, N], like the next three. For a
             matrix and `SquaredError()` steps are stable whatever the tokens while θ ‖k‖² · inner_batch is at most 1,
             and with momentum on one key that repeats up to 1 − η. A network has no such bound: where steps are too long
-            for it, it diverges until what is read is not finite.
-        log_decay: log(1 − α) <= 0, −inf to forget everything: the retention of Titans and Miras. None keeps all.
-        log_momentum: log η <= 0, −inf for none at that token. None keeps no S.
-        row_rate: r >= 0, another factor on what the inner batch has changed so far when token t reads it: out_t is
-            read at A_c + r_t (A_t − A_c), and so are the weights that the last token of an inner batch leaves. It is
+            for it, it diverges until the output is not finite.
+        log_decay: log(1 − α) ≤ 0, −inf to forget everything: the retention of Titans and Miras. None keeps all.
+        log_momentum: log η ≤ 0, −inf for none at that token. None keeps no S.
+        row_rate: r ≥ 0, another factor on the change of the inner batch so far when token t reads it: out_t is read at
+            A_c + r_t (A_t − A_c). The weights that the last token of an inner batch leaves have the same factor. It is
             the factor by row of TTT's step sizes, η_ij = r_i θ_j.
-        loss, link: `SquaredError` (‖e‖², without ½), `Huber`, `LpError`, `DotProduct`; `Identity`, `SoftmaxLink`,
-            `LqMirror`, `LqScale`, `SoftThreshold`, `SigmoidLink`.
-        inner_batch: Tokens whose gradients are taken at the same weights. **It is part of the model, not a setting for
-            speed**: another number is another function, so train, evaluate and decode with the same one. 1 is the
-            sequential rule; 16 to 64 turn most of the work into matrix products.
-        read: How out_t gets to M at A_t. "dual": without making the weights of any token (`Identity` only).
-            "materialize": with the weights of every token, inner_batch times the memory; for any link. The two are
-            equal but for rounding; "auto" takes the first that can serve. "start" is another model: out_t reads
-            A_c, so no token of its own inner batch.
-        state: What earlier tokens left. A sequence may be split anywhere, also inside an inner batch.
-        segment_ids: [..., T], not decreasing: a token that starts a new segment finds A_0. Segments must start where an
-            inner batch does; a row (an entry of the batch axes) where one does not is NaN throughout, its state too.
-        lengths: [...], tokens of each row that are there, from 0 to T; the memory sees none after them, takes no place
-            in an inner batch for them, and what they read means nothing. None: all. Not together with segment_ids.
+        loss: `SquaredError` (‖e‖², without ½), `Huber`, `LpError` or `DotProduct`.
+        link: `Identity`, `SoftmaxLink`, `LqMirror`, `LqScale`, `SoftThreshold` or `SigmoidLink`.
+        inner_batch: The number of tokens whose gradients are taken at the same weights. **It is part of the model, not
+            a setting for speed**: another number is another function, so train, evaluate and decode with the same one.
+            1 is the sequential rule; 16 to 64 turn most of the work into matrix products.
+        read: How out_t gets to M at A_t. "dual" makes no token's weights (`Identity` only). "materialize" makes the
+            weights of every token, in inner_batch times the memory, for any link. The two are equal but for rounding;
+            "auto" takes the first that can serve. "start" is another model: out_t reads A_c, so no token of its own
+            inner batch.
+        state: The state after earlier tokens. A sequence may be split anywhere, also inside an inner batch.
+        segment_ids: Integers [..., T], not decreasing. A token that starts a new segment finds A_0. Segments must start
+            where an inner batch does. A row (an entry of the batch axes) where one does not is NaN throughout, its
+            state too.
+        lengths: Integers [...], the number of tokens that each row has, from 0 to T. The memory sees no tokens after
+            them and takes no place in an inner batch for them, and their outputs mean nothing. None: all. Not together
+            with segment_ids.
 
-    Computed in float32, or float64 if any argument is; `out` has value's dtype. Memory of the backward pass is the
-    inputs and one state per inner batch.
+    Returns:
+        A pair (out, last state). `out` [..., T, N, V] is computed in float32, or float64 if any argument is, and has
+            value's dtype.
 
-    Raises ValueError for shapes that do not fit, gates out of range and segments out of place (where they are known:
-    not under `jit`), a state of another shape, and read="dual" with a link; TypeError for other types.
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: Shapes do not fit, gates are out of range or segments out of place (where they are known: not under
+            `jit`), the state has another shape, or read="dual" comes with a link.
     """
     given = _Given(
         memory, loss, link, query, key, value, rate, log_decay, log_momentum, row_rate, state, segment_ids, lengths
@@ -116,9 +127,15 @@ def memory_read(
     link: Link = Identity(),
     state: MemoryState | None = None,
 ) -> Float[Array, "*b t n v"]:
-    """M(q_t) at W = link(A) for the A that the last token left, and nothing learned: out [..., T, N, V].
+    """Returns M(q_t) at W = link(A) for the A that the last token left, and learns nothing: out [..., T, N, V].
 
-    state: what that token left; None reads where the memory starts. Raises as `memory_scan`.
+    The errors are those of `memory_scan`.
+
+    Args:
+        memory: The network M and its first A_0.
+        query: [..., T, N, K].
+        link: The link.
+        state: The state after the last token. None reads where the memory starts.
     """
     _check_kinds(("memory", memory, Memory), ("link", link, Link))
     check_tokens("query", query)
@@ -134,7 +151,7 @@ def memory_read(
 
 
 class _Given(NamedTuple):
-    """The parts and arrays of a call, as they came."""
+    """The parts and arrays of a call, as the caller gave them."""
 
     memory: Memory
     loss: InnerLoss
@@ -219,8 +236,12 @@ def _dtype(given: _Given) -> jnp.dtype:
 
 
 def _starts(given: _Given, batch: tuple, length: int, inner_batch: int) -> tuple[Any, Any, Any]:
-    """(where a segment starts [..., T], tokens of the inner batch under way [...], whether a segment starts within
-    one [...]); a segment that starts with the first token ends the batch under way. With NumPy if all is known."""
+    """Returns where segments start and how many tokens the inner batch under way has.
+
+    The triple holds where a segment starts [..., T], the tokens of the inner batch under way [...], and whether a
+    segment starts within one [...]. A segment that starts with the first token ends the batch under way. The arrays are
+    NumPy arrays if all is known.
+    """
     state, ids = given.state, given.segment_ids
     known = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((ids, state and state[3:])))
     xp: Any = np if known else jnp
@@ -234,8 +255,10 @@ def _starts(given: _Given, batch: tuple, length: int, inner_batch: int) -> tuple
 
 
 class _Places(NamedTuple):
-    """Where tokens stand in the whole inner batches of `size` that hold them: `offset` [...] slots after the first, or
-    0 for None."""
+    """Where tokens stand in the whole inner batches of `size` that hold them.
+
+    `offset` [...] counts the slots before the first token; None stands for 0.
+    """
 
     offset: Array | None
     length: int
@@ -311,7 +334,7 @@ def _check_kinds(*given: tuple[str, Any, type]) -> None:
 
 
 def _check_memory(memory: Memory, key: Array, value: Array | None) -> None:
-    """Runs the network on shapes alone; without a value any width of what it returns is right."""
+    """Runs the network on shapes alone; without a value any width of its output is right."""
     heads, name = key.shape[-2], type(memory).__name__
     used: list[int] = []
 
@@ -345,7 +368,7 @@ def _check_gate(name: str, x: Any, shape: tuple, allowed: Callable[[Any], Any], 
 
 
 def _check_state(state: Any, memory: Memory, batch: tuple, has_momentum: bool | None) -> None:
-    """has_momentum: whether the state must hold one; None if it may."""
+    """Raises for a state that does not fit. has_momentum: whether it must hold momentum; None if it may."""
     if not isinstance(state, MemoryState):
         raise TypeError(f"state must be a MemoryState, got {type(state).__name__}")
     if has_momentum is not None and (state.momentum is not None) != has_momentum:

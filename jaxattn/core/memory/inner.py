@@ -1,7 +1,7 @@
 """The choices of a memory that learns while it reads: its network, the loss of a token, and the link to its weights.
 
-A network reaches its fast weights only through a linear map that it is given. So `memory.py` can run one and the same
-network on plain weights, on weights of every token, or on weights that were never made.
+A network reaches its fast weights only through a linear map that it is given. So `inner_batch.py` can run one and the
+same network on plain weights, on weights of every token, or on weights that were never made.
 """
 
 import abc
@@ -24,28 +24,33 @@ Number = Float[Array, ""] | float
 
 
 class Memory(abc.ABC):
-    """What a part must offer to be a memory: a network per head, some weights of which change with every token.
-
-    `fast_weights` are where they start, [N, in, out] each, learned like any parameters (with a link they are its
-    argument, see `Link`). Other arrays of the part are slow: they stay as they are along the sequence.
+    """The base class of memories: a network per head, some weights of which change with every token.
 
     `memory(linear, x [..., N, T, K]) -> [..., N, T, V]` maps every token by itself. `linear(i, x)` is the product of x
-    [..., N, T, in] with fast weight i: every one is used exactly once, and in no other way.
+    [..., N, T, in] with fast weight i. The network uses every fast weight exactly once, and in no other way. Other
+    arrays of the part are slow: they stay as they are along the sequence.
     """
 
     @property
     @abc.abstractmethod
     def fast_weights(self) -> tuple[Float[Array, "n i o"], ...]:
-        """The fast weights that a sequence starts with."""
+        """The fast weights that a sequence starts with, [N, in, out] each.
+
+        They are learned like any parameters. With a link they are its argument, see `Link`.
+        """
 
     @abc.abstractmethod
     def __call__(self, linear: FastLinear, x: Float[Array, "*b n t k"]) -> Float[Array, "*b n t v"]:
-        """What the memory holds for x, with the fast weights that `linear` applies."""
+        """Returns the memory's value for x, with the fast weights that `linear` applies."""
 
 
 @part
 class MatrixMemory(Memory):
-    """M(x) = Wᵀ x: the linear memory. `weight` [N, K, V] is where it starts."""
+    """The linear memory, M(x) = Wᵀ x.
+
+    Attributes:
+        weight: The first W, [N, K, V].
+    """
 
     weight: Float[Array, "n k v"]
 
@@ -61,16 +66,24 @@ class MatrixMemory(Memory):
 class MLPMemory(Memory):
     """M(x) = W_Lᵀ σ(… σ(W_1ᵀ x)), then a layer norm if `normalize`, then + x if `residual`.
 
-    Titans (Behrouz et al., 2025) has two plain layers or more; Miras (2025) x + LN(W_2ᵀ gelu(W_1ᵀ x)) with 4 K hidden
-    units; TTT-Linear (Sun et al., 2024) one layer and TTT-MLP two, x + LN(·), with biases. A layer norm makes the
-    output of the network as large as `gain` whatever was learned, so losses stay bounded.
+    Titans (Behrouz et al., 2025) has two plain layers or more. Miras (2025) has x + LN(W_2ᵀ gelu(W_1ᵀ x)) with 4 K
+    hidden units. TTT (Sun et al., 2024) has one layer in TTT-Linear and two in TTT-MLP, x + LN(·), with biases. A layer
+    norm makes the output of the network as large as `gain` whatever was learned, so losses stay bounded.
 
     Attributes:
         weights: Fast, [N, K, hidden], …, [N, hidden, V]: one or more. With `bias` they have one row more, the last:
             the layer's bias is the weight of an input that is always 1, and is fast as well.
-        gain, shift: Slow, [N, V], of the layer norm; 1 and 0 if not given.
+        gain: The gain of the layer norm, slow, [N, V]; by default 1.
+        shift: The shift of the layer norm, slow, [N, V]; by default 0.
         activation: σ, "gelu" (its tanh form) or "silu".
-        eps: Of the layer norm, a positive number.
+        normalize: Whether a layer norm follows.
+        residual: Whether x is added.
+        bias: Whether layers have biases.
+        eps: The ε of the layer norm, a positive number.
+
+    Raises:
+        TypeError: `weights` is not a tuple of arrays.
+        ValueError: `eps` is not positive, `activation` is another, or `gain` or `shift` is given without `normalize`.
     """
 
     weights: tuple[Array, ...]
@@ -113,25 +126,32 @@ class MLPMemory(Memory):
 
 
 class InnerLoss(abc.ABC):
-    """What a part must offer to be the loss ℓ of a token, where M(k) is held against v: its gradient.
+    """The base class of the loss ℓ of a token, which holds M(k) against v, given by its gradient.
 
-    `gradient(prediction, target)`, both [..., N, T, V], is ∂ℓ/∂prediction. That is all a memory needs of a loss, and
-    gradients that belong to none may be written too. It is differentiated once more by outer training, so it must be
-    finite with its derivative also where prediction and target are equal. e is prediction − target below.
+    `gradient(prediction, target)`, both [..., N, T, V], is ∂ℓ/∂prediction. A memory needs nothing else of a loss, so a
+    gradient that belongs to no loss may be written too. Outer training differentiates the gradient once more, so it
+    must be finite with its derivative also where prediction and target are equal. The losses below write e for
+    prediction − target.
     """
 
     @abc.abstractmethod
     def gradient(
         self, prediction: Float[Array, "*b n t v"], target: Float[Array, "*b n t v"]
     ) -> Float[Array, "*b n t v"]:
-        """∂ℓ/∂prediction."""
+        """Returns ∂ℓ/∂prediction."""
 
 
 @part
 class SquaredError(InnerLoss):
-    """ℓ = scale · ‖e‖², gradient 2 scale · e. The default 1 is Titans', **without ½**; TTT's ½‖e‖² is scale 0.5.
+    """ℓ = scale · ‖e‖², gradient 2 scale · e.
 
-    With a matrix and one token per inner batch it is the delta rule of strength β = 2 scale θ.
+    With a matrix and one token per inner batch, it is the delta rule of strength β = 2 scale θ.
+
+    Attributes:
+        scale: The default 1 is Titans', **without ½**; TTT's ½‖e‖² is 0.5.
+
+    Raises:
+        ValueError: `scale` is not positive.
     """
 
     scale: float = 1.0
@@ -147,8 +167,14 @@ class SquaredError(InnerLoss):
 class Huber(InnerLoss):
     """ℓ = ½‖e‖² up to ‖e‖ = δ and δ‖e‖ − ½δ² beyond: gradient e, scaled down to length δ. Yaad (Miras, 2025).
 
-    One outlier moves the memory by θ δ ‖k‖ at most. δ = ∞ is `SquaredError(0.5)`. With `by_channel` every channel
-    has a loss of its own, gradient clip(e, −δ, δ). `delta` is a number or one per head [N].
+    One outlier moves the memory by θ δ ‖k‖ at most. δ = ∞ is `SquaredError(0.5)`.
+
+    Attributes:
+        delta: δ > 0, a number or one per head [N].
+        by_channel: Every channel has a loss of its own, gradient clip(e, −δ, δ).
+
+    Raises:
+        ValueError: `delta` is a number that is not positive.
     """
 
     delta: Number | Float[Array, " n"] = 1.0
@@ -171,9 +197,13 @@ class Huber(InnerLoss):
 class LpError(InnerLoss):
     """ℓ = Σ |e|^p, gradient p sign(e) |e|^{p−1}; p = 2 is `SquaredError()`. Moneta (Miras, 2025) takes p = 3.
 
-    p >= 1. Above 2 outliers weigh more than in the squared error, below 2 less. With `smooth` c the gradient is
-    p tanh(c e) (e² + 1e-6)^{(p−1)/2}, which has a finite slope at e = 0 for p < 2 too; without it that slope is taken
-    to be 0.
+    Attributes:
+        p: At least 1. Above 2 outliers weigh more than in the squared error, below 2 less.
+        smooth: A number c that makes the gradient p tanh(c e) (e² + 1e-6)^{(p−1)/2}, which has a finite slope at e = 0
+            for p < 2 too. Without it that slope is taken to be 0.
+
+    Raises:
+        ValueError: `p` is below 1, or `smooth` is not positive.
     """
 
     p: float = 3.0
@@ -193,9 +223,9 @@ class LpError(InnerLoss):
 
 @part
 class DotProduct(InnerLoss):
-    """ℓ = −⟨M(k), v⟩, gradient −v: what a memory writes does not depend on what it holds.
+    """ℓ = −⟨M(k), v⟩, gradient −v: the write of a memory does not depend on its content.
 
-    For a matrix that starts at 0 this is linear attention with values θ v, whatever the inner batch.
+    For a matrix that starts at 0 this loss gives linear attention with values θ v, whatever the inner batch.
     """
 
     def gradient(self, prediction, target):
@@ -204,13 +234,13 @@ class DotProduct(InnerLoss):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def signed_power(x: Array, power: float) -> Array:
-    """sign(x) |x|^power, 0 at 0."""
+    """Returns sign(x) |x|^power, 0 at 0."""
     return jnp.sign(x) * jnp.abs(jnp.where(x == 0, 1, x)) ** power
 
 
 @signed_power.defjvp
 def _signed_power_jvp(power: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    """power |x|^{power−1}; at x = 0 that is 1 for power 1, and taken to be 0 for powers below it."""
+    """The slope is power |x|^{power−1}. At x = 0 it is 1 for power 1, and taken to be 0 for powers below it."""
     (x,), (dx,) = primals, tangents
     if power == 0:
         return signed_power(x, power), jnp.zeros_like(x)
@@ -219,23 +249,23 @@ def _signed_power_jvp(power: float, primals: tuple, tangents: tuple) -> tuple[Ar
 
 
 class Link(abc.ABC):
-    """What a part must offer to be a link: `link(A)` is the weights W of a layer, A and W [..., N, in, out].
+    """The base class of links: `link(A)` is the weights W of a layer, A and W [..., N, in, out].
 
     Gradients are taken with respect to W and are added up in A, the dual weights, which decay and have momentum. This
-    is mirror descent: the link is the gradient of the conjugate of what retention penalises. `Identity` is plain
-    gradient descent. `fast_weights` of a memory, and a `MemoryState`, hold A.
+    rule is mirror descent: the link is the gradient of the conjugate of the penalty that retention applies. `Identity`
+    is plain gradient descent. `fast_weights` of a memory, and a `MemoryState`, hold A.
     """
 
     is_identity: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, dual: Float[Array, "*b n i o"]) -> Float[Array, "*b n i o"]:
-        """The weights."""
+        """Returns the weights."""
 
 
 @part
 class Identity(Link):
-    """W = A: gradient descent. Titans, Yaad, TTT, the delta rule."""
+    """W = A, gradient descent: Titans, Yaad, TTT, the delta rule."""
 
     is_identity: ClassVar[bool] = True
 
@@ -245,11 +275,18 @@ class Identity(Link):
 
 @part
 class SoftmaxLink(Link):
-    """W = scale · softmax(A) along `axis`, −2 (inputs) or −1 (outputs): exponentiated gradient. Memora (Miras, 2025).
+    """W = scale · softmax(A) along `axis`: exponentiated gradient. Memora (Miras, 2025).
 
-    Weights are positive and every slice sums to `scale`, a number or one per head [N]; retention pulls it towards
-    uniform weights, in the sense of Kullback and Leibler. Normalising at each token or only here is the same. A network
-    of positive weights only cannot take differences: give it inputs of both signs.
+    Weights are positive and every slice sums to `scale`. Retention pulls slices towards uniform weights, in the sense
+    of Kullback and Leibler. Normalising at each token or only here is the same. A network of positive weights only
+    cannot take differences: give it inputs of both signs.
+
+    Attributes:
+        axis: −2 (inputs) or −1 (outputs).
+        scale: A number or one per head [N].
+
+    Raises:
+        ValueError: `axis` is another, or `scale` is a number that is not positive.
     """
 
     axis: Literal[-2, -1] = -2
@@ -268,8 +305,14 @@ class SoftmaxLink(Link):
 class LqMirror(Link):
     """W = sign(A) |A|^{q−1} / ‖A‖_q^{q−2}: the mirror map of ½‖W‖²_p, 1/p + 1/q = 1. Degree 1; q = 2 is W = A.
 
-    The norm is of the whole matrix of a head. q >= 2; Moneta (Miras, 2025) has q = 4. Large entries grow at the
-    expense of small ones. W(0) = 0, where the gradient is taken to be 0.
+    The norm is of the whole matrix of a head. Large entries grow at the expense of small ones. W(0) = 0, where the
+    gradient is taken to be 0.
+
+    Attributes:
+        q: At least 2; Moneta (Miras, 2025) has 4.
+
+    Raises:
+        ValueError: `q` is below 2.
     """
 
     q: float = 4.0
@@ -288,6 +331,12 @@ class LqScale(Link):
 
     Its degree is 3 − q: for q = 4 twice the A is half the W, and a memory near A = 0 explodes. `LqMirror` is the map
     that its derivation gives. W(0) = 0.
+
+    Attributes:
+        q: The order of the norm, at least 2.
+
+    Raises:
+        ValueError: `q` is below 2.
     """
 
     q: float = 4.0
@@ -302,10 +351,16 @@ class LqScale(Link):
 
 @part
 class SoftThreshold(Link):
-    """W = sign(A) max(|A| − γ, 0): weights that little speaks for are exactly 0 (elastic net; Miras, 2025).
+    """W = sign(A) max(|A| − γ, 0): weights with little evidence are exactly 0 (elastic net; Miras, 2025).
 
-    It is applied to the sum of all gradients, not to the last W and one more gradient, so what is below the threshold
-    is not lost. `gamma` is a number or one per head [N].
+    The threshold is applied to the sum of all gradients, not to the last W and one more gradient. So a sum below the
+    threshold is not lost.
+
+    Attributes:
+        gamma: γ, a number or one per head [N].
+
+    Raises:
+        ValueError: `gamma` is a number that is not positive.
     """
 
     gamma: Number | Float[Array, " n"]
@@ -332,8 +387,10 @@ def _check_q(owner: str, q: Any) -> None:
 
 
 def _scaled(dual: Array, q: float) -> tuple[Array, Array, Array]:
-    """(a, m, ‖a‖_q) with A = m a and m the largest |A|, or 1: powers of a cannot overflow. Maps of a known degree have
-    the right gradient with m held constant."""
+    """Returns (a, m, ‖a‖_q) with A = m a and m the largest |A|, or 1: powers of a cannot overflow.
+
+    Maps of a known degree have the right gradient with m held constant.
+    """
     largest = jax.lax.stop_gradient(jnp.abs(dual).max((-2, -1), keepdims=True))
     largest = jnp.where(largest == 0, 1, largest)
     scaled = dual / largest

@@ -1,7 +1,7 @@
-"""One inner batch of a memory that learns while it reads: its gradients, what its tokens read, what they leave.
+"""One inner batch of a memory that learns while it reads: its gradients, the reads of its tokens, the state after them.
 
-All gradients of the batch are taken at the same weights. Those of one layer are then outer products x_j δ_jᵀ of what it
-was given for key j and what its output should change by, so a layer with the weights of token i, applied to x, is
+All gradients of the batch are taken at the same weights. Those of one layer are then outer products x_j δ_jᵀ of the
+layer's input for key j and the wanted change of its output. So a layer with the weights of token i, applied to x, is
 
     e^{a_i} Aᵀ x + f_i Sᵀ x − Σ_j Γ_ij (x · x_j) δ_j
 
@@ -25,8 +25,10 @@ Weights = tuple[Float[Array, "... n i o"], ...]
 
 
 class Batch(NamedTuple):
-    """An inner batch in P >= inner_batch slots: [..., N, P, X], and [..., N, P, 1] what is one number per token. Slots
-    without a token are zero, in `token` too; what ends a batch or starts a segment is [..., 1, 1, 1]."""
+    """An inner batch in P ≥ inner_batch slots: [..., N, P, X], and [..., N, P, 1] for one number per token.
+
+    Slots without a token are zero, in `token` too. The marks that end a batch or start a segment are [..., 1, 1, 1].
+    """
 
     query: Array
     key: Array
@@ -61,7 +63,7 @@ def learn(
     carry: Any,
     given: Batch,
 ) -> tuple[Any, Array]:
-    """One inner batch: (start, dual, momentum) after it, and what its tokens read."""
+    """Computes one inner batch, and returns (start, dual, momentum) after it and the reads of its tokens."""
     given = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(dtype), given)
     start, dual, momentum = carry
     if (resets := given.resets) is not None:
@@ -118,7 +120,7 @@ def learn(
 def _gradients(
     memory: Memory, loss: InnerLoss, weights: Weights, key: Array, value: Array
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """For each fast weight its inputs x_j [..., N, P, in] and slopes δ_j [..., N, P, out]: ∂ℓ_j/∂W = x_j δ_jᵀ."""
+    """Returns inputs x_j [..., N, P, in] and slopes δ_j [..., N, P, out] per fast weight: ∂ℓ_j/∂W = x_j δ_jᵀ."""
 
     def tapped(taps: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         inputs: dict[int, Array] = {}
