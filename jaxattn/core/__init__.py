@@ -1,1 +1,1 @@
-"""The functional core: arrays and parts in, arrays out. Imports jax, numpy and jaxtyping only."""
+"""The functional core: arrays and parts in, arrays out. The core imports jax, numpy and jaxtyping only."""

@@ -1,4 +1,4 @@
-"""Checks of arguments: each raises one error that names the argument, what came, and what would be right."""
+"""Checks of arguments. Each raises one error that names the argument, the value that was given and a right one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ MOST = 2**30  # so that the sum of two of these, or of one and a position, fits 
 
 
 def check_int(name: str, value: Any) -> None:
-    """Raises TypeError for what is not an int, of Python or of NumPy; a bool is none."""
+    """Raises TypeError for a value that is not an int of Python or of NumPy; a bool is refused."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
 
@@ -27,9 +27,9 @@ def check_static_int(owner: str, name: str, value: Any, least: int) -> None:
 
 
 def check_positive(owner: str, name: str, value: Any) -> None:
-    """Raises ValueError for a Python number that is not positive, TypeError for what is neither number nor array.
+    """Raises ValueError for a Python number that is not positive, TypeError for anything but numbers, arrays and None.
 
-    Arrays and None are not looked at.
+    The numbers in arrays are not checked.
     """
     if isinstance(value, int | float | np.number) and not value > 0:
         raise ValueError(f"{owner}: {name} must be positive, got {value}")
@@ -38,16 +38,17 @@ def check_positive(owner: str, name: str, value: Any) -> None:
 
 
 def check_all_positive(owner: str, name: str, value: Any) -> None:
-    """As `check_positive`, and raises ValueError for arrays whose numbers are known and not all positive."""
+    """Checks as `check_positive`; also raises ValueError for arrays whose numbers are known and not all positive."""
     if not isinstance(value, np.number):
         check_positive(owner, name, value)
     check_range(f"{owner}: {name}", value, lambda x: x > 0, "above 0")
 
 
 def count_ids(owner: str, ids: Any, size: int | None) -> int:
-    """`size`, or if it is None one more than the largest of the ids, for the `__post_init__` of parts.
+    """Returns `size`, or if it is None one more than the largest of the ids, for the `__post_init__` of parts.
 
-    Raises ValueError if the ids are traced, and so unknown, or if the size is not at least 1.
+    Raises:
+        ValueError: The ids are traced, and so unknown, or the size is not at least 1.
     """
     if size is None:
         if isinstance(ids, jax.core.Tracer):
@@ -58,7 +59,7 @@ def count_ids(owner: str, ids: Any, size: int | None) -> int:
 
 
 def positions_fit(positions: tuple[int, ...], batch: tuple[int, ...], length: int) -> bool:
-    """Whether positions of this shape are [..., length] with batch axes that broadcast to `batch`."""
+    """Returns whether positions of this shape are [..., length] with batch axes that broadcast to `batch`."""
     pairs = zip(positions[-2::-1], batch[::-1], strict=False)
     return len(positions) <= len(batch) + 1 and positions[-1:] == (length,) and all(a in (1, b) for a, b in pairs)
 
@@ -79,7 +80,7 @@ def check_segments(segment_ids: Any, shape: tuple[int, ...]) -> None:
 
 
 def check_array(name: str, x: Any) -> None:
-    """Raises TypeError for what holds no numbers: lists, strings, and shapes without an array."""
+    """Raises TypeError for values that hold no numbers: lists, strings, and shapes without an array."""
     if isinstance(x, jax.ShapeDtypeStruct):
         raise TypeError(f"{name} is a ShapeDtypeStruct, which holds no numbers: need an array, or jax.eval_shape")
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
@@ -87,12 +88,12 @@ def check_array(name: str, x: Any) -> None:
 
 
 def as_ids(x: Any) -> Int[Array, "..."]:
-    """Integers in at least 32 bits, in which a comparison with a size does not wrap as it may in 8: 258 is 2 there."""
+    """Returns integers in at least 32 bits, where a comparison with a size does not wrap. In 8 bits 258 is 2."""
     return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.int32))
 
 
 def check_floating(name: str, x: Any) -> None:
-    """Raises TypeError for what is no array of floating-point numbers."""
+    """Raises TypeError for a value that is not an array of floating-point numbers."""
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"{name} must be an array, got {type(x).__name__}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -123,8 +124,8 @@ def check_probability(name: str, x: Any) -> None:
 def check_entries(owner: str, name: str, table: Any, *positions: Any) -> None:
     """Raises ValueError for a table of one entry in a call of several positions along one of its axes.
 
-    An entry is what one token is (its document, its neighbours). One for all tokens could mean that they share it, or
-    that the others are outside the table.
+    An entry describes one token (its document, its neighbours). One entry for all tokens could mean that they share it,
+    or that the others are outside the table.
     """
     most = max(max(places.shape[-2:]) for places in positions)
     if table.shape[-1] == 1 and most > 1:

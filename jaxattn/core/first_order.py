@@ -41,10 +41,10 @@ ad.deflinear2(_not_reversed, lambda cotangent, _, message: _raise(message=messag
 
 
 def reverse_only(tree: Any, message: str) -> Any:
-    """The same arrays. A derivative in forward mode raises NotImplementedError(message)."""
+    """Returns the same arrays. A derivative in forward mode raises NotImplementedError(message)."""
     return jax.tree.map(lambda x: _reverse_only.bind(x, message=message), tree)
 
 
 def not_reversed(tree: Any, message: str) -> Any:
-    """The same arrays. A derivative in reverse mode raises NotImplementedError(message)."""
+    """Returns the same arrays. A derivative in reverse mode raises NotImplementedError(message)."""
     return jax.tree.map(lambda x: _not_reversed.bind(x, message=message), tree)

@@ -9,19 +9,22 @@ from jaxtyping import Array, Bool, Float
 
 
 def accumulator(*arrays: Array) -> jnp.dtype:
-    """The dtype of scores and statistics: float32, or float64 if an argument is."""
+    """Returns the dtype of scores and statistics: float32, or float64 if an argument is."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
 def precision(*arrays: Array) -> jax.lax.Precision | None:
-    """float32 means float32 on every device, unless the user asked otherwise (`jax.default_matmul_precision`)."""
+    """Returns the precision of products that makes float32 mean float32 on every device.
+
+    Another precision that the user asked for (`jax.default_matmul_precision`) is kept.
+    """
     asked = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]
     reduced = jnp.result_type(*arrays).itemsize < 4
     return None if asked or reduced else jax.lax.Precision.HIGHEST
 
 
 def matmul(a: Float[Array, "..."], b: Float[Array, "..."], axes: tuple[int, int] = (-1, -2)) -> Array:
-    """The product of two batches of matrices over one axis of each, a's other axis first; float32 or better."""
+    """Multiplies two batches of matrices over one axis of each, a's other axis first; float32 or better."""
     batch = tuple(range(a.ndim - 2))
     return jax.lax.dot_general(
         a,
@@ -33,20 +36,25 @@ def matmul(a: Float[Array, "..."], b: Float[Array, "..."], axes: tuple[int, int]
 
 
 def product(a: Float[Array, "*#b t x"], b: Float[Array, "*#b x s"]) -> Float[Array, "*b t s"]:
-    """a b for matrices in batches that broadcast; float32 or better."""
+    """Multiplies matrices in batches that broadcast, a b; float32 or better."""
     return jnp.matmul(a, b, precision=precision(a, b), preferred_element_type=accumulator(a, b))
 
 
 def not_finite(x: Float[Array, "*b h"]) -> Bool[Array, "*b"]:
-    """Whether a vector has an infinite or undefined number. Its mean then has, and is found several times faster than
-    each of its numbers is looked at."""
+    """Returns whether a vector has an infinite or undefined number.
+
+    The mean of such a vector is not finite either, and it is found several times faster than by looking at each number.
+    """
     halves = jnp.full((x.shape[-1], 1), 0.5 / x.shape[-1], x.dtype)  # so that rounding cannot make the mean overflow
     return ~jnp.isfinite(product(x, halves)[..., 0])
 
 
 def one_batch_axis(x: Float[Array, "... t x"]) -> Float[Array, "... t x"]:
-    """x without leading axes of size 1, but for one. XLA knows how to turn a product around (aᵀ bᵀ = (b a)ᵀ) only where
-    there is one batch axis. Larger axes are not merged, for they may be sharded."""
+    """Removes leading axes of size 1 from x, but for one.
+
+    XLA knows how to turn a product around (aᵀ bᵀ = (b a)ᵀ) only with one batch axis. Larger axes are not merged,
+    because they may be sharded.
+    """
     batch = x.shape[:-2]
     return x.reshape(-1, *x.shape[-2:]) if sum(n > 1 for n in batch) <= 1 else x
 
@@ -58,8 +66,11 @@ def _product(rows: Float[Array, "*b t x"], columns: Float[Array, "..."], axis: i
 
 @_product.defjvp
 def _product_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """The usual rule. Transposed, its second term is d_columns = rowsᵀ · d_out with rowsᵀ made first: a CPU is slow at
-    a product whose left operand it has to transpose on the way."""
+    """The usual rule for a product.
+
+    Transposed, its second term is d_columns = rowsᵀ · d_out with rowsᵀ made first: a CPU is slow at a product whose
+    left operand it has to transpose on the way.
+    """
     (rows, columns), (d_rows, d_columns) = primals, tangents
     transposed = jax.lax.optimization_barrier(rows.swapaxes(-1, -2))
     d_out = matmul(d_rows, columns, (-1, axis)) + matmul(transposed, d_columns, (-2, axis))
@@ -71,10 +82,10 @@ FEW_ROWS = 16
 
 
 def _product_of_few(rows: Float[Array, "*b k r x"], columns: Float[Array, "*b k s c"], axis: int) -> Array:
-    """`_product` for a query or two, as in decoding, which has to read every column once.
+    """Computes `_product` for a query or two, as in decoding, which has to read every column once.
 
-    The product of the rows of all groups with the columns of all groups, of which each group keeps its own. So columns
-    are read as they lie in memory, [S, K H], where one product per group has XLA copy them first.
+    One product of the rows of all groups with the columns of all groups is made, of which each group keeps its own
+    part. So columns are read as they lie in memory, [S, K H]. With one product per group XLA would copy them first.
     """
     *batch, groups, count, _ = rows.shape
     own = jnp.eye(groups, dtype=bool)[:, None, :, None]
@@ -93,9 +104,12 @@ def _product_of_few(rows: Float[Array, "*b k r x"], columns: Float[Array, "*b k 
 def grouped_matmul(
     rows: Float[Array, "*b n t x"], columns: Float[Array, "*b k x s"] | Float[Array, "*b k s x"], axis: int = -2
 ) -> Float[Array, "*b n t s"]:
-    """rows @ columns, where row head n reads column head n // (N / K), which is never repeated; float32 or better.
+    """Returns rows @ columns in float32 or better, where row head n reads column head n // (N / K), never repeated.
 
-    `axis`, −2 or −1, is the axis x of the columns, over which is summed.
+    Args:
+        rows: [..., N, T, X].
+        columns: [..., K, X, S] or [..., K, S, X].
+        axis: −2 or −1, the axis X of the columns, which is summed over.
     """
     *batch, heads, length, width = rows.shape
     groups, size = columns.shape[-3], columns.shape[-3 - axis]

@@ -1,7 +1,7 @@
 """Attention whose projections are merged: W_Kᵀ W_Q into one matrix per head, and W_O W_V into another.
 
-The layers of the theory of learning in context. They are `linear_attention` and `attend` on tokens as they are; their
-matrices have all D² entries, where a head of H channels has rank H.
+These layers are those of the theory of learning in context. They are `linear_attention` and `attend` on tokens as they
+are. Their matrices have all D² entries, where a head of H channels has rank H.
 """
 
 from typing import Literal, get_args
@@ -32,12 +32,13 @@ class LinearSelfAttention:
         kq: W_KQ [D, D], key channels by query channels.
         pv: W_PV [D, D], output channels by input channels.
         scale: "context" divides by the number of examples, which are the tokens seen but for the query (1 if there are
-            none); a positive number is a constant, as of training; with "running" the layer is causal, and a token
-            divides by the number of those it sees.
-        mask_query: The query is no key; with "running", no token is its own.
+            none). A positive number is a constant divisor, for example that of training. With "running" the layer is
+            causal, and a token divides by the number of tokens that it sees. The scale is part of the compiled program.
+        mask_query: The query is not a key; with "running", no token is its own key.
 
-    Raises ValueError for matrices that are not square of one size, and for any other scale; TypeError for a scale that
-    is no Python number, such as an array: it is part of the compiled program.
+    Raises:
+        TypeError: `scale` is neither a string nor a Python number, for example an array.
+        ValueError: The matrices are not square and of one size, or `scale` is anything else.
     """
 
     kq: Float[Array, "d d"]
@@ -59,9 +60,14 @@ class LinearSelfAttention:
             raise TypeError(f"LinearSelfAttention: scale is {self.scale!r}: {needed}")
 
     def __call__(self, z: Float[Array, "*b t d"], seen: Bool[Array, "*#b t"] | None = None) -> Float[Array, "*b t d"]:
-        """The tokens after the layer. Those not `seen` are no keys; all are seen if not given.
+        """Returns the tokens after the layer.
 
-        Raises ValueError for tokens of another width and for masks that do not fit.
+        Args:
+            z: The tokens [..., T, D].
+            seen: Booleans [..., T], by default True. Tokens that are not seen are not keys.
+
+        Raises:
+            ValueError: Tokens have another width, or `seen` does not fit.
         """
         seen = _seen("LinearSelfAttention", z, seen, len(self.kq))
         running, last = self.scale == "running", jnp.arange(z.shape[-2]) == z.shape[-2] - 1
@@ -81,13 +87,14 @@ class LinearSelfAttention:
 class SoftmaxHeads:
     """out_t = Σ_h Σ_j p_htj OV_h z_j with p_ht = softmax_j(z_jᵀ KQ_h q_t): softmax attention without a scale.
 
-    With scalar outputs and one query, the regressor of He et al. (2025): the query is no key.
+    With scalar outputs and one query, which is not a key, the layer is the regressor of He et al. (2025).
 
     Attributes:
         kq: KQ [H, D, D'], key channels by query channels.
         ov: OV [H, D] for one output, or [H, M, D] for M.
 
-    Raises ValueError for shapes that do not fit.
+    Raises:
+        ValueError: Shapes do not fit.
     """
 
     kq: Float[Array, "h d e"]
@@ -106,10 +113,16 @@ class SoftmaxHeads:
         *,
         mask: Mask | None = None,
     ) -> Float[Array, "..."]:
-        """What the queries read from the tokens z, [..., T] or [..., T, M]; 0 where they see none.
+        """Returns what the queries read from the tokens, [..., T] or [..., T, M]; 0 where they see none.
 
-        Tokens not `seen` are no keys; `mask` is one of `attend`'s. Raises ValueError for widths and masks that do not
-        fit.
+        Args:
+            query: The queries [..., T, D'].
+            z: The tokens [..., S, D].
+            seen: Booleans [..., S], by default True. Tokens that are not seen are not keys.
+            mask: A mask of `attend`.
+
+        Raises:
+            ValueError: Widths or masks do not fit.
         """
         call = self._call(query, z, seen)
         values = product(z, self.ov.reshape(-1, self.ov.shape[-1]).T).reshape(*z.shape[:-1], len(self.ov), -1)
@@ -124,7 +137,7 @@ class SoftmaxHeads:
         *,
         mask: Mask | None = None,
     ) -> Float[Array, "*b h t s"]:
-        """p, the weight of every token for every query and head."""
+        """Returns p, the weight of every token for every query and head."""
         return attention_weights(**self._call(query, z, seen), mask=mask)[0]
 
     def _call(self, query: Array, z: Array, seen: Array | None) -> dict:
@@ -138,7 +151,7 @@ class SoftmaxHeads:
 
 
 def _seen(owner: str, z: Array, seen: Array | None, width: int) -> Bool[Array, "*b t"]:
-    """The mask, or that of all tokens; raises ValueError unless tokens have this width and the mask fits them."""
+    """Returns the mask, or that of all tokens; raises ValueError unless tokens have this width and the mask fits."""
     if z.ndim < 2 or z.shape[-1] != width:
         raise ValueError(f"{owner}: z has shape {z.shape}: need [..., T, {width}]")
     if seen is None:

@@ -7,12 +7,12 @@ from jaxtyping import Array
 
 
 def mesh_axes(tree: Any) -> frozenset[str]:
-    """The mesh axes over which some leaf differs between devices, inside `jax.shard_map`; else none."""
+    """Returns the mesh axes over which some leaf differs between devices, inside `jax.shard_map`; else none."""
     return frozenset[str]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
 
 
 def vary(tree: Any, axes: frozenset[str]) -> Any:
-    """The same arrays, typed as differing over these mesh axes, as a loop's carry and a cotangent have to be."""
+    """Returns the same arrays, typed as differing over these mesh axes, as a loop's carry and a cotangent must be."""
 
     def cast(x: Array) -> Array:
         missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
@@ -22,5 +22,5 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
 
 
 def vary_like(tree: Any, like: Any) -> Any:
-    """`vary` over the axes over which `like` differs."""
+    """Applies `vary` over the axes over which `like` differs."""
     return vary(tree, mesh_axes(like))

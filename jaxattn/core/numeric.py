@@ -9,18 +9,21 @@ from jaxtyping import Array, Bool, Int
 
 @jax.custom_jvp
 def ratio(x: Array, total: Array) -> Array:
-    """x / total, and 0 where total is 0, or so small that its reciprocal is out of range (`in_range`). NaN stays NaN.
+    """Returns x / total, and 0 where total is 0, or so small that its reciprocal is out of range (`in_range`).
 
-    Its derivative, dx / total − (x / total) (d total / total), stays in range for the least of totals, where the usual
-    one, with total squared in it, is NaN. Second derivatives hold 1 / total²: in float32 they need totals above 1e−19.
+    NaN stays NaN. The derivative, dx / total − (x / total) (d total / total), stays in range for the smallest totals,
+    where the usual one, with total squared in it, is NaN. Second derivatives hold 1 / total²: in float32 they need
+    totals above 1e−19.
     """
     some = in_range(total)
     return jnp.where(some, x / jnp.where(some, total, 1), 0)
 
 
 def in_range(total: Array) -> Bool[Array, "..."]:
-    """Whether 1 / total, and sums of some millions of it, are finite: above 2e−31 in float32. True for NaN, which is
-    thus not taken for 0."""
+    """Returns whether 1 / total, and sums of some millions of it, are finite: above 2e−31 in float32.
+
+    NaN counts as in range, so that it is not taken for 0.
+    """
     return ~(jnp.abs(total) <= 2**24 * jnp.finfo(total.dtype).tiny)
 
 
@@ -34,7 +37,7 @@ def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple:
 def largest(
     x: Array, visible: Bool[Array, "*#b #n t s"] | None, k: int
 ) -> tuple[Bool[Array, "*b n t s"], Int[Array, "*b n t k"]]:
-    """Which of the visible entries of each row are its k largest (ties: the first), and all their indices in order."""
+    """Returns which visible entries of each row are its k largest (ties: the first), and the k indices in order."""
     shown = jnp.broadcast_to(True if visible is None else visible, x.shape)
     ranked = jnp.where(shown, jax.lax.stop_gradient(x), -jnp.inf)
     _, index = jax.lax.top_k(ranked, min(k, x.shape[-1]))
@@ -43,9 +46,10 @@ def largest(
 
 
 def per_head(name: str, value: Any, block: Array) -> Array:
-    """A number, or one per head [N], shaped to broadcast against a block [..., N, T, S], in its dtype.
+    """Returns a number, or one per head [N], shaped to broadcast against a block [..., N, T, S], in its dtype.
 
-    Raises ValueError for any other shape.
+    Raises:
+        ValueError: The value has any other shape.
     """
     heads = block.shape[-3]
     if jnp.shape(value) not in ((), (heads,)):

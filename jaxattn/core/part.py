@@ -1,7 +1,7 @@
-"""What a part is: a frozen dataclass that is a pytree and a pure function.
+"""A part is a frozen dataclass that is a pytree and a pure function.
 
-Every score, bias, mask and normaliser is one. Array fields are leaves, so they are learned, differentiated, vmapped,
-sharded and checkpointed like any other array; plain fields are static, so they choose what is compiled.
+Every score, bias, mask and normaliser is a part. Array fields are leaves, so they are learned, differentiated, vmapped,
+sharded and checkpointed like any other array. Plain fields are static: changing one recompiles.
 """
 
 import dataclasses
@@ -39,15 +39,15 @@ def _is_static(hint: Any) -> bool:
 def part(cls: type[T]) -> type[T]:
     """Makes `cls` a part: a frozen dataclass registered with JAX as a pytree.
 
-    A field annotated with plain Python types (`int`, `float`, `bool`, `str`, `None`, tuples and unions of them) or as
-    a `Callable` is static: it is hashed into the compiled program. Every other field (arrays, other parts) is a leaf or
-    a subtree. A `__post_init__` runs when a user makes a part, and not when JAX rebuilds one from its leaves.
-
         @part
         class Scaled:
             scale: Float[Array, ""]      # a leaf: differentiable
             power: int = 1               # static
             def __call__(self, x): return self.scale * x**self.power
+
+    A field annotated with plain Python types (`int`, `float`, `bool`, `str`, `None`, tuples and unions of them) or as a
+    `Callable` is static: it is hashed into the compiled program. Every other field (arrays, other parts) is a leaf or a
+    subtree. A `__post_init__` runs when a user makes a part, and not when JAX rebuilds one from its leaves.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     hints = typing.get_type_hints(cls)
@@ -78,7 +78,8 @@ def part(cls: type[T]) -> type[T]:
 def check_fields(slot: str, value: Any) -> None:
     """Raises TypeError if a field of a part (or of a part inside it) is not what its annotation says.
 
-    An array in a static field is refused too: it would be a constant of the compiled program, without a gradient.
+    An array in a static field is refused too, because it would be a constant of the compiled program, without a
+    gradient.
     """
     if not dataclasses.is_dataclass(value):
         return
@@ -111,7 +112,7 @@ def check_fields(slot: str, value: Any) -> None:
 
 
 def inexact_leaves(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
-    """The floating-point leaves of a pytree (those with gradients), and the function that puts such leaves back."""
+    """Returns the floating-point leaves of a pytree, which have gradients, and a function that puts them back."""
     leaves, structure = jax.tree.flatten(tree)
     inexact = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
 
@@ -124,7 +125,7 @@ def inexact_leaves(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]
 
 
 def cotangent(tree: Any, leaves: list[Array]) -> Any:
-    """The cotangent of a pytree from those of its `inexact_leaves`; the other leaves get JAX's float0 zeros."""
+    """Returns the cotangent of a pytree from those of its `inexact_leaves`; the other leaves get JAX's float0 zeros."""
     given = iter(leaves)
 
     def of(leaf: Any) -> Any:

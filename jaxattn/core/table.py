@@ -7,12 +7,12 @@ from jaxtyping import Array, Bool, Int, Num
 
 
 def on_shared_axis(size: int, positions: Int[Array, "..."], axis: int) -> Int[Array, "..."]:
-    """The positions along an axis of a table. An axis of size 1 is shared by all of them: 0, or −1 if all are empty."""
+    """Returns the positions along an axis of a table. An axis of size 1 is shared by all: 0, or −1 if all are empty."""
     return jnp.minimum(positions, 0).max(axis, keepdims=True) if size == 1 else positions
 
 
 def take_pairs(table: Array, query: Int[Array, "..."], key: Int[Array, "..."], grid: int, fill: Any) -> Array:
-    """out[..., n, g] = table[..., n, query, key], or `fill` outside the table [..., 1 or N, P, R]."""
+    """Looks pairs up in a table: out[..., n, g] = table[..., n, query, key], `fill` outside it [..., 1 or N, P, R]."""
     rows, columns = table.shape[-2:]
     inside = (query >= 0) & (query < rows) & (key >= 0) & (key < columns)
     index = jnp.where(inside, query * columns + key, -1)
@@ -22,7 +22,11 @@ def take_pairs(table: Array, query: Int[Array, "..."], key: Int[Array, "..."], g
 def take(table: Num[Array, "*b n p"] | Bool[Array, "*b n p"], index: Int[Array, "..."], grid: int, fill: Any) -> Array:
     """Looks positions up in a table: out[..., n, g] = table[..., n, index[..., n, g]], `fill` outside the table.
 
-    `index` is [..., 1 or n, *g] where g are its last `grid` axes; batch and head axes broadcast against the table's.
+    Args:
+        table: [..., N, P].
+        index: [..., 1 or N, *g], where g are its last `grid` axes. Batch and head axes broadcast against the table's.
+        grid: The number of axes g.
+        fill: The value outside the table.
     """
     shape = index.shape[len(index.shape) - grid :]
     flat = index.reshape(*index.shape[: index.ndim - grid], -1)
