@@ -1,8 +1,8 @@
-"""The in-context-learning laboratory: tasks × predictors -> risk curves, held against closed forms.
+"""The in-context-learning laboratory: tasks × predictors → risk curves, held against closed forms.
 
-A **task** draws prompts, a **predictor** answers them, `compare` measures its risk by context length, and `theory` and
-`layer_theory` say what that risk must be. Tasks, functions, inputs and predictors are parts; a trained model is one
-more predictor.
+A **task** draws prompts, a **predictor** answers them, and `compare` measures its risk by context length. `theory` and
+`layer_theory` give the value that this risk must have. Tasks, functions, inputs and predictors are parts; a trained
+model is one more predictor.
 """
 
 from jaxattn.icl import layer_theory, theory

@@ -16,30 +16,32 @@ from jaxattn.icl.teaching import Plantable, Planted, Signs, Teaching
 
 
 def _wraps_planted(inputs: Any) -> bool:
-    """Whether inputs are made, in one step or several, from others that tell of the function."""
+    """Returns whether inputs are made, in one step or several, from others that tell of the function."""
     inner = getattr(inputs, "inputs", None)
     return isinstance(inner, Planted | Teaching) or (inner is not None and _wraps_planted(inner))
 
 
 @part
 class BayesFinite(Predictor):
-    """E[f(x) | examples] over F functions: Σ_f softmax_f(log prior + log-likelihood of the examples) f(x).
+    """Answers E[f(x) | examples] over F functions: Σ_f softmax_f(log prior + log-likelihood of the examples) f(x).
 
-    It is softmax attention whose keys are functions. With Gaussian noise the log-likelihood is −(y − f(x))² / (2σ²):
-    for a pool of linear functions this is the dMMSE predictor of Raventós et al. (2023). With values ±1 it is the log
-    of 1 − noise where y is f(x) and of noise where not, and the sign of the answer is the optimal label. Where inputs
-    are planted, they tell of the function too. If no function is left, the answer is 0.
+    The predictor is softmax attention whose keys are functions. With Gaussian noise the log-likelihood is −(y − f(x))²
+    / (2σ²): for a pool of linear functions this is the dMMSE predictor of Raventós et al. (2023). With values ±1 it is
+    the log of 1 − noise where y is f(x) and of noise where not, and the sign of the answer is the optimal label.
+    Planted inputs tell of the function too. If no function is left, the answer is 0.
 
     Attributes:
-        function: What the parameters are of.
-        parameters: Those of every function, stacked along a first axis.
-        log_prior: [F] log-probabilities, up to a constant.
-        noise: Standard deviation of the answers, or the probability that a sign is flipped.
+        function: The prior that the parameters belong to.
+        parameters: The parameters of every function, stacked along a first axis.
+        log_prior: [F], log-probabilities up to a constant.
+        noise: The standard deviation of the answers, or the probability that a sign is flipped.
         planted: How inputs are planted, if they are.
         query_planted: Whether the input that is asked about is planted like the others, and so tells of the function.
 
-    Raises ValueError for real values without noise, and for planted inputs that are not `Signs` where nothing is
-    planted: only of those the likelihood is known. TypeError for planted inputs of functions without a pattern.
+    Raises:
+        TypeError: Inputs are planted for functions without a pattern.
+        ValueError: Real values come without noise, or inputs are planted among others than `Signs`: the likelihood is
+            known only of those.
     """
 
     function: Function
@@ -61,8 +63,13 @@ class BayesFinite(Predictor):
     def of(cls, task: FunctionTask) -> "BayesFinite":
         """The optimal learner of a task with finitely many functions, all of whose coordinates are visible.
 
-        Raises TypeError for a prior that is not finite, and ValueError for inputs that teach their function or are
-        planted among others than `Signs`, for `visible`, and for a `Pool` of another dimension.
+        Args:
+            task: The task.
+
+        Raises:
+            TypeError: The prior is not finite.
+            ValueError: Inputs teach their function or are planted among others than `Signs`, `visible` is given, or a
+                `Pool` has another dimension.
         """
         if not isinstance(task.function, Finite):
             raise TypeError(f"BayesFinite: {type(task.function).__name__} has no table: need a Finite function")
@@ -97,7 +104,7 @@ class BayesFinite(Predictor):
 class GF2Parity(Predictor):
     """The optimal learner of a `Parity` without noise: its label where x is a sum over GF(2) of inputs seen, else 0.
 
-    Bits are x_j > 0. As every parity of the rest is as likely, 0 is the mean of the labels that are left.
+    Bits are x_j > 0. Elsewhere both labels are as likely, so 0 is the mean of the labels that are left.
     """
 
     def answer(self, x, y, seen, query):
@@ -117,15 +124,23 @@ class GF2Parity(Predictor):
 
 
 def _reduced(row: Array, basis: Array) -> Array:
-    """The row less those of the basis that have their first 1 where it has a 1."""
+    """Reduces a row by the basis vectors that have their first 1 where it has a 1."""
     return (row + (row[:-1] * jnp.diagonal(basis)) @ basis) % 2
 
 
 def parity_accuracy(examples: int, dim: int) -> float:
-    """1/2 + 1/2 E 2^{rank − d}: how often `GF2Parity` is right after m uniform examples, 0 counting half.
+    """Returns 1/2 + 1/2 E 2^{rank − d}: how often `GF2Parity` is right after m uniform examples, 0 counting half.
 
     The rank of m random bit vectors goes from r to r + 1 with probability 1 − 2^{r − d}, and stays with 2^{r − d}: the
     probability that the next vector is in their span.
+
+    Args:
+        examples: m, at least 0.
+        dim: d, at least 1.
+
+    Raises:
+        TypeError: A number is not an int.
+        ValueError: A number is below its least value.
     """
     check_static_int("parity_accuracy", "examples", examples, 0)
     check_static_int("parity_accuracy", "dim", dim, 1)

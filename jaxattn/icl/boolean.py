@@ -1,8 +1,8 @@
-"""Priors over Boolean functions {−1, 1}^d -> {−1, 1}, from conjunctions to parities (Bhattamishra et al., 2024).
+"""Priors over Boolean functions {−1, 1}^d → {−1, 1}, from conjunctions to parities (Bhattamishra et al., 2024).
 
-A set of literals is a vector w in {−1, 0, 1}^d: the literal of coordinate j says x_j = w_j, and there is none where w_j
-is 0. Coordinates that are not visible are in no function. A probability that is known and not from 0 to 1 raises
-ValueError.
+A set of literals is a vector w in {−1, 0, 1}^d. The literal of coordinate j says x_j = w_j, and where w_j is 0 the
+coordinate has no literal. Coordinates that are not visible are in no function. A probability that is known and not from
+0 to 1 raises ValueError.
 """
 
 import itertools
@@ -31,7 +31,7 @@ def _signs(true: Bool[Array, "*n"]) -> Float[Array, "*n"]:
 def _literals(
     key: PRNGKeyArray, shape: tuple[int, ...], visible: Int[Array, ""] | int, probability: Any, monotone: bool
 ) -> Float[Array, "*t d"]:
-    """Each visible coordinate with the given probability, as it is (monotone) or with a random sign."""
+    """Draws each visible coordinate with the given probability, as it is (monotone) or with a random sign."""
     for_places, for_signs = jax.random.split(key)
     inside = happens(for_places, probability, shape)
     inside &= jnp.arange(shape[-1]) < visible
@@ -39,12 +39,12 @@ def _literals(
 
 
 def _all(w: Float[Array, "*t d"], x: Float[Array, "n d"]) -> Bool[Array, "n ..."]:
-    """Whether every literal holds: of none, true."""
+    """Returns whether every literal holds; true for no literals."""
     return x @ w.T >= jnp.abs(w).sum(-1)
 
 
 def _any(w: Float[Array, "*t d"], x: Float[Array, "n d"]) -> Bool[Array, "n ..."]:
-    """Whether some literal holds: of none, false."""
+    """Returns whether some literal holds; false for no literals."""
     return x @ w.T > -jnp.abs(w).sum(-1)
 
 
@@ -54,7 +54,7 @@ def _check_size(owner: str, dim: int, count: int) -> None:
 
 
 def _stacked(owner: str, dim: int, count: int, rows: Iterable) -> Float[Array, "f d"]:
-    """The rows of a table. Raises ValueError, before any is made, if they are too many."""
+    """Stacks the rows of a table. Raises ValueError, before any row is made, if they are too many."""
     _check_size(owner, dim, count)
     return jnp.asarray(np.array(list(rows)), float)
 
@@ -62,7 +62,7 @@ def _stacked(owner: str, dim: int, count: int, rows: Iterable) -> Float[Array, "
 def _literal_table(
     owner: str, dim: int, probability: Any, monotone: bool
 ) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
-    """Every set of literals, and its log-probability."""
+    """Returns every set of literals, and its log-probability."""
     values = (0, 1) if monotone else (-1, 0, 1)
     w = _stacked(owner, dim, len(values) ** dim, itertools.product(values, repeat=dim))
     inside = jnp.abs(w).sum(-1)
@@ -73,7 +73,7 @@ def _literal_table(
 def _products(
     owner: str, dim: int, *tables: tuple[Array, Float[Array, " f"]]
 ) -> tuple[list[Array], Float[Array, " p"]]:
-    """Every choice of one row from each of several tables: (the rows of each, the sum of their log-probabilities)."""
+    """Returns every choice of one row from each table: the rows and the sums of their log-probabilities."""
     sizes = tuple(len(log_prior) for _, log_prior in tables)
     count = math.prod(sizes)
     _check_size(owner, dim, count)
@@ -83,13 +83,13 @@ def _products(
 
 
 def _uniform(values: Iterable[float]) -> tuple[Float[Array, " f"], Float[Array, " f"]]:
-    """A table of numbers that are as likely."""
+    """Returns a table of equally likely numbers."""
     values = jnp.asarray(list(values))
     return values, jnp.full(len(values), -math.log(len(values)))
 
 
 def _subset_table(owner: str, name: str, dim: int, size: int) -> tuple[Float[Array, "f d"], Float[Array, " f"]]:
-    """Every set of `size` coordinates, and its log-probability."""
+    """Returns every set of `size` coordinates, and its log-probability."""
     check_count(f"{owner}: {name}", size, dim)
     count = math.comb(dim, size)
     subsets = itertools.combinations(range(dim), size)
@@ -100,7 +100,7 @@ def _subset_table(owner: str, name: str, dim: int, size: int) -> tuple[Float[Arr
 def _table_of_terms(
     owner: str, dim: int, terms: int, probability: Any, monotone: bool
 ) -> tuple[tuple[Float[Array, "f t d"], Int[Array, " f"]], Float[Array, " f"]]:
-    """Every sequence of so many sets of literals with each of them chosen, and its log-probability."""
+    """Returns every sequence of so many sets of literals with each of them chosen, and its log-probability."""
     each = _literal_table(owner, dim, probability, monotone)
     (*rows, chosen), log_prior = _products(owner, dim, *[each] * terms, _uniform(range(terms)))
     return (jnp.stack(rows, 1), chosen), log_prior
@@ -108,11 +108,15 @@ def _table_of_terms(
 
 @part
 class Conjunction(Plantable, Teachable, Finite):
-    """1 where every literal of w holds, each coordinate being in w with the given probability; with none, always.
+    """A conjunction: 1 where every literal of w holds. Without literals it is always 1.
 
     Planted examples satisfy it. Its lesson is two positive examples, in which the coordinates outside w are all −1 and
     then all 1, and k negative ones, each with one literal of w flipped: k + 2 examples that leave one conjunction. If
     it is monotone (no literal negated) the first positive example is enough: k + 1.
+
+    Attributes:
+        probability: The probability that a coordinate is in w.
+        monotone: Whether no literal is negated.
     """
 
     signs: ClassVar[bool] = True
@@ -143,9 +147,12 @@ class Conjunction(Plantable, Teachable, Finite):
 
 @part
 class Disjunction(Plantable, Finite):
-    """1 where some literal of w holds, each coordinate being in w with the given probability; with none, never.
+    """A disjunction: 1 where some literal of w holds. Without literals it is never 1.
 
     Planted examples falsify it.
+
+    Attributes:
+        probability: The probability that a coordinate is in w.
     """
 
     signs: ClassVar[bool] = True
@@ -169,7 +176,11 @@ class Disjunction(Plantable, Finite):
 
 @part
 class SparseDisjunction(Plantable, Finite):
-    """1 where one of a few random coordinates is 1. Planted examples falsify it."""
+    """A disjunction of a few random coordinates: 1 where one of them is 1. Planted examples falsify it.
+
+    Attributes:
+        literals: The number of coordinates, at least 1.
+    """
 
     signs: ClassVar[bool] = True
     literals: int = 4
@@ -192,13 +203,19 @@ class SparseDisjunction(Plantable, Finite):
 
 @part
 class DNF(Plantable, Teachable, Finite):
-    """1 where some of a few conjunctions is true, each coordinate being in each term with the given probability.
+    """A disjunction of a few conjunctions: 1 where some term is true.
 
-    Its parameters are the terms [terms, d] and the one that planted examples of this prompt satisfy. The lesson of a
-    monotone DNF: for each term, the example in which the coordinates of the term alone are 1, and then that with one of
-    them dropped after the other.
+    Its parameters are the terms [terms, d] and the term that planted examples of this prompt satisfy. The lesson of a
+    monotone DNF has for each term the example in which the coordinates of the term alone are 1, and then that example
+    with one of them dropped after the other.
 
-    Raises ValueError for the lesson of one that is not monotone.
+    Attributes:
+        terms: The number of terms, at least 1.
+        probability: The probability that a coordinate is in a term.
+        monotone: Whether no literal is negated.
+
+    Raises:
+        ValueError: The lesson of a DNF that is not monotone is asked for.
     """
 
     signs: ClassVar[bool] = True
@@ -239,9 +256,13 @@ class DNF(Plantable, Teachable, Finite):
 
 @part
 class CNF(Plantable, Finite):
-    """1 where all of a few disjunctions are true, each coordinate being in each clause with the given probability.
+    """A conjunction of a few disjunctions: 1 where all clauses are true.
 
-    Its parameters are the clauses [clauses, d] and the one that planted examples of this prompt falsify.
+    Its parameters are the clauses [clauses, d] and the clause that planted examples of this prompt falsify.
+
+    Attributes:
+        clauses: The number of clauses, at least 1.
+        probability: The probability that a coordinate is in a clause.
     """
 
     signs: ClassVar[bool] = True
@@ -268,7 +289,11 @@ class CNF(Plantable, Finite):
 
 @part
 class Majority(Finite):
-    """1 where most coordinates of a random subset are 1, each being in it with the given probability; −1 on a tie."""
+    """The majority of a random subset of coordinates: 1 where most of them are 1; −1 on a tie.
+
+    Attributes:
+        probability: The probability that a coordinate is in the subset.
+    """
 
     signs: ClassVar[bool] = True
     probability: Float[Array, ""] | float = 0.3
@@ -288,7 +313,11 @@ class Majority(Finite):
 
 @part
 class IntegerHalfspace(Finite):
-    """sign(w·x − 1/2) with the weights uniform integers from −most to most."""
+    """A halfspace, sign(w·x − 1/2), with the weights uniform integers from −most to most.
+
+    Attributes:
+        most: The largest weight, at least 1.
+    """
 
     signs: ClassVar[bool] = True
     most: int = 3
@@ -312,7 +341,11 @@ class IntegerHalfspace(Finite):
 
 @part
 class SparseThreshold(Finite):
-    """sign(w·x − t) with w as that of a `Conjunction` and t uniform in {−5/2, −3/2, −1/2, 1/2, 3/2, 5/2}."""
+    """A threshold, sign(w·x − t), with w as in a `Conjunction` and t uniform in {−5/2, −3/2, −1/2, 1/2, 3/2, 5/2}.
+
+    Attributes:
+        probability: The probability that a coordinate is in w.
+    """
 
     signs: ClassVar[bool] = True
     probability: Float[Array, ""] | float = 0.3
@@ -341,7 +374,7 @@ def _odd(subset: Float[Array, " d"], x: Float[Array, "n d"]) -> Bool[Array, " n"
 
 @part
 class Parity(Finite):
-    """1 where an odd number of the coordinates of a subset are 1, every subset being as likely."""
+    """A parity: 1 where an odd number of the coordinates of a subset are 1, every subset being as likely."""
 
     signs: ClassVar[bool] = True
 
@@ -357,7 +390,11 @@ class Parity(Finite):
 
 @part
 class SparseParity(Finite):
-    """1 where an odd number of a few random coordinates are 1."""
+    """A parity of a few random coordinates: 1 where an odd number of them are 1.
+
+    Attributes:
+        relevant: The number of coordinates, at least 1.
+    """
 
     signs: ClassVar[bool] = True
     relevant: int = 2
@@ -377,10 +414,13 @@ class SparseParity(Finite):
 
 @part
 class NearestNeighbour(Function):
-    """The label of the earlier input with the largest cosine, the first of several; the first `start` are random.
+    """The label of the earlier input with the largest cosine, the first of several.
 
-    Equal inputs have equal labels from the beginning. A task's `first` should be `start`, as the labels before are
-    noise. Its parameters are the key of those.
+    The first `start` labels are random. Equal inputs have equal labels from the beginning. A task's `first` should be
+    `start`, as the labels before are noise. The parameters are the random key of those labels.
+
+    Attributes:
+        start: The number of random labels, at least 1.
     """
 
     signs: ClassVar[bool] = True

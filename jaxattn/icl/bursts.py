@@ -22,28 +22,29 @@ class ItemLabels:
     Otherwise all N + 1 classes are drawn on their own. Class k comes with probability ∝ (k + 1)^−exponent, also again.
     Of the bursty sequences, a share `novel` has fresh classes with random labels (Reddy, 2024).
 
-    A prompt's x is [batch, 2N + 1, P + D]: a token is its position, one of P = 2 N_max + 1 in one-hot form, and then
-    its content; the first position is random, so that no fixed place has a meaning. y holds the label of the query,
+    A prompt's x is [batch, 2N + 1, P + D]. A token is its position, one of P = 2 N_max + 1 in one-hot form, and then
+    its content. The first position is random, so that no fixed place has a meaning. y holds the label of the query,
     from 0 to L − 1, at the last token, which alone counts. `hidden` is the class (−1 if novel) and the label of each
     item, [batch, N + 1] both.
 
     Attributes:
-        means: [K, D] class means μ; N(0, I / D) in the paper (`ItemLabels.draw`).
-        labels: [L, D] label vectors.
-        items: Items N before the query.
-        most: N_max, from which the number of positions comes; N if not given.
-        burst: How often each class of a bursty sequence occurs B, a divisor of N.
+        means: μ [K, D], the class means; N(0, I / D) in the paper (`ItemLabels.draw`).
+        labels: [L, D], the label vectors.
+        items: N, the number of items before the query.
+        most: N_max, from which the number of positions comes; by default N.
+        burst: B, how often each class of a bursty sequence occurs, a divisor of N.
         bursty: The probability of a bursty sequence.
         novel: The share of bursty sequences with novel classes.
-        noise: How far items are from their class ε.
+        noise: ε, how far items are from their class.
         exponent: How skewed the frequencies of the classes are.
         shift: Class k has label k + shift mod L in these sequences.
         absent: Whether the class of the query is kept out of the context.
         label_noise: The probability that the label shown with an item is replaced by a uniform one of the L (also the
             same again), each on its own. Neither the answer nor `hidden` changes.
 
-    Raises ValueError for a burst that is no divisor, for sizes and probabilities out of range, and for vectors whose
-    lengths differ.
+    Raises:
+        ValueError: `burst` does not divide N, sizes or probabilities are out of range, or the lengths of vectors
+            differ.
     """
 
     means: Float[Array, "k d"]
@@ -77,21 +78,29 @@ class ItemLabels:
 
     @classmethod
     def draw(cls, key: PRNGKeyArray, classes: int, labels: int, dim: int, **options: Any) -> "ItemLabels":
-        """A task with random class means and label vectors; the options are its other fields."""
+        """Draws a task with random class means and label vectors.
+
+        Args:
+            key: The random key.
+            classes: K.
+            labels: L.
+            dim: D.
+            **options: The other fields.
+        """
         for_means, for_labels = jax.random.split(key)
         means, vectors = (jax.random.normal(k, (n, dim)) for k, n in ((for_means, classes), (for_labels, labels)))
         return cls(means / dim**0.5, vectors / dim**0.5, **options)
 
     def in_context(self) -> "ItemLabels":
-        """The test of learning in context (IC): bursts of novel classes."""
+        """Returns the test of learning in context (IC): bursts of novel classes."""
         return dataclasses.replace(self, bursty=1.0, novel=1.0, shift=0, absent=False)
 
     def relabelled(self) -> "ItemLabels":
-        """The test of whether the context overrules the weights (IC2): known classes, labels shifted by one."""
+        """Returns the test of whether the context overrules the weights (IC2): known classes, labels shifted by one."""
         return dataclasses.replace(self, bursty=1.0, novel=0.0, shift=1, absent=False)
 
     def in_weights(self) -> "ItemLabels":
-        """The test of learning in weights (IW): known classes, that of the query not being in the context."""
+        """Returns the test of learning in weights (IW): known classes; that of the query is not in the context."""
         return dataclasses.replace(self, novel=0.0, shift=0, absent=True)
 
     @property
@@ -100,7 +109,7 @@ class ItemLabels:
 
     @property
     def positions(self) -> int:
-        """How many positions there are P; the content of a token comes after them."""
+        """P, the number of positions; the content of a token comes after them."""
         return 2 * (self.items if self.most is None else self.most) + 1
 
     def sample(self, key: PRNGKeyArray, batch: int) -> Prompt:
@@ -136,7 +145,7 @@ class ItemLabels:
         return jnp.concatenate([places, content], -1), jnp.where(novel, -1, classes)[takes], labels[takes]
 
     def _classes(self, key: PRNGKeyArray, count: int) -> Int[Array, " n"]:
-        """Classes by their frequency; if the last one must be absent, the others are of those that are left."""
+        """Draws classes by their frequency; if the class of the last one must be absent, the others exclude it."""
         ranks = jnp.arange(1, len(self.means) + 1)
         log_chances = -self.exponent * jnp.log(ranks)
         if self.absent:
@@ -151,7 +160,7 @@ class ItemLabels:
 
 
 def _at_last(answers: Int[Array, " b"], x: Float[Array, "b t p"]) -> Int[Array, "b t"]:
-    """The answer at the last token, and 0 before it."""
+    """Returns the answer at the last token, and 0 before it."""
     return jnp.zeros(x.shape[:2], answers.dtype).at[:, -1].set(answers)
 
 
@@ -161,7 +170,7 @@ def _nearest(x: Float[Array, "*b d"], points: Float[Array, "*b n d"]) -> Int[Arr
 
 @part
 class NearestItem:
-    """The label of the item of the context that is nearest to the query: what can be known in context."""
+    """Answers the label of the context's item that is nearest to the query: the best answer in context."""
 
     task: ItemLabels
 
@@ -174,7 +183,7 @@ class NearestItem:
 
 @part
 class ClassTable:
-    """The label of the class whose mean is nearest to the query, whatever the context: what can be known by heart."""
+    """Answers the label of the class whose mean is nearest to the query, whatever the context: the best by heart."""
 
     task: ItemLabels
 

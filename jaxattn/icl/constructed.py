@@ -1,4 +1,4 @@
-"""Attention layers with weights written by hand: they take gradient steps, and continue what was seen before.
+"""Attention layers with weights written by hand: they take gradient steps, and continue sequences as they did before.
 
 Each is a predictor or circuit of merged layers, whose weights can be trained, perturbed or looked at like any other.
 """
@@ -19,20 +19,27 @@ Form = Literal["von oswald", "ahn", "zhang"]
 
 
 def _blocks(x: Float[Array, "d d"], y: Float[Array, ""] | float) -> Float[Array, "e e"]:
-    """diag(x, y)."""
+    """Returns diag(x, y)."""
     x = jnp.asarray(x)
     return jnp.zeros((len(x) + 1, len(x) + 1), x.dtype).at[:-1, :-1].set(x).at[-1, -1].set(y)
 
 
 def one_gradient_step(dim: int, step: Float[Array, ""] | float, form: Form = "ahn") -> LinearLayers:
-    """The layer of linear self-attention that is `GradientDescent(step)`, in the form of one of three papers:
+    """The layer of linear self-attention that is `GradientDescent(step)`, in the form of one of three papers.
 
     - "von oswald": W_K = W_Q = diag(I, 0) and W_V = step · diag(0, −1); the answer is minus the label (2023);
     - "ahn": P = diag(0, 1), Q = −step · diag(I, 0); the answer is minus the label (2023);
     - "zhang": W_KQ = diag(I, 0), W_PV = step · diag(0, 1) and the query is a key, which adds nothing to the label, for
       its own is 0; the answer is the label (2024).
 
-    Raises ValueError for a dim below 1 and another form.
+    Args:
+        dim: The number of coordinates of x, at least 1.
+        step: The step size.
+        form: One of the three above.
+
+    Raises:
+        TypeError: `dim` is not an int.
+        ValueError: `dim` is below 1, or `form` is another.
     """
     check_static_int("one_gradient_step", "dim", dim, 1)
     eye, zero = jnp.eye(dim), jnp.zeros((dim, dim))
@@ -49,10 +56,17 @@ def one_gradient_step(dim: int, step: Float[Array, ""] | float, form: Form = "ah
 def preconditioned_steps(
     gammas: Float[Array, "*l d d"], transforms: Float[Array, "l d d"] | None = None
 ) -> LinearLayers:
-    """L layers that are the L steps of `Preconditioned(gammas, transforms)`: P_l = diag(B_l, 1), Q_l = −diag(Γ_lᵀ, 0).
+    """The L layers that are L steps of `Preconditioned(gammas, transforms)`: P_l = diag(B_l, 1), Q_l = −diag(Γ_lᵀ, 0).
 
-    After l of them the label of example j is its residual y_j − w_l·x_j, and that of the question −w_l·x (Ahn et al.,
-    2023); with transforms B_l they are GD++ (von Oswald et al., 2023). Raises ValueError for shapes that do not fit.
+    After l layers the label of example j is its residual y_j − w_l·x_j, and that of the question −w_l·x (Ahn et al.,
+    2023). With transforms B_l the steps are GD++ (von Oswald et al., 2023).
+
+    Args:
+        gammas: Γ, [d, d] or [L, d, d].
+        transforms: B, [L, d, d].
+
+    Raises:
+        ValueError: Shapes do not fit.
     """
     shape = jnp.shape(gammas)
     if len(shape) not in (2, 3) or shape[-1] != shape[-2]:
@@ -71,8 +85,17 @@ def debiased_gradient_step(
 ) -> SoftmaxLayer:
     """Two softmax heads with scores ± omega x_j·x and values ± step / (2 omega) y_j, nearly `DebiasedDescent(step)`.
 
-    Σ_h μ_h = 0 takes ȳ away and Σ_h μ_h ω_h = step; odd orders remain, so the error is O(omega²), and rounding errors
-    are 1 / omega times as large (He et al., 2025). Raises ValueError for a dim below 1.
+    Σ_h μ_h = 0 takes ȳ away and Σ_h μ_h ω_h = step. Odd orders remain, so the error is O(omega²), and rounding errors
+    are 1 / omega times as large (He et al., 2025).
+
+    Args:
+        dim: The number of coordinates of x, at least 1.
+        step: The step size.
+        omega: The size of the scores.
+
+    Raises:
+        TypeError: `dim` is not an int.
+        ValueError: `dim` is below 1.
     """
     check_static_int("debiased_gradient_step", "dim", dim, 1)
     signs = jnp.array([1.0, -1.0])
@@ -90,7 +113,15 @@ def superposed_gradient_steps(
     M steps if Σ_h μ_h = 0 and Σ_h μ_h ω_hᵀ = step · I, which M heads cannot do and the corners of a simplex do: ω_h is
     `omega` times a corner and μ_h is parallel to it. The error is O(omega) (superposition, He et al., 2025).
 
-    Raises ValueError for fewer than one task or coordinate.
+    Args:
+        tasks: M, at least 1.
+        block: The number of coordinates of each task, at least 1.
+        step: The step size.
+        omega: The size of the scores.
+
+    Raises:
+        TypeError: `tasks` or `block` is not an int.
+        ValueError: `tasks` or `block` is below 1.
     """
     check_static_int("superposed_gradient_steps", "tasks", tasks, 1)
     check_static_int("superposed_gradient_steps", "block", block, 1)
@@ -108,7 +139,7 @@ def superposed_gradient_steps(
 class InductionCircuit:
     """Two causal layers of softmax heads that add to a residual stream, from tokens to scores of the next token.
 
-    The stream holds [token | position | previous token | output], one-hot. Made by `induction_head`.
+    The stream holds [token | position | previous token | output], one-hot. `induction_head` makes the circuit.
     """
 
     layers: tuple[SoftmaxHeads, ...]
@@ -116,9 +147,10 @@ class InductionCircuit:
     length: int
 
     def streams(self, tokens: Int[Array, "*b t"]) -> list[Float[Array, "*b t d"]]:
-        """The residual stream before each layer and after the last; a token outside the vocabulary is NaN in it.
+        """Returns the residual stream before each layer and after the last. Tokens outside the vocabulary are NaN.
 
-        Raises ValueError for more tokens than the circuit has positions.
+        Raises:
+            ValueError: The sequence has more tokens than the circuit has positions.
         """
         if tokens.shape[-1] > self.length:
             raise ValueError(f"tokens has {tokens.shape[-1]} positions: need at most {self.length}")
@@ -132,11 +164,11 @@ class InductionCircuit:
         return streams
 
     def __call__(self, tokens: Int[Array, "*b t"]) -> Float[Array, "*b t v"]:
-        """How much each symbol was seen after earlier occurrences of the current one: shares that sum to 1."""
+        """Returns how much each symbol was seen after earlier occurrences of the current one: shares that sum to 1."""
         return self.streams(tokens)[-1][..., -self.vocabulary :]
 
     def weights(self, tokens: Int[Array, "*b t"]) -> list[Float[Array, "*b h t t"]]:
-        """The attention weights of each layer."""
+        """Returns the attention weights of each layer."""
         pairs = zip(self.layers, self.streams(tokens)[:-1], strict=True)
         return [layer.weights(z, z, mask=Causal()) for layer, z in pairs]
 
@@ -144,12 +176,21 @@ class InductionCircuit:
 def induction_head(vocabulary: int, length: int, beta: Float[Array, ""] | float = 50.0) -> InductionCircuit:
     """The circuit that completes [A][B] ... [A] with [B] (Olsson et al., 2022).
 
-    Layer 1: position t attends to t − 1 with the score beta, and writes the token there into the slot of the previous
-    token. Layer 2: the current token attends with the score beta where that slot holds the same token, and writes the
-    tokens found there into the output. Scores other than these are 0.
+    In layer 1, position t attends to t − 1 with the score beta, and writes the token there into the slot of the
+    previous token. In layer 2, the current token attends with the score beta where that slot holds the same token, and
+    writes the tokens found there into the output. Scores other than these are 0.
 
     Sequences need a first token that never comes again: position 0 has none before it, attends to itself, and would
-    pass for the successor of its own token. Raises ValueError for sizes below 1.
+    pass for the successor of its own token.
+
+    Args:
+        vocabulary: The number of symbols, at least 1.
+        length: The number of positions, at least 1.
+        beta: The score.
+
+    Raises:
+        TypeError: A size is not an int.
+        ValueError: A size is below 1.
     """
     check_static_int("induction_head", "vocabulary", vocabulary, 1)
     check_static_int("induction_head", "length", length, 1)

@@ -1,6 +1,6 @@
 """Predictors that iterate: gradient descent on the examples, plain, preconditioned and debiased, and Newton's method.
 
-They are what linear and softmax attention layers can compute (`constructed.py` has those layers).
+Linear and softmax attention layers can compute these predictors (`constructed.py` has those layers).
 """
 
 from typing import Literal
@@ -23,8 +23,15 @@ Scale = Literal["context"] | float
 class GradientDescent(Predictor):
     """ŷ = w·x after `steps` steps w ← w + (step / i) Σ_j (y_j − w·x_j) x_j from w = 0, over the i examples seen.
 
-    One step is `step` times `Averaging`; with steps below 2 / λ_max(XᵀX / i) it tends to `LeastSquares`.
-    Raises ValueError for fewer than 1 step.
+    One step is `step` times `Averaging`. With steps below 2 / λ_max(XᵀX / i) the answer tends to `LeastSquares`.
+
+    Attributes:
+        step: The step size.
+        steps: The number of steps, at least 1.
+
+    Raises:
+        TypeError: `steps` is not an int.
+        ValueError: `steps` is below 1.
     """
 
     step: Float[Array, ""] | float
@@ -57,7 +64,8 @@ class Preconditioned(Predictor):
         transforms: [L, d, d], one for each step, if inputs move.
         scale: "context", the number of examples seen, or a positive constant.
 
-    Raises ValueError for shapes that do not fit and for a scale that is neither.
+    Raises:
+        ValueError: Shapes do not fit, or `scale` is neither.
     """
 
     gammas: Float[Array, "*l d d"]
@@ -98,8 +106,11 @@ class Preconditioned(Predictor):
 class DebiasedDescent(Predictor):
     """ŷ = (step / i) Σ_j y_j (x_j − x̄)·x: one gradient step on examples whose mean is taken off.
 
-    What several softmax heads whose values cancel (Σ_h μ_h = 0) tend to (He et al., 2025). It does not change when a
-    constant is added to all y. 0 from fewer than two examples.
+    Several softmax heads whose values cancel (Σ_h μ_h = 0) tend to this predictor (He et al., 2025). The answer does
+    not change when a constant is added to all y, and is 0 from fewer than two examples.
+
+    Attributes:
+        step: The step size.
     """
 
     step: Float[Array, ""] | float
@@ -117,8 +128,16 @@ class Newton(Predictor):
 
     S = XᵀX + penalty I and M_0 = S / ‖S‖_F², so that I − M_k S = (I − M_0 S)^(2^k): the error is squared at each step,
     where gradient descent multiplies it by a constant. The limit is `Ridge`, or `LeastSquares` without penalty. M is
-    kept to the range of Xᵀ, where all that counts is: elsewhere each step would double what rounding left.
-    Transformers have been compared with it by Fu et al. (2023). Raises ValueError for a negative penalty or step count.
+    kept to the range of Xᵀ, since nothing else counts: elsewhere each step would double what rounding left. Fu et al.
+    (2023) have compared transformers with this method.
+
+    Attributes:
+        steps: The number of steps k, at least 0.
+        penalty: At least 0.
+
+    Raises:
+        TypeError: `steps` is not an int.
+        ValueError: `steps` or `penalty` is negative.
     """
 
     steps: int

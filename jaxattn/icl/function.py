@@ -20,17 +20,17 @@ class Finite(Function):
 
     @abc.abstractmethod
     def table(self, dim: int) -> tuple[Any, Float[Array, " f"]]:
-        """The parameters of every function of `dim` coordinates, stacked, and the log of its probability."""
+        """Returns the parameters of every function of `dim` coordinates, stacked, and the log of its probability."""
 
 
 def check_count(what: str, count: int, dim: int) -> None:
-    """Raises ValueError for more coordinates than there are."""
+    """Raises ValueError for more coordinates than the inputs have."""
     if count > dim:
         raise ValueError(f"{what} is {count} of dim {dim}: need at most as many")
 
 
 def choose(what: str, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int, count: int) -> Bool[Array, " d"]:
-    """Random coordinates among the visible ones; all of those where they are fewer. Raises ValueError if dim is."""
+    """Draws random coordinates among the visible ones, or all of those if they are fewer; raises as `check_count`."""
     check_count(what, count, dim)
     order = jnp.where(jnp.arange(dim) < visible, jax.random.uniform(key, (dim,)), jnp.inf).argsort()
     return jnp.zeros(dim, bool).at[order[:count]].set(True) & (jnp.arange(dim) < visible)
@@ -38,9 +38,15 @@ def choose(what: str, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int
 
 @part
 class Linear(Function):
-    """f(x) = w·x with w ~ N(0, scale² C); C [d, d] is the identity if not given.
+    """f(x) = w·x with w ~ N(0, scale² C).
 
-    Raises ValueError for what is no covariance (where its numbers are known), and when drawn in another dimension.
+    Attributes:
+        scale: The standard deviation of weights.
+        covariance: C [d, d], by default the identity.
+
+    Raises:
+        ValueError: `covariance` is not a covariance (where its numbers are known), or a function of another dimension
+            is drawn.
     """
 
     scale: Float[Array, ""] | float = 1.0
@@ -65,7 +71,9 @@ class Linear(Function):
 class SparseLinear(Function):
     """f(x) = w·x with w ~ N(0, I) but for all except `nonzero` random coordinates, which are 0 (Garg et al., 2022).
 
-    The coordinates are chosen among the visible ones; all of those where they are fewer.
+    Attributes:
+        nonzero: The number of coordinates, at least 1. They are chosen among the visible ones; all of those where they
+            are fewer.
     """
 
     nonzero: int = 3
@@ -84,7 +92,11 @@ class SparseLinear(Function):
 
 @part
 class Pool(Finite):
-    """f(x) = w·x with w one of the rows of a finite pool [M, d], each as likely (Raventós et al., 2023)."""
+    """f(x) = w·x with w one of the rows of a finite pool, each as likely (Raventós et al., 2023).
+
+    Attributes:
+        weights: The pool [M, d].
+    """
 
     weights: Float[Array, "m d"]
 
@@ -107,8 +119,13 @@ class Pool(Finite):
 
 @part
 class Blocks(Function):
-    """f(x) in R^M, f_m(x) = w_m·x_{S_m} on the m-th of M blocks of d / M coordinates, w ~ N(0, scale² I): M tasks at
-    once, each of which sees its own part of the input.
+    """f(x) in R^M, f_m(x) = w_m·x_{S_m} on the m-th of M blocks of d / M coordinates, w ~ N(0, scale² I).
+
+    The function is M tasks at once, each of which sees its own part of the input.
+
+    Attributes:
+        tasks: M, a divisor of d.
+        scale: The standard deviation of weights.
     """
 
     tasks: int
@@ -128,7 +145,11 @@ class Blocks(Function):
 
 @part
 class ReluNetwork(Function):
-    """f(x) = √(2/h) Σ_j v_j relu(u_j·x) with h hidden units, all weights N(0, 1) (Garg et al., 2022)."""
+    """f(x) = √(2/h) Σ_j v_j relu(u_j·x) with h hidden units, all weights N(0, 1) (Garg et al., 2022).
+
+    Attributes:
+        hidden: h, at least 1.
+    """
 
     hidden: int = 100
 
@@ -148,7 +169,10 @@ class ReluNetwork(Function):
 class DecisionTree(Function):
     """f(x) = the N(0, 1) value of the leaf that x comes to: at each node the sign of one random coordinate decides.
 
-    A complete binary tree of the given depth, 2^depth leaves (Garg et al., 2022).
+    The tree is a complete binary one, with 2^depth leaves (Garg et al., 2022).
+
+    Attributes:
+        depth: The depth, at least 0.
     """
 
     depth: int = 4
@@ -199,6 +223,9 @@ class Logistic(Function):
     """y = 1 with probability σ(scale · w·x), else −1, with w ~ N(0, I): logistic classification.
 
     The draw of each label is part of the function: f holds the uniform numbers that decide, from one key.
+
+    Attributes:
+        scale: The factor of w·x.
     """
 
     signs: ClassVar[bool] = True
@@ -215,7 +242,12 @@ class Logistic(Function):
 
 @part
 class ScaledValues(Function):
-    """scale · f(x) with f of another prior."""
+    """scale · f(x) with f of another prior.
+
+    Attributes:
+        function: The other prior.
+        scale: The factor.
+    """
 
     function: Function
     scale: Float[Array, ""] | float = 1.0
@@ -231,11 +263,17 @@ class ScaledValues(Function):
 class OneOf(Plantable):
     """A mixture: each prompt's function is drawn from one of several priors, with the given probabilities.
 
-    Its parameters are (index of the prior, parameters drawn from each). Planted examples follow the pattern of the one
-    that was drawn.
+    Its parameters are (index of the prior, parameters drawn from each). Planted examples follow the pattern of the
+    function that was drawn.
 
-    Raises ValueError for no functions, probabilities that are not as many or do not sum to 1, and values ±1 mixed with
-    real ones or numbers with vectors; TypeError for the pattern of functions without one.
+    Attributes:
+        functions: The priors.
+        probabilities: One number per prior.
+
+    Raises:
+        TypeError: The pattern of functions without one is asked for.
+        ValueError: `functions` is empty, `probabilities` are not as many or do not sum to 1, or values ±1 are mixed
+            with real ones or numbers with vectors.
     """
 
     functions: tuple[Function, ...]

@@ -17,12 +17,13 @@ class RetrievalChain:
     holds h (after Mechanism and Emergence of Stacked Attention Heads, 2024; the layout is ours).
 
     Attributes:
-        symbols: How many symbols n.
+        symbols: n, the number of symbols.
         hops: The largest number of hops, below n.
         mixed: Whether h is uniform from 1 to `hops`, the implicit curriculum, or always `hops`.
-        single_cycle: Whether π is one cycle of all n symbols, so that π^h(q) is never q; else uniform.
+        single_cycle: Whether π is one cycle of all n symbols, so that π^h(q) is never q; else π is uniform.
 
-    Raises ValueError for hops outside 1 .. n − 1.
+    Raises:
+        ValueError: `hops` is outside 1 .. n − 1.
     """
 
     symbols: int
@@ -60,7 +61,7 @@ class RetrievalChain:
 
 
 def _walk(following: Int[Array, " n"], start: Int[Array, ""], hops: Int[Array, ""]) -> Int[Array, ""]:
-    """π^h(start)."""
+    """Returns π^h(start)."""
     return jax.lax.fori_loop(0, hops, lambda _, at: following[at], start)
 
 
@@ -69,6 +70,9 @@ class PointerChasing:
     """Reads the pairs of a `RetrievalChain` of n symbols and follows them h times: always right (other answers: 0).
 
     The answer is −1, which is no token, to a prompt that holds anything but n pairs of symbols, a hop and a symbol.
+
+    Attributes:
+        symbols: n, the number of symbols.
     """
 
     symbols: int
@@ -94,10 +98,18 @@ class Echo:
 
 
 def echo_accuracy(symbols: int, hops: int) -> float:
-    """P(π^h(q) = q) for a uniform permutation of n symbols: the share of 1 .. n that divides h.
+    """Returns P(π^h(q) = q) for a uniform permutation of n symbols: the share of 1 .. n that divides h.
 
-    The cycle of a symbol is of every length from 1 to n with probability 1/n, and h steps end where they began if it
-    divides h: 1/n for one hop, 2/n for two. Raises ValueError for no symbols, and for fewer than no hops.
+    The cycle of a symbol has every length from 1 to n with probability 1/n, and h steps end where they began if the
+    length divides h: 1/n for one hop, 2/n for two.
+
+    Args:
+        symbols: n, at least 1.
+        hops: h, at least 0.
+
+    Raises:
+        TypeError: A number is not an int.
+        ValueError: A number is below its least value.
     """
     check_static_int("echo_accuracy", "symbols", symbols, 1)
     check_static_int("echo_accuracy", "hops", hops, 0)
@@ -105,11 +117,18 @@ def echo_accuracy(symbols: int, hops: int) -> float:
 
 
 def horizon(layers: int) -> int:
-    """(3^t − 1) / 2: how far a token can see along a path of links after t layers of attention: r_{t+1} = 3 r_t + 1.
+    """Returns (3^t − 1) / 2, how far a token can see along a path of links after t layers of attention.
 
-    A token that knows the path for r links to both sides reaches one 2r + 1 links away, and inherits what that knows.
-    A query of h hops is 2h links from its answer (token to its copy, copy to its neighbour), so t layers with no causal
-    mask need horizon(t) ≥ 2h. Raises ValueError for a negative number of layers.
+    The reach r_t follows r_{t+1} = 3 r_t + 1. A token that knows the path for r links to both sides reaches a token 2r
+    + 1 links away, and inherits the path that it knows. A query of h hops is 2h links from its answer (token to its
+    copy, copy to its neighbour), so t layers with no causal mask need horizon(t) ≥ 2h.
+
+    Args:
+        layers: t, at least 0.
+
+    Raises:
+        TypeError: `layers` is not an int.
+        ValueError: `layers` is negative.
     """
     check_static_int("horizon", "layers", layers, 0)
     return (3**layers - 1) // 2

@@ -15,10 +15,16 @@ from jaxattn.icl.task import Function, Inputs, Query
 
 @part
 class Gaussian(Inputs):
-    """x ~ N(mean, Σ), independent; Σ [d, d] is the identity and the mean [d] is 0 if not given.
+    """x ~ N(mean, Σ), independent.
 
-    Raises ValueError for a mean of another shape, and for a covariance of another shape, or (where its numbers are
-    known) one that is not symmetric with eigenvalues from 0 on. A singular one is legal: x stays in its range.
+    Attributes:
+        dim: d.
+        covariance: Σ [d, d], by default the identity. A singular one is legal: x stays in its range.
+        mean: [d], by default 0.
+
+    Raises:
+        ValueError: `mean` or `covariance` has another shape, or `covariance` (where its numbers are known) is not
+            symmetric with eigenvalues from 0 on.
     """
 
     dim: int
@@ -44,7 +50,7 @@ def _check_vector(name: str, vector: Any, dim: int) -> None:
 
 @jax.custom_jvp
 def root(covariance: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """Σ^½, the symmetric root of a covariance, which may be singular and have eigenvalues that are equal.
+    """Returns Σ^½, the symmetric root of a covariance, which may be singular and have eigenvalues that are equal.
 
     Its derivative solves R dR + dR R = dΣ: dR_ij = dΣ_ij / (√λ_i + √λ_j) in the eigenbasis, and 0 where both are 0.
     """
@@ -64,7 +70,7 @@ def _(primals, tangents):
 def check_covariance(owner: str, covariance: Any, dim: int | None = None) -> None:
     """Raises ValueError unless this is a covariance [dim, dim], or without `dim` one of any dimension.
 
-    Numbers that are traced are not looked at.
+    Numbers that are traced are not checked.
     """
     if dim is None:
         dim = jnp.shape(covariance)[0] if jnp.ndim(covariance) else 0
@@ -91,7 +97,10 @@ def check_dimension(owner: str, covariance: Any, dim: int) -> None:
 class Skewed(Inputs):
     """x = c Q diag(1, 1/2, ..., 1/d) z with z ~ N(0, I) and Q a random rotation per prompt; c makes tr Cov x = d.
 
-    The skewed covariance of Garg et al. (2022).
+    The distribution is the skewed covariance of Garg et al. (2022).
+
+    Attributes:
+        dim: d.
     """
 
     dim: int
@@ -111,7 +120,12 @@ class Skewed(Inputs):
 class Subspace(Inputs):
     """x ~ N(0, (d / k) P), P the projection on a random subspace of k dimensions per prompt (Garg et al., 2022).
 
-    Raises ValueError for more dimensions than `dim`.
+    Attributes:
+        dim: d.
+        dimensions: k, at most d.
+
+    Raises:
+        ValueError: `dimensions` is more than `dim`.
     """
 
     dim: int
@@ -132,7 +146,11 @@ class Subspace(Inputs):
 
 @part
 class Orthant(Inputs):
-    """x = |z| ⊙ s with z ~ N(0, I) and one random sign per coordinate s for the whole prompt (Garg et al., 2022)."""
+    """x = |z| ⊙ s with z ~ N(0, I) and one random sign per coordinate s for the whole prompt (Garg et al., 2022).
+
+    Attributes:
+        dim: d.
+    """
 
     dim: int
 
@@ -147,7 +165,16 @@ class Orthant(Inputs):
 
 @part
 class Scaled(Inputs):
-    """x = scale · x' + shift with x' of other inputs. Raises ValueError for a shift of another shape."""
+    """x = scale · x' + shift with x' of other inputs.
+
+    Attributes:
+        inputs: The other inputs.
+        scale: A number.
+        shift: A number or [d].
+
+    Raises:
+        ValueError: `shift` has another shape.
+    """
 
     inputs: Inputs
     scale: Float[Array, ""] | float = 1.0
@@ -166,7 +193,7 @@ class Scaled(Inputs):
 
 @part
 class Fresh(Query):
-    """The query is N(0, I), whatever the context is drawn from."""
+    """A query from N(0, I), whatever the context is drawn from."""
 
     def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"], shown: Bool[Array, " d"]) -> Float[Array, " d"]:
         return jnp.where(shown, jax.random.normal(key, x.shape[-1:], x.dtype), 0)
@@ -174,7 +201,7 @@ class Fresh(Query):
 
 @part
 class Seen(Query):
-    """The query is one of the inputs of the context (N(0, I) if there are none): without noise its answer is known."""
+    """A query that is one of the inputs of the context (N(0, I) if it has none): without noise its answer is known."""
 
     def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"], shown: Bool[Array, " d"]) -> Float[Array, " d"]:
         return Fresh().draw(key, x, shown) if not len(x) else x[jax.random.randint(key, (), 0, len(x))]
@@ -182,9 +209,9 @@ class Seen(Query):
 
 @part
 class Orthogonal(Query):
-    """The query is N(0, I) projected on the orthogonal complement of the context, and rescaled to the length it had.
+    """A query from N(0, I), projected on the orthogonal complement of the context and rescaled to the length it had.
 
-    Once the context spans the coordinates that are shown, it is 0 (Garg et al., 2022, without the last).
+    Once the context spans the coordinates that are shown, the query is 0 (Garg et al., 2022, without this last rule).
     """
 
     def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"], shown: Bool[Array, " d"]) -> Float[Array, " d"]:

@@ -11,7 +11,7 @@ from jaxattn.icl.predict import Predictor, shown
 def _tokens(
     x: Float[Array, "n d"], y: Float[Array, "n ..."], seen: Bool[Array, " n"], query: Float[Array, " d"]
 ) -> tuple[Float[Array, "n e"], Float[Array, " e"]]:
-    """The tokens of the examples, zeros for those not seen, and that of the question."""
+    """Returns the tokens of the examples, zeros for those not seen, and the token of the question."""
     x, y = shown(x, y, seen)
     labels = y.reshape(len(y), -1)
     question = jnp.concatenate([query, jnp.zeros(labels.shape[1], query.dtype)])
@@ -20,9 +20,11 @@ def _tokens(
 
 @part
 class LinearLayers(Predictor):
-    """What layers of linear self-attention leave in the label of the question, or minus that.
+    """Answers with the label of the question after layers of linear self-attention, or with minus that.
 
-    Their matrices are [d + m, d + m] for answers of m channels. Their arrays train as they are.
+    Attributes:
+        layers: Layers whose matrices are [d + m, d + m] for answers of m channels. Their arrays train as they are.
+        negate: Whether the answer is minus the label.
     """
 
     layers: tuple[LinearSelfAttention, ...]
@@ -39,9 +41,10 @@ class LinearLayers(Predictor):
 
 @part
 class SoftmaxLayer(Predictor):
-    """What softmax heads read from the examples for the question (He et al., 2025); 0 without examples.
+    """Answers with what softmax heads read from the examples for the question (He et al., 2025); 0 without examples.
 
-    `kq` is [H, d + m, d + m] and `ov` [H, d + 1], or [H, m, d + m] for answers of m channels.
+    Attributes:
+        heads: Heads with `kq` [H, d + m, d + m] and `ov` [H, d + 1], or [H, m, d + m] for answers of m channels.
     """
 
     heads: SoftmaxHeads

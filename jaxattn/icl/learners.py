@@ -13,9 +13,13 @@ from jaxattn.icl.predict import Predictor, check_single
 
 @part
 class KNearestNeighbours(Predictor):
-    """The mean answer of the k nearest examples, of all where they are fewer; 0 without any.
+    """Answers the mean answer of the k nearest examples, of all where they are fewer; 0 without any.
 
-    Nearest by Euclidean distance or by cosine, the first of several that are as near.
+    Of several examples that are as near, the first is taken.
+
+    Attributes:
+        k: The number of examples, at least 1.
+        metric: "euclidean" for the Euclidean distance, or "cosine".
     """
 
     k: int = 3
@@ -36,13 +40,13 @@ class KNearestNeighbours(Predictor):
 
 
 def _mean(y: Float[Array, "n ..."], counts: Bool[Array, " n"]) -> Float[Array, "..."]:
-    """The mean of those that count; 0 of none."""
+    """Returns the mean of the answers that count; 0 if none does."""
     return jnp.where(counts.reshape(-1, *(1,) * (y.ndim - 1)), y, 0).sum(0) / jnp.maximum(counts.sum(), 1)
 
 
 @part
 class MajorityLabel(Predictor):
-    """The sign of the sum of the labels ±1, whatever x is: 0 on a tie."""
+    """Answers the sign of the sum of the labels ±1, whatever x is: 0 on a tie."""
 
     def answer(self, x, y, seen, query):
         check_single("MajorityLabel", y)
@@ -53,13 +57,14 @@ class MajorityLabel(Predictor):
 class GreedyTree(Predictor):
     """A regression tree grown greedily to the given depth by squared error, as CART does (Breiman et al., 1984).
 
-    A node is split in two at the coordinate and the threshold, midway between two examples, that leave the least
-    Σ (y − mean of its side)², of several that with the fewest examples below it, then the first coordinate; a node of
-    equal inputs is not split. The answer is the mean of the leaf that the query
-    comes to, 0 without examples. As other branches do not matter to it, only the nodes on its way are grown. Depth 1 is
-    a decision stump.
+    A node is split in two at the coordinate and the threshold, midway between two examples, that leave the least Σ (y −
+    mean of its side)². Of several such splits the one with the fewest examples below it is taken, then the first
+    coordinate. A node of equal inputs is not split. The answer is the mean of the leaf that the query comes to, 0
+    without examples. Other branches do not matter to it, so only the nodes on its way are grown.
 
-    With a `threshold` the split of every coordinate is known to be there (0 for a `DecisionTree`).
+    Attributes:
+        depth: The depth, at least 0. Depth 1 is a decision stump.
+        threshold: The threshold of every split, if it is known (0 for a `DecisionTree`).
     """
 
     depth: int
@@ -79,14 +84,14 @@ class GreedyTree(Predictor):
 
 
 def _explained(left: Array, left_sum: Array, count: Array, total: Array) -> Array:
-    """Σ y² less the squared error of two sides, each with its own mean; −inf where a side is empty."""
+    """Returns Σ y² less the squared error of two sides, each with its own mean; −inf where a side is empty."""
     right, right_sum = count - left, total - left_sum
     explained = left_sum**2 / jnp.maximum(left, 1) + right_sum**2 / jnp.maximum(right, 1)
     return jnp.where((left > 0) & (right > 0), explained, -jnp.inf)
 
 
 def _best_split(x: Float[Array, "n d"], y: Float[Array, " n"], here: Bool[Array, " n"]) -> tuple[Array, Array]:
-    """The coordinate and threshold of the best split of the examples that are here; a threshold of inf if none is."""
+    """Returns the coordinate and threshold of the best split of the examples that are here; inf if none is."""
     # Those that are here first, in order: places among all examples would depend on those that are not.
     order = jnp.where(here[:, None], x, jnp.inf).argsort(0)
     value, member = jnp.take_along_axis(x, order, 0), here[order]
@@ -104,7 +109,7 @@ def _best_split(x: Float[Array, "n d"], y: Float[Array, " n"], here: Bool[Array,
 def _best_at(
     threshold: Array | float, x: Float[Array, "n d"], y: Float[Array, " n"], here: Bool[Array, " n"]
 ) -> tuple[Array, Array]:
-    """The best coordinate to split at a given threshold; a threshold of inf if all leave a side empty."""
+    """Returns the best coordinate to split at a given threshold; a threshold of inf if all leave a side empty."""
     left = here[:, None] & (x <= threshold)
     shown = jnp.where(here, y, 0)
     left_sum = jnp.where(left, shown[:, None], 0).sum(0)

@@ -18,7 +18,15 @@ class MarkovChain:
     P(s_t | the `order` states before) is one of V^order rows, each ~ Dirichlet(concentration, ..., concentration)
     (`hidden`, [B, V^order, V]); the first `order` states are uniform. States are 0 .. V − 1 and BOS is V.
 
-    Raises ValueError for no states, a length below 1, a negative order, and a concentration that is not positive.
+    Attributes:
+        states: V, at least 1.
+        length: The number of tokens, at least 1.
+        order: The number of states that the next one depends on, at least 0.
+        concentration: The parameter of the Dirichlet prior, positive.
+
+    Raises:
+        TypeError: `states`, `length` or `order` is not an int.
+        ValueError: `states` or `length` is below 1, `order` is negative, or `concentration` is not positive.
     """
 
     states: int
@@ -33,7 +41,7 @@ class MarkovChain:
         check_all_positive("MarkovChain", "concentration", self.concentration)
 
     def with_length(self, length: int) -> "MarkovChain":
-        """The same task with prompts of another length."""
+        """Returns the same task with prompts of another length."""
         return dataclasses.replace(self, length=length)
 
     def sample(self, key: PRNGKeyArray, batch: int) -> Prompt:
@@ -61,13 +69,19 @@ class MarkovChain:
 class MarkovBayes:
     """log P(next token | tokens so far) under a Dirichlet prior: log (n_cj + α) / (n_c + V α), [B, T, V].
 
-    n_cj counts how often state j followed the last `order` states before, and n_c is its sum over j. It is the Bayes
-    predictor of the `MarkovChain` of the same order and concentration α. Order 0 counts states alone: what a model can
-    say that has learned how frequent each is (the unigram), a phase on the way to order 1.
+    n_cj counts how often state j followed the last `order` states before, and n_c is its sum over j. This is the Bayes
+    predictor of the `MarkovChain` of the same order and concentration α. Order 0 counts states alone: the answer of a
+    model that has learned how frequent each is (the unigram), a phase on the way to order 1.
 
     After a token that is neither a state nor BOS (V) the answers are NaN.
 
-    In attention's terms: uniform weights on the earlier positions with the same context, of what followed there.
+    In attention's terms the predictor has uniform weights on the earlier positions with the same context, and reads the
+    tokens that followed there.
+
+    Attributes:
+        states: V, at least 1.
+        order: The order of the chain, at least 0.
+        concentration: α, positive.
     """
 
     states: int

@@ -13,9 +13,18 @@ from jaxattn.icl.predict import Predictor, check_single, shown
 class NetworkByAdam(Predictor):
     """ŷ = v·relu(U x + b) + c after `steps` steps of Adam on the mean square error of the examples, from fresh weights.
 
-    The baseline of Garg et al. (2022) for functions that are networks. Weights start uniform within
-    ± 1 / √(inputs of the layer), the same for every prompt. 0 without examples.
-    Raises ValueError for sizes below 1 and a rate that is not positive.
+    The predictor is the baseline of Garg et al. (2022) for functions that are networks. Weights start uniform within
+    ± 1 / √(inputs of the layer), the same for every prompt. The answer is 0 without examples.
+
+    Attributes:
+        hidden: The number of hidden units, at least 1.
+        rate: The learning rate, positive.
+        steps: The number of steps, at least 1.
+        seed: The seed of the first weights.
+
+    Raises:
+        TypeError: A size is not an int.
+        ValueError: A size is below 1, or `rate` is not positive.
     """
 
     hidden: int = 100
@@ -29,7 +38,7 @@ class NetworkByAdam(Predictor):
         check_all_positive("NetworkByAdam", "rate", self.rate)
 
     def start(self, dim: int) -> dict[str, Array]:
-        """The weights before training."""
+        """Returns the weights before training."""
         shapes = {"u": (dim, self.hidden), "b": (self.hidden,), "v": (self.hidden,), "c": ()}
         widths = {"u": dim, "b": dim, "v": self.hidden, "c": self.hidden}
         keys = jax.random.split(jax.random.key(self.seed), len(shapes))
@@ -37,7 +46,7 @@ class NetworkByAdam(Predictor):
         return {name: jax.random.uniform(key, s, minval=-1, maxval=1) / widths[name] ** 0.5 for (name, s), key in drawn}
 
     def trained(self, x: Float[Array, "n d"], y: Float[Array, " n"], seen: Bool[Array, " n"]) -> dict[str, Array]:
-        """The weights after training on the examples that are seen."""
+        """Returns the weights after training on the examples that are seen."""
         x, y = shown(x, y, seen)
 
         def error(weights: dict[str, Array]) -> Array:
@@ -67,11 +76,11 @@ class NetworkByAdam(Predictor):
 
 
 def _root(s: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """√s, with the slope 0 at 0: the weights of a unit that is off stay as they are."""
+    """Returns √s, with the slope 0 at 0: the weights of a unit that is off stay as they are."""
     positive = s > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, s, 1)), 0)
 
 
 def network(weights: dict[str, Array], x: Float[Array, "*n d"]) -> Float[Array, "*n"]:
-    """v·relu(U x + b) + c."""
+    """Returns v·relu(U x + b) + c."""
     return jax.nn.relu(x @ weights["u"] + weights["b"]) @ weights["v"] + weights["c"]

@@ -1,8 +1,8 @@
-"""What a predictor is: an algorithm that answers each question of a prompt from the examples before it.
+"""A predictor is an algorithm that answers each question of a prompt from the examples before it.
 
-A predictor is called as `predictor(x [B, N, d], y [B, N]) -> ŷ [B, N]`; ŷ_i may depend on the pairs before i and on x_i
-alone (`leaks` measures whether it does). A trained model is one by its layout, a closed form by what it answers
-given some examples.
+A predictor is called as `predictor(x [B, N, d], y [B, N]) -> ŷ [B, N]`. ŷ_i may depend on the pairs before i and on x_i
+alone (`leaks` measures whether it does). A trained model is a predictor by its layout. A closed form is one by its
+answer from some examples.
 """
 
 import abc
@@ -23,19 +23,26 @@ class Predictor(abc.ABC):
     def answer(
         self, x: Float[Array, "n d"], y: Float[Array, "n ..."], seen: Bool[Array, " n"], query: Float[Array, " d"]
     ) -> Float[Array, "*m"]:
-        """The answer to `query` from those examples (x_i, y_i) that are seen; the others may hold anything finite."""
+        """Returns the answer to `query` from the examples (x_i, y_i) that are seen; others may hold anything finite."""
 
     def __call__(self, x: Float[Array, "b n d"], y: Float[Array, "b n *m"]) -> Float[Array, "b n *m"]:
-        """The answer to every x_i from the examples before it."""
+        """Returns the answer to every x_i from the examples before it."""
         return self.after(x, y, range(x.shape[1]))
 
     def after(
         self, x: Float[Array, "b n d"], y: Float[Array, "b n *m"], lengths: Sequence[int]
     ) -> Float[Array, "b l *m"]:
-        """The answers after those numbers of examples alone, `self(x, y)[:, lengths]`, at their share of the cost.
+        """Returns the answers after some numbers of examples: `self(x, y)[:, lengths]` at their share of the cost.
 
-        Integers and numbers of 16 bits are computed with as float32 or better. Raises ValueError for numbers below 0,
-        and for N or more: there is no question after the last; and for x and y that are not of the same examples.
+        Integers and numbers of 16 bits are computed with as float32 or better.
+
+        Args:
+            x: Inputs [B, N, d].
+            y: Answers [B, N] or [B, N, m].
+            lengths: Numbers of examples, from 0 to N − 1: no question comes after the last example.
+
+        Raises:
+            ValueError: A length is below 0 or is N or more, or x and y are not of the same examples.
         """
         x, y = numbers(x), numbers(y)
         if x.ndim != 3 or y.shape[:2] != x.shape[:2]:
@@ -51,7 +58,7 @@ class Predictor(abc.ABC):
 
 
 def shown(x: Array, y: Array, seen: Bool[Array, " n"]) -> tuple[Array, Array]:
-    """The examples, with zeros for those that are not seen: they drop out of XᵀX and Xᵀy."""
+    """Returns the examples, with zeros for those that are not seen: they drop out of XᵀX and Xᵀy."""
     return jnp.where(seen[:, None], x, 0), jnp.where(seen.reshape(-1, *(1,) * (y.ndim - 1)), y, 0)
 
 
@@ -64,9 +71,14 @@ def check_single(owner: str, y: Array) -> None:
 def interleaved(
     model: Callable[[Float[Array, "b t d"]], Num[Array, "b t *m"]], context: int | None = None
 ) -> Callable[..., Num[Array, "b n *m"]]:
-    """A causal model of interleaved prompts as a predictor: what it says at x_i is its answer.
+    """Makes a predictor of a causal model of interleaved prompts: its output at x_i is its answer.
 
-    Called on prompts of more than `context` tokens, two for each example, if that is given, it raises ValueError.
+    Args:
+        model: The model.
+        context: The largest number of tokens that the model takes, two for each example, or None.
+
+    Returns:
+        The predictor. On longer prompts it raises ValueError.
     """
 
     def predict(x: Float[Array, "b n d"], y: Float[Array, "b n *m"]) -> Num[Array, "b n *m"]:
@@ -81,11 +93,11 @@ def interleaved(
 
 
 def leaks(predictor: Callable[..., Any], x: Num[Array, "b n *d"], y: Num[Array, "b n *m"]) -> float:
-    """The largest change of any answer ŷ_i when y_i and all that comes after it changes: 0 for a predictor.
+    """Returns the largest change of any answer ŷ_i when y_i and everything after it changes: 0 for a predictor.
 
     Every i is tried with every change: the other rows, in reverse and shifted; x_i again and again, which ties with the
-    question; and of numbers that are no integers, the signs flipped, and numbers so large that their fourth powers
-    are the largest there are.
+    question; and of numbers that are no integers, the signs flipped, and numbers so large that their fourth powers are
+    the largest there are.
     """
     index = jnp.arange(x.shape[1])
 

@@ -1,4 +1,4 @@
-"""A prompt: questions, their answers, and which of them count. And the two ways in which a model is shown one."""
+"""A prompt, which holds questions, their answers and which of them count, and the two ways to show it to a model."""
 
 from typing import Any, NamedTuple
 
@@ -10,11 +10,11 @@ class Prompt(NamedTuple):
     """A batch of B prompts of N examples each.
 
     Attributes:
-        x: [B, N, d] inputs, or token ids [B, N].
+        x: [B, N, d], inputs, or token ids [B, N].
         y: Answers [B, N] or [B, N, m], with label noise; the next tokens [B, N] where x are tokens.
         weights: [B, N], 1 where an answer counts, else 0.
         clean: The answers without noise.
-        hidden: Whatever else was drawn (the function's parameters, ...): for oracles only.
+        hidden: Anything else that was drawn (the function's parameters, ...): for oracles only.
     """
 
     x: Num[Array, "b n *d"]
@@ -24,21 +24,24 @@ class Prompt(NamedTuple):
     hidden: Any = ()
 
     def tokens(self) -> dict[str, Array]:
-        """A prompt of tokens as the losses of language models take it."""
+        """Returns a prompt of tokens as the losses of language models take it."""
         return {"tokens": self.x, "targets": self.y, "weights": self.weights}
 
 
 def numbers(x: Num[Array, "*n"]) -> Float[Array, "*n"]:
-    """x as an array, integers as numbers of the default type."""
+    """Returns x as an array, integers as numbers of the default type."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)
 
 
 def interleave(x: Float[Array, "b n d"], y: Float[Array, "b n *m"]) -> Float[Array, "b t d"]:
-    """x₁, (y₁, 0, ..., 0), x₂, (y₂, 0, ..., 0), ...: [B, 2N, d], for causal models.
+    """Returns x₁, (y₁, 0, ..., 0), x₂, (y₂, 0, ..., 0), ...: [B, 2N, d], for causal models.
 
     The answer to x_i is read at its token, of index 2i from 0 (`at_inputs`), which sees all examples before it
-    (Garg et al., 2022). Raises ValueError if the m channels of y are more than those of x.
+    (Garg et al., 2022).
+
+    Raises:
+        ValueError: y has more channels than x.
     """
     x, labels = numbers(x), jnp.asarray(y).reshape(*y.shape[:2], -1)
     if labels.shape[-1] > x.shape[-1]:
@@ -48,14 +51,14 @@ def interleave(x: Float[Array, "b n d"], y: Float[Array, "b n *m"]) -> Float[Arr
 
 
 def at_inputs(outputs: Num[Array, "b t *m"]) -> Num[Array, "b n *m"]:
-    """What a model says at the inputs of an interleaved prompt: [B, 2N, ...] -> [B, N, ...]."""
+    """Returns the outputs of a model at the inputs of an interleaved prompt: [B, 2N, ...] → [B, N, ...]."""
     return outputs[:, ::2]
 
 
 def stack(x: Float[Array, "... n d"], y: Float[Array, "..."]) -> Float[Array, "... n e"]:
-    """The rows (x_i, y_i), the last label, which is asked for, being 0: the matrix E, [..., N, d + m].
+    """Returns the rows (x_i, y_i), the last label, which is asked for, being 0: the matrix E, [..., N, d + m].
 
-    N − 1 examples and a query, for layers that see all of them at once (von Oswald et al., 2023).
+    E holds N − 1 examples and a query, for layers that see all of them at once (von Oswald et al., 2023).
     """
     x = numbers(x)
     labels = jnp.asarray(y).reshape(*x.shape[:-1], -1).astype(x.dtype)

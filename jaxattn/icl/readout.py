@@ -1,4 +1,4 @@
-"""What the weights of attention say they compute: merged matrices of heads, and how near those are to a pattern."""
+"""The computation that attention weights describe: merged matrices of heads, and how near those are to a pattern."""
 
 from typing import NamedTuple
 
@@ -14,10 +14,17 @@ def effective_kq(
     key_kernel: Float[Array, "e k h"],
     scale: Float[Array, ""] | float | None = None,
 ) -> Float[Array, "n e d"]:
-    """scale · W_K W_Qᵀ per head: z_jᵀ KQ z_t is the score of key z_j for query z_t. As `SoftmaxHeads.kq`.
+    """Returns scale · W_K W_Qᵀ per head, as in `SoftmaxHeads.kq`: z_jᵀ KQ z_t is the score of key z_j for query z_t.
 
-    Kernels are [inputs, heads, channels]; query head n reads key head n // (N / K). The scale is H^−½ unless given.
-    Raises ValueError for heads that do not divide, and other numbers of channels.
+    Query head n reads key head n // (N / K).
+
+    Args:
+        query_kernel: [inputs, heads, channels].
+        key_kernel: [inputs, heads, channels].
+        scale: By default H^−½.
+
+    Raises:
+        ValueError: Heads do not divide, or numbers of channels differ.
     """
     _, heads, channels = query_kernel.shape
     keys = _for_all("effective_kq", "key_kernel", key_kernel, "query_kernel", heads, channels)
@@ -26,10 +33,14 @@ def effective_kq(
 
 
 def effective_ov(value_kernel: Float[Array, "d k v"], out_kernel: Float[Array, "n v m"]) -> Float[Array, "n m d"]:
-    """W_Oᵀ W_Vᵀ per head: OV z_j is what head n writes of a token z_j. As `SoftmaxHeads.ov`.
+    """Returns W_Oᵀ W_Vᵀ per head, as in `SoftmaxHeads.ov`: OV z_j is what head n writes of a token z_j.
 
-    `value_kernel` is [inputs, heads, channels], `out_kernel` [heads, channels, outputs].
-    Raises ValueError for heads that do not divide, and other numbers of channels.
+    Args:
+        value_kernel: [inputs, heads, channels].
+        out_kernel: [heads, channels, outputs].
+
+    Raises:
+        ValueError: Heads do not divide, or numbers of channels differ.
     """
     heads, channels, _ = out_kernel.shape
     values = _for_all("effective_ov", "value_kernel", value_kernel, "out_kernel", heads, channels)
@@ -39,7 +50,7 @@ def effective_ov(value_kernel: Float[Array, "d k v"], out_kernel: Float[Array, "
 def _for_all(
     owner: str, name: str, kernel: Float[Array, "d k c"], other: str, heads: int, channels: int
 ) -> Float[Array, "d n c"]:
-    """The kernel of shared heads, repeated for all N heads of the other kernel."""
+    """Repeats the kernel of shared heads for all N heads of the other kernel."""
     _, shared, own = kernel.shape
     if heads % shared:
         raise ValueError(f"{owner}: {other} has {heads} heads and {name} {shared}: need a divisor")
@@ -49,7 +60,7 @@ def _for_all(
 
 
 def diagonality(matrix: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
-    """Σ_i M_ii² / Σ_ij M_ij², from 0 to 1: the share of the squared norm on the diagonal. 0 for M = 0.
+    """Returns Σ_i M_ii² / Σ_ij M_ij², from 0 to 1: the share of the squared norm on the diagonal. 0 for M = 0.
 
     A matrix of independent entries has about 1 / d.
     """
@@ -58,24 +69,27 @@ def diagonality(matrix: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
 
 
 def homogeneity(matrix: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
-    """The standard deviation of the diagonal over its root mean square, from 0 (a multiple of I) to 1 (mean 0)."""
+    """Returns the standard deviation of the diagonal over its root mean square: 0 for a multiple of I, 1 for mean 0."""
     diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
     return ratio(diagonal.std(-1), jnp.sqrt((diagonal**2).mean(-1)))
 
 
 def pattern_distance(matrix: Float[Array, "*b r c"], pattern: Float[Array, "*#b r c"]) -> Float[Array, "*b"]:
-    """min_c ‖M − c P‖ / ‖M‖ in the Frobenius norm, from 0 (a multiple of P) to 1 (orthogonal to it). 0 for M = 0."""
+    """Returns min_c ‖M − c P‖ / ‖M‖ in the Frobenius norm.
+
+    The distance is from 0 (a multiple of P) to 1 (orthogonal to it), and 0 for M = 0.
+    """
     best = ratio((matrix * pattern).sum((-2, -1)), (pattern**2).sum((-2, -1)) + jnp.zeros(matrix.shape[:-2]))
     rest = matrix - best[..., None, None] * pattern
     return ratio(jnp.linalg.norm(rest, axis=(-2, -1)), jnp.linalg.norm(matrix, axis=(-2, -1)))
 
 
 class EffectiveHeads(NamedTuple):
-    """What softmax heads do on tokens (x, y), if KQ = diag(ω I, 0) and OV = (0, μ) (He et al., 2025).
+    """The effect of softmax heads on tokens (x, y), if KQ = diag(ω I, 0) and OV = (0, μ) (He et al., 2025).
 
     Attributes:
         omega: [H], the mean of the diagonal of KQ's block of x.
-        mu: [H], what OV takes from y.
+        mu: [H], the entry of OV for y.
         offdiagonal: [H], the root mean square of the entries of that block off its diagonal.
     """
 
@@ -85,9 +99,10 @@ class EffectiveHeads(NamedTuple):
 
 
 def effective_heads(heads: SoftmaxHeads) -> EffectiveHeads:
-    """(ω, μ, off-diagonal) of heads with one output, whose tokens are (x, y).
+    """Returns (ω, μ, off-diagonal) of heads with one output, whose tokens are (x, y).
 
-    Raises ValueError for several outputs, and for x of fewer than two coordinates.
+    Raises:
+        ValueError: The heads have several outputs, or x has fewer than two coordinates.
     """
     if heads.ov.ndim != 2:
         raise ValueError(f"effective_heads: ov has shape {heads.ov.shape}: need one output, [H, D]")
@@ -102,9 +117,10 @@ def effective_heads(heads: SoftmaxHeads) -> EffectiveHeads:
 
 
 def effective_gamma(layer: LinearSelfAttention) -> Float[Array, "d d"]:
-    """Γ = W_PV[y, y] W_KQ[x, x]ᵀ of a layer on tokens (x, y): it adds xᵀ Γ Σ_j y_j x_j / scale to the label of x.
+    """Returns Γ = W_PV[y, y] W_KQ[x, x]ᵀ of a layer on tokens (x, y).
 
-    That is all it does to the label if the rest of W_PV's last row and of W_KQ's last row and column is 0. Layers whose
-    answer is minus the label (`LinearLayers.negate`) have −Γ here.
+    The layer adds xᵀ Γ Σ_j y_j x_j / scale to the label of x. It does nothing else to the label if the rest of W_PV's
+    last row and of W_KQ's last row and column is 0. Layers whose answer is minus the label (`LinearLayers.negate`) have
+    −Γ here.
     """
     return layer.pv[-1, -1] * layer.kq[:-1, :-1].T

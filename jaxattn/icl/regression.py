@@ -1,4 +1,4 @@
-"""Closed-form predictors of real functions: each is what a statistician would answer from the examples."""
+"""Closed-form predictors of real functions: each answers as a statistician would from the examples."""
 
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class LeastSquares(Predictor):
 
 
 def pseudo_inverse(x: Float[Array, "n d"]) -> Float[Array, "d n"]:
-    """X⁺; singular values below max(N, d) · ε of the largest count as 0."""
+    """Returns X⁺; singular values below max(N, d) · ε of the largest count as 0."""
     return jnp.linalg.pinv(x, rtol=max(x.shape) * float(jnp.finfo(x.dtype).eps))
 
 
@@ -53,12 +53,17 @@ def pseudo_inverse(x: Float[Array, "n d"]) -> Float[Array, "d n"]:
 class Ridge(Predictor):
     """ŷ = ŵ·x with ŵ = argmin Σ_j (y_j − w·x_j)² + penalty · wᵀ C⁻¹ w = (XᵀX + penalty C⁻¹)⁻¹ Xᵀ y.
 
-    With penalty = σ²/ψ² it is the Bayes answer for w ~ N(0, ψ² C) under noise of variance σ². C is the identity if not
-    given, and may be singular: it is the least squares of X C^½ and of d more examples √penalty e_k whose answer is 0,
-    by a QR decomposition, which does not square the condition number. So small penalties may be asked for too.
+    With penalty = σ²/ψ² it is the Bayes answer for w ~ N(0, ψ² C) under noise of variance σ². The answer is the least
+    squares of X C^½ and of d more examples √penalty e_k whose answer is 0, by a QR decomposition, which does not square
+    the condition number. So small penalties may be asked for too.
 
-    Raises ValueError for a penalty that is not positive (for none, `LeastSquares`) and for what is no covariance, where
-    their numbers are known, and when it answers in another dimension.
+    Attributes:
+        penalty: Positive. For none use `LeastSquares`.
+        covariance: C [d, d], by default the identity; it may be singular.
+
+    Raises:
+        ValueError: `penalty` is not positive or `covariance` is not a covariance, where their numbers are known, or the
+            predictor answers in another dimension.
     """
 
     penalty: Float[Array, ""] | float
@@ -81,12 +86,12 @@ class Ridge(Predictor):
 
 
 class LassoFit(NamedTuple):
-    """What `Lasso.fit` found.
+    """The result of `Lasso.fit`.
 
     Attributes:
-        weights: w [d], of all that were tried those with the least loss.
+        weights: w [d], the weights with the least loss of all that were tried.
         gap: The duality gap at w, up to rounding: its loss is at most so much above the least there is.
-        sweeps: Passes over the coordinates that were made.
+        sweeps: The number of passes over the coordinates.
         converged: Whether the gap is small enough, or further passes make the loss no less in the numbers' precision.
     """
 
@@ -100,21 +105,23 @@ class LassoFit(NamedTuple):
 class Lasso(Predictor):
     """ŷ = ŵ·x with ŵ = argmin (1 / 2i) Σ_j (y_j − w·x_j)² + alpha ‖w‖₁ over the i examples seen, without intercept.
 
-    By coordinate descent from 0, w_k ← soft(g_k + G_kk w_k, alpha) / G_kk with G = XᵀX / i, g = Xᵀ(y − Xw) / i and
-    soft(a, b) = sign(a) max(|a| − b, 0). After each sweep over the coordinates come Newton steps on those that are not
-    0, each as far as none of them changes its sign: there the loss is a parabola (feature-sign search, Lee et al.,
-    2007). At the minimum |g_k| <= alpha, and g_k = alpha sign(w_k) where w_k is not 0.
+    The method is coordinate descent from 0, w_k ← soft(g_k + G_kk w_k, alpha) / G_kk with G = XᵀX / i, g = Xᵀ(y − Xw) /
+    i and soft(a, b) = sign(a) max(|a| − b, 0). After each sweep over the coordinates come Newton steps on those that
+    are not 0, each as far as none of them changes its sign: there the loss is a parabola (feature-sign search, Lee et
+    al., 2007). At the minimum |g_k| ≤ alpha, and g_k = alpha sign(w_k) where w_k is not 0.
 
-    It ends where the duality gap is at most `tolerance` times the loss, or where rounding lets the loss become no less.
-    With s = min(1, alpha / max_k |g_k|) the gap is ½ (1 − s)² ‖y − Xw‖² / i + Σ_k (alpha |w_k| − s g_k w_k), that of
-    the dual point s (y − Xw); `fit` returns it. Gradients are those of the minimum.
+    The descent ends where the duality gap is at most `tolerance` times the loss, or where rounding lets the loss become
+    no less. With s = min(1, alpha / max_k |g_k|) the gap is ½ (1 − s)² ‖y − Xw‖² / i + Σ_k (alpha |w_k| − s g_k w_k),
+    that of the dual point s (y − Xw); `fit` returns it. Gradients are those of the minimum.
 
     Attributes:
-        alpha: Weight of ‖w‖₁, positive. Garg et al. (2022) take the best of 1, .1, .01, .001 and .0001.
-        sweeps: Passes over all coordinates at most. An answer that needs more is NaN.
-        tolerance: Of the gap, relative to the loss.
+        alpha: The weight of ‖w‖₁, positive. Garg et al. (2022) take the best of 1, .1, .01, .001 and .0001.
+        sweeps: The largest number of passes over all coordinates. An answer that needs more is NaN.
+        tolerance: The tolerance of the gap, relative to the loss.
 
-    Raises ValueError for an alpha or a tolerance that is not positive and for fewer than 1 sweep.
+    Raises:
+        TypeError: `sweeps` is not an int.
+        ValueError: `alpha` or `tolerance` is not positive, or `sweeps` is below 1.
     """
 
     alpha: Float[Array, ""] | float
@@ -127,7 +134,7 @@ class Lasso(Predictor):
         check_all_positive("Lasso", "tolerance", self.tolerance)
 
     def fit(self, x: Float[Array, "n d"], y: Float[Array, " n"], seen: Bool[Array, " n"]) -> LassoFit:
-        """ŵ from the examples that are seen, and how near it is to the minimum."""
+        """Returns ŵ from the examples that are seen, and how near it is to the minimum."""
         x, y = shown(x, y, seen)
         given = _LassoProblem(x, y, jnp.maximum(seen.sum(), 1), jnp.asarray(self.alpha, x.dtype))
         problem = jax.lax.stop_gradient(given)
@@ -153,7 +160,7 @@ class Lasso(Predictor):
         return LassoFit(end.best + moved - jax.lax.stop_gradient(moved), end.gap, end.sweeps, converged)
 
     def weights(self, x: Float[Array, "n d"], y: Float[Array, " n"], seen: Bool[Array, " n"]) -> Float[Array, " d"]:
-        """ŵ from the examples that are seen; NaN where `sweeps` are too few to find it."""
+        """Returns ŵ from the examples that are seen; NaN where `sweeps` are too few to find it."""
         found = self.fit(x, y, seen)
         return jnp.where(found.converged, found.weights, jnp.nan)
 
@@ -163,7 +170,7 @@ class Lasso(Predictor):
 
 
 class _LassoState(NamedTuple):
-    """The weights now and the best so far, their loss and gap, passes made, and those of them that helped nothing."""
+    """The weights now and the best so far, their loss and gap, the passes made, and how many of them did not help."""
 
     now: Float[Array, " d"]
     best: Float[Array, " d"]
@@ -184,7 +191,7 @@ class _LassoProblem(NamedTuple):
         return self.x.T @ self.x / self.examples
 
     def pull(self, w: Float[Array, " d"]) -> Float[Array, " d"]:
-        """g = Xᵀ(y − Xw) / i."""
+        """Returns g = Xᵀ(y − Xw) / i."""
         return self.x.T @ (self.y - self.x @ w) / self.examples
 
     def loss_and_gap(self, w: Float[Array, " d"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -206,7 +213,7 @@ class _LassoProblem(NamedTuple):
         return jax.lax.fori_loop(0, len(w), update, (w, self.pull(w)))[0]
 
     def newton_step(self, w: Float[Array, " d"]) -> Float[Array, " d"]:
-        """To the minimum of the parabola on the coordinates that are not 0; 0 where it cannot be computed."""
+        """Returns the step to the parabola's minimum on the coordinates that are not 0; 0 if it cannot be computed."""
         active, gram = w != 0, jax.lax.stop_gradient(self.gram)
         # Columns that depend on each other make it singular: along what they leave open the loss is a line, and the
         # step long.
@@ -219,7 +226,7 @@ class _LassoProblem(NamedTuple):
         return jnp.where(fine, jax.scipy.linalg.cho_solve((factor, True), slope), 0)
 
     def descend(self, w: Float[Array, " d"]) -> Float[Array, " d"]:
-        """Newton steps until one goes all the way; any other takes a coordinate to 0."""
+        """Takes Newton steps until one goes all the way; any other takes a coordinate to 0."""
 
         def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             w, _, count = state

@@ -32,7 +32,7 @@ class RiskTable(NamedTuple):
     risks: dict[str, Estimate]
 
     def __str__(self) -> str:
-        """A table in Markdown, the standard error after each mean."""
+        """Returns a table in Markdown, the standard error after each mean."""
         lines = [["predictor", *map(str, self.lengths)], ["---"] * (1 + len(self.lengths))]
         for name, risk in self.risks.items():
             numbers = zip(risk.mean, risk.error, strict=True)
@@ -41,22 +41,31 @@ class RiskTable(NamedTuple):
 
 
 def square(answers: Float[Array, "b n *m"], truth: Float[Array, "b n *m"]) -> Float[Array, "b n"]:
-    """(ŷ − y)², summed over the channels of an answer. Raises ValueError for other shapes of ŷ than of y."""
+    """Returns (ŷ − y)², summed over the channels of an answer.
+
+    Raises:
+        ValueError: ŷ has another shape than y.
+    """
     _check_alike("square", answers, truth)
     return ((answers - truth) ** 2).reshape(*truth.shape[:2], -1).sum(-1)
 
 
 def mistakes(answers: Float[Array, "b n"], truth: Float[Array, "b n"]) -> Float[Array, "b n"]:
-    """The probability of a wrong sign: 1 where it is wrong, 1/2 where the answer is 0. Accuracy is 1 less this.
+    """Returns the probability of a wrong sign: 1 where it is wrong, 1/2 where the answer is 0. Accuracy is 1 less this.
 
-    Raises ValueError for other shapes of ŷ than of y.
+    Raises:
+        ValueError: ŷ has another shape than y.
     """
     _check_alike("mistakes", answers, truth)
     return 0.5 * jnp.abs(jnp.sign(answers) - jnp.sign(truth))
 
 
 def logistic(answers: Float[Array, "b n"], truth: Float[Array, "b n"]) -> Float[Array, "b n"]:
-    """log(1 + exp(−ŷ y)) for y = ±1: ŷ is the log of the odds that y is 1. Raises ValueError for other shapes."""
+    """Returns log(1 + exp(−ŷ y)) for y = ±1: ŷ is the log of the odds that y is 1.
+
+    Raises:
+        ValueError: ŷ has another shape than y.
+    """
     _check_alike("logistic", answers, truth)
     return jax.nn.softplus(-answers * truth)
 
@@ -77,16 +86,27 @@ def compare(
     loss: Loss = square,
     excess: bool = False,
 ) -> RiskTable:
-    """E loss(ŷ, y) for each predictor, after each number of examples i in `lengths`, over batch · batches prompts.
+    """Measures E loss(ŷ, y) of each predictor after each number of examples in `lengths`, over batch · batches prompts.
 
-    All predictors answer the same prompts. With `excess` the truth is the answer without noise: E (ŷ − f(x))², the
-    risk less the variance of the noise. For a task with its own query, prompts of every length are drawn by themselves.
-    A task of tokens with an answer at every position, such as `MarkovChain`, takes a loss of tokens.
+    All predictors answer the same prompts. For a task with its own query, prompts of every length are drawn by
+    themselves. A task of tokens with an answer at every position, such as `MarkovChain`, takes a loss of tokens.
 
-    Raises ValueError for no lengths or negative ones, for those where an answer of the task does not count, for fewer
-    than two prompts, and for answers that the loss does not take; what is not a predictor raises what its call does.
-    TypeError for lengths that are no integers, predictors without names, and a task without `with_length`, whose
-    prompts have one length.
+    Args:
+        task: The task, with a method `with_length`.
+        predictors: Predictors by name.
+        lengths: Numbers of examples, from 0 on.
+        key: The random key.
+        batch: The number of prompts in a batch.
+        batches: The number of batches.
+        loss: The loss.
+        excess: The truth is the answer without noise: E (ŷ − f(x))², the risk less the variance of the noise.
+
+    Raises:
+        TypeError: Lengths are not integers, predictors have no names, or the task has no `with_length`, so that its
+            prompts have one length.
+        ValueError: Lengths are missing or negative, an answer of the task does not count at one of them, the prompts
+            are fewer than two, or the loss does not take the answers. A value that is not a predictor raises its own
+            error when called.
     """
     if not hasattr(task, "with_length"):
         raise TypeError(f"task is {type(task).__name__}: need one with with_length(length), such as FunctionTask")
@@ -133,7 +153,7 @@ def compare(
 
 
 def _pooled(moments: Float[np.ndarray, "k 2 n"], batch: int) -> Estimate:
-    """The estimate from the mean and the sum of squared deviations of each batch."""
+    """Returns the estimate from the mean and the sum of squared deviations of each batch."""
     means, squares = moments[:, 0], moments[:, 1]
     total, mean = batch * len(means), means.mean(0)
     deviations = squares.sum(0) + batch * ((means - mean) ** 2).sum(0)

@@ -1,8 +1,8 @@
-"""Tasks of tokens that are solved by looking back: recall of pairs, copying, repeated blocks, and who solves them.
+"""Tasks of tokens that are solved by looking back (recall of pairs, copying, repeated blocks), and predictors for them.
 
 A task of tokens is sampled as `task.sample(key, batch) -> Prompt` with tokens x [B, T], the tokens y [B, T] that are
-asked for at the same positions, and weights [B, T]; `Prompt.tokens()` is what losses of language models take. A
-predictor of tokens is called as `predictor(x, y) -> [B, T]`, and looks at the tokens up to each position alone.
+asked for at the same positions, and weights [B, T]. Losses of language models take `Prompt.tokens()`. A predictor of
+tokens is called as `predictor(x, y) -> [B, T]`, and looks at the tokens up to each position alone.
 """
 
 import dataclasses
@@ -26,14 +26,15 @@ class AssociativeRecall:
     replacement with probability ∝ gap^(power − 1), gap = 1, 2, ... counted from the pairs (Zoology, 2023).
 
     Attributes:
-        pairs: Key-value pairs n, each asked for once.
-        length: Tokens T: an even number, 4 per pair or more.
-        keys: Different keys, at least as many as pairs.
-        values: Different values, likewise.
+        pairs: n, the number of key-value pairs, each asked for once.
+        length: T, the number of tokens: even, 4 per pair or more.
+        keys: The number of different keys, at least as many as pairs.
+        values: The number of different values, likewise.
         power: 1 draws slots uniformly, less draws them towards the pairs.
         random_fill: Whether random tokens of the whole vocabulary take the place of 0: some are keys or values.
 
-    Raises ValueError for pairs that do not fit.
+    Raises:
+        ValueError: Pairs do not fit.
     """
 
     pairs: int
@@ -86,8 +87,15 @@ class AssociativeRecall:
 class Copying:
     """Strings s₁ ... s_n, an end mark, and the string again, its letters the targets: T = 2n.
 
-    Letters are 0 .. letters − 1, drawn independently, and the mark is the token after them. Raises ValueError for
-    sizes below 1.
+    Letters are 0 .. letters − 1, drawn independently, and the mark is the token after them.
+
+    Attributes:
+        letters: The number of different letters, at least 1.
+        string: n, at least 1.
+
+    Raises:
+        TypeError: A size is not an int.
+        ValueError: A size is below 1.
     """
 
     letters: int
@@ -118,11 +126,19 @@ class Copying:
 class RepeatedBlock:
     """BOS b₁ ... b_p b₁ ... b_p b₁ ...: a block of different random letters, over and over; what comes next?
 
-    The period p is uniform from `shortest` to `longest` in each row (`hidden`), so that no fixed distance solves it.
-    Letters are 0 .. letters − 1 and BOS is the token after them. Answers count once the token at hand has been seen
-    before, where an induction head can know what comes next (Olsson et al., 2022).
+    The period p is uniform from `shortest` to `longest` in each row (`hidden`), so that no fixed distance solves the
+    task. Letters are 0 .. letters − 1 and BOS is the token after them. Answers count once the token at hand has been
+    seen before, where an induction head can know what comes next (Olsson et al., 2022).
 
-    Raises ValueError unless 1 ≤ shortest ≤ longest ≤ letters and length ≥ longest + 2.
+    Attributes:
+        letters: The number of different letters.
+        length: The number of tokens, at least longest + 2.
+        shortest: The least period, at least 1.
+        longest: The largest period, from `shortest` to `letters`.
+
+    Raises:
+        TypeError: A size is not an int.
+        ValueError: 1 ≤ shortest ≤ longest ≤ letters or length ≥ longest + 2 does not hold.
     """
 
     letters: int
@@ -140,7 +156,7 @@ class RepeatedBlock:
         check_static_int("RepeatedBlock", "length", self.length, self.longest + 2)
 
     def with_length(self, length: int) -> "RepeatedBlock":
-        """The same task with prompts of another length."""
+        """Returns the same task with prompts of another length."""
         return dataclasses.replace(self, length=length)
 
     def sample(self, key: PRNGKeyArray, batch: int) -> Prompt:
@@ -155,10 +171,10 @@ class RepeatedBlock:
 
 @part
 class Lookup:
-    """The token that followed the last earlier occurrence of the token at hand, or 0 if there is none.
+    """Answers the token that followed the last earlier occurrence of the token at hand, or 0 if it has none.
 
-    This is what an induction head does (Olsson et al., 2022). It is exact where a token is always followed by the same:
-    in `AssociativeRecall` without random fill, and in `RepeatedBlock`.
+    An induction head does the same (Olsson et al., 2022). The answer is exact where a token is always followed by the
+    same: in `AssociativeRecall` without random fill, and in `RepeatedBlock`.
     """
 
     def __call__(self, x: Int[Array, "b t"], y: Int[Array, "b t"]) -> Int[Array, "b t"]:
@@ -169,15 +185,24 @@ class Lookup:
 
 
 def additive_memory_accuracy(pairs: int, key_dim: int, value_dim: int, candidates: int) -> float:
-    """How often an additive memory S = Σ_j k_j v_jᵀ of n random pairs recalls the right one of V value embeddings.
+    """Returns how often an additive memory S = Σ_j k_j v_jᵀ of n random pairs recalls the right one of V values.
 
-    Keys and embeddings are random of length 1, and the answer to k_i is the embedding closest to Sᵀ k_i. With
+    Keys and value embeddings are random of length 1, and the answer to k_i is the embedding closest to Sᵀ k_i. With
     s² = (n − 1) / (d_k d_v), the right logit is x ~ N(1, s²), that of another stored value N(0, σ_in²), and that of one
     not stored N(0, σ_out²), σ_in² = 1/d_k + 1/d_v + s², σ_out² = 1/d_v + s²: the accuracy is
     E Φ(x/σ_in)^{n−1} Φ(x/σ_out)^{V−n}.
 
-    The logits are taken for independent, which makes it an estimate, some points low where it is far from 1. Raises
-    ValueError for fewer candidates than pairs.
+    The logits are taken for independent, which makes the result an estimate, some points low where it is far from 1.
+
+    Args:
+        pairs: n, at least 1.
+        key_dim: d_k, at least 1.
+        value_dim: d_v, at least 1.
+        candidates: V, at least n.
+
+    Raises:
+        TypeError: A number is not an int.
+        ValueError: A number is below its least value.
     """
     for name, value in (("pairs", pairs), ("key_dim", key_dim), ("value_dim", value_dim)):
         check_static_int("additive_memory_accuracy", name, value, 1)

@@ -1,7 +1,7 @@
-"""Tasks: a function is drawn from a prior, inputs from a distribution, and their values are the answers.
+"""Tasks: a function is drawn from a prior, inputs from a distribution, and the function's values are the answers.
 
-Task = prior over functions × distribution of inputs × noise. Each is a part, so a new paper's task is the one part
-that is new; their arrays (covariances, noise levels, scales) are leaves that can be vmapped over without recompiling.
+Task = prior over functions × distribution of inputs × noise. Each is a part, so for a new task write only the part that
+differs. Their arrays (covariances, noise levels, scales) are leaves that can be vmapped over without recompiling.
 """
 
 import abc
@@ -19,25 +19,26 @@ from jaxattn.icl.prompt import Prompt
 
 
 def happens(key: PRNGKeyArray, probability: Any, shape: tuple[int, ...] = ()) -> Bool[Array, "*s"]:
-    """What is true with a probability, which may be the integers 0 and 1 and a NumPy number too."""
+    """Draws booleans that are true with a probability, which may be the integers 0 and 1 and a NumPy number too."""
     return jax.random.bernoulli(key, jnp.asarray(probability, float), shape)
 
 
 class Function(abc.ABC):
     """A prior over functions of x in R^d.
 
-    `signs` says that values are −1 and 1: noise then flips them with the given probability.
+    Attributes:
+        signs: Whether values are −1 and 1. Noise then flips them with the given probability.
     """
 
     signs: ClassVar[bool] = False
 
     @abc.abstractmethod
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Any:
-        """The parameters of one function of `dim` coordinates, those from `visible` on being 0 in every input."""
+        """Draws the parameters of one function of `dim` coordinates, those from `visible` on being 0 in every input."""
 
     @abc.abstractmethod
     def __call__(self, f: Any, x: Float[Array, "n d"]) -> Float[Array, "n ..."]:
-        """The values of the function with parameters f at the inputs of one prompt."""
+        """Returns the values of the function with parameters f at the inputs of one prompt."""
 
 
 class Inputs(abc.ABC):
@@ -47,15 +48,15 @@ class Inputs(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, key: PRNGKeyArray, length: int, function: Function, f: Any) -> Float[Array, "n d"]:
-        """The inputs of one prompt of the function with parameters f."""
+        """Draws the inputs of one prompt of the function with parameters f."""
 
 
 class Query(abc.ABC):
-    """Where the last input of a prompt comes from, when it is not drawn as the others are."""
+    """The distribution of the last input of a prompt, when it is not drawn as the others are."""
 
     @abc.abstractmethod
     def draw(self, key: PRNGKeyArray, x: Float[Array, "n d"], shown: Bool[Array, " d"]) -> Float[Array, " d"]:
-        """An input after the inputs x: 0 in the coordinates that are not shown, as x is."""
+        """Draws an input after the inputs x: 0 in the coordinates that are not shown, as x is."""
 
 
 @part
@@ -65,16 +66,18 @@ class FunctionTask:
     Attributes:
         function: The prior f is drawn from.
         inputs: The distribution of x.
-        length: Examples in a prompt N.
-        noise: Standard deviation of Gaussian noise on the answers; for functions with values ±1 the probability from
-            0 to 1/2 that an answer is flipped.
-        query: Where the last input comes from, if not from `inputs`; then only the last answer counts.
+        length: N, the number of examples in a prompt.
+        noise: The standard deviation of Gaussian noise on the answers; for functions with values ±1 the probability
+            from 0 to 1/2 that an answer is flipped.
+        query: The distribution of the last input, if not `inputs`; then only the last answer counts.
         first: Answers count from this index on, counted from 0.
         visible: Coordinates of x from this one on are 0 (a curriculum over dimensions); all are visible if not given.
         points: Answers from this one on do not count (a curriculum over lengths); all count if not given.
 
-    Raises ValueError for a length below 1, for `first` outside the prompt, for noise out of range where it is known,
-    for integers `visible` outside 1 to dim, and for integers `points` after which no answer counts or past the length.
+    Raises:
+        ValueError: `length` is below 1, `first` is outside the prompt, noise is out of range where it is known, an
+            integer `visible` is outside 1 to dim, or an integer `points` is past the length or such that no answer
+            counts.
     """
 
     function: Function
@@ -104,11 +107,11 @@ class FunctionTask:
         return self.first + 1 if self.query is None else self.length
 
     def sample(self, key: PRNGKeyArray, batch: int) -> Prompt:
-        """A batch of prompts; `hidden` holds the parameters of their functions."""
+        """Draws a batch of prompts; `hidden` holds the parameters of their functions."""
         return jax.vmap(self._one)(jax.random.split(key, batch))
 
     def with_length(self, length: int) -> "FunctionTask":
-        """The same task with prompts of another length, all of whose `points` count."""
+        """Returns the same task with prompts of another length, all of whose `points` count."""
         return dataclasses.replace(self, length=length, points=None)
 
     def _one(self, key: PRNGKeyArray) -> Prompt:
@@ -136,17 +139,20 @@ class FunctionTask:
 
 @part
 class Curriculum:
-    """A task that grows: at step s its inputs have min(d, d₀ + ⌊s / every⌋ · Δd) coordinates that are not 0, and its
-    first min(N, n₀ + ⌊s / every⌋ · Δn) answers count (Garg et al., 2022).
+    """A task that grows with training: more coordinates and more examples in stages (Garg et al., 2022).
+
+    At step s its inputs have min(d, d₀ + ⌊s / every⌋ · Δd) coordinates that are not 0, and its first
+    min(N, n₀ + ⌊s / every⌋ · Δn) answers count.
 
     Attributes:
-        task: What it grows to.
-        every: Steps from one stage to the next.
-        dims: (d₀, Δd); the whole dimension from the start if not given.
-        points: (n₀, Δn); the whole length from the start if not given.
+        task: The task that it grows to.
+        every: The number of steps from one stage to the next.
+        dims: (d₀, Δd), with d₀ from 1 to d; the whole dimension from the start if not given.
+        points: (n₀, Δn); the whole length from the start if not given. Of the first n₀, up to N, one must count: more
+            than the task's `first`, and all of them if it has a query.
 
-    Raises ValueError for starts out of range: the first `dims` are from 1 to d, and of the first `points`, up to N, one
-    must count: more than the task's `first`, and all of them if it has a query.
+    Raises:
+        ValueError: The start of `dims` or `points` is out of range.
     """
 
     task: FunctionTask
@@ -165,7 +171,7 @@ class Curriculum:
                 raise ValueError(f"Curriculum: {name} is {given}: need {wanted}")
 
     def at(self, step: Int[Array, ""] | int) -> FunctionTask:
-        """The task at a step, which may be traced."""
+        """Returns the task at a step, which may be traced."""
 
         def grown(stage: tuple[int, int] | None, most: int) -> Array | None:
             stages = jnp.minimum(step // self.every, most)  # bounded first: a step may be the largest integer

@@ -13,11 +13,11 @@ from jaxattn.icl.task import Function, Inputs, happens
 
 
 class Plantable(Function):
-    """A prior over functions for each of which there is a pattern that decides its value."""
+    """A prior over functions, each of which has a pattern that decides its value."""
 
     @abc.abstractmethod
     def pattern(self, f: Any) -> Float[Array, " d"]:
-        """Signs that an input takes over to be planted; 0 where it keeps its own."""
+        """Returns the signs that an input takes over to be planted; 0 where it keeps its own."""
 
 
 class Teachable(Function):
@@ -29,7 +29,7 @@ class Teachable(Function):
 
     @abc.abstractmethod
     def lesson(self, f: Any) -> tuple[Float[Array, "m d"], Bool[Array, " m"]]:
-        """Inputs in the order in which they teach f, and which of these rows belong to the lesson."""
+        """Returns inputs in the order in which they teach f, and which of these rows belong to the lesson."""
 
 
 @part
@@ -49,8 +49,15 @@ class Signs(Inputs):
 class Planted(Inputs):
     """Other inputs, each of which is made to follow the function's pattern with the given probability.
 
-    Without this, conjunctions of many literals would hardly ever be true (Bhattamishra et al., 2024, which has 0.3, and
-    0.35 for terms of a DNF). Raises TypeError when drawn for a function without a pattern.
+    Without planted inputs, conjunctions of many literals would hardly ever be true (Bhattamishra et al., 2024, which
+    has 0.3, and 0.35 for terms of a DNF).
+
+    Attributes:
+        inputs: The other inputs.
+        probability: The probability that an input is planted.
+
+    Raises:
+        TypeError: Inputs are drawn for a function without a pattern.
     """
 
     inputs: Inputs
@@ -72,7 +79,7 @@ class Planted(Inputs):
         return jnp.where(planted, pattern, self.inputs.draw(for_inputs, length, function, f))
 
     def log_likelihood(self, x: Float[Array, "n d"], pattern: Float[Array, " d"]) -> Float[Array, " n"]:
-        """log p(x | f) + d log 2 if the other inputs are `Signs`: planted examples tell of their function.
+        """Returns log p(x | f) + d log 2 if the other inputs are `Signs`: planted examples tell of their function.
 
         p(x | f) = (1 − p) 2^{−d} + p [x follows the pattern] 2^{−(d − k)} for a pattern of k signs.
         """
@@ -85,7 +92,13 @@ class Teaching(Inputs):
     """The lesson of the function, and after it other inputs; a lesson longer than the prompt is cut.
 
     The paper plants positive examples among the others with probability 0.4: `Teaching(Planted(Signs(d), 0.4))`
-    (Bhattamishra et al., 2024). Raises TypeError when drawn for a function without a lesson.
+    (Bhattamishra et al., 2024).
+
+    Attributes:
+        inputs: The other inputs.
+
+    Raises:
+        TypeError: Inputs are drawn for a function without a lesson.
     """
 
     inputs: Inputs

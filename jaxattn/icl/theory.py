@@ -1,9 +1,9 @@
-"""What the risk of regression in context must be, in closed form.
+"""The risk that regression in context must have, in closed form.
 
 Unless said otherwise a prompt has n examples with x ~ N(0, I_d), w ~ N(0, psi2 · I_d) and y = w·x + noise of variance
 sigma2, and an excess risk is E (ŷ − w·x)² at a new x: the noise of the answer, sigma2, is not in it. Functions are
-scalar and differentiable in all but integers. All raise ValueError for dimensions below 1, negative numbers of examples
-and negative variances. `layer_theory.py` has what is known of attention layers.
+scalar and differentiable in all arguments but integers. All raise ValueError for dimensions below 1, negative numbers
+of examples and negative variances. `layer_theory.py` has the closed forms for attention layers.
 """
 
 from typing import Any
@@ -28,15 +28,18 @@ def check_setting(owner: str, dim: int, count: int, sigma2: Any, psi2: Any = 1.0
 
 
 def averaging_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Number:
-    """`Averaging`: (psi2 d (d + 1) + sigma2 d) / n, and psi2 d without examples."""
+    """The excess risk of `Averaging`: (psi2 d (d + 1) + sigma2 d) / n, and psi2 d without examples."""
     check_setting("averaging_excess", d, n, sigma2, psi2)
     return psi2 * d if n == 0 else (psi2 * d * (d + 1) + sigma2 * d) / n
 
 
 def sparse_averaging_excess(d: int, nonzero: int, n: int, sigma2: Number = 0.0) -> Number:
-    """`Averaging` on `SparseLinear(nonzero)`, whose other weights are N(0, 1): (nonzero (d + 1) + sigma2 d) / n.
+    """The excess risk of `Averaging` on `SparseLinear(nonzero)`: (nonzero (d + 1) + sigma2 d) / n.
 
-    Without examples it is `nonzero`. Raises ValueError for more nonzero weights than dimensions.
+    Without examples it is `nonzero`. The weights that are not 0 are N(0, 1).
+
+    Raises:
+        ValueError: `nonzero` is larger than d.
     """
     check_setting("sparse_averaging_excess", d, n, sigma2)
     check_static_int("sparse_averaging_excess", "nonzero", nonzero, 0)
@@ -46,13 +49,13 @@ def sparse_averaging_excess(d: int, nonzero: int, n: int, sigma2: Number = 0.0) 
 
 
 def ols_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Number:
-    """`LeastSquares`, the shortest w that fits best: the share not seen, and the noise that is fitted.
+    """The excess risk of `LeastSquares`, the shortest w that fits best: the share not seen, and the noise fitted.
 
         psi2 (d − n) + sigma2 n / (d − n − 1)   for n < d − 1,
         sigma2 d / (n − d − 1)                  for n > d + 1,
         infinite for n = d − 1, d, d + 1, but for psi2 (d − n)⁺ without noise.
 
-    The means of inverse Wishart matrices. For sparse or otherwise distributed w psi2 is E ‖w‖² / d.
+    The formulas are the means of inverse Wishart matrices. For sparse or otherwise distributed w psi2 is E ‖w‖² / d.
     """
     check_setting("ols_excess", d, n, sigma2, psi2)
     bias = psi2 * max(d - n, 0)
@@ -66,12 +69,21 @@ def ols_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Numb
 def ridge_excess(
     d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0, penalty: Number | None = None
 ) -> Float[Array, ""]:
-    """`Ridge(penalty)`: E Σ_k (psi2 penalty² + sigma2 λ_k) / (λ_k + penalty)² over the eigenvalues λ of XᵀX.
+    """The excess risk of `Ridge(penalty)`: E Σ_k (psi2 penalty² + sigma2 λ_k) / (λ_k + penalty)².
 
-    Exact for every n and d (`wishart.py`): to ten digits in float64 for penalties above 1e−4, to six in float32. The
-    penalty unless given is sigma2 / psi2, that of the Bayes answer: then it is sigma2 E tr (XᵀX + penalty)⁻¹, the least
-    risk of all predictors.
-    Raises ValueError for a penalty that is not positive (for none, `ols_excess`).
+    The sum is over the eigenvalues λ of XᵀX. The result is exact for every n and d (`wishart.py`): to ten digits in
+    float64 for penalties above 1e−4, to six in float32.
+
+    Args:
+        d: The dimension.
+        n: The number of examples.
+        sigma2: The variance of the noise.
+        psi2: The variance of weights.
+        penalty: Positive (for none, `ols_excess`). The default is sigma2 / psi2, that of the Bayes answer: then the
+            excess is sigma2 E tr (XᵀX + penalty)⁻¹, the least risk of all predictors.
+
+    Raises:
+        ValueError: `penalty` is not positive.
     """
     check_setting("ridge_excess", d, n, sigma2, psi2)
     penalty = _bayes_penalty("ridge_excess", sigma2, psi2, penalty)
@@ -79,7 +91,7 @@ def ridge_excess(
 
 
 def _bayes_penalty(owner: str, sigma2: Any, psi2: Any, penalty: Any) -> Any:
-    """The penalty, or that of the Bayes answer; raises ValueError unless it is positive."""
+    """Returns the penalty, or that of the Bayes answer; raises ValueError unless it is positive."""
     if penalty is None:
         check_range(f"{owner}: psi2", psi2, lambda x: x > 0, "above 0 where no penalty is given")
         penalty = sigma2 / psi2
@@ -90,16 +102,18 @@ def _bayes_penalty(owner: str, sigma2: Any, psi2: Any, penalty: Any) -> Any:
 def ridge_excess_spectral(
     covariance: Float[Array, "d d"], n: int, sigma2: Number = 0.0, psi2: Number = 1.0, penalty: Number | None = None
 ) -> Float[Array, ""]:
-    """`Ridge(penalty)` on x ~ N(0, Σ), to leading order in large n and d: the deterministic equivalent.
+    """The excess risk of `Ridge(penalty)` on x ~ N(0, Σ) to leading order in n and d, its deterministic equivalent:
 
         ( psi2 κ² Σ_k λ_k / (λ_k + κ)² + sigma2 df / n ) / (1 − df / n),   df = Σ_k λ_k² / (λ_k + κ)²,
 
     over the eigenvalues λ of Σ, with κ > 0 the root of n κ = penalty + κ Σ_k λ_k / (λ_k + κ). For Σ = I it is the law
     of Marchenko and Pastur; for the Bayes penalty it is psi2 n κ − sigma2.
-    It is least good at n ≈ d with small penalties: for Σ = I, d = 20 and sigma2 = 1/4 it is 0.2%, 8% and 5% below
-    `ridge_excess` at n = 10, 20 and 40, and for sigma2 = 1/100 it is 37% below it at n = 21.
 
-    Raises ValueError for n below 1, a penalty that is not positive, and what is not a covariance.
+    The approximation is worst at n ≈ d with small penalties: for Σ = I, d = 20 and sigma2 = 1/4 it is 0.2%, 8% and 5%
+    below `ridge_excess` at n = 10, 20 and 40, and for sigma2 = 1/100 it is 37% below it at n = 21.
+
+    Raises:
+        ValueError: n is below 1, `penalty` is not positive, or `covariance` is not a covariance.
     """
     d = jnp.shape(covariance)[0] if jnp.ndim(covariance) else 0
     check_setting("ridge_excess_spectral", d, n, sigma2, psi2, least=1)
@@ -132,10 +146,17 @@ def gd_step(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Number:
 
 
 def gd_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0, step: Number | None = None) -> Number:
-    """One step of `GradientDescent`: psi2 d ((1 − step)² + step² (d + 1) / n) + sigma2 step² d / n.
+    """The excess risk of one step of `GradientDescent`: psi2 d ((1 − step)² + step² (d + 1) / n) + sigma2 step² d / n.
 
-    The step unless given is the best one, `gd_step`; the excess is then psi2 d (d + 1 + r) / (n + 1 + d + r) with
-    r = sigma2 / psi2. With step 1 it is `averaging_excess`. Without examples it is psi2 d.
+    With step 1 it is `averaging_excess`. Without examples it is psi2 d.
+
+    Args:
+        d: The dimension.
+        n: The number of examples.
+        sigma2: The variance of the noise.
+        psi2: The variance of weights.
+        step: By default the best step, `gd_step`; the excess is then psi2 d (d + 1 + r) / (n + 1 + d + r) with
+            r = sigma2 / psi2.
     """
     check_setting("gd_excess", d, n, sigma2, psi2)
     if n == 0:
@@ -152,11 +173,22 @@ def debiased_gd_step(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -
 
 
 def debiased_gd_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0, step: Number | None = None) -> Number:
-    """`DebiasedDescent`: psi2 d (1 − 2 η + η² (n + d) / (n − 1)) + sigma2 η² d / (n − 1) with η = step (n − 1) / n.
+    """The excess risk of `DebiasedDescent`, with η = step (n − 1) / n:
 
-    The centred Gram matrix is Wishart with n − 1 degrees of freedom. The step unless given is the best one,
-    `debiased_gd_step`; the excess is then psi2 d (d + 1 + r) / (n + d + r) with r = sigma2 / psi2: that of `gd_excess`
-    from one example less. Raises ValueError for n below 1.
+        psi2 d (1 − 2 η + η² (n + d) / (n − 1)) + sigma2 η² d / (n − 1)
+
+    The centred Gram matrix is Wishart with n − 1 degrees of freedom.
+
+    Args:
+        d: The dimension.
+        n: The number of examples, at least 1.
+        sigma2: The variance of the noise.
+        psi2: The variance of weights.
+        step: By default the best step, `debiased_gd_step`; the excess is then psi2 d (d + 1 + r) / (n + d + r) with
+            r = sigma2 / psi2: that of `gd_excess` from one example less.
+
+    Raises:
+        ValueError: n is below 1.
     """
     check_setting("debiased_gd_excess", d, n, sigma2, psi2, least=1)
     step = debiased_gd_step(d, n, sigma2, psi2) if step is None else step

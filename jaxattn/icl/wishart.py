@@ -14,12 +14,21 @@ from jaxattn.core.checks import check_static_int
 def eigenvalue_mean(
     dim: int, count: int, function: Callable[[Float[Array, " m"]], Float[Array, " m"]]
 ) -> Float[Array, ""]:
-    """E Σ_k f(λ_k) over the `dim` eigenvalues of XᵀX, X [count, dim] with independent N(0, 1) entries.
+    """Returns E Σ_k f(λ_k) over the `dim` eigenvalues of XᵀX, X [count, dim] with independent N(0, 1) entries.
 
-    Exact but for quadrature: an integral over the density of eigenvalues. `function` is called on an array of
-    eigenvalues, and on 0 where count < dim; it must be smooth on scales of λ of about 1e−5 and larger. Differentiable
-    in what the function depends on. Raises ValueError for a dimension below 1, a negative count, and for both above
-    about 300, where the method leaves the range of float64.
+    The result is exact but for quadrature: an integral over the density of eigenvalues. It is differentiable in
+    whatever the function depends on.
+
+    Args:
+        dim: The number of columns, at least 1.
+        count: The number of rows, at least 0.
+        function: f, called on an array of eigenvalues, and on 0 where count < dim. It must be smooth on scales of λ of
+            about 1e−5 and larger.
+
+    Raises:
+        TypeError: `dim` or `count` is not an int.
+        ValueError: `dim` is below 1, `count` is negative, or both are above about 300, where the method leaves the
+            range of float64.
     """
     check_static_int("eigenvalue_mean", "dim", dim, 1)
     check_static_int("eigenvalue_mean", "count", count, 0)
@@ -36,11 +45,13 @@ NODES = 400
 
 @functools.lru_cache(maxsize=256)
 def _density(dim: int, count: int) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
-    """Nodes λ_m and weights with E Σ_k f(λ_k) = Σ_m weight_m f(λ_m), for dim <= count.
+    """Returns nodes λ_m and weights with E Σ_k f(λ_k) = Σ_m weight_m f(λ_m), for dim ≤ count.
 
     The eigenvalues have the joint density ∝ Π_k w(λ_k) Π_{j<k} |λ_j − λ_k|, w(λ) = λ^((count − dim − 1) / 2) e^(−λ/2).
     By de Bruijn (1955) the integral of Π_k (1 + t f(λ_k)) against it is ∝ the Pfaffian of
+
         A_jk(t) = ∫∫ sgn(y − x) g_j(x) g_k(y) (1 + t f(x)) (1 + t f(y)) dx dy,
+
     with g_j / w a basis of the polynomials of degree below dim (here one that makes the g orthonormal in √λ). Its
     derivative at t = 0, ½ tr(A⁻¹ A'), is ∫ f(x) ρ(x) dx with ρ(x) = Σ_jk (A⁻¹)_kj g_j(x) E_k(x) and
     E_k(x) = ∫ sgn(y − x) g_k(y) dy. For odd dim, A has one more row ∫ g_j, and ρ a term with E = 1.
@@ -67,7 +78,7 @@ def _density(dim: int, count: int) -> tuple[Float[np.ndarray, " m"], Float[np.nd
 
 
 def _laguerre_functions(x: Float[np.ndarray, " m"], alpha: float, count: int) -> Float[np.ndarray, "m c"]:
-    """x^(α/2) e^(−x/2) times the first polynomials that are orthonormal under x^α e^(−x), at every x by itself."""
+    """Returns x^(α/2) e^(−x/2) times the first polynomials orthonormal under x^α e^(−x), at every x by itself."""
     last, this = np.zeros_like(x), np.exp((alpha * np.log(x) - x - math.lgamma(alpha + 1)) / 2)
     functions = [this]
     for k in range(count - 1):
@@ -79,10 +90,10 @@ def _laguerre_functions(x: Float[np.ndarray, " m"], alpha: float, count: int) ->
 
 @functools.lru_cache(maxsize=8)
 def _rule(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gauss-Legendre places t and weights, and B with Σ_j B_ij f(t_j) = ∫_{−1}^{t_i} f, exact for polynomials of degree
-    below `count`.
+    """Returns Gauss-Legendre places t and weights, and B with Σ_j B_ij f(t_j) = ∫_{−1}^{t_i} f.
 
-    f = Σ_k c_k P_k with c_k = (2k + 1) / 2 Σ_j weight_j P_k(t_j) f(t_j), and ∫ P_k = (P_{k+1} − P_{k−1}) / (2k + 1).
+    B is exact for polynomials of degree below `count`: f = Σ_k c_k P_k with c_k = (2k + 1) / 2 Σ_j weight_j P_k(t_j)
+    f(t_j), and ∫ P_k = (P_{k+1} − P_{k−1}) / (2k + 1).
     """
     places, rule = np.polynomial.legendre.leggauss(count)
     values = np.polynomial.legendre.legvander(places, count)
