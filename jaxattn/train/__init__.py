@@ -1,6 +1,6 @@
 """Training: data, loss, optimiser, one step for one device or many, checkpoints, and the loop that joins them.
 
-It knows loss functions and pytrees of parameters, not models.
+Training knows loss functions and pytrees of parameters, not models.
 """
 
 from jaxattn.train.checkpoint import Checkpoints, Loaded, Restored, check_config, load

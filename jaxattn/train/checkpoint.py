@@ -1,7 +1,7 @@
 """Checkpoints of a run: its state, its place in the data, its config; written whole or not at all, the last few kept.
 
-A checkpoint is a folder named by its step: the arrays as Orbax writes them (`params` apart from the `rest`), a JSON
-record of the config and the data iterator, and the checksums of all of these files. Orbax writes under a temporary
+A checkpoint is a folder named by its step. It holds the arrays as Orbax writes them (`params` apart from the `rest`), a
+JSON record of the config and the data iterator, and the checksums of all of these files. Orbax writes under a temporary
 name and renames at the end, so a process that dies while saving leaves the earlier checkpoints as they were.
 """
 
@@ -30,14 +30,25 @@ _CHECKSUMS = "checksums.json"
 
 
 class Restored(NamedTuple):
-    """A run as it was after `state.step` steps; `iterator` is the state of its data iterator."""
+    """A run as it was after `state.step` steps.
+
+    Attributes:
+        state: The state of the run.
+        iterator: The state of its data iterator.
+    """
 
     state: State
     iterator: Any
 
 
 class Loaded(NamedTuple):
-    """What is needed to use a trained model: the run's config, its parameters, and after how many steps."""
+    """A trained model, ready for use.
+
+    Attributes:
+        config: The run's config.
+        params: The parameters.
+        step: The number of steps after which they were saved.
+    """
 
     config: dict[str, Any]
     params: Params
@@ -45,10 +56,15 @@ class Loaded(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in `folder`, of which the newest `keep` stay. A context manager: it closes Orbax at its end.
+    """The checkpoints in a folder, of which the newest `keep` stay. A context manager, which closes Orbax at its end.
 
-    With `keep=1` there is nothing to fall back to should the one checkpoint be damaged.
-    Raises `ValueError` for `keep` below 1.
+    Args:
+        folder: The folder.
+        keep: The number of checkpoints that stay, at least 1. With 1 no other checkpoint is left should the one be
+            damaged.
+
+    Raises:
+        ValueError: `keep` is below 1.
     """
 
     def __init__(self, folder: str | Path, keep: int = 3):
@@ -65,18 +81,24 @@ class Checkpoints:
         self._manager.close()
 
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of, in order."""
+        """Returns the steps that have checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def describe_latest(self) -> str:
-        """Words that name the newest checkpoint, for messages."""
+        """Returns words that name the newest checkpoint, for messages."""
         steps = self.steps()
         return f"the last good checkpoint is step {steps[-1]} in {self.folder}" if steps else "there is no checkpoint"
 
     def save(self, state: State, iterator: Any, config: Mapping[str, Any]) -> None:
-        """Write `state`, the JSON-able state of the data `iterator` and the JSON-able `config`; return when it is done.
+        """Writes a checkpoint, and returns when it is done.
 
-        Raises `OSError` (ENOSPC) on a full disk: earlier checkpoints are intact, and the error names the newest.
+        Args:
+            state: The state of the run.
+            iterator: The state of the data iterator, which JSON can hold.
+            config: The config, which JSON can hold.
+
+        Raises:
+            OSError: The disk is full (ENOSPC). Earlier checkpoints are intact, and the error names the newest.
         """
         step = int(state.step)
         arrays = _to_arrays(state)
@@ -103,13 +125,19 @@ class Checkpoints:
         raise OSError(errno.ENOSPC, message)
 
     def restore_latest(self, like: State, config: Mapping[str, Any], free: Sequence[str] = ()) -> Restored | None:
-        """The newest checkpoint that can be read, in the structure and dtypes of `like`; None where there is none.
+        """Returns the newest checkpoint that can be read, or None without checkpoints.
 
-        A damaged checkpoint is passed over with a `UserWarning` that names it and the one used instead, and is moved
-        to the folder `damaged` beside `folder`, so that the run can save that step anew.
-        Raises `ValueError`, and changes nothing, when the checkpoint is of another config (it names each field that
-        differs, but for the dotted names in `free`), when its arrays are not those of `like`, or when no checkpoint
-        can be read.
+        A damaged checkpoint is passed over with a `UserWarning` that names it and the one used instead. It is moved to
+        the folder `damaged` beside `folder`, so that the run can save that step anew.
+
+        Args:
+            like: A state with the structure and dtypes of the result.
+            config: The config that the checkpoint must have.
+            free: Dotted names of fields of the config that may differ.
+
+        Raises:
+            ValueError: The checkpoint has another config (the message names each field that differs), its arrays are
+                not those of `like`, or no checkpoint can be read. Nothing is changed then.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -142,12 +170,17 @@ class Checkpoints:
 
 
 def load(folder: str | Path, like: Callable[[dict[str, Any]], Params]) -> Loaded:
-    """The config, parameters and step of the newest checkpoint that can be read; it changes nothing.
+    """Returns the config, parameters and step of the newest checkpoint that can be read, and changes nothing.
 
-    `folder` is the output folder of a run, or its folder of checkpoints.
-    `like` makes, from the config, a pytree with the structure, shapes and dtypes of the parameters: arrays or
-    `jax.ShapeDtypeStruct`s. The optimiser is not needed. A damaged checkpoint is passed over with a `UserWarning`.
-    Raises `ValueError` when there is no checkpoint, none can be read, or its parameters are not those of `like`.
+    The optimiser is not needed. A damaged checkpoint is passed over with a `UserWarning`.
+
+    Args:
+        folder: The output folder of a run, or its folder of checkpoints.
+        like: A function that makes, from the config, a pytree with the structure, shapes and dtypes of the parameters:
+            arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError: The folder has no checkpoint, none can be read, or its parameters are not those of `like`.
     """
     folder = Path(folder).absolute()
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
@@ -171,9 +204,13 @@ def load(folder: str | Path, like: Callable[[dict[str, Any]], Params]) -> Loaded
 
 
 def check_config(saved: Mapping[str, Any], config: Mapping[str, Any], where: str, free: Sequence[str] = ()) -> None:
-    """Raise `ValueError` naming, with dotted names and both values, the fields in which two configs differ.
+    """Raises ValueError naming, with dotted names and both values, the fields in which two configs differ.
 
-    Fields in `free` may differ. `where` says what `saved` is the config of.
+    Args:
+        saved: The config that was saved.
+        config: The config of now.
+        where: The name of the thing that `saved` is the config of, for the message.
+        free: Fields that may differ.
     """
     old, new = _flat(saved), _flat(json.loads(json.dumps(config)))
     names = [name for name in {**old, **new} if name not in free and old.get(name, "absent") != new.get(name, "absent")]
@@ -183,7 +220,7 @@ def check_config(saved: Mapping[str, Any], config: Mapping[str, Any], where: str
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted name -> JSON text of each value that is not itself a non-empty object or list."""
+    """Maps the dotted name of each value that is not itself a non-empty object or list to its JSON text."""
     if isinstance(config, dict | list) and config:
         items = config.items() if isinstance(config, dict) else enumerate(config)
         return {
@@ -193,7 +230,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, str]:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an error says that no space is left on the disk, also where a library words it its own way."""
+    """Returns whether an error says that no space is left on the disk, also where a library words it its own way."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
@@ -204,7 +241,7 @@ def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Orbax's parallel writes from logging a traceback each, when the first that fails is raised as an error."""
+    """Keeps Orbax's parallel writes from logging a traceback each, when the first that fails is raised as an error."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,7 +1,7 @@
 """Text as bytes: documents, their split, windows cut from their stream, and the iterators over those windows.
 
 A token is a byte, or one of two specials that open and close a document. The stream of a corpus is
-`BOS bytes EOS BOS bytes EOS ...`; a window is a stretch of it, with what a model needs to keep its documents apart.
+`BOS bytes EOS BOS bytes EOS ...`. A window is a stretch of it, with the ids and weights that keep its documents apart.
 A task that is a distribution rather than a text is `Drawn`.
 """
 
@@ -33,22 +33,28 @@ _NOT_LIBRARY = {"__pycache__", "dist-packages", "idlelib", "lib2to3", "site-pack
 
 
 class Document(NamedTuple):
-    """One text: `name`, unique in its corpus, and its UTF-8 `content`."""
+    """One text.
+
+    Attributes:
+        name: Its name, unique in its corpus.
+        content: Its bytes, UTF-8.
+    """
 
     name: str
     content: bytes
 
 
 def encode(text: str | bytes) -> np.ndarray:
-    """The tokens of a text: its UTF-8 bytes as int32 `[T]`, values 0..255, without BOS and EOS."""
+    """Returns the tokens of a text: its UTF-8 bytes as int32 `[T]`, values 0..255, without BOS and EOS."""
     content = text.encode() if isinstance(text, str) else text
     return np.frombuffer(content, np.uint8).astype(np.int32)
 
 
 def decode(tokens: Sequence[int] | np.ndarray) -> str:
-    """The text of tokens `[T]`: specials are dropped, bytes that are not UTF-8 become U+FFFD.
+    """Returns the text of tokens `[T]`: specials are dropped, bytes that are not UTF-8 become U+FFFD.
 
-    Raises `ValueError` for a token outside 0..257.
+    Raises:
+        ValueError: A token is outside 0..257.
     """
     tokens = np.asarray(tokens, np.int64).reshape(-1)
     outside = tokens[(tokens < 0) | (tokens >= VOCABULARY)]
@@ -58,10 +64,12 @@ def decode(tokens: Sequence[int] | np.ndarray) -> str:
 
 
 def read_documents(path: str | Path) -> list[Document]:
-    """The documents of a text file, or of all files in a folder and its subfolders, ordered by name.
+    """Returns the documents of a text file, or of all files in a folder and its subfolders, ordered by name.
 
     A document's name is its path inside the folder. Hidden files and folders, and empty files, are left out.
-    Raises `ValueError` when the path does not exist, nothing is left to read, or a file is not UTF-8 text.
+
+    Raises:
+        ValueError: The path does not exist, nothing is left to read, or a file is not UTF-8 text.
     """
     path = Path(path)
     if not path.exists():
@@ -77,10 +85,13 @@ def read_documents(path: str | Path) -> list[Document]:
 
 
 def standard_library() -> list[Document]:
-    """The default corpus: each `*.py` file of the installed Python standard library, ordered by name.
+    """Returns the default corpus: each `*.py` file of the installed Python standard library, ordered by name.
 
-    Real text, code and prose, that every machine with Python has; it differs between versions of Python. Installed
-    packages, tests and example programs are left out. Raises `ValueError` where Python is installed without sources.
+    The corpus is real text, code and prose, that every machine with Python has. It differs between versions of Python.
+    Installed packages, tests and example programs are left out.
+
+    Raises:
+        ValueError: Python is installed without sources.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(file for file in folder.rglob("*.py") if not _NOT_LIBRARY & set(file.relative_to(folder).parts))
@@ -107,15 +118,23 @@ def _read(file: Path, folder: Path) -> Document:
 def split(
     documents: Sequence[Document], validation_fraction: float, seed: int = 0
 ) -> tuple[list[Document], list[Document]]:
-    """(train, validation): each document goes to validation with probability `validation_fraction`.
+    """Splits documents into (train, validation): each goes to validation with probability `validation_fraction`.
 
-    The draw of a document is u = SHA-256(seed, name) / 2²⁵⁶, validation where u < `validation_fraction`: it depends
-    on nothing else, so adding documents to a corpus moves no other. Documents with the same text share the draw of the
+    The draw of a document is u = SHA-256(seed, name) / 2²⁵⁶, validation where u < `validation_fraction`. It depends on
+    nothing else, so adding documents to a corpus moves no other. Documents with the same text share the draw of the
     first of their names, so that none is on both sides. Both sides keep the order of `documents`.
-    When all draws fall on one side, the text whose draw is nearest to the other side goes there.
-    Documents that all have one text are drawn by their own names, with a `UserWarning` that names them.
-    A single document is cut in two at the line break nearest to its last `validation_fraction` of bytes.
-    Raises `ValueError` for a fraction outside (0, 1), for no documents, or for one document without a line to cut at.
+
+    When all draws fall on one side, the text whose draw is nearest to the other side goes there. Documents that all
+    have one text are drawn by their own names, with a `UserWarning` that names them. A single document is cut in two at
+    the line break nearest to its last `validation_fraction` of bytes.
+
+    Args:
+        documents: The documents, at least one.
+        validation_fraction: Between 0 and 1, both excluded.
+        seed: The seed of the draws.
+
+    Raises:
+        ValueError: The fraction is outside (0, 1), `documents` is empty, or a single document has no line to cut at.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}: need a number between 0 and 1, both excluded")
@@ -163,7 +182,13 @@ class Windows:
     - `documents` int32 ≥ 0: the index of each token's document, for the `Documents` attention mask.
 
     A tail of the stream shorter than a window is left out. `digest` is a hexadecimal SHA-256 of the stream.
-    Raises `ValueError` for a length below 1 and for a corpus without L+1 tokens.
+
+    Args:
+        documents: The documents.
+        length: L, at least 1.
+
+    Raises:
+        ValueError: The length is below 1, or the corpus has fewer than L+1 tokens.
     """
 
     def __init__(self, documents: Sequence[Document], length: int):
@@ -210,14 +235,14 @@ class Windows:
 class Drawn:
     """Batches that are drawn and never repeat: `draw(key, rows)` makes one, a pytree of arrays `[rows, ...]`.
 
-    In training it runs inside the compiled step, so the data never leave the device; it must be a pure function.
+    In training `draw` runs inside the compiled step, so the data never leave the device. It must be a pure function.
 
     Attributes:
         draw: (key, rows) -> batch; for a curriculum (key, rows, step) -> batch.
-        length: Tokens per row, by which speed is measured.
-        digest: Says what is drawn, in any words: a run is resumed only with a source that says the same.
-        curriculum: Whether what is drawn depends on the step, an int32 that may be traced. Validation is at the largest
-            step there is, `LAST`: the end of the curriculum.
+        length: The number of tokens per row, by which speed is measured.
+        digest: A description of the draws, in any words: a run is resumed only with a source that has the same.
+        curriculum: Whether draws depend on the step, an int32 that may be traced. Validation is at the largest step
+            there is, `LAST`: the end of the curriculum.
     """
 
     draw: Callable[..., Any]
@@ -227,11 +252,19 @@ class Drawn:
 
 
 def batches(source: Windows, batch_size: int, seed: int = 0) -> grain.DatasetIterator[Batch]:
-    """An endless iterator over batches: dicts of arrays `[B, L]`, each pass over the windows in a new shuffled order.
+    """Returns an endless iterator over batches, which are dicts of arrays `[B, L]`.
 
-    The order is a function of `seed` alone. `get_state()` of the iterator is a small dict that JSON can hold, and
-    `set_state(...)` continues from there exactly. Batches are made in the calling thread: cutting a window costs
-    microseconds. Raises `ValueError` for a batch size below 1 and a seed that is not from 0 to 2³² − 1.
+    Each pass over the windows has a new shuffled order. The order is a function of `seed` alone. `get_state()` of the
+    iterator is a small dict that JSON can hold, and `set_state(...)` continues from there exactly. Batches are made in
+    the calling thread: cutting a window costs microseconds.
+
+    Args:
+        source: The windows.
+        batch_size: B, at least 1.
+        seed: From 0 to 2³² − 1.
+
+    Raises:
+        ValueError: The batch size is below 1, or the seed is out of range.
     """
     _check_batch_size(batch_size)
     check_seed(seed)
@@ -240,12 +273,18 @@ def batches(source: Windows, batch_size: int, seed: int = 0) -> grain.DatasetIte
 
 
 def ordered_batches(source: Windows | Drawn, batch_size: int, limit: int | None = None) -> Iterator[Any]:
-    """One ordered pass over the windows for validation, in batches `[B, L]` that all have the same shape.
+    """Iterates over one ordered pass of the windows for validation, in batches `[B, L]` that all have the same shape.
 
-    With a `limit`, at most that many batches, of windows spread evenly over the corpus. The last batch is filled up
-    with repeats of its last window whose `weights` are 0: they count for nothing in a weighted sum.
-    Of a `Drawn` source the first `limit` batches of a fixed sequence, the same in every run.
-    Raises `ValueError` for a batch size or a limit below 1, and for a drawn source without a limit.
+    The last batch is filled up with repeats of its last window whose `weights` are 0: they count for nothing in a
+    weighted sum. Of a `Drawn` source the batches are the first `limit` of a fixed sequence, the same in every run.
+
+    Args:
+        source: The windows, or the draws.
+        batch_size: B, at least 1.
+        limit: The largest number of batches, of windows spread evenly over the corpus. None takes all windows.
+
+    Raises:
+        ValueError: The batch size or the limit is below 1, or a drawn source has no limit.
     """
     _check_batch_size(batch_size)
     if limit is not None and limit < 1:
@@ -276,7 +315,7 @@ LAST = 2**31 - 1
 
 @partial(jax.jit, static_argnames=("source", "rows", "seed", "stream"))
 def drawn_batch(source: Drawn, rows: int, seed: int, stream: int, number: Any) -> Any:
-    """Batch `number` of a stream of a seed, which in training is that of step `number`."""
+    """Returns batch `number` of a stream of a seed, which in training is that of step `number`."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), number)
     if not source.curriculum:
         return source.draw(key, rows)
@@ -284,7 +323,7 @@ def drawn_batch(source: Drawn, rows: int, seed: int, stream: int, number: Any) -
 
 
 def check_seed(seed: int) -> None:
-    """Raises unless it is a seed that every generator of random numbers takes."""
+    """Raises unless this is a seed that every generator of random numbers takes."""
     check_int("seed", seed)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: need one from 0 to 2**32 - 1")

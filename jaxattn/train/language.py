@@ -15,16 +15,22 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossFunction]:
-    """The model's parameters, and their next-token loss on packed batches, as `fit` and `make_step` take them.
+    """Returns the model's parameters, and their next-token loss on packed batches, as `fit` and `make_step` take them.
 
     No token sees another document: the batch's document ids are passed to the model as a `Documents` mask. The random
-    streams of the model (dropout) restart at every step from the step's key, so a resumed run draws the same numbers;
-    without a key (in evaluations) there is no dropout.
+    streams of the model (dropout) restart at every step from the step's key, so a resumed run draws the same numbers.
+    Without a key (in evaluations) the model has no dropout.
 
-    Padding is what has a negative document id, and a negative token at and after which nothing in its row counts: the
-    model sees token 0 in document −1 there, so that no padding id (such as −100) reaches the loss or a gradient. Any
-    other token outside the vocabulary is the model's to judge. Raises ValueError for a `z_loss` that is known and below
-    0; the loss raises as `next_token_loss`.
+    A token is padding if its document id is negative. A negative token is padding too where nothing in its row counts
+    from there on. The model sees token 0 in document −1 in its place, so that no padding id (such as −100) reaches the
+    loss or a gradient. Any other token outside the vocabulary is the model's to judge.
+
+    Args:
+        model: The model.
+        z_loss: The factor of the penalty on large logits, at least 0.
+
+    Raises:
+        ValueError: `z_loss` is known and below 0. The loss raises as `next_token_loss`.
     """
     check_range("z_loss", z_loss, lambda x: (x >= 0) & (x < jnp.inf), "from 0 on")
     graph, *states = nnx.split(model, nnx.Param, nnx.RngCount, ...)
@@ -46,6 +52,6 @@ def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossF
 
 
 def with_params(model: M, params: Any) -> M:
-    """The model with these parameters, such as `Result.params` or those of a checkpoint."""
+    """Returns the model with these parameters, such as `Result.params` or those of a checkpoint."""
     graph, *states = nnx.split(model, nnx.Param, ...)
     return nnx.merge(graph, params, states[1])

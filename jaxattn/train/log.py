@@ -1,4 +1,4 @@
-"""What a run says as it goes: its log, JSON lines on disk, and its progress, on a terminal or as plain text."""
+"""The output of a run as it goes: its log, JSON lines on disk, and its progress, on a terminal or as plain text."""
 
 from __future__ import annotations
 

@@ -83,15 +83,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         folder: The output folder.
         params: The parameters after `step` steps.
-        step: Steps done.
+        step: The number of steps done.
         complete: Whether these are all steps of the run; False after an interruption.
         metrics: The latest value of every metric in the log.
-        history: The log, a dict per line: `step`, then what was measured at this step.
+        history: The log, a dict per line: `step`, then the metrics of this step.
     """
 
     folder: Path
@@ -120,24 +120,36 @@ def fit(
     folder: str | Path,
     console: Console | None = None,
 ) -> Result:
-    """Train from `params`, or from the newest checkpoint in `folder`, to the last step.
+    """Trains from `params`, or from the newest checkpoint in `folder`, to the last step.
 
-    A run that is killed and started again ends as it would have without: the same parameters bit for bit where the
-    device computes the same bits twice, and the same log but for speeds. Ctrl-C saves and returns early; a second one
-    stops at once.
-    `run_config`, which JSON can hold, is what a resumed run must share with its checkpoints, beside `config` (but for
-    `FREE_FIELDS`) and the data: put in it whatever makes the model and the optimiser what they are.
+    You can kill a run. The same call continues it, and it ends with the same parameters, bit for bit where the device
+    computes the same bits twice, and the same log but for speeds. Ctrl-C saves and returns early; a second one stops at
+    once.
 
-    `loss_fn(params, batch, key)` is as `make_step` takes it; batches are those of `Windows`, `[B, L]`, or what a
-    `Drawn` source draws. Steps on drawn batches run as one compiled loop from each stop (for the log, an evaluation, a
-    checkpoint) to the next, on one device. A line of the log has the metrics of that one step: `loss`, `grad_norm`, the
-    mean per token of each sum of `loss_fn`, and `tokens_per_second` since the last stop (null where only what compiles
-    was run). `bits_per_byte`, where the sums have `nll` and `bytes`, is there for `Windows` alone, whose tokens are
-    bytes; what is drawn has neither that nor `bytes`. Evaluations add the same with `validation_` before the name.
+    A line of the log has the metrics of one step: `loss`, `grad_norm`, the mean per token of each sum of `loss_fn`, and
+    `tokens_per_second` since the last stop (null where only steps that compile were run). With `Windows`, whose tokens
+    are bytes, it also has `bits_per_byte` where the sums have `nll` and `bytes`. Draws have neither `bits_per_byte` nor
+    `bytes`. Evaluations add the same with `validation_` before the name.
 
-    Raises, before anything is changed, `ValueError` for a config that makes no sense, and for a folder that holds
-    another run or other files. `FloatingPointError` when loss, gradient or parameters are not finite: nothing that is
-    not finite is saved, and the error names the step and the last good checkpoint. `OSError` on a full disk.
+    Args:
+        loss_fn: loss_fn(params, batch, key), as `make_step` takes it.
+        params: The first parameters.
+        optimizer: The optimiser.
+        train_data: `Windows`, whose batches are `[B, L]`, or a `Drawn` source. Steps on drawn batches run as one
+            compiled loop from each stop (for the log, an evaluation, a checkpoint) to the next, on one device.
+        validation_data: The data of evaluations, likewise.
+        config: The config of the training.
+        run_config: The values that a resumed run must share with its checkpoints, beside `config` (but for
+            `FREE_FIELDS`) and the data. JSON can hold them. Put everything in it that determines the model and the
+            optimiser.
+        folder: The output folder.
+        console: The console for progress.
+
+    Raises:
+        ValueError: The config makes no sense, or the folder holds another run or other files. Nothing is changed then.
+        FloatingPointError: Loss, gradient or parameters are not finite. Nothing that is not finite is saved, and the
+            error names the step and the last good checkpoint.
+        OSError: The disk is full.
     """
     console = console or Console()
     folder = Path(folder).absolute()
@@ -215,7 +227,7 @@ def _result(folder: Path, state: State, config: TrainConfig, log: Log) -> Result
 
 
 def _stride(config: TrainConfig, first: int) -> int:
-    """How many steps can run together without passing a stop: all stops, and the last step, are multiples of it."""
+    """Returns how many steps can run together without passing a stop: it divides all stops and the last step."""
     return math.gcd(config.steps, config.log_every, config.eval_every, config.save_every, first)
 
 
@@ -255,7 +267,7 @@ def _record(
 
 
 def _plain(x: Any) -> Any:
-    """A number of NumPy as one of Python, which JSON can hold."""
+    """Returns a number of NumPy as one of Python, which JSON can hold."""
     if isinstance(x, np.generic):
         return x.item()
     raise TypeError(f"Object of type {type(x).__name__} is not JSON serializable")
@@ -284,7 +296,7 @@ def _check(config: TrainConfig, train: Windows | Drawn, validation: Windows | Dr
 
 
 def _claim(folder: Path, record: Mapping[str, Any]) -> None:
-    """Make the folder this run's, unless it holds another run or other files."""
+    """Makes the folder this run's, unless it holds another run or other files."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder {str(folder)!r} is a file: need a new or empty folder")
     file, temporary = folder / "config.json", folder / "config.json.tmp"
@@ -325,7 +337,7 @@ def _evaluate(
 
 
 def _readable(metrics: Mapping[str, Any], data: Windows | Drawn) -> dict[str, float]:
-    """As the log has them; what counts bytes only of data that are text."""
+    """Returns the metrics as the log has them; those that count bytes only for data that are text."""
     values = {name: float(value) for name, value in metrics.items() if name != "weight"}
     if not isinstance(data, Windows):
         return {name: value for name, value in values.items() if name != "bytes"}
@@ -333,7 +345,7 @@ def _readable(metrics: Mapping[str, Any], data: Windows | Drawn) -> dict[str, fl
 
 
 def _finite(pending: Mapping[int, Mapping[str, Any]], checkpoints: Checkpoints) -> Mapping[str, Any]:
-    """The metrics of the last of the pending steps, when loss and gradient of all of them are finite.
+    """Returns the metrics of the last of the pending steps, when loss and gradient of all of them are finite.
 
     Metrics are those of the step they are filed under, or of several steps up to it.
     """
@@ -371,7 +383,7 @@ def _write(log: Log, line: dict[str, Any], checkpoints: Checkpoints) -> None:
 
 @contextmanager
 def _interruptions() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; from then on Ctrl-C does what it did before."""
+    """Yields an event that the first Ctrl-C sets; from then on Ctrl-C does the same as before."""
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield requested

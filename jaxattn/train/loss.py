@@ -16,21 +16,30 @@ Sums = dict[str, jax.Array]
 
 
 def next_token_loss(logits: jax.Array, batch: Mapping[str, Any], z_loss: float = 0.0) -> tuple[jax.Array, Sums]:
-    """(total, sums): the weighted sum over tokens of cross-entropy, in nats, and of a penalty on large logits.
+    """Returns the weighted sum over tokens of cross-entropy, in nats, and of a penalty on large logits:
 
-    total = Σ wₜ · (zₜ − logitsₜ[targetₜ] + z_loss · zₜ²),  zₜ = log Σᵥ exp logitsₜ[v]
+        total = Σ wₜ · (zₜ − logitsₜ[targetₜ] + z_loss · zₜ²),  zₜ = log Σᵥ exp logitsₜ[v]
 
-    in float32 whatever the dtype of `logits` `[..., T, V]`. `batch` holds `targets` (integers from 0 to V − 1) and
-    `weights` (0 where nothing is to be learned, above 0 elsewhere), both `[..., T]`. `sums` are scalars: `nll` (the
-    cross-entropy alone), `weight` = Σ wₜ, `bytes` = Σ wₜ over targets that are bytes, and `correct` = Σ wₜ over targets
-    with the largest logit. The z-loss (PaLM, 2022, uses 1e-4) keeps zₜ near 0; with `z_loss=0` total = `nll`.
+    in float32 whatever the dtype of the logits.
 
     A token of weight 0 is not read: its logits may be NaN and its target any integer (such as −100), and its gradient
     is 0. Where a token counts and its target is outside the vocabulary, total, `nll` and the gradient of its logits are
     NaN. Where a weight is below 0, total, `nll` and `weight` are NaN; weights that are known raise.
 
-    Raises `TypeError` for targets that are not integers. Raises `ValueError` when the leading axes of `logits` are not
-    the shape of `targets` and `weights`, and for a weight or a `z_loss` that is known and below 0.
+    Args:
+        logits: `[..., T, V]`.
+        batch: A mapping with `targets` (integers from 0 to V − 1) and `weights` (0 where nothing is to be learned,
+            above 0 elsewhere), both `[..., T]`.
+        z_loss: The factor of the z-loss, which keeps zₜ near 0 (PaLM, 2022, uses 1e-4). With 0 total = `nll`.
+
+    Returns:
+        A pair (total, sums). `sums` are scalars: `nll` (the cross-entropy alone), `weight` = Σ wₜ, `bytes` = Σ wₜ over
+            targets that are bytes, and `correct` = Σ wₜ over targets with the largest logit.
+
+    Raises:
+        TypeError: Targets are not integers.
+        ValueError: The leading axes of `logits` are not the shape of `targets` and `weights`, or a weight or `z_loss`
+            is known and below 0.
     """
     check_array("logits", logits)
     check_range("z_loss", z_loss, lambda x: (x >= 0) & (x < math.inf), "from 0 on")
@@ -63,10 +72,15 @@ def next_token_loss(logits: jax.Array, batch: Mapping[str, Any], z_loss: float =
 
 
 def bits_per_byte(sums: Mapping[str, Any]) -> float:
-    """nll / (ln 2 · bytes): the bits that coding the text costs for each of its bytes, its document ends included.
+    """Returns nll / (ln 2 · bytes): the bits that coding the text costs per byte, its document ends included.
 
-    Of text whose tokens are bytes, as those of `Windows`: the ids of another vocabulary below 256 are no bytes.
-    Takes sums or their per-token means alike. A uniform guess over the 258 tokens costs log₂ 258 = 8.011 bits for
-    each target. NaN where `sums` counts no bytes.
+    A uniform guess over the 258 tokens costs log₂ 258 = 8.011 bits for each target.
+
+    Args:
+        sums: Sums of `next_token_loss` or their per-token means, of text whose tokens are bytes, as in `Windows`. The
+            ids of another vocabulary below 256 are no bytes.
+
+    Returns:
+        The number, and NaN where `sums` counts no bytes.
     """
     return float(sums["nll"]) / math.log(2) / float(sums["bytes"]) if float(sums["bytes"]) else math.nan

@@ -19,7 +19,7 @@ them."""
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """What the optimiser is made of.
+    """The settings of the optimiser.
 
     Attributes:
         name: The rule: adamw; or muon (orthogonalised momentum) for hidden matrices, with AdamW for all else.
@@ -46,12 +46,14 @@ class OptimizerConfig:
 
 
 def parameter_roles(params: Any) -> Any:
-    """A pytree of strings like `params`: what each parameter is to an optimiser, a `Role`.
+    """Returns a pytree of strings like `params`: the `Role` of each parameter for an optimiser.
 
-    It is the `role` in the metadata of the `nnx.Variable` that holds the array; the modules of `jaxattn` say it for all
-    of theirs. Where nothing is said it is "decayed": for arrays without a variable, as in a dict, and for variables of
-    modules from elsewhere, also their biases and norms. Say it for your own by `nnx.Param(x, role="undecayed")`, or
-    `nnx.Linear(..., bias_metadata={"role": "undecayed"})`, or give `make_optimizer` the roles.
+    The role is the `role` in the metadata of the `nnx.Variable` that holds the array; the modules of `jaxattn` set it
+    for all of theirs. Without one a parameter is "decayed". Such are arrays without a variable, as in a dict, and
+    variables of modules from elsewhere, also their biases and norms.
+
+    `nnx.Param(x, role="undecayed")` or `nnx.Linear(..., bias_metadata={"role": "undecayed"})` set the role of your own
+    parameters. You can also give `make_optimizer` the roles.
     """
 
     def role(node: Any) -> Any:
@@ -62,19 +64,25 @@ def parameter_roles(params: Any) -> Any:
 
 
 def decay_mask(params: Any, roles: Roles = parameter_roles) -> Any:
-    """A pytree of booleans like `params`: whether weight decay takes its share, which is all but "undecayed".
+    """Returns a pytree of booleans like `params`: whether a parameter decays, True for all roles but "undecayed".
 
-    roles: of the parameters; as they say themselves, `parameter_roles`, unless given. Raises ValueError for a role that
-    is none.
+    Args:
+        params: The parameters.
+        roles: Their roles, by default those that they say themselves, `parameter_roles`.
+
+    Raises:
+        ValueError: A role is not a `Role`.
     """
     return jax.tree.map(lambda role: role != "undecayed", _roles(params, roles))
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of step t = 0, 1, ..., with W warm-up steps, peak p and final fraction f.
+    """Returns the learning rate of step t = 0, 1, ..., with W warm-up steps, peak p and final fraction f:
 
-    p · (t+1) / (W+1) for t ≤ W, then p · (f + (1−f) · (1 + cos(π · (t−W) / (steps−W))) / 2): no step is wasted on a
-    rate of 0, the peak is reached at t = W, and p · f at t = steps.
+        p · (t+1) / (W+1)                                              for t ≤ W, then
+        p · (f + (1−f) · (1 + cos(π · (t−W) / (steps−W))) / 2)
+
+    No step is wasted on a rate of 0, the peak is reached at t = W, and p · f at t = steps.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup_steps + 1),
@@ -90,19 +98,24 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """θ ← θ − ηₜ · (direction(clip(gradient)) + weight_decay · θ), with ηₜ and the decayed θ of the functions above.
 
-    `adamw`: Loshchilov and Hutter, 2019. `muon`: Jordan et al., 2024, for parameters whose role is "hidden", with
+    `adamw` is the rule of Loshchilov and Hutter (2019). `muon` is that of Jordan et al. (2024), for parameters whose
+    role is "hidden", with
 
         m ← β m + g,   direction = orthogonalised(g + β m)
 
-    β = `beta1` and no correction of the bias; five steps of Newton-Schulz take the last two axes as the matrix (leading
+    β = `beta1` and no correction of the bias. Five steps of Newton-Schulz take the last two axes as the matrix (leading
     ones are layers). Other than theirs, updates are scaled to a root mean square of 0.2, so that a learning rate fit
     for AdamW fits them too (Liu et al., 2025), and computed in the parameters' own type. AdamW serves all else.
 
-    roles: what each parameter is; as the parameters say themselves, `parameter_roles`, unless given. A dict of arrays
-    says nothing, so all of it is decayed: give e.g. `{"bias": "undecayed", "kernel": "hidden"}` for one.
+    Args:
+        config: The settings.
+        steps: The number of steps of the run.
+        roles: The role of each parameter, by default those that they say themselves, `parameter_roles`. A dict of
+            arrays says nothing, so all of it is decayed: give e.g. `{"bias": "undecayed", "kernel": "hidden"}` for one.
 
-    Raises `ValueError` naming the field of a config that makes no sense, and at `init` for a role that is none, for
-    muon without a hidden matrix, and for a hidden parameter of fewer than two axes.
+    Raises:
+        ValueError: A field of the config makes no sense; the message names it. At `init`, a role is not a `Role`, muon
+            has no hidden matrix, or a hidden parameter has fewer than two axes.
     """
     _check(config, steps)
     if config.name == "adamw":
@@ -129,7 +142,7 @@ def make_optimizer(
 
 
 def _roles(params: Any, roles: Roles) -> Any:
-    """The role of each leaf of the parameters."""
+    """Returns the role of each leaf of the parameters."""
     said = roles(params) if callable(roles) else roles
     for role in jax.tree.leaves(said, is_leaf=lambda role: role is None):
         if role not in get_args(Role):
@@ -142,7 +155,7 @@ def _roles(params: Any, roles: Roles) -> Any:
 
 
 def _hidden(params: Any, roles: Roles) -> Any:
-    """Which parameters Muon serves."""
+    """Returns which parameters Muon serves."""
     hidden = jax.tree.map(lambda role: role == "hidden", _roles(params, roles))
     if not any(jax.tree.leaves(hidden)):
         raise ValueError("name is 'muon' but no parameter is a hidden matrix: need roles that say which are")

@@ -24,7 +24,14 @@ PRNG key in training, and None in evaluation, where nothing is random."""
 
 
 class State(NamedTuple):
-    """What a run carries from step to step: `step` int32 `[]`, parameters, the optimiser's state, and the run's key."""
+    """The state that a run carries from step to step.
+
+    Attributes:
+        step: The number of steps done, int32 `[]`.
+        params: The parameters.
+        opt_state: The optimiser's state.
+        key: The run's random key.
+    """
 
     step: jax.Array
     params: Params
@@ -36,7 +43,10 @@ Step = Callable[[State, Any], tuple[State, Metrics]]
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
-    """The state before step 0. Arrays are copied: steps give a state's memory away, and the caller keeps its own."""
+    """Returns the state before step 0.
+
+    Arrays are copied: steps give a state's memory away, and the caller keeps its own.
+    """
     params, key = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, key))
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
 
@@ -48,22 +58,29 @@ def make_step(
     accumulate: int = 1,
     axis_name: str | None = None,
 ) -> Step:
-    """A pure function step(state, batch) -> (state, metrics) that descends the mean loss over the tokens of a batch.
+    """Makes a pure function step(state, batch) -> (state, metrics) that descends the mean loss over a batch's tokens.
 
     With totals Lᵢ(θ) and weights wᵢ over the micro-batches (and, given an `axis_name`, the devices) i:
 
         loss = Σᵢ Lᵢ / Σᵢ wᵢ,    gradient = Σᵢ ∇Lᵢ / Σᵢ wᵢ,    θ ← θ + optimizer(gradient)
 
-    `batch` is a pytree of arrays `[B, ...]`, of which the step sees its device's part where there is an `axis_name`.
-    `accumulate` cuts it in that many micro-batches that are worked off in turn, for memory. Micro-batch i holds rows
-    i, i+accumulate, ..., which leaves rows where they are when a mesh shards them.
-    The random numbers of a step are those of fold_in(state.key, state.step), folded with the device and the
-    micro-batch where there are several: a run that is resumed draws what an uninterrupted one does.
-    Metrics are float32 scalars: `loss`, `grad_norm` (before clipping), and Σ/Σw for every sum but `weight`, which is
-    the number of tokens itself. A batch whose weights are all 0 has loss and gradient 0.
+    `batch` is a pytree of arrays `[B, ...]`. With an `axis_name` the step sees its device's part of it. The random
+    numbers of a step are those of fold_in(state.key, state.step), folded with the device and the micro-batch where
+    these are several: a resumed run draws the same numbers as an uninterrupted one. Metrics are float32 scalars:
+    `loss`, `grad_norm` (before clipping), and Σ/Σw for every sum but `weight`, which is the number of tokens itself. A
+    batch whose weights are all 0 has loss and gradient 0.
 
-    Raises `ValueError` for `accumulate` below 1, and when tracing a batch that it does not divide; `TypeError`, when
-    tracing, for a loss function that does not return (total, sums).
+    Args:
+        loss_fn: loss_fn(params, batch, key) -> (total, sums), with the weight among the sums.
+        optimizer: The optimiser.
+        accumulate: The number of micro-batches that a batch is cut in, at least 1. They are worked off in turn, for
+            memory. Micro-batch i holds rows i, i+accumulate, ..., which leaves rows where they are when a mesh shards
+            them.
+        axis_name: The name of the axis of devices, or None.
+
+    Raises:
+        ValueError: `accumulate` is below 1 or, when tracing, does not divide the batch.
+        TypeError: When tracing, the loss function does not return (total, sums).
     """
     if accumulate < 1:
         raise ValueError(f"accumulate is {accumulate}: need at least 1 micro-batch")
@@ -106,7 +123,7 @@ def make_step(
 
 
 def _checked(loss_fn: LossFunction, *arguments: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What it returns; raises TypeError unless that is (total, sums) with the weight among the sums."""
+    """Returns the loss function's result; raises TypeError unless it is (total, sums) with a weight among the sums."""
     result = loss_fn(*arguments)
     pair = isinstance(result, tuple) and len(result) == 2
     if not pair or not isinstance(result[1], Mapping) or "weight" not in result[1] or jnp.shape(result[0]):
@@ -117,7 +134,7 @@ def _checked(loss_fn: LossFunction, *arguments: Any) -> tuple[jax.Array, dict[st
 
 
 def repeated(step: Step, count: int, draw: Callable[[jax.Array], Any]) -> Step:
-    """`count` steps as one, each on the batch draw(number) of its number; it is given None for a batch.
+    """Makes `count` steps one, each on the batch draw(number) of its number; it is given None for a batch.
 
     The metrics are those of all steps, with a leading axis [count].
     """
@@ -138,10 +155,11 @@ def _micro_batches(batch: Any, accumulate: int) -> Any:
 
 
 def make_evaluation(loss_fn: LossFunction, *, axis_name: str | None = None) -> Step:
-    """A pure function evaluation(state, batch) -> (state, sums) that leaves the state alone; nothing in it is random.
+    """Makes a pure function evaluation(state, batch) -> (state, sums) that leaves the state alone.
 
-    `sums` are those of `loss_fn`, with the total as `loss`, over the whole batch: over all devices where there is an
-    `axis_name`. It has the form of a step, so that what runs steps on devices runs evaluations too.
+    Nothing in it is random. `sums` are those of `loss_fn`, with the total as `loss`, over the whole batch, and with an
+    `axis_name` over all devices. An evaluation has the form of a step, so that the functions which run steps on devices
+    run evaluations too.
     """
 
     def evaluation(state: State, batch: Any) -> tuple[State, Metrics]:
@@ -153,22 +171,28 @@ def make_evaluation(loss_fn: LossFunction, *, axis_name: str | None = None) -> S
 
 
 def on_one_device(step: Step) -> Step:
-    """The step, compiled for one device. It takes the memory of the state it is given: use the one it returns."""
+    """Compiles the step for one device. It takes the memory of the state it is given: use the one it returns."""
     return jax.jit(step, donate_argnums=0)
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the one axis `data` over all devices, or over those given, as `on_mesh` takes it."""
+    """Returns a mesh with the one axis `data` over all devices, or over those given, as `on_mesh` takes it."""
     devices = jax.devices() if devices is None else devices
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def on_mesh(step: Step, mesh: Mesh) -> Step:
-    """The step, compiled for a mesh with an axis `data`: rows of the batch are spread over that axis, the state is not.
+    """Compiles the step for a mesh with an axis `data`: rows of the batch are spread over that axis, the state is not.
 
-    The step is one without an `axis_name`: the compiler finds the sums over devices that it needs. It takes the memory
-    of the state it is given. Raises `ValueError` for a mesh without the axis, for one whose axis types are not Auto
-    (`jax.make_mesh` makes them explicit), and for a batch that the axis does not divide.
+    The compiled step takes the memory of the state it is given.
+
+    Args:
+        step: A step without an `axis_name`: the compiler finds the sums over devices that it needs.
+        mesh: The mesh.
+
+    Raises:
+        ValueError: The mesh has no such axis, or its axis types are not Auto (`jax.make_mesh` makes them explicit), or
+            the axis does not divide the batch.
     """
     if "data" not in mesh.axis_names:
         raise ValueError(f"mesh has the axes {mesh.axis_names}: need one named 'data', as data_mesh() makes it")
@@ -185,11 +209,18 @@ def on_mesh(step: Step, mesh: Mesh) -> Step:
 
 
 def on_pmap(step: Step, axis_name: str, devices: Sequence[jax.Device] | None = None) -> Step:
-    """The step, run by `jax.pmap` on all devices, or on those given, each with its share of the rows of the batch.
+    """Runs the step by `jax.pmap` on all devices, or on those given, each with its share of the rows of the batch.
 
-    The step is one made with this `axis_name`. Shapes are those of one device, going in and coming out: rows are
-    handed out here, and the state is kept once on each device. It takes the memory of the state it is given.
-    Raises `ValueError` for a batch that the devices do not divide.
+    Shapes are those of one device, going in and coming out: rows are handed out here, and the state is kept once on
+    each device. The step takes the memory of the state it is given.
+
+    Args:
+        step: A step made with this `axis_name`.
+        axis_name: The name of the axis.
+        devices: The devices, by default all.
+
+    Raises:
+        ValueError: The devices do not divide the batch.
     """
     devices = jax.devices() if devices is None else devices
     count, replicated = len(devices), NamedSharding(Mesh(np.array(devices), (axis_name,)), PartitionSpec())

@@ -1,8 +1,8 @@
 """Training on tasks: prompts drawn inside the step, and the loss of the answers to them.
 
-A task is anything with `sample(key, batch) -> prompt` and a `length`, a curriculum anything with `at(step) -> task` and
-the `task` that it ends at; a prompt has questions `x`, answers `y` and `weights`, which say what counts. `jaxattn.icl`
-has them.
+A task is anything with `sample(key, batch) -> prompt` and a `length`. A curriculum is anything with `at(step) -> task`
+and the `task` that it ends at. A prompt has questions `x`, answers `y` and `weights`, which say which answers count.
+`jaxattn.icl` has tasks, curricula and prompts.
 """
 
 import hashlib
@@ -19,10 +19,16 @@ from jaxattn.train.step import LossFunction
 
 
 def drawn(task: Any) -> Drawn:
-    """Fresh prompts of a task, or of a curriculum, as `fit` takes them; validation prompts are of the curriculum's end.
+    """Returns fresh prompts of a task or a curriculum, as `fit` takes them.
 
-    The numbers of the task are part of the digest by which a run is resumed, so it must be a pytree of arrays and
-    numbers, as parts are. Raises TypeError for what is neither a task nor a curriculum, and for any other leaf.
+    Validation prompts are those of the curriculum's end.
+
+    Args:
+        task: A task or a curriculum. Its numbers are part of the digest by which a run is resumed, so it must be a
+            pytree of arrays and numbers, as parts are.
+
+    Raises:
+        TypeError: `task` is neither a task nor a curriculum, or has any other leaf.
     """
     if not hasattr(task, "at") and not hasattr(task, "sample"):
         raise TypeError(f"task is {task!r}: need one with sample(key, batch), or a curriculum with at(step)")
@@ -44,17 +50,21 @@ def prompt_loss(
     loss: Callable[[jax.Array, jax.Array], jax.Array],
     lengths: Sequence[int] | None = None,
 ) -> LossFunction:
-    """Σ weight · loss(ŷ, y) over the answers to a batch of prompts, as `fit` and `make_step` take it.
-
-    answer(params, x [B, N, ...], y [B, N, ...]) -> ŷ [B, N, ...]; with `lengths` only those after so many examples are
-    asked for, ŷ [B, len(lengths), ...]. loss(ŷ, y) -> [B, N], such as `icl.square`.
+    """Makes the loss Σ weight · loss(ŷ, y) over the answers to a batch of prompts, as `fit` and `make_step` take it.
 
     Of an answer of weight 0 neither ŷ nor y is read, so that they may be NaN or a padding id: the loss sees 0 in place
     of both, and its gradient is 0. Where y are integers and ŷ has one axis more, of logits, a y that counts and is
-    outside the vocabulary makes the loss NaN.
+    outside the vocabulary makes the loss NaN. So does a weight below 0 that is traced.
 
-    Raises TypeError for lengths that are no integers, and ValueError for lengths that are negative or, when called, for
-    one of which there is no question in the prompt, and for a known weight below 0; one that is traced makes it NaN.
+    Args:
+        answer: answer(params, x [B, N, ...], y [B, N, ...]) -> ŷ [B, N, ...].
+        loss: loss(ŷ, y) -> [B, N], such as `icl.square`.
+        lengths: Numbers of examples after which alone answers are asked for, ŷ [B, len(lengths), ...].
+
+    Raises:
+        TypeError: Lengths are not integers.
+        ValueError: Lengths are negative or, when called, the prompt has no question after one of them, or a known
+            weight is below 0.
     """
     if lengths is not None:
         for length in lengths:
@@ -82,5 +92,5 @@ def prompt_loss(
 
 
 def _where(counted: jax.Array, x: jax.Array) -> jax.Array:
-    """x [B, N, ...] where it counts, else 0."""
+    """Returns x [B, N, ...] where it counts, else 0."""
     return jnp.where(counted.reshape(*counted.shape, *(1,) * (x.ndim - 2)), x, 0)
