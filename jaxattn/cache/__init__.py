@@ -1,4 +1,7 @@
-"""Stores: what attention remembers of earlier tokens, in C slots. What is kept x what is chosen to be read."""
+"""Stores: the memory that attention has of earlier tokens, in C slots.
+
+A store combines a policy of what is kept with a policy of what is chosen to be read.
+"""
 
 from jaxattn.cache.retain import Everything, HeavyHitters, Recent, Retain
 from jaxattn.cache.select import Quest, Select

@@ -1,4 +1,4 @@
-"""What a store keeps when it is full: one number per slot, of which the largest stay."""
+"""Policies for a full store: one number per slot, and the slots with the largest stay."""
 
 import abc
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ Statistics = dict[str, Slots]
 
 
 class Retain(abc.ABC):
-    """What a part must offer to say which tokens a store keeps.
+    """The base class of policies that say which tokens a store keeps.
 
     Attributes:
-        evicts: Whether it ever gives a slot to another token. Otherwise a store has one slot for each position.
+        evicts: Whether the policy ever gives a slot to another token. Otherwise a store has one slot for each position.
         by_head: Whether key heads keep different tokens.
     """
 
@@ -28,30 +28,30 @@ class Retain(abc.ABC):
 
     @property
     def measures(self) -> Mapping[str, Measure]:
-        """What it wants measured of the attention to the store: measures of one number per key, as `Received`."""
+        """The measures that the policy needs of the attention to the store: one number per key, as `Received`."""
         return {}
 
     @property
     def least(self) -> int | Array:
-        """How many tokens it never evicts: a store needs more slots."""
+        """The number of tokens that the policy never evicts: a store needs more slots."""
         return 0
 
     def start(self, shape: tuple[int, ...]) -> Statistics:
-        """Its statistics of empty slots, each of this shape [B, C, 1 or K]; a slot begins with them anew."""
+        """Returns the statistics of empty slots, each of this shape [B, C, 1 or K]; a slot begins with them anew."""
         return {}
 
     @abc.abstractmethod
     def keep(self, positions: Int[Array, "b c g"], statistics: Statistics, now: Int[Array, "b 1 1"]) -> Slots:
-        """What each slot is worth, when the newest token is at position `now`; of equals the older goes first."""
+        """Returns the worth of each slot when the newest token is at position `now`; of equals the older goes first."""
 
     def observe(self, statistics: Statistics, measured: Mapping[str, Slots]) -> Statistics:
-        """The statistics after the slots were attended to."""
+        """Returns the statistics after the slots were attended to."""
         return statistics
 
 
 @part
 class Everything(Retain):
-    """All tokens stay, in the slot of their position."""
+    """Keeps all tokens, in the slot of their position."""
 
     evicts: ClassVar[bool] = False
 
@@ -61,10 +61,13 @@ class Everything(Retain):
 
 @part
 class Recent(Retain):
-    """The first `sinks` tokens and the most recent ones (StreamingLLM, Xiao et al., 2024); a ring for sinks = 0.
+    """Keeps the first `sinks` tokens and the most recent ones (StreamingLLM, Xiao et al., 2024); a ring for sinks = 0.
 
     Attributes:
-        sinks: Positions below it stay.
+        sinks: Positions below it stay; at least 0.
+
+    Raises:
+        ValueError: `sinks` is known and negative.
     """
 
     sinks: Int[Array, ""] | int = 4
@@ -82,10 +85,18 @@ class Recent(Retain):
 
 @part
 class HeavyHitters(Retain):
-    """The first `sinks` tokens, the last `recent`, and those that got the most attention (H2O, Zhang et al., 2023).
+    """Keeps the first `sinks` tokens, the last `recent`, and those with the most attention (H2O, Zhang et al., 2023).
 
-    What each slot got is Σ over queries of its weight, and over the query heads that read the key head, which evicts by
-    itself. Prompts count as their queries attend; a prompt in pieces may keep other tokens than one read at once.
+    The attention that a slot got is Σ over queries of its weight, and over the query heads that read the key head,
+    which evicts by itself. Prompts count as their queries attend; a prompt in pieces may keep other tokens than one
+    read at once.
+
+    Attributes:
+        sinks: The number of first tokens that stay, at least 0.
+        recent: The number of last tokens that stay, at least 1.
+
+    Raises:
+        ValueError: `sinks` or `recent` is known and below its least value.
     """
 
     sinks: Int[Array, ""] | int = 4

@@ -12,11 +12,11 @@ from jaxattn.core.part import part
 
 
 class Select(abc.ABC):
-    """What a part must offer to choose pages of slots by a summary of their keys.
+    """The base class of policies that choose pages of slots by a summary of their keys.
 
     Attributes:
-        pages: How many are read for each key head; a store of no more pages is read in whole.
-        size: Slots per page.
+        pages: The number of pages that are read for each key head; a store of no more pages is read in whole.
+        size: The number of slots per page.
     """
 
     pages: int
@@ -24,18 +24,28 @@ class Select(abc.ABC):
 
     @abc.abstractmethod
     def summarise(self, key: Float[Array, "b p s k h"], there: Bool[Array, "b p s k"]) -> Any:
-        """A pytree of arrays [B, P, K, ...] that stands for the keys of each page, of those that are there."""
+        """Returns a pytree of arrays [B, P, K, ...] that stands for the keys of each page, leaving out empty slots."""
 
     @abc.abstractmethod
     def score(self, query: Float[Array, "b k g h"], summary: Any) -> Float[Array, "b p k"]:
-        """How much each page is worth to the queries of the G heads that read a key head."""
+        """Returns the worth of each page to the queries of the G heads that read a key head."""
 
 
 @part
 class Quest(Select):
-    """The pages with the largest bound Σ_c max(q_c min_c, q_c max_c) on q·k over their keys (Quest, Tang et al., 2024).
+    """Reads the pages with the largest bound on q·k over their keys (Quest, Tang et al., 2024):
+
+        Σ_c max(q_c min_c, q_c max_c)
 
     The bound of a key head is the largest of its query heads'. The page of the newest token is always read.
+
+    Attributes:
+        pages: The number of pages that are read, at least 1.
+        size: The number of slots per page, at least 1.
+
+    Raises:
+        TypeError: A number is not an int.
+        ValueError: A number is below 1.
     """
 
     pages: int
@@ -57,7 +67,7 @@ class Quest(Select):
 
 
 def chosen(scores: Float[Array, "b p k"], pages: int, positions: Int[Array, "b p s g"]) -> Int[Array, "b n k"]:
-    """The numbers of the pages to read: those of the largest scores, and that of the newest token; empty ones last."""
+    """Returns the pages to read: those of the largest scores, and that of the newest token; empty ones last."""
     newest = positions.max(2)
     worth = jnp.where(newest < 0, -jnp.inf, scores)
     worth = jnp.where(newest == newest.max(1, keepdims=True), jnp.inf, worth)

@@ -1,7 +1,7 @@
-"""The store of attention: keys and values of earlier tokens, and what is kept, chosen and measured of them.
+"""The store of attention: keys and values of earlier tokens, and which of them are kept, chosen and measured.
 
-A store has static shapes, is a pytree, and has no length: which slots hold a token is said by their positions (−1 is
-empty). Three verbs do everything, `append`, `read` and `observe`, in this order for every call of a layer.
+A store has static shapes, is a pytree, and has no length: positions say which slots hold a token (−1 is empty). Every
+call of a layer uses three verbs in this order: `append`, `read` and `observe`.
 """
 
 import dataclasses
@@ -20,7 +20,14 @@ from jaxattn.core.part import part
 
 
 class Held(NamedTuple):
-    """Keys and values that a query attends to, where they stand, [B, S, 1 or K], and in which slots, or None."""
+    """Keys and values that a query attends to.
+
+    Attributes:
+        key: [B, S, K, H].
+        value: [B, S, K, V].
+        positions: [B, S, 1 or K], where they stand.
+        slots: The slots that they are in, or None.
+    """
 
     key: Float[Array, "b s k h"]
     value: Float[Array, "b s k v"]
@@ -37,14 +44,14 @@ class Store:
         value: [B, C, Kv, V].
         positions: [B, C, 1] of the tokens in the slots, or [B, C, K] where key heads keep different ones; −1: empty.
         last: [B], the position of the newest token so far; −1 before any.
-        retain: What is kept when the slots are full.
-        statistics: What `retain` knows of each slot, by name.
-        select: Which pages a single query reads; None for all.
-        summary: What `select` knows of each page.
-        budget: How many slots may be filled, one number or one per key head [K]; None for all C.
-        past: What a convolution before the keys sees of earlier tokens.
+        retain: The policy that says which tokens are kept when the slots are full.
+        statistics: The statistics of `retain` on each slot, by name.
+        select: The policy that says which pages a single query reads; None for all.
+        summary: The summary of each page that `select` uses.
+        budget: The number of slots that may be filled, one number or one per key head [K]; None for all C.
+        past: The earlier tokens that a convolution before the keys sees.
         fresh: Tokens that came together, until they were attended to.
-        span: How many positions it is for, and records of weights cover.
+        span: The number of positions that the store is for, and that records of weights cover.
     """
 
     key: Float[Array, "b c k h"]
@@ -63,12 +70,12 @@ class Store:
     def append(
         self, key: Float[Array, "b t k h"], value: Float[Array, "b t k v"], positions: Int[Array, "b t"]
     ) -> "Store":
-        """With new tokens; those at position −1 are not kept.
+        """Returns the store with new tokens; those at position −1 are not kept.
 
         A single token takes a free slot or that of the token that is worth least. Several stand beside the slots until
-        `observe`, so that all of them and all that is held can be attended to. If nothing is ever evicted, each token
-        takes the slot of its position, and one at a position beyond the capacity none: `unseen` says for which tokens
-        that matters.
+        `observe`, so that queries can attend to all of them and to all that is held. If nothing is ever evicted, each
+        token takes the slot of its position, and a token at a position beyond the capacity takes none: `unseen` says
+        for which tokens that matters.
         """
         positions = positions.astype(jnp.int32)
         key, value = key.astype(self.key.dtype), value.astype(self.value.dtype)
@@ -82,7 +89,7 @@ class Store:
         return new._written(new._free(positions), key, value, positions[..., None])
 
     def _free(self, positions: Int[Array, "b 1"]) -> Int[Array, "b 1 g"]:
-        """The slot for a single token: one that is empty, or that of the least worth; C for padding."""
+        """Returns the slot for a single token: an empty one, or that of the least worth; C for padding."""
         worth, filled = self._worth(self.positions, self.statistics), self.positions >= 0
         if self.budget is not None:
             full = filled.sum(1, keepdims=True) >= self.budget
@@ -92,12 +99,12 @@ class Store:
         return jnp.where(positions[..., None] < 0, self.positions.shape[1], oldest)
 
     def _worth(self, positions: Int[Array, "b c g"], statistics: Any) -> Float[Array, "b c g"]:
-        """What the slots are worth; −inf for empty ones."""
+        """Returns the worth of the slots; −inf for empty ones."""
         worth = self.retain.keep(positions, statistics, self.last[:, None, None])
         return jnp.where(positions < 0, -jnp.inf, worth)
 
     def _written(self, slots: Int[Array, "b t g"], key: Array, value: Array, positions: Int[Array, "b t 1"]) -> "Store":
-        """With tokens in these slots."""
+        """Returns the store with tokens in these slots."""
         at = jnp.arange(len(key))[:, None, None], slots, jnp.arange(slots.shape[-1])
         of_heads: Any = at if slots.shape[-1] > 1 else (at[0][..., 0], slots[..., 0])  # one slot for all heads
         pairs = (self.key, key), (self.value, value)
@@ -112,7 +119,7 @@ class Store:
         return new if self.select is None else new._summarised(slots if slots.shape[1] == 1 else None)
 
     def _summarised(self, slots: Int[Array, "b 1 g"] | None) -> "Store":
-        """With the summary of the page of these slots made anew, or of all pages."""
+        """Returns the store with the summary of the page of these slots made anew, or of all pages."""
         select: Any = self.select
         key, there = (_pages(x, select.size) for x in (self.key, self.positions >= 0))
         there = jnp.broadcast_to(there, key.shape[:-1])
@@ -129,7 +136,10 @@ class Store:
         )
 
     def read(self, query: Float[Array, "b t n h"]) -> Held:
-        """What these queries attend to: all that is held and what is fresh, or of single queries the chosen pages."""
+        """Returns the keys and values that these queries attend to.
+
+        These are all that is held and the fresh tokens, or of single queries the chosen pages.
+        """
         if self.fresh is not None:
             fresh = self.fresh.positions
             fresh = jnp.broadcast_to(fresh, (*fresh.shape[:2], self.positions.shape[-1]))
@@ -146,7 +156,10 @@ class Store:
         return Held(key, value, positions, slots)
 
     def observe(self, measured: Mapping[str, Float[Array, "b s k"]], seen: Held) -> "Store":
-        """After the queries have attended to what `read` gave: statistics are updated, and what does not fit is cut."""
+        """Returns the store after the queries have attended to the result of `read`.
+
+        Statistics are updated, and tokens that do not fit are cut.
+        """
         if self.fresh is None:
             statistics = self.statistics
             if seen.slots is None:
@@ -179,26 +192,26 @@ class Store:
 
 
 def _take(x: Array, slots: Int[Array, "b s g"]) -> Array:
-    """x [B, C, 1 or K, ...] at the slots of each head."""
+    """Returns x [B, C, 1 or K, ...] at the slots of each head."""
     heads = max(x.shape[2], slots.shape[2])
     index = jnp.broadcast_to(slots, (*slots.shape[:2], heads)).reshape(*slots.shape[:2], heads, *(1,) * (x.ndim - 3))
     return jnp.take_along_axis(jnp.broadcast_to(x, (*x.shape[:2], heads, *x.shape[3:])), index, 1)
 
 
 def _pages(x: Array, size: int) -> Array:
-    """x [B, C, ...] in pages, [B, P, size, ...]."""
+    """Cuts x [B, C, ...] in pages, [B, P, size, ...]."""
     return x.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
 @part
 class Policy:
-    """How a store is to keep and choose tokens. Its arrays can change without another program.
+    """How a store keeps and chooses tokens. Its arrays can change without another program.
 
     Attributes:
-        retain: What is kept when the slots are full.
-        slots: Slots C; by default one for each position.
-        select: Which pages a single query reads.
-        budget: How many slots may be filled, one number or one per key head.
+        retain: The policy that says which tokens are kept when the slots are full.
+        slots: C, the number of slots; by default one for each position.
+        select: The policy that says which pages a single query reads.
+        budget: The number of slots that may be filled, one number or one per key head.
     """
 
     retain: Retain = Everything()
@@ -215,10 +228,18 @@ def empty(
     dtype: Any,
     policy: Policy | None = None,
 ) -> Store:
-    """A store without tokens, for positions below `capacity`; the shapes are (heads, head dim).
+    """Makes a store without tokens, for positions below `capacity`.
+
+    Args:
+        batch: B.
+        capacity: The number of positions.
+        key_shape: (heads, head dim) of keys.
+        value_shape: (heads, head dim) of values.
+        dtype: The dtype of keys and values.
+        policy: How the store keeps and chooses tokens.
 
     Raises:
-        ValueError: For sizes below 1, slots that the policy cannot work with, and budgets that do not fit.
+        ValueError: A size is below 1, the policy cannot work with the slots, or a budget does not fit.
     """
     if min(batch, capacity) < 1:
         raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
@@ -264,7 +285,7 @@ def empty(
 def check_room(state: Any, positions: Int[Array, "#b t"]) -> None:
     """Raises ValueError if the state of attention, or one of a tuple of them, has no slot for one of the positions.
 
-    Positions that are traced, stores that evict, and states of other mixers are not looked at.
+    Positions that are traced, stores that evict, and states of other mixers are not checked.
     """
     if isinstance(state, tuple):
         for each in state:
@@ -280,8 +301,11 @@ def check_room(state: Any, positions: Int[Array, "#b t"]) -> None:
 
 
 def unseen(store: Store, positions: Int[Array, "b t"], mask: Mask | None) -> Bool[Array, "b t"]:
-    """Which of these tokens may see one of them for which the store has no slot, itself included: at a position beyond
-    the capacity, if nothing is evicted. Of masks that do not bound what they show, all tokens of the row."""
+    """Returns which of these tokens may see one of them for which the store has no slot, itself included.
+
+    A token has no slot if it is at a position beyond the capacity and nothing is evicted. Under masks without a bound
+    on the keys that they show, all tokens of the row may see it.
+    """
     if store.retain.evicts:
         return jnp.zeros(positions.shape, bool)
     lost = positions >= store.positions.shape[1]
@@ -298,8 +322,10 @@ def unseen(store: Store, positions: Int[Array, "b t"], mask: Mask | None) -> Boo
 def by_position(
     x: Float[Array, "b n t c"], positions: Int[Array, "b c g"], span: int, fill: float
 ) -> Float[Array, "b n t p"]:
-    """What is one number per slot, at the slots' positions instead; `fill` at positions that no slot holds. A row that
-    holds a position beyond the span is NaN."""
+    """Returns an array of one number per slot by the slots' positions instead; `fill` at positions that no slot holds.
+
+    A row that holds a position beyond the span is NaN.
+    """
     places = jnp.repeat(positions, x.shape[1] // positions.shape[-1], -1).swapaxes(1, 2)  # [B, N, C]
 
     def of_head(x: Float[Array, "t c"], positions: Int[Array, " c"]) -> Float[Array, "t p"]:

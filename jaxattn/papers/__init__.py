@@ -1,8 +1,10 @@
-"""The catalogue: papers, what in this library carries them, and what checks it.
+"""The catalogue: papers, the parts of this library that carry them, and the checks of those parts.
 
 Each paper is one file, `data/<name>.toml`, whose keys are the fields of `Paper`. A paper without a file is not covered.
-A file says what is there now: where only a part of a paper is, the note says which. `python -m jaxattn.papers` prints
-docs/papers.md, and with `--summary` the table of the README; `make tables` writes both into their places.
+A file describes the library as it is: where it has only a part of a paper, the note says which.
+
+`python -m jaxattn.papers` prints docs/papers.md, and with `--summary` the table of the README. `make tables` writes
+both into their places.
 """
 
 import difflib
@@ -21,12 +23,12 @@ class Paper(NamedTuple):
 
     Attributes:
         name: Its short name, by which experiments cite it.
-        title: Its title, or what the field calls it and who described it.
-        parts: Dotted names of what carries it.
-        checks: Experiments, by name, and test files that hold it to what it says.
-        note: What the parts are in the paper's terms, in one line.
-        row: Its number in the list of papers that the library sets out to cover; None for what they build on.
-        year: When it appeared; None where that was not confirmed.
+        title: Its title, or the field's name for it and its authors.
+        parts: Dotted names of the objects that carry it.
+        checks: Experiments, by name, and test files that hold those objects to the paper.
+        note: The parts in the paper's terms, in one line.
+        row: Its number in the list of papers that the library sets out to cover; None for works they build on.
+        year: The year when it appeared; None where that was not confirmed.
         arxiv: Its arXiv id; None where it was not confirmed.
         order: Papers without a row stand after those with one, by this number; without it last, by name.
     """
@@ -42,7 +44,7 @@ class Paper(NamedTuple):
     order: int | None = None
 
     def cite(self) -> str:
-        """Title, year and arXiv id, as far as they are known."""
+        """Returns title, year and arXiv id, as far as they are known."""
         known = [str(self.year)] if self.year else []
         known += [f"[{self.arxiv}](https://arxiv.org/abs/{self.arxiv})"] if self.arxiv else []
         return f"{self.title} ({', '.join(known)})" if known else self.title
@@ -53,16 +55,16 @@ KINDS = {key: kind for key, kind in get_type_hints(Paper).items() if key != "nam
 
 @functools.cache
 def catalogue() -> tuple[Paper, ...]:
-    """Every paper, in the order of the page. The files are read at the first call."""
+    """Returns every paper, in the order of the page. The files are read at the first call."""
     return read(importlib.resources.files(__name__) / "data")
 
 
 def read(folder: Traversable) -> tuple[Paper, ...]:
-    """The papers whose files are in a folder: by row, then by order, then by name.
+    """Returns the papers whose files are in a folder: by row, then by order, then by name.
 
     Raises:
-        ValueError: If a file is not TOML, if its name is not made of letters, digits and underscores, or if a key is
-            unknown, missing, or not of its type. The message names the file and the key.
+        ValueError: A file is not TOML, its name is not made of letters, digits and underscores, or a key is unknown,
+            missing, or not of its type. The message names the file and the key.
     """
     papers = [_paper(file) for file in folder.iterdir() if file.name.endswith(".toml")]
     last = math.inf
@@ -103,12 +105,16 @@ def _value(where: str, kind: Any, value: Any) -> Any:
 
 
 def find(name: str) -> Paper | None:
-    """The paper of this short name."""
+    """Returns the paper of this short name."""
     return next((paper for paper in catalogue() if paper.name == name), None)
 
 
 def resolve(name: str) -> Any:
-    """What a dotted name stands for; raises ImportError or AttributeError if it stands for nothing."""
+    """Returns the object that a dotted name stands for.
+
+    Raises:
+        ImportError or AttributeError: The name stands for nothing.
+    """
     package, *rest = name.split(".")
     found: Any = importlib.import_module(package)
     for step, attribute in enumerate(rest):
@@ -119,7 +125,7 @@ def resolve(name: str) -> Any:
 
 
 def table() -> str:
-    """Every paper in Markdown, one a line: number, what it is, what carries it, what checks it, and the note."""
+    """Returns every paper in Markdown, one a line: number, paper, parts, checks, and the note."""
     lines = ["| no. | name | paper | by | checked by | what is there |", "|---|---|---|---|---|---|"]
     for paper in catalogue():
         parts = ", ".join(f"`{part.removeprefix('jaxattn.')}`" for part in paper.parts)
@@ -130,7 +136,7 @@ def table() -> str:
 
 
 def summary() -> str:
-    """The names of all papers in Markdown, by the folder that holds the first of their parts."""
+    """Returns the names of all papers in Markdown, by the folder that holds the first of their parts."""
     by_folder: dict[str, list[str]] = {}
     for paper in catalogue():
         module = importlib.import_module(resolve(paper.parts[0]).__module__)
@@ -142,7 +148,7 @@ def summary() -> str:
 
 
 def page() -> str:
-    """docs/papers.md."""
+    """Returns docs/papers.md."""
     papers = catalogue()
     listed = sum(paper.row is not None for paper in papers)
     return f"""# Papers

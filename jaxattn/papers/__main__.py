@@ -12,7 +12,7 @@ def write(root: Path) -> None:
     """Writes docs/papers.md, and between its two marks the table of README.md, in the repository at `root`.
 
     Raises:
-        ValueError: If README.md does not have the two marks, each once and in order.
+        ValueError: README.md does not have the two marks, each once and in order.
     """
     readme = (root / "README.md").read_text(encoding="utf-8")
     before, begin, rest = readme.partition(BEGIN)

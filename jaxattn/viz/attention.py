@@ -16,11 +16,17 @@ MOST_TICKS = 48  # token labels are legible up to here
 def show_heads(
     weights: Mapping[str, ArrayLike], captions: Mapping[str, ArrayLike] | None = None, tokens: Sequence[str] = ()
 ) -> Figure:
-    """The weights [L, N, T, S] of every head of one or more models: a grid per model, layers down, heads across.
+    """Draws the weights of every head of one or more models: a grid per model, layers down, heads across.
 
-    All panels share one colour scale, the square root of the weight, so that small weights show. `captions` [L, N]
-    are texts below each panel; `tokens` [S] label the axes where they are legible (one model, few tokens).
-    Raises ValueError for weights of another rank.
+    All panels share one colour scale, the square root of the weight, so that small weights show.
+
+    Args:
+        weights: Weights [L, N, T, S] by the name of the model.
+        captions: Texts [L, N] below the panels, by the name of the model.
+        tokens: Labels [S] of the axes where they are legible (one model, few tokens).
+
+    Raises:
+        ValueError: Weights have another rank.
     """
     models = {name: np.asarray(of_model, np.float32) for name, of_model in weights.items()}
     if not models or any(of_model.ndim != 4 for of_model in models.values()):

@@ -14,10 +14,13 @@ from jaxattn.viz.figure import COLOURS, STYLES
 def show_curves(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], train: str | None = None, label: str | None = None
 ) -> Figure:
-    """The histories of runs, one colour each: `train` as a thin line, `validation_` + train as a line with dots.
+    """Draws the histories of runs, one colour each: `train` as a thin line, `validation_` + train as a line with dots.
 
-    A history is a list of dicts with `step` and, in some of them, these metrics (`train.Result.history`). Unless
-    `train` is given it is "bits_per_byte" where every run has that, and else "loss"; `label` is its name.
+    Args:
+        runs: Histories by the name of the run. A history is a list of dicts with `step` and, in some of them, these
+            metrics (`train.Result.history`).
+        train: The metric, by default "bits_per_byte" where every run has it, and else "loss".
+        label: The name of the metric.
     """
     if train is None:
         of_bytes = all(any("bits_per_byte" in line for line in history) for history in runs.values())
@@ -41,9 +44,13 @@ def show_curves(
 def show_risks(
     lengths: Sequence[int], risks: Mapping[str, tuple[Any, Any]], label: str = "risk", log: bool = False
 ) -> Figure:
-    """Risk by the number of examples: a line for each mean, in a band of two standard errors to either side.
+    """Draws risk by the number of examples: a line for each mean, in a band of two standard errors to either side.
 
-    risks: name -> (means, standard errors), each as long as `lengths`: those of `icl.RiskTable.risks`.
+    Args:
+        lengths: Numbers of examples.
+        risks: (means, standard errors) by name, each as long as `lengths`: those of `icl.RiskTable.risks`.
+        label: The name of the risk.
+        log: Whether the risk has a logarithmic axis.
     """
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()

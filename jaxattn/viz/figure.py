@@ -1,4 +1,4 @@
-"""What all pictures share: colours, panels of (query, key) pairs, and how they are written."""
+"""The common parts of all pictures: colours, panels of (query, key) pairs, and writing to files."""
 
 import math
 import os
@@ -18,9 +18,15 @@ MOST_COLUMNS = 4
 
 
 def panels(count: int, ratio: float = 1.0, beside: float = 0.0, columns: int | None = None) -> tuple[Figure, list[Any]]:
-    """A figure of `count` panels for (query, key) pairs, `ratio` = keys / queries: one is large, more are a grid.
+    """Makes a figure of `count` panels for (query, key) pairs: one is large, more are a grid.
 
-    Only the panels at the left and at the bottom name their axes. `beside` is width left over, for a colour bar.
+    Only the panels at the left and at the bottom name their axes.
+
+    Args:
+        count: The number of panels.
+        ratio: keys / queries.
+        beside: Width left over, for a colour bar.
+        columns: The number of columns of the grid.
     """
     columns = min(math.ceil(math.sqrt(count)), MOST_COLUMNS) if columns is None else columns
     rows = -(-count // columns)
@@ -40,7 +46,7 @@ def panels(count: int, ratio: float = 1.0, beside: float = 0.0, columns: int | N
 
 
 def whole_ticks(axes: Any, both: bool = True) -> None:
-    """Positions are whole numbers: no ticks between them, on the x axis or on both."""
+    """Removes ticks between whole numbers, which positions are, on the x axis or on both."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     if both:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))

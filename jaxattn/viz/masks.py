@@ -13,10 +13,19 @@ VISIBLE = ListedColormap(["#f2f2ee", COLOURS[0]])
 
 
 def show_mask(mask: Mask, queries: int, keys: int | None = None, title: str | None = None) -> Figure:
-    """Which keys (columns) each query (row) may see, at positions 0..T−1 and 0..S−1; S = T unless given.
+    """Draws which keys (columns) each query (row) may see, at positions 0..T−1 and 0..S−1.
 
     A mask that differs between heads gets a panel for each; one that differs between batch entries is drawn for the
-    first. Raises ValueError for a size below 1.
+    first.
+
+    Args:
+        mask: The mask.
+        queries: T, at least 1.
+        keys: S, by default T.
+        title: The title.
+
+    Raises:
+        ValueError: A size is below 1.
     """
     keys = queries if keys is None else keys
     if min(queries, keys) < 1:
@@ -40,7 +49,7 @@ def show_mask(mask: Mask, queries: int, keys: int | None = None, title: str | No
 
 
 def _between_cells(axes: Any, queries: int, keys: int) -> None:
-    """White lines between the pairs, where there are few enough to see them."""
+    """Draws white lines between the pairs, where they are few enough to see."""
     if max(queries, keys) <= 64:
         axes.set_xticks(np.arange(-0.5, keys), minor=True)
         axes.set_yticks(np.arange(-0.5, queries), minor=True)

@@ -1,4 +1,4 @@
-"""A picture of what stands in the other slots: biases, maps, normalisers, and rotary embeddings by distance."""
+"""Pictures of the parts in the other slots: biases, maps, normalisers, and rotary embeddings by distance."""
 
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ def show_scores(
     heads: int = 1,
     on: Literal["scores", "weights"] = "scores",
 ) -> Figure:
-    """What a part does to the scores of T = `queries` and S = `keys` positions (S = T unless given).
+    """Draws the effect of a part on the scores of T queries and S keys.
 
     A bias: its values at all pairs, a panel per head where heads differ; blue is more, red is less.
 
@@ -36,11 +36,20 @@ def show_scores(
 
     A normaliser: the weights of T rows of S scores that fall evenly from 2 to −2, times 1/2, 1, 2, ..
 
-    A map: an example of scores (`on="weights"`: of their softmax), what it becomes, and the one against the other,
-    which is a curve where each number is mapped by itself. `heads` is for maps and normalisers with arrays per head;
-    the first is drawn.
+    A map: an example of scores (`on="weights"`: of their softmax), the result of the map, and the one against the
+    other, which is a curve where each number is mapped by itself.
 
-    Raises ValueError for a size below 1, TypeError for masks (see `show_mask`) and what is no part of these kinds.
+    Args:
+        part: The bias, map, normaliser or rotary scaling.
+        queries: T, at least 1.
+        keys: S, by default T.
+        title: The title.
+        heads: The number of heads, for maps and normalisers with arrays per head; the first is drawn.
+        on: Whether a map is applied to scores or to weights.
+
+    Raises:
+        TypeError: The part is a mask (see `show_mask`) or is of none of these kinds.
+        ValueError: A size is below 1.
     """
     keys = queries if keys is None else keys
     if min(queries, keys, heads) < 1:
