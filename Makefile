@@ -3,14 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
 BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test check format docs tables figures clean
+.PHONY: demo test test-all check format docs tables figures clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo
 
+# The laws, once for every mechanism, and the examples of the docs: some minutes.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+# Every test: also those that are marked as slow, which pyproject.toml describes.
+test-all: $(VENV)/installed
+	$(PYTEST) $(TESTS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
