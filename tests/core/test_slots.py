@@ -1,26 +1,15 @@
-"""Every slot of attend: each implementation that serves it is the oracle of slots.py, and so is every gradient."""
+"""Every slot of attend: each implementation that serves it is the oracle of slots.py, and gradients have its slopes."""
 
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from slots import SLOTS, Slot, answer, draw, gradients, places
+from slots import DIRECTIONS, SLOTS, Slot, answer, directions, draw, places, slopes
 
 from jaxattn import attend
-
-
-@cache
-def reference(name: str, scattered: bool, narrow: bool) -> tuple[dict, dict]:
-    """(arrays, results and gradients) of the oracle; `narrow`: of arrays rounded to bfloat16."""
-    where = places(scattered)
-    arrays = draw(SLOTS[name], where)
-    if narrow:
-        arrays |= {x: arrays[x].astype(ml_dtypes.bfloat16).astype(np.float64) for x in ("query", "key", "value")}
-    out, lse = answer(SLOTS[name], where, arrays)
-    return arrays, {"out": out, "lse": lse} | gradients(SLOTS[name], where, arrays)
 
 
 @partial(jax.jit, static_argnames=("name", "scattered", "implementations"))
@@ -62,35 +51,56 @@ def assert_is(actual, expected, bound):
         np.testing.assert_allclose(np.asarray(actual[name], np.float64), exact, rtol=0, atol=bound * size, err_msg=name)
 
 
-@pytest.mark.parametrize("scattered", [False, True], ids=["in order", "scattered"])
+def in_float64(name: str, scattered: bool, arrays: dict) -> dict[str, dict]:
+    with jax.enable_x64(True):
+        return evaluate(arrays, name=name, scattered=scattered, implementations=serving(SLOTS[name]))
+
+
+IN_ORDER = pytest.param(False, id="in order", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("scattered", [IN_ORDER, pytest.param(True, id="scattered")])
 @pytest.mark.parametrize("name", SLOTS)
 def test_every_implementation_of_every_slot_is_the_oracle(name, scattered):
-    """In float64; gradients to the error of the oracle's differences, where third derivatives stay below 10⁴."""
-    arrays, expected = reference(name, scattered, False)
-    with jax.enable_x64(True):
-        found = evaluate(arrays, name=name, scattered=scattered, implementations=serving(SLOTS[name]))
-    for results in found.values():
+    """In float64; gradients to the error of the oracle's differences."""
+    slot, where = SLOTS[name], places(scattered)
+    arrays = draw(slot, where)
+    out, lse = answer(slot, where, arrays)
+    expected = slopes(slot, where, arrays)
+    for results in in_float64(name, scattered, arrays).values():
         assert {x.dtype for x in results.values()} == {np.dtype(np.float64)}
-        assert_is({x: results[x] for x in ("out", "lse")}, {x: expected[x] for x in ("out", "lse")}, 1e-13)
-        assert_is(results, expected, 1e-8)
-    assert (expected["out"] == 0).all(-1).any(), "some rows see nothing"
-    for x in SLOTS[name].arrays:
-        assert np.abs(expected[x]).max() > 1e-3, f"{x} has a gradient"
+        assert_is(results, {"out": out, "lse": lse}, 1e-13)
+        for x, along in expected.items():
+            gradient = np.asarray(results[x])
+            found = (directions(arrays, x) * gradient).reshape(DIRECTIONS, -1).sum(-1)
+            np.testing.assert_allclose(found, along, rtol=0, atol=1e-8 * max(1, np.abs(gradient).max()), err_msg=x)
+            if x in slot.arrays:
+                assert np.abs(gradient).max() > 1e-3, f"{x} has a gradient"
+    assert (out == 0).all(-1).any(), "some rows see nothing"
 
 
 # A sum here has at most T·S·N summands near 1 in size, of both signs: √ of that in epsilons, and 10 for exp and tanh.
 FLOAT32 = 10 * np.sqrt(9 * 11 * 4) * np.finfo(np.float32).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SLOTS)
 def test_float32_and_bfloat16_round_the_oracle(name):
-    """By the implementation that `auto` takes for long calls. bfloat16 rounds inputs, values read and results."""
-    implementation = (serving(SLOTS[name])[-1],)
+    """By the implementation that `auto` takes for long calls. bfloat16 rounds inputs, values read and results.
+
+    Gradients are held to those of dense in float64.
+    """
+    slot, where = SLOTS[name], places(False)
+    implementation = (serving(slot)[-1],)
     for dtype, bound in (
         (np.float32, FLOAT32),
         (ml_dtypes.bfloat16, 4 * float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)),
     ):
-        arrays, expected = reference(name, False, dtype == ml_dtypes.bfloat16)
+        arrays = draw(slot, where)
+        if dtype == ml_dtypes.bfloat16:
+            arrays |= {x: arrays[x].astype(dtype).astype(np.float64) for x in ("query", "key", "value")}
+        out, lse = answer(slot, where, arrays)
+        expected = in_float64(name, False, arrays)["dense"] | {"out": out, "lse": lse}
         own = {x: array.astype(dtype if x in ("query", "key", "value") else np.float32) for x, array in arrays.items()}
         (results,) = evaluate(own, name=name, scattered=False, implementations=implementation).values()
         assert {results[x].dtype for x in ("out", "query", "key", "value")} == {np.dtype(dtype)}
