@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import oracle
+import pytest
 
 from jaxattn import (
     Alibi,
@@ -40,6 +41,14 @@ from jaxattn import (
 from jaxattn.core.attend.mask import places_in_documents
 
 IMPLEMENTATIONS = ("dense", "rows", "tiled")
+
+
+def by_implementation(*often: str, of: tuple[str, ...] = IMPLEMENTATIONS):
+    """A law in every implementation. Since they agree, which is a law of its own, some among the slow tests."""
+    slow = {name: () if name in often else pytest.mark.slow for name in of}
+    return pytest.mark.parametrize("implementation", [pytest.param(name, marks=slow[name]) for name in of])
+
+
 FACTOR = 20  # epsilons of the accumulator, times the oracle's magnitude
 
 

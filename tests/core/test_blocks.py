@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import ACTIVE, IMPLEMENTATIONS, MASKS, VISITS, Counted, assert_close
+from cases import ACTIVE, IMPLEMENTATIONS, MASKS, VISITS, Counted, assert_close, by_implementation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import any_and_all, in_tiles
@@ -95,7 +95,7 @@ def test_moba_by_hand():
     np.testing.assert_array_equal(shown, [[c == "1" for c in row] for row in expected])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("dense")
 def test_moba_of_all_blocks_is_causal_and_of_one_block_is_local(implementation):
     query, key, value = a_call()
     options = {"implementation": implementation, "block": 4}
@@ -104,7 +104,7 @@ def test_moba_of_all_blocks_is_causal_and_of_one_block_is_local(implementation):
         assert_close(moba(query, key, value, k, **options), expected, 8 * np.abs(value).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("dense")
 def test_moba_does_not_look_ahead(implementation):
     query, key, value = a_call()
     others = tuple(normal(*x.shape, seed=9 + i) for i, x in enumerate((query, key, value)))
@@ -226,7 +226,7 @@ def test_the_blocks_at_given_positions_are_those_with_a_visible_pair():
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("dense")
 @pytest.mark.parametrize("name", ["an offset", "permuted", "a cache"])
 def test_an_index_over_slots_means_the_slots_at_any_positions(name, implementation):
     """`Blocks.at` shows slot i of the queries slot j of the keys iff their blocks are active, wherever they stand."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import IMPLEMENTATIONS, assert_close, evaluate
+from cases import assert_close, by_implementation, evaluate
 
 from jaxattn import Alibi, Causal, Dot, Dropout, Softmax, attend
 
@@ -75,7 +75,7 @@ def test_every_implementation_and_block_drops_the_same_weights(block):
     assert np.mean(dense[0][0] != plain[0][0]) > 0.9
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("dense")
 def test_rate_zero_is_the_identity(implementation):
     options = {"implementation": implementation, "block": 8}
     plain = evaluate(*CALL, PLACES, COTANGENTS, **options)

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import BATCH_IDS, BY_HEAD, IMPLEMENTATIONS, MASKS, NEIGHBOURS, PARENTS, assert_close, evaluate
+from cases import (
+    BATCH_IDS,
+    BY_HEAD,
+    IMPLEMENTATIONS,
+    MASKS,
+    NEIGHBOURS,
+    PARENTS,
+    assert_close,
+    by_implementation,
+    evaluate,
+)
 from test_schedule import any_and_all, in_tiles
 
 from jaxattn import (
@@ -63,7 +73,7 @@ COTANGENTS = normal(2, LENGTH, 4, 3, seed=20), normal(2, LENGTH, 4, seed=21)
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "streaming", "strided"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("tiled")
 def test_the_future_does_not_change_the_past(name, implementation):
     query, key, value = a_call()
     other = a_call(seed=30)
@@ -87,7 +97,7 @@ TABLE = Bias(normal(4, 20, 20, seed=10))
 
 
 @pytest.mark.parametrize("name", ["streaming", "explicit by batch"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("tiled")
 def test_order_is_only_in_the_positions(name, implementation):
     """Permuting keys with their positions changes nothing; permuting queries with theirs permutes the rows."""
     parts, (query, key, value) = (Dot(), TABLE, Softmax()), a_call()
@@ -111,7 +121,7 @@ def test_order_is_only_in_the_positions(name, implementation):
 
 
 @pytest.mark.parametrize("normalize", [Softmax(normal(4, seed=9)), Sigmoid()], ids=["softmax", "sigmoid"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("tiled")
 def test_what_empty_slots_hold_is_ignored(normalize, implementation):
     arrays = a_call()
     places = np.arange(LENGTH, dtype=np.int32), np.arange(LENGTH, dtype=np.int32)
@@ -419,7 +429,7 @@ def test_ancestors_of_random_trees_are_found_by_walking_up(nodes):
     np.testing.assert_array_equal(Ancestors(jnp.asarray(parents)).to_array(nodes)[:, 0], expected)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("dense")
 def test_every_path_of_a_tree_alone_gives_the_same_outputs(implementation):
     """What verifying a tree of drafts in one call relies on."""
     parents = PARENTS[0]
@@ -431,7 +441,7 @@ def test_every_path_of_a_tree_alone_gives_the_same_outputs(implementation):
         assert_close(out[path], alone, 8 * np.abs(value).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("dense")
 def test_a_mask_per_head_is_a_loop_over_heads(implementation):
     query, key, value = a_call()
     masks = (Window(1), Window(6), ~Causal(), PerHead((Causal(), Causal(), Causal(), Sinks(3))))
@@ -446,7 +456,7 @@ def test_a_mask_per_head_is_a_loop_over_heads(implementation):
 Q, K = normal(2, 5, 4, 8, seed=30), normal(2, 6, 2, 8, seed=31)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("dense")
 @pytest.mark.parametrize(
     "shape", [(2, 1, 1, 6), (2, 1, 5, 1), (1, 4, 1, 6), (2, 4, 5, 1), (1, 1, 1), (5, 6), (1, 6), (5, 1), (6,)], ids=str
 )

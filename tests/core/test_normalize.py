@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import IMPLEMENTATIONS, assert_close, epsilon
+from cases import assert_close, by_implementation, epsilon
 
 from jaxattn import Alibi, Bias, Causal, Dot, Elu1, Explicit, Lengths, Sigmoid, Softmax, Window, attend
 
 T, S, HEADS, WIDTH = 5, 9, 4, 4
-IMPLEMENTATION = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+IMPLEMENTATION = by_implementation("dense")
 
 
 def normal(*shape, seed=0):

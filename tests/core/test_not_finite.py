@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import IMPLEMENTATIONS, by_implementation
 
 import jaxattn as ja
 from jaxattn import attend
@@ -45,7 +46,7 @@ def spoiled(x, where, fill):
     return jnp.where(where[..., None, None], fill, x)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "rows", "tiled"])
+@by_implementation("dense", "tiled")
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_not_finite_reaches_only_the_rows_that_see_it(case, implementation):
     mask, where, used = CASES[case]
@@ -96,7 +97,7 @@ def test_what_is_not_finite_reaches_only_the_rows_that_see_it(case, implementati
                 np.testing.assert_allclose(d2[used], d[used], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "rows", "tiled"])
+@by_implementation("dense", "tiled")
 def test_rows_that_see_it_are_nan(implementation):
     """Also where it is the value alone, or one head of the key, or there is no mask."""
     query, key, value = drawn((2, 2))
@@ -134,7 +135,7 @@ SINGLE = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["dense", "rows", "tiled", "auto"])
+@by_implementation("dense", "tiled", of=(*IMPLEMENTATIONS, "auto"))
 @pytest.mark.parametrize("case", SINGLE)
 def test_what_is_hidden_from_a_single_query_may_hold_anything(case, implementation):
     """Every key that no head sees, or of another head: outputs, lse and gradients are those of zeros in its place."""
@@ -165,7 +166,7 @@ def test_what_is_hidden_from_a_single_query_may_hold_anything(case, implementati
             np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "rows", "tiled"])
+@by_implementation("dense", "tiled")
 @pytest.mark.parametrize("heads", [(1, 4), (4, 1), (2, 4), (2, 1)], ids=str)
 def test_one_head_does_not_reach_the_others(heads, implementation):
     """Of more value heads than key heads, and of fewer: only heads that read it become NaN, the others stay."""
@@ -182,7 +183,7 @@ def test_one_head_does_not_reach_the_others(heads, implementation):
         np.testing.assert_allclose(out[~reached], expected[~reached], atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "rows", "tiled"])
+@by_implementation("dense", "tiled")
 def test_a_single_query_whose_heads_see_different_keys(implementation):
     query, key, value = drawn((1, 1))
     shown = np.ones((N, 1, T), bool)
@@ -193,7 +194,7 @@ def test_a_single_query_whose_heads_see_different_keys(implementation):
     assert np.isnan(out[:, :, 2:]).all()
 
 
-@pytest.mark.parametrize("implementation", ["dense", "rows", "tiled"])
+@by_implementation("dense", "tiled")
 def test_without_a_mask_an_empty_query_sees_nothing_and_an_unused_row_has_no_gradient(implementation):
     query, key, value = drawn((2, 2))
     places = jnp.where(jnp.arange(T) == 3, -1, jnp.arange(T))

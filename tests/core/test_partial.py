@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import IMPLEMENTATIONS, MASKS, assert_close
+from cases import MASKS, assert_close, by_implementation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -67,7 +67,7 @@ VISIBLE = oracle.pairs(PREDICATE, np.arange(T), np.arange(S), (2,), HEADS)
 EXPECTED = oracle.attention(QUERY, KEY, VALUE, VISIBLE, D_OUT, D_LSE, null_logit=NULL)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("dense")
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     owner=st.lists(st.integers(0, PARTS - 1), min_size=S, max_size=S),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import BATCH_IDS, IDS, IMPLEMENTATIONS, LENGTHS, MASKS, VISITS, Counted, evaluate
+from cases import BATCH_IDS, IDS, LENGTHS, MASKS, VISITS, Counted, by_implementation, evaluate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -219,7 +219,7 @@ def test_skipped_tiles_are_not_read(name):
 
 
 @pytest.mark.parametrize("name", ["documents", "streaming"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@by_implementation("tiled")
 def test_documents_never_leak(name, implementation):
     """Changing one document changes its own outputs and gradients and, bit for bit, nobody else's."""
     arrays = normal(1, 16, 4, 4, seed=1), normal(1, 16, 2, 4, seed=2), normal(1, 16, 2, 4, seed=3)

@@ -8,6 +8,14 @@ from experiments import report
 from experiments.__main__ import main
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Quick runs take long."""
+    for item in items:
+        if "quick_run" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory):
     """name -> (the folder of seed 0, its result as it is kept) of `python -m experiments run NAME --quick`."""

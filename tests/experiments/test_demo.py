@@ -12,6 +12,7 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "LAYERS", 2)
 
 
+@pytest.mark.slow
 def test_the_demo_trains_compares_and_draws(small, tmp_path, capsys):
     bits = demo.main(tmp_path, steps=2)
     shown = capsys.readouterr().out

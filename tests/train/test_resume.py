@@ -31,6 +31,7 @@ def assert_same(result, uninterrupted):
     assert log_of(result) == log_of(uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "left_behind", "resumed_after"),
     [
