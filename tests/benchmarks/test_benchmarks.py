@@ -21,6 +21,7 @@ TRAIN, DECODE = Setting(1, 64, 64, "float32", True), Setting(2, 1, 64, "float32"
 WITHOUT_FLEX = {name: make for name, make in CONTENDERS.items() if name not in ("torch flex", "torch fla")}
 
 
+@pytest.mark.slow
 def test_a_run_measures_every_case_and_is_reported(tmp_path):
     rows, floors, notes = run(list(CASES), [TRAIN, DECODE], 0.0, False, contenders=WITHOUT_FLEX)
     assert {(row.case, row.setting) for row in rows.rows if row.contender == "jaxattn"} == {
@@ -58,6 +59,7 @@ def test_contenders_agree(case, setting):
             np.testing.assert_allclose(ours, theirs, atol=40 * np.finfo(np.float32).eps * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_forms_of_recurrences_stand_in_one_table(tmp_path):
     """With causal attention, which keeps all keys; one token is a step whatever came before, and refuses a chunk."""
     settings = [TRAIN, DECODE, Setting(2, 1, 4096, "float32", False)]

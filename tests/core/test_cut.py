@@ -196,6 +196,7 @@ def test_schedules_of_heads_by_hand():
     assert index.count.tolist() == [[4, 4, 4, 4], [1, 3, 3, 3]]
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     heads=st.sampled_from([(4, 4, 4), (4, 2, 1), (6, 2, 3), (4, 1, 2)]),
@@ -222,10 +223,11 @@ def test_pieces_have_the_values_and_gradients_of_the_whole(heads, seed, entries,
     try:
         call = a_call(arrays, Slots(mask=mask & ja.Causal(), **learned))
         assert apart_of(call, (4, 4))[0][0] == (B if entries else 1)
-        pieces = jax.value_and_grad(lambda *x: loss(lambda call: tiled(call, (4, 4)), *x), (0, 1))(arrays, learned)
+        by_tiles = jax.jit(jax.value_and_grad(lambda *x: loss(lambda call: tiled(call, (4, 4)), *x), (0, 1)))
+        pieces = by_tiles(arrays, learned)
     finally:
         jax.device_count = devices
-    whole = jax.value_and_grad(lambda *x: loss(dense, *x), (0, 1))(arrays, learned)
+    whole = jax.jit(jax.value_and_grad(lambda *x: loss(dense, *x), (0, 1)))(arrays, learned)
     for x, y in zip(*map(jax.tree.leaves, (pieces, whole)), strict=True):  # sums of at most B·N·T·S terms near 1
         np.testing.assert_allclose(x, y, rtol=0, atol=10 * np.sqrt(B * count * 143) * 1.2e-7 * max(1, np.abs(y).max()))
 
@@ -245,6 +247,7 @@ def test_tiles_fit_the_blocks_of_a_mask():
     assert blocks_for(999, 1, (1, 256), alone=True)[1:] == BLOCKS["cpu"][-1:]
 
 
+@pytest.mark.slow
 def test_pieces_stand_under_vmap_shard_map_and_checkpoint():
     """Heads with other masks and other blocks, a bias by head and a linear measure: values and gradients of dense."""
     rng = np.random.default_rng(0)

@@ -33,6 +33,14 @@ from jaxattn.core.linear.decay import MILD, ChannelDecay, MildDecay, decay_matri
 
 T, N, K, V = 37, 2, 4, 3  # two spans of chunks of 4, the last incomplete
 FORMS = ("step", "parallel", "chunk", "associative")
+
+
+def by_form(*often):
+    """A law in every form. Since they agree, which is a law of its own, some among the slow tests."""
+    slow = {form: () if form in often else pytest.mark.slow for form in FORMS}
+    return pytest.mark.parametrize("form", [pytest.param(form, marks=slow[form]) for form in FORMS])
+
+
 SEGMENTS = np.repeat([0, 2, 3], [7, 16, 14])
 rng = np.random.default_rng(0)
 
@@ -242,7 +250,7 @@ def test_batches_are_their_entries_and_vmap_is_a_batch():
         assert_close((out[index], state.memory[index]), (run(**each)[0], run(**each)[1].memory), 1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@by_form("chunk")
 @pytest.mark.parametrize("name", ["nothing", "per token", "per channel", "delta", "erase per channel"])
 def test_shard_map_over_the_batch(name, form):
     """Each device has one batch entry; nothing is said of how the memory that both start from varies."""
@@ -550,7 +558,7 @@ def test_forms_agree_for_grouped_heads_of_every_kind(heads, size, batch, decay, 
         assert_close(found, expected, 50 * length * np.finfo(np.float32).eps)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@by_form("step", "chunk")
 @pytest.mark.parametrize("name", ["per token", "before the write", "delta per channel", "erase per token", "grouped"])
 def test_what_is_not_finite_reaches_only_later_tokens_of_its_document(name, form):
     """Token 3 holds it, of three documents: tokens before it, other documents and all of their gradients stay."""
@@ -593,7 +601,7 @@ def test_what_is_not_finite_reaches_only_later_tokens_of_its_document(name, form
                 np.testing.assert_allclose(d[rows], expected[rows], atol=1e-4)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@by_form("chunk")
 @pytest.mark.parametrize("name", CASES)
 def test_a_query_whose_output_is_not_used_may_hold_anything(name, form):
     """Also where nothing is packed: its own output is NaN, and no gradient or state is."""

@@ -60,6 +60,9 @@ SPECS = {
     "ttt": models.Spec(nn.TTT, heads=N, inner_batch=4),
     "deep ttt": models.Spec(nn.TTT, heads=N, deep=True, inner_batch=4),
 }
+# One of each kind of memory. Laws that others keep by the same code are among the slow tests for them.
+FIRST = ("taylor", "gla", "gated deltanet", "rwkv7", "latte macchiato", "s6", "convolution", "titans", "ttt")
+OF_A_KIND = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in SPECS]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -86,7 +89,7 @@ def test_decoding_is_the_whole_pass_at_a_state_of_fixed_size(name):
     jax.tree.map(np.testing.assert_array_equal, idle, state)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", OF_A_KIND)
 def test_packed_documents_are_separate_runs_and_the_future_is_not_seen(name):
     mixer = build(SPECS[name])
     ids = jnp.array([[3] * 4 + [5] * 7, [0] * 11])
@@ -127,7 +130,7 @@ def test_sizes_of_nothing_are_refused(spec, message):
         nn.as_mixer(spec, features=D, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", OF_A_KIND)
 def test_padding_is_not_there_wherever_it_stands(name):
     """In front, in gaps, and in packed documents; what it holds does not matter."""
     mixer = build(SPECS[name])
