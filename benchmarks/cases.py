@@ -8,22 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn import (
-    Alibi,
-    BlockIndex,
-    Blocks,
-    Causal,
-    Delta,
-    Documents,
-    Erase,
-    Mass,
-    Neural,
-    PerHead,
-    RelativeBias,
-    SoftCap,
-    Window,
-)
+from jaxattn import Alibi, BlockIndex, Blocks, Causal, Documents, Mass, PerHead, RelativeBias, SoftCap, Window
+from jaxattn.core.attend import Neural
 from jaxattn.core.attend.mask import visible
+from jaxattn.core.linear import Delta, Erase
 
 HEADS, HEAD_DIM = 8, 64
 WINDOW, DOCUMENT, HIDDEN = 256, 512, 16

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from benchmarks.cases import CASES, HEAD_DIM, HEADS, RECURRENCES, WINDOW, Setting, arrays, options, positions, tokens
 from benchmarks.measure import DENSE_LENGTH, Prepared, RefusedError, compile_call
 from benchmarks.torch_peers import torch_fla, torch_flex, torch_sdpa
-from jaxattn import LinearState, Tile, attend, linear_attention, linear_step
+from jaxattn import Tile, attend, linear_attention
+from jaxattn.core.linear import LinearState, linear_step
 
 
 def _compile(forward: Callable, case: str, setting: Setting) -> Prepared:

@@ -8,7 +8,8 @@ import numpy as np
 
 from experiments import decoders
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_multiple, check_names, within
-from jaxattn import Elu1Features, icl, models, nn
+from jaxattn import icl, models, nn
+from jaxattn.core.linear import Elu1Features
 from jaxattn.icl import FunctionTask, Planted, Signs, Teaching
 from jaxattn.train import OptimizerConfig
 

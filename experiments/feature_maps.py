@@ -11,7 +11,7 @@ import optax
 from rich.progress import track
 
 from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, outside, within
-from jaxattn import (
+from jaxattn.core.linear import (
     Elu1Features,
     Features,
     HedgehogFeatures,

@@ -1,7 +1,7 @@
-"""The gallery, docs/gallery.md: a picture of every mask, bias, normaliser, map and rotary scaling that jaxattn exports.
+"""The gallery, docs/gallery.md: a picture of every mask, bias, normaliser, map and rotary scaling that there is.
 
-`python -m experiments.gallery` draws it anew. Each entry is a line of Python, evaluated with the names of `jaxattn` and
-of `EXAMPLES`; what it does is the first paragraph of its part's docstring.
+`python -m experiments.gallery` draws it anew. Each entry is a line of Python, evaluated with the names of
+`jaxattn.core.attend` and of `EXAMPLES`; what it does is the first paragraph of its part's docstring.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-import jaxattn
+import jaxattn.core.attend
 from jaxattn import viz
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -107,7 +107,7 @@ FAMILIES = (
             "ReluSquared()",
             "Elu1()",
             "Elu1(normalized=True)",
-            "Linear()",
+            "LinearWeights()",
             "OneHotSample(key)",
             "Gumbel(key, temperature=0.5)",
         ),
@@ -147,7 +147,7 @@ FAMILIES = (
 
 
 def make(line: str) -> Any:
-    return eval(line, vars(jaxattn) | EXAMPLES | {"jnp": jnp})
+    return eval(line, vars(jaxattn.core.attend) | EXAMPLES | {"jnp": jnp})
 
 
 def draw(family: Family, line: str) -> Figure:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from experiments import decoders
 from experiments.decoders import OPTIMIZER
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names, outside
-from jaxattn import Causal, Elu1Features, IdentityFeatures, TaylorFeatures, Window, icl, models, nn
+from jaxattn import Causal, Window, icl, models, nn
+from jaxattn.core.linear import Elu1Features, IdentityFeatures, TaylorFeatures
 from jaxattn.train import Drawn, OptimizerConfig
 
 

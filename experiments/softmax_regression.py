@@ -210,7 +210,7 @@ def run(config, seed, folder, console):
     rows.append({"predictor": f"{most} heads, anisotropic", "risk": mean, "standard error": error})
     rows.append({"predictor": "debiased with a matrix, anisotropic", "risk": best})
 
-    blocks = icl.Blocks(2, scale=config.blocks**-0.5)
+    blocks = icl.BlockwiseLinear(2, scale=config.blocks**-0.5)
     both = FunctionTask(blocks, Gaussian(2 * config.blocks), config.two_context + 1, noise=noise)
     of_one = float(theory.debiased_gd_excess(config.blocks, config.two_context, config.noise2, 1 / config.blocks))
     shared: list[dict[str, Any]] = [{"predictor": "debiased, one task", "excess per task": of_one}]

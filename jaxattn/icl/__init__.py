@@ -31,7 +31,7 @@ from jaxattn.icl.constructed import (
 )
 from jaxattn.icl.descent import DebiasedDescent, GradientDescent, Newton, Preconditioned
 from jaxattn.icl.function import (
-    Blocks,
+    BlockwiseLinear,
     DecisionTree,
     Finite,
     Linear,
@@ -74,7 +74,7 @@ __all__ = [
     "AssociativeRecall",
     "Averaging",
     "BayesFinite",
-    "Blocks",
+    "BlockwiseLinear",
     "ClassTable",
     "Conjunction",
     "Copying",

@@ -107,7 +107,7 @@ def debiased_gradient_step(
 def superposed_gradient_steps(
     tasks: int, block: int, step: Float[Array, ""] | float, omega: Float[Array, ""] | float = 0.01
 ) -> SoftmaxLayer:
-    """M + 1 softmax heads that take a debiased gradient step on each of M tasks on blocks of the input (`Blocks`).
+    """M + 1 softmax heads that take a debiased gradient step on each of M tasks, as of `BlockwiseLinear`.
 
     Head h has the score Σ_m ω_hm x_{j,S_m}·x_{S_m} and the values μ_h ∈ R^M on y_j ∈ R^M. To first order that is the
     M steps if Σ_h μ_h = 0 and Σ_h μ_h ω_hᵀ = step · I, which M heads cannot do and the corners of a simplex do: ω_h is

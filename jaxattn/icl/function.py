@@ -118,7 +118,7 @@ class Pool(Finite):
 
 
 @part
-class Blocks(Function):
+class BlockwiseLinear(Function):
     """f(x) in R^M, f_m(x) = w_m·x_{S_m} on the m-th of M blocks of d / M coordinates, w ~ N(0, scale² I).
 
     The function is M tasks at once, each of which sees its own part of the input.
@@ -132,11 +132,11 @@ class Blocks(Function):
     scale: Float[Array, ""] | float = 1.0
 
     def __post_init__(self):
-        check_static_int("Blocks", "tasks", self.tasks, 1)
+        check_static_int("BlockwiseLinear", "tasks", self.tasks, 1)
 
     def draw(self, key: PRNGKeyArray, dim: int, visible: Int[Array, ""] | int) -> Float[Array, " d"]:
         if dim % self.tasks:
-            raise ValueError(f"Blocks: tasks is {self.tasks} for dim {dim}: need a divisor of it")
+            raise ValueError(f"BlockwiseLinear: tasks is {self.tasks} for dim {dim}: need a divisor of it")
         return self.scale * jax.random.normal(key, (dim,))
 
     def __call__(self, f: Float[Array, " d"], x: Float[Array, "n d"]) -> Float[Array, "n m"]:

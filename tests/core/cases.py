@@ -14,17 +14,14 @@ import pytest
 
 from jaxattn import (
     Alibi,
-    Ancestors,
     Bias,
     BlockIndex,
     Blocks,
     Causal,
     Chunked,
-    Dilated,
     Documents,
     Dot,
     Explicit,
-    Graph,
     Lengths,
     Mask,
     PerHead,
@@ -34,10 +31,10 @@ from jaxattn import (
     Sinks,
     Softmax,
     Window,
-    Within,
     attend,
     part,
 )
+from jaxattn.core.attend import Ancestors, Dilated, Graph, Within
 from jaxattn.core.attend.mask import places_in_documents
 
 IMPLEMENTATIONS = ("dense", "rows", "tiled")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-import jaxattn as ja
+import jaxattn.core.attend as ja
 from jaxattn.core import noise
 
 B, T, S, N, K, KV, H, V = 2, 9, 11, 4, 2, 1, 4, 3
@@ -406,9 +406,9 @@ SLOTS: dict[str, Slot] = {
     ),
     "Elu1": a_normaliser(lambda a: ja.Elu1(), lambda a, p, r: elementwise(elu1, False)),
     "Elu1, normalised": a_normaliser(lambda a: ja.Elu1(True), lambda a, p, r: elementwise(elu1, True)),
-    "Linear": a_normaliser(lambda a: ja.Linear(), lambda a, p, r: elementwise(lambda x: x, False)),
-    "Linear, normalised": a_normaliser(
-        lambda a: ja.Linear(True), lambda a, p, r: elementwise(lambda x: x, True, largest=True)
+    "LinearWeights": a_normaliser(lambda a: ja.LinearWeights(), lambda a, p, r: elementwise(lambda x: x, False)),
+    "LinearWeights, normalised": a_normaliser(
+        lambda a: ja.LinearWeights(True), lambda a, p, r: elementwise(lambda x: x, True, largest=True)
     ),
     "Sparsemax": a_normaliser(lambda a: ja.Sparsemax(), lambda a, p, r: by_bisection(1), **ROWS),
     "Entmax15": a_normaliser(lambda a: ja.Entmax15(), lambda a, p, r: by_bisection(2), **ROWS),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-import jaxattn as ja
+import jaxattn.core.attend as ja
 from jaxattn import attend
 
 SMALL = st.integers(0, 9)

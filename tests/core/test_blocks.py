@@ -12,24 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import any_and_all, in_tiles
 
-from jaxattn import (
-    Alibi,
-    BlockIndex,
-    Blocks,
-    Causal,
-    Chunked,
-    Documents,
-    Dot,
-    Explicit,
-    Sigmoid,
-    Sinks,
-    Window,
-    attend,
-    block_means,
-    select_tokens,
-    take_tokens,
-)
-from jaxattn.core.attend import attention_weights
+from jaxattn import Alibi, BlockIndex, Blocks, Causal, Chunked, Documents, Dot, Explicit, Sigmoid, Sinks, Window, attend
+from jaxattn.core.attend import attention_weights, block_means, select_tokens, take_tokens
 
 T, SIZE = 22, 4  # the last block is short
 

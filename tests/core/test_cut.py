@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slots import SLOTS, B, N, S, T, draw, places
 
-import jaxattn as ja
-from jaxattn import attend
+import jaxattn.core.attend as ja
+from jaxattn import attend, part
 from jaxattn.core.attend.call import Given, prepare
 from jaxattn.core.attend.cut import by_entries, by_heads, named_axes
 from jaxattn.core.attend.dense import dense
@@ -111,11 +111,11 @@ def test_axes_are_named_from_both_ends():
 BY_HEAD = MASKS["explicit by head"][0]
 
 
-@ja.part
+@part
 class Careless(ja.ScoreBias):
     """A bias whose annotation does not say which axis is that of heads."""
 
-    slopes: ja.core.attend.bias.Float[ja.core.attend.bias.Array, " n"]
+    slopes: ja.bias.Float[ja.bias.Array, " n"]
 
     def __call__(self, tile):
         return self.slopes[:, None, None] * jnp.abs(tile.query - tile.key)
@@ -136,7 +136,7 @@ class Careless(ja.ScoreBias):
             "all heads share their tiles, since the weights of a piece have shape",
         ),
         (
-            Slots(mask=BY_HEAD & ja.core.attend.mask.MaskFunction(lambda query, key: np.ones((4, 1, 1), bool))),
+            Slots(mask=BY_HEAD & ja.mask.MaskFunction(lambda query, key: np.ones((4, 1, 1), bool))),
             "all heads share their tiles, since a part does not fit a piece",
         ),
     ],

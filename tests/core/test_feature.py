@@ -11,7 +11,7 @@ import pytest
 from cases import epsilon
 from jax.test_util import check_grads
 
-from jaxattn import (
+from jaxattn.core.linear import (
     Elu1Features,
     HedgehogFeatures,
     IdentityFeatures,

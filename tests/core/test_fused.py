@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxattn as ja
+import jaxattn.core.attend as ja
 from jaxattn import attend, explain
 from jaxattn.core.attend import fused
 from jaxattn.core.attend.call import Given

@@ -13,18 +13,15 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from jaxattn import (
-    Causal,
+from jaxattn import Causal, Dot, attend, linear_attention
+from jaxattn.core.attend import Relu
+from jaxattn.core.linear import (
     Delta,
-    Dot,
     Erase,
     LinearState,
-    Relu,
     append_one,
-    attend,
     combine,
     divide,
-    linear_attention,
     linear_step,
     mixing_matrix,
     state_map,

@@ -23,35 +23,28 @@ from test_schedule import any_and_all, in_tiles
 
 from jaxattn import (
     Alibi,
-    Ancestors,
     Bias,
     Causal,
     Chunked,
-    Dilated,
     Documents,
     Dot,
     Explicit,
-    GaussianWindow,
-    Graph,
     KeyBias,
     Lengths,
-    Location,
-    LogGaussian,
     Mask,
     Mass,
     PerHead,
     Prefix,
-    Reallocate,
     RelativeBias,
     Sigmoid,
     Sinks,
     Softmax,
     Tile,
     Window,
-    Within,
     attend,
     part,
 )
+from jaxattn.core.attend import Ancestors, Dilated, GaussianWindow, Graph, Location, LogGaussian, Reallocate, Within
 
 LENGTH = 12
 

@@ -10,8 +10,8 @@ from jax.test_util import check_grads
 from jaxtyping import Array, Float
 from slots import SLOTS, B, N, S, T, answer, draw, places, weigh
 
-import jaxattn as ja
-from jaxattn import attend
+import jaxattn.core.attend as ja
+from jaxattn import attend, part
 
 GROUPS = np.array([0, 0, 2, 1, 1, -1, 2, 0, 5, 1])
 AT = np.array([3, 8, 2, 40])
@@ -277,7 +277,7 @@ def test_tiled_refuses_measures():
 # Linear measures are more columns of the values: tiled serves them.
 
 
-@ja.part
+@part
 class Reads(ja.LinearMeasure):
     """Σ_j w_ij · table[n, key position, :], and the square of the sum: learned, and other columns for every head."""
 

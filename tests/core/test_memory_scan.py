@@ -12,14 +12,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from jaxattn import (
-    Delta,
+from jaxattn import linear_attention, memory_scan, part
+from jaxattn.core.linear import Delta, Erase, LinearState
+from jaxattn.core.memory import (
     DotProduct,
-    Erase,
     Huber,
     Identity,
     InnerLoss,
-    LinearState,
     LpError,
     LqMirror,
     LqScale,
@@ -31,10 +30,7 @@ from jaxattn import (
     SoftmaxLink,
     SoftThreshold,
     SquaredError,
-    linear_attention,
     memory_read,
-    memory_scan,
-    part,
 )
 
 T, N, K, V, B = 22, 2, 3, 4, 6  # three inner batches of 6 and one of 4, in 8 slots each

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxattn import Causal, LinearSelfAttention, SoftmaxHeads
+from jaxattn import Causal
+from jaxattn.core.merged import LinearSelfAttention, SoftmaxHeads
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxattn import Causal, DropTopK, Gumbel, OneHotSample, Softmax, attend, score_function
+from jaxattn import Causal, Softmax, attend
 from jaxattn.core import noise
+from jaxattn.core.attend import DropTopK, Gumbel, OneHotSample, score_function
 
 P = np.arange(300, dtype=np.int32)
 SEEDS = noise.seeds(jax.random.key(0), (2, 3))

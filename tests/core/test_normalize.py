@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from cases import assert_close, by_implementation, epsilon
 
-from jaxattn import Alibi, Bias, Causal, Dot, Elu1, Explicit, Lengths, Sigmoid, Softmax, Window, attend
+from jaxattn import Alibi, Bias, Causal, Dot, Explicit, Lengths, Sigmoid, Softmax, Window, attend
+from jaxattn.core.attend import Elu1
 
 T, S, HEADS, WIDTH = 5, 9, 4, 4
 IMPLEMENTATION = by_implementation("dense")

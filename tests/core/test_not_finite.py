@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from cases import IMPLEMENTATIONS, by_implementation
 
-import jaxattn as ja
+import jaxattn.core.attend as ja
 from jaxattn import attend
+from jaxattn.core.memory import MatrixMemory, memory_scan
 
 B, T, N, H = 2, 13, 4, 8
 LENGTHS = np.array([7, 13])
@@ -257,7 +258,13 @@ def test_totals_that_are_nan_are_not_taken_for_nothing():
     """A NaN in a bias is seen by every row: no normaliser gives zeros for it."""
     query, key, value = drawn((2, 2))
     bias = ja.KeyBias(jnp.full((1, T), np.nan))
-    normalizers = (*NORMALIZERS.values(), ja.Entmax15(), ja.Relu(True), ja.Sigmoid(normalized=True), ja.Linear(True))
+    normalizers = (
+        *NORMALIZERS.values(),
+        ja.Entmax15(),
+        ja.Relu(True),
+        ja.Sigmoid(normalized=True),
+        ja.LinearWeights(True),
+    )
     for normalize in normalizers:
         out, extras = attend(query, key, value, bias=bias, normalize=normalize, return_lse=True)
         assert np.isnan(out).all(), normalize
@@ -268,11 +275,11 @@ def test_totals_that_are_nan_are_not_taken_for_nothing():
 def test_memories_do_not_read_tokens_after_a_row_ends():
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(size=(2, 9, 2, 4)), jnp.float32) / 2 for _ in range(3))
-    memory, lengths = ja.MatrixMemory(jnp.zeros((2, 4, 4))), jnp.array([5, 9])
+    memory, lengths = MatrixMemory(jnp.zeros((2, 4, 4))), jnp.array([5, 9])
     after = np.arange(9) >= np.asarray(lengths)[:, None]
 
     def call(query, key, value):
-        out, state = ja.memory_scan(memory, query, key, value, rate=0.1, lengths=lengths, inner_batch=4)
+        out, state = memory_scan(memory, query, key, value, rate=0.1, lengths=lengths, inner_batch=4)
         return jnp.where(after[..., None, None], 0, out), state.dual
 
     fine, pull = jax.vjp(call, query, key, value)

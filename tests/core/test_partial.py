@@ -13,20 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from jaxattn import (
-    EMPTY,
-    Causal,
-    Dot,
-    KeyBias,
-    Partial,
-    Softmax,
-    add_log_mass,
-    attend,
-    merge,
-    merge_axis,
-    psum_merge,
-    with_log_mass,
-)
+from jaxattn import Causal, Dot, KeyBias, Partial, Softmax, attend, merge
+from jaxattn.core.attend import EMPTY, add_log_mass, merge_axis, psum_merge, with_log_mass
 
 T, S, HEADS, PARTS = 12, 14, 4, 4
 

@@ -11,23 +11,17 @@ from cases import IMPLEMENTATIONS, assert_close
 from jaxtyping import Array, Float
 
 from jaxattn import (
-    NTK,
     Alibi,
-    Ancestors,
     Bias,
     BlockIndex,
     Blocks,
     Causal,
     Chunked,
-    Dilated,
     Documents,
     Dot,
     Explicit,
-    Graph,
-    LearnedPositions,
     Lengths,
     Llama3,
-    LongRope,
     PerHead,
     Prefix,
     Score,
@@ -41,6 +35,7 @@ from jaxattn import (
     attend,
     part,
 )
+from jaxattn.core.attend import NTK, Ancestors, Dilated, Graph, LearnedPositions, LongRope
 from jaxattn.core.attend.position import rotary
 from jaxattn.core.checks import check_positive
 from jaxattn.core.linear.feature import ReluFeatures

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from cases import assert_close, epsilon
 
-from jaxattn import NTK, Interpolate, LearnedPositions, Llama3, LongRope, Yarn, rotary, rotary_2d, sinusoidal
+from jaxattn import Llama3, Yarn, rotary, sinusoidal
+from jaxattn.core.attend import NTK, Interpolate, LearnedPositions, LongRope, rotary_2d
 
 
 def normal(*shape, seed=0):

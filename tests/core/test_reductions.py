@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxattn as ja
-from jaxattn import Partial, attend, merge
+import jaxattn.core.attend as ja
+from jaxattn import Partial, attend, merge, part
 
 B, T, S, N, H = 2, 6, 8, 4, 4
 RNG = np.random.default_rng(0)
@@ -208,7 +208,7 @@ def test_the_number_of_groups_is_that_of_masses_or_known_ids():
         jax.jit(lambda groups: ja.Mass(groups).size)(GROUPS)
 
 
-@ja.part
+@part
 class Powers:
     """m -> mᵗ / Σ mᵗ, as a user would write it: split-softmax is t below 1 for a span and the rest."""
 
@@ -251,7 +251,7 @@ def test_sparse_normalisers_are_one_hot_when_a_key_is_far_ahead_and_uniform_when
 
 def test_entmax_lies_between_softmax_and_sparsemax():
     counts = [
-        int((np.asarray(ja.core.attend.attention_weights(QUERY, KEY, score=ja.Dot(2.0), normalize=each)[0]) > 0).sum())
+        int((np.asarray(ja.attention_weights(QUERY, KEY, score=ja.Dot(2.0), normalize=each)[0]) > 0).sum())
         for each in (ja.Softmax(), ja.Entmax15(), ja.Sparsemax())
     ]
     assert counts[0] == B * N * T * S
@@ -263,15 +263,16 @@ def test_linear_weights_are_linear_attention():
     key, value = np.repeat(KEY, 2, 2), np.repeat(VALUE, 2, 2)
     memory = np.einsum("bsnv,bsnh->bnvh", value, key)
     assert_same(
-        attend(QUERY, KEY, VALUE, normalize=ja.Linear()), np.einsum("bnvh,btnh->btnv", memory, QUERY) / np.sqrt(H)
+        attend(QUERY, KEY, VALUE, normalize=ja.LinearWeights()),
+        np.einsum("bnvh,btnh->btnv", memory, QUERY) / np.sqrt(H),
     )
 
 
 def test_weights_of_elementwise_normalisers_depend_on_their_own_key_alone():
     other = KEY.copy()
     other[:, 3] += 1
-    for normalize in (ja.Sigmoid(), ja.Relu(), ja.ReluSquared(), ja.Elu1(), ja.Linear()):
-        weights = [ja.core.attend.attention_weights(QUERY, key, normalize=normalize)[0] for key in (KEY, other)]
+    for normalize in (ja.Sigmoid(), ja.Relu(), ja.ReluSquared(), ja.Elu1(), ja.LinearWeights()):
+        weights = [ja.attention_weights(QUERY, key, normalize=normalize)[0] for key in (KEY, other)]
         same = np.abs(weights[0] - weights[1]).max((0, 1, 2)) == 0
         np.testing.assert_array_equal(same, np.arange(S) != 3)
 

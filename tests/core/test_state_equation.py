@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import lambertw
 
-from jaxattn import (
+from jaxattn.core.linear import (
     Elu1Features,
     StateEquation,
     attention_equation,

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import feature_maps, report
 from experiments.feature_maps import CLAIMS, QUICK, formula
-from jaxattn import TaylorFeatures
+from jaxattn.core.linear import TaylorFeatures
 
 # Slopes need a longer range of counts than the quick size has, and their verdict there is chance.
 OF_SCALE = {claim.number for claim in CLAIMS if claim.number.startswith("slope")}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import jaxattn
+import jaxattn.core.attend
 from experiments import gallery
 from jaxattn.core.attend import bias
 from jaxattn.core.attend.maps import Dropout, Map
@@ -18,9 +18,10 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE = (DOCS / "gallery.md").read_text()
 PARTS = [
     name
-    for name, x in vars(jaxattn).items()
+    for name, x in vars(jaxattn.core.attend).items()
     if inspect.isclass(x)
     and not inspect.isabstract(x)
+    and x.__name__ != "SumOfBiases"  # which is what `a + b` makes
     and (issubclass(x, Mask | Normalize | Map | RotaryScaling | Dropout) or x.__module__ == bias.__name__)
 ]
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn import SoftmaxHeads, icl
+from jaxattn import icl
+from jaxattn.core.merged import SoftmaxHeads
 
 KEY = jax.random.key(0)
 
@@ -112,7 +113,7 @@ def test_a_constant_added_to_the_labels_comes_back_times_the_sum_of_the_values()
 
 @pytest.mark.parametrize("tasks", [1, 2, 3])
 def test_one_head_more_than_tasks_takes_a_debiased_step_on_each(tasks):
-    x, y = prompt(tasks * 2, 9, 3, icl.Blocks(tasks))
+    x, y = prompt(tasks * 2, 9, 3, icl.BlockwiseLinear(tasks))
     errors = []
     for omega in (0.02, 0.01, 0.005):
         layer = icl.superposed_gradient_steps(tasks, 2, 0.7, omega)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn import LinearSelfAttention, SoftmaxHeads, icl
+from jaxattn import icl
 from jaxattn.core.attend.api import attention_weights
+from jaxattn.core.merged import LinearSelfAttention, SoftmaxHeads
 
 KEY = jax.random.key(0)
 

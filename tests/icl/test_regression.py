@@ -423,7 +423,7 @@ def test_errors_name_the_argument():
         icl.NetworkByAdam(rate=0.0)
     with pytest.raises(ValueError, match="Ridge: penalty must be positive"):
         icl.Ridge(0.0)
-    several = icl.FunctionTask(icl.Blocks(2), icl.Gaussian(4), 3).sample(KEY, 1)
+    several = icl.FunctionTask(icl.BlockwiseLinear(2), icl.Gaussian(4), 3).sample(KEY, 1)
     for predictor in (icl.Lasso(0.1), icl.GreedyTree(2), icl.MajorityLabel(), icl.NetworkByAdam(2)):
         with pytest.raises(ValueError, match=r"the answers have shape \(2,\): need numbers"):
             predictor(several.x, several.y)

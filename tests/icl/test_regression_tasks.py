@@ -58,12 +58,12 @@ def test_pools_are_drawn_from_evenly():
 
 
 def test_blocks_see_their_own_coordinates():
-    prompt = drawn(icl.Blocks(2, 0.5), batch=50)
+    prompt = drawn(icl.BlockwiseLinear(2, 0.5), batch=50)
     products = prompt.x * prompt.hidden[:, None]
     np.testing.assert_allclose(
         prompt.y, jnp.stack([products[..., :2].sum(-1), products[..., 2:].sum(-1)], -1), atol=1e-5
     )
-    near(drawn(icl.Blocks(2, 0.5)).hidden ** 2, 0.25)
+    near(drawn(icl.BlockwiseLinear(2, 0.5)).hidden ** 2, 0.25)
 
 
 def test_networks_are_networks_of_variance_d():
@@ -280,11 +280,14 @@ def test_errors_name_the_argument():
         (lambda: icl.Gaussian(2, jnp.eye(3)), r"covariance has shape \(3, 3\): need \(2, 2\)"),
         (lambda: icl.Gaussian(1, mean=jnp.ones(3)), r"Gaussian: mean has shape \(3,\): need \(1,\)"),
         (lambda: icl.Scaled(gaussian, shift=jnp.ones(3)), r"Scaled: shift has shape \(3,\): need \(4,\)"),
-        (lambda: drawn(icl.OneOf((linear, icl.Blocks(2)))), r"OneOf: functions has values of shapes \[\(\), \(2,\)\]"),
+        (
+            lambda: drawn(icl.OneOf((linear, icl.BlockwiseLinear(2)))),
+            r"OneOf: functions has values of shapes \[\(\), \(2,\)\]",
+        ),
         (lambda: icl.Gaussian(2, -jnp.eye(2)), "need eigenvalues from 0 on"),
         (lambda: icl.Subspace(3, 4), "dimensions is 4 of dim 3"),
         (lambda: icl.Pool(jnp.ones((3, 5))).draw(KEY, 4, 4), r"weights has shape \(3, 5\): need \[M, 4\]"),
-        (lambda: icl.Blocks(3).draw(KEY, 4, 4), "tasks is 3 for dim 4: need a divisor"),
+        (lambda: icl.BlockwiseLinear(3).draw(KEY, 4, 4), "tasks is 3 for dim 4: need a divisor"),
         (lambda: icl.SparseLinear(5).draw(KEY, 4, 4), "nonzero is 5 of dim 4"),
         (lambda: icl.OneOf(()), "functions is empty"),
         (lambda: icl.OneOf((linear, icl.LinearSign())), "need one kind"),

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxattn import MLPMemory, models, nn
+from jaxattn import models, nn
+from jaxattn.core.memory import MLPMemory
 
 NORMS = (nn.RMSNorm, nn.LayerNorm)
 STILL = models.Spec(nn.NeuralMemory, heads=2, hidden=(), inner_batch=4, convolution=0, eps=0.5)

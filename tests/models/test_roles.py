@@ -7,7 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxattn import Causal, TaylorFeatures, models, nn
+from jaxattn import Causal, models, nn
+from jaxattn.core.linear import TaylorFeatures
 from jaxattn.train import OptimizerConfig, decay_mask, make_optimizer, parameter_roles, with_params
 
 D, N = 16, 2

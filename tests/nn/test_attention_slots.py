@@ -8,20 +8,8 @@ from flax import nnx
 from mixers import call
 from multi_head import assert_close, randomise
 
-from jaxattn import (
-    Causal,
-    Convolution,
-    Entropy,
-    LagProfile,
-    Mass,
-    Received,
-    SoftCap,
-    Temperature,
-    Temporal,
-    TopKWeights,
-    TopWeights,
-    attend,
-)
+from jaxattn import Causal, Entropy, Mass, Received, SoftCap, Temperature, attend
+from jaxattn.core.attend import Convolution, LagProfile, Temporal, TopKWeights, TopWeights
 from jaxattn.nn import HeadMixing, KeyQueryConvolution, MultiHeadAttention
 from jaxattn.trace import Scale, TokensAt
 

@@ -10,20 +10,8 @@ from flax import nnx
 from mixers import call
 from multi_head import assert_close, randomise
 
-from jaxattn import (
-    Additive,
-    Bilinear,
-    Causal,
-    Convolution,
-    Dot,
-    MixHeads,
-    Neural,
-    RelativeBias,
-    Softmax,
-    Temperature,
-    Tile,
-    attend,
-)
+from jaxattn import Causal, Dot, RelativeBias, Softmax, Temperature, Tile, attend
+from jaxattn.core.attend import Additive, Bilinear, Convolution, MixHeads, Neural
 from jaxattn.nn import (
     AdditiveScore,
     BilinearScore,

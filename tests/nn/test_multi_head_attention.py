@@ -10,21 +10,8 @@ from flax import nnx
 from mixers import call
 from multi_head import assert_close, multi_head, randomise
 
-from jaxattn import (
-    NTK,
-    Alibi,
-    Bias,
-    Causal,
-    Explicit,
-    Interpolate,
-    Lengths,
-    Sigmoid,
-    Sinks,
-    Window,
-    Yarn,
-    attend,
-    rotary,
-)
+from jaxattn import Alibi, Bias, Causal, Explicit, Lengths, Sigmoid, Sinks, Window, Yarn, attend, rotary
+from jaxattn.core.attend import NTK, Interpolate
 from jaxattn.core.attend.position import Rotary
 from jaxattn.models import Spec
 from jaxattn.nn import MultiHeadAttention, NullSoftmax, RMSNorm, Tokens

@@ -9,20 +9,9 @@ import pytest
 from flax import nnx
 from mixers import B, D, N, T, X, alone, assert_close, build, call, run, start
 
-from jaxattn import (
-    Causal,
-    Documents,
-    Huber,
-    LogNormalFeatures,
-    SoftmaxLink,
-    StandardizedFeatures,
-    TaylorFeatures,
-    UnitFeatures,
-    Window,
-    models,
-    nn,
-)
+from jaxattn import Causal, Documents, Window, models, nn
 from jaxattn.core.attend.position import rotary
+from jaxattn.core.linear import LogNormalFeatures, StandardizedFeatures, TaylorFeatures, UnitFeatures
 from jaxattn.core.linear.gate import (
     bounded_decay,
     inverse_softplus,
@@ -31,6 +20,7 @@ from jaxattn.core.linear.gate import (
     running_softmax,
     softplus_decay,
 )
+from jaxattn.core.memory import Huber, SoftmaxLink
 from jaxattn.nn import Recurrent
 
 SPECS = {

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn import Bias, Entropy, Explicit, KeyBias, Map, Temperature, Temporal, Window, attend, nn, part, trace
+from jaxattn import Bias, Entropy, Explicit, KeyBias, Map, Temperature, Window, attend, nn, part, trace
+from jaxattn.core.attend import Temporal
 from jaxattn.models import Spec, Transformer, TransformerConfig, pre_norm
 from jaxattn.nn import Context, MultiHeadAttention, Recurrent, Tap, Tokens
 from jaxattn.trace import Add, Layers, OnlyAt, Patch, Put, Scale

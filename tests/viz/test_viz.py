@@ -5,22 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn import (
-    NTK,
-    Alibi,
-    Bias,
-    Causal,
-    Documents,
-    MixHeads,
-    OneHotSample,
-    PerHead,
-    Sinks,
-    SoftCap,
-    Softmax,
-    TopKWeights,
-    Window,
-    viz,
-)
+from jaxattn import Alibi, Bias, Causal, Documents, PerHead, Sinks, SoftCap, Softmax, Window, viz
+from jaxattn.core.attend import NTK, MixHeads, OneHotSample, TopKWeights
 
 
 def panels_of(figure):

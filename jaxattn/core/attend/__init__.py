@@ -1,7 +1,7 @@
 """`attend` and its slots: scores, biases, masks, normalisers, maps, measures, positions, and the ways to compute it."""
 
 from jaxattn.core.attend.api import attend, attention_weights, explain
-from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias, ScoreBias
+from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias, ScoreBias, SumOfBiases
 from jaxattn.core.attend.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
 from jaxattn.core.attend.dot_product import dot_product_attention
 from jaxattn.core.attend.graph import Ancestors, Graph
@@ -53,7 +53,7 @@ from jaxattn.core.attend.normalize import (
     Elu1,
     Entmax15,
     Gumbel,
-    Linear,
+    LinearWeights,
     Normalize,
     OneHotSample,
     Relu,
@@ -72,6 +72,8 @@ from jaxattn.core.attend.position import (
     LearnedPositions,
     Llama3,
     LongRope,
+    Position,
+    Rotary,
     RotaryScaling,
     Yarn,
     rotary,
@@ -115,8 +117,8 @@ __all__ = [
     "LagProfile",
     "LearnedPositions",
     "Lengths",
-    "Linear",
     "LinearMeasure",
+    "LinearWeights",
     "Llama3",
     "Location",
     "LogGaussian",
@@ -136,12 +138,14 @@ __all__ = [
     "PairSum",
     "Partial",
     "PerHead",
+    "Position",
     "Prefix",
     "Reallocate",
     "Received",
     "RelativeBias",
     "Relu",
     "ReluSquared",
+    "Rotary",
     "RotaryScaling",
     "RowsOf",
     "Score",
@@ -153,6 +157,7 @@ __all__ = [
     "Softmax",
     "Sparsemax",
     "Streaming",
+    "SumOfBiases",
     "Temperature",
     "Temporal",
     "Tile",

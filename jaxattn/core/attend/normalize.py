@@ -227,7 +227,7 @@ def _log_elu1(scores: Scores) -> Scores:
 
 
 @part
-class Linear(Streaming):
+class LinearWeights(Streaming):
     """The scores as weights: weight_j = s_j, which may be negative, and lse = log |Σ_j s_j|  (Gu et al., 2024).
 
     Normalised, weight_j = s_j / max(|Σ_i s_i|, 1), the linear kernel of the paper. Without masks or normalisation
