@@ -319,6 +319,10 @@ def test_t5_buckets_are_the_published_ones():
     np.testing.assert_array_equal(
         both.bucket(np.array([0, 7, 8, 127, 500, -1, -7, -500])), [0, 7, 8, 15, 15, 17, 23, 31]
     )
+    # 7 of them, up to 45: 0 to 2 exact, then from 3·15^(k/4) on: 3, 5.9, 11.6, 22.9.
+    odd = ja.RelativeBias(np.zeros((1, 7), np.float32), 45)
+    distances = np.array([0, 1, 2, 3, 5, 6, 11, 12, 22, 23, 45, 100])
+    np.testing.assert_array_equal(odd.bucket(distances), [0, 1, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6])
 
 
 @pytest.mark.parametrize(
@@ -336,7 +340,7 @@ def test_t5_buckets_are_the_published_ones():
         (lambda: ja.Mass(GROUPS, 0), ValueError, "Mass: size must be at least 1"),
         (lambda: ja.LogGaussian(np.zeros((1, T), np.float32), -1.0), ValueError, "LogGaussian: sigma must be positive"),
         (
-            lambda: call(bias=ja.RelativeBias(np.zeros((N, 7), np.float32))),
+            lambda: call(bias=ja.RelativeBias(np.zeros((N, 7), np.float32), bidirectional=True)),
             ValueError,
             "RelativeBias: table has 7 buckets",
         ),

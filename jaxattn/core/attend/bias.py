@@ -236,7 +236,7 @@ class Alibi(ScoreBias):
 class RelativeBias(ScoreBias):
     """Adds table[n, bucket(query position − key position)], with buckets of growing size (T5, Raffel et al., 2020).
 
-    In the causal form (the default) the first B/2 buckets are the distances 0 .. B/2 − 1. The other buckets grow
+    In the causal form (the default) the first ⌊B/2⌋ buckets are the distances 0 .. ⌊B/2⌋ − 1. The other buckets grow
     geometrically up to `max_distance`, and all distances beyond it share the last. Keys after the query share bucket 0.
 
     Attributes:
@@ -245,8 +245,8 @@ class RelativeBias(ScoreBias):
         bidirectional: Each direction gets half of the buckets: the first half for keys at or before the query.
 
     Raises:
-        ValueError: The table has fewer than 2 buckets (4 in two directions) or an odd number of them, or `max_distance`
-            leaves none for the distances that grow.
+        ValueError: The table has fewer than 2 buckets (4 in two directions), an odd number of them for two directions,
+            or `max_distance` leaves none for the distances that grow.
     """
 
     table: Float[Array, "heads buckets"]
@@ -260,10 +260,11 @@ class RelativeBias(ScoreBias):
         """Returns the least distance of every bucket of one direction."""
         buckets = jnp.shape(self.table)[-1] // (2 if self.bidirectional else 1)
         exact = buckets // 2
-        if buckets < 2 or jnp.shape(self.table)[-1] % (4 if self.bidirectional else 2) or self.max_distance <= exact:
+        uneven = self.bidirectional and jnp.shape(self.table)[-1] % 2
+        if buckets < 2 or uneven or self.max_distance <= exact:
             raise ValueError(
                 f"RelativeBias: table has {jnp.shape(self.table)[-1]} buckets and max_distance is {self.max_distance}: "
-                "need an even number of buckets per direction, and a distance above half of it"
+                "need at least 2 buckets per direction, as many in both, and a distance above half of them"
             )
         steps = np.arange(buckets - exact) / (buckets - exact)
         # Distances that are whole numbers in exact arithmetic must not be rounded up past themselves.
