@@ -5,8 +5,8 @@ Every token mixer has one protocol:
     mixer(x, tokens, tap, state=None, context=None) -> (y, state)
     mixer.init_state(batch, capacity) -> state      for positions below `capacity`
 
-`Tokens` says what stands where, `Tap` what is to be changed and seen, and `state` is what decoding carries (None
-outside it). All but x may be left out.
+`Tokens` says where each token stands, `Tap` holds the edits and records, and `state` is the memory that decoding
+carries (None outside it). All arguments but x may be left out.
 """
 
 from jaxattn.nn.attention import Context, KeyValue, MultiHeadAttention

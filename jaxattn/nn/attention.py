@@ -32,7 +32,12 @@ from jaxattn.nn.tokens import Tokens
 class KeyValue(NamedTuple):
     """Keys and values as attention meets them, for layers that share those of an earlier one.
 
-    They are rotated, and with a state they are all that it holds. positions: of the keys; None: 0, 1, ...
+    The keys are rotated. With a state, keys and values are all that the state holds.
+
+    Attributes:
+        key: [B, S, K, H].
+        value: [B, S, K, H].
+        positions: The positions of the keys, or None for 0, 1, ...
     """
 
     key: Float[Array, "b s k h"]
@@ -41,7 +46,12 @@ class KeyValue(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Another sequence that attention reads: x [B, S, C], and what stands where in it (by default 0..S−1)."""
+    """Another sequence that attention reads.
+
+    Attributes:
+        x: [B, S, C].
+        tokens: What stands where in the sequence; by default 0..S−1.
+    """
 
     x: Float[Array, "b s c"]
     tokens: Tokens | None = None
@@ -58,36 +68,39 @@ class MultiHeadAttention(Mixer):
     part that is given directly are constants: they are not trained.
 
     Args:
-        features: Channels D of x and y.
-        heads: Query heads N.
-        key_heads: Key and value heads K, a divisor of N; by default N.
-        head_dim: Channels per head H; by default D / N, and otherwise independent of both.
-        keys_from: Where keys and values come from: "self"; "layer", the layer before, so that there are no W_k and W_v
+        features: D, the channels of x and y.
+        heads: N, the number of query heads.
+        key_heads: K, the number of key and value heads, a divisor of N; by default N.
+        head_dim: H, the channels per head. The default is D / N, but H may be independent of both.
+        keys_from: The source of keys and values: "self"; "layer", the layer before, so that there are no W_k and W_v
             and `context` is the `KeyValue` of that layer; "context", another sequence (cross-attention).
-        context_features: Channels of `context`; by default D.
-        position: How queries and keys are told where they stand, such as `Rotary(10000.0)`; None for not at all.
+        context_features: The channels of `context`; by default D.
+        position: The way in which queries and keys are told where they stand, such as `Rotary(10000.0)`; None for not
+            at all.
         qk_norm: A norm of queries and keys over H, before they are turned, such as `Spec(nn.RMSNorm)`.
         gate: Whether z is multiplied by σ(W_g x) before W_o.
         project: Whether there is W_o; y has N·H channels without.
-        dropout: Rate on the attention weights, active unless `deterministic` (see `nnx.Module.train` and `eval`).
-        convolution: Width of a short causal convolution of q, k and v per channel, after their projection; 0 for none.
+        dropout: The rate of dropout on the attention weights, active unless `deterministic` (see `nnx.Module.train` and
+            `eval`).
+        convolution: The width of a short causal convolution of q, k and v per channel, after their projection; 0 for
+            none.
         use_bias: Whether the maps have biases: all, none, or those of the named ones of "query", "key", "value", "out"
             and "gate".
-        score: How well a query matches a key.
-        bias: What is added to scores; also an array or a function of positions, as in `attend`.
-        mask: Which keys a query may see; also an array or a function of positions. In packed rows (`Documents`) it is
-            meant within each document, so that `Sinks(4)` are the first of each.
-        normalize: How scores become weights.
-        score_maps: A tuple of what is done to the scores.
-        weight_maps: A tuple of what is done to the weights.
+        score: The part that says how well a query matches a key.
+        bias: The numbers added to scores; also an array or a function of positions, as in `attend`.
+        mask: Which keys a query may see; also an array or a function of positions. In packed rows (`Documents`) the
+            mask is meant within each document, so that `Sinks(4)` are the first of each.
+        normalize: The part that turns scores into weights.
+        score_maps: A tuple of maps of the scores, applied in order.
+        weight_maps: A tuple of maps of the weights, applied in order.
         implementation: As in `attend`.
-        dtype: Of the computation; parameters are float32.
+        dtype: The dtype of the computation; parameters are float32.
         rngs: Streams for the initial parameters, and `dropout`.
 
     Raises:
-        ValueError: For sizes that do not divide, cross-attention with positions, unknown names of biases, and dropout
-            without a stream.
-        TypeError: For maps that are not in a tuple, and positions of another kind.
+        ValueError: Sizes do not divide or are out of range, cross-attention has positions, `keys_from` or a name of a
+            bias is unknown, a convolution has keys that are not those of x, or dropout has no stream.
+        TypeError: Maps are not in a tuple, or `position` is of another kind.
     """
 
     def __init__(
@@ -195,7 +208,7 @@ class MultiHeadAttention(Mixer):
         context: Context | KeyValue | Array | None = None,
         give: dict[str, Any] | None = None,
     ) -> tuple[Float[Array, "b t d"], Store | tuple[()] | None]:
-        """Self-attention over x, or cross-attention from x to `context`, or to the keys of another layer.
+        """Runs self-attention over x, or cross-attention from x to `context`, or to the keys of another layer.
 
         With a state, cross-attention computes the keys of the context once: a call with `context` puts them into the
         state, and later calls without one read them there.
@@ -205,18 +218,21 @@ class MultiHeadAttention(Mixer):
             tokens: What stands where; by default 0..T−1, and with a state the places after the last that it holds.
                 Their mask is and-ed with the module's own.
             tap: Edits and records at the sites of this class. Its measures are taken in the one call to `attend`.
-            state: From `init_state`: the new tokens are appended to it and see what it holds.
+            state: A state from `init_state` or an earlier call: the new tokens are appended to it and see what it
+                holds.
             context: Another sequence for cross-attention, or with keys_from="layer" the `KeyValue` of that layer.
-            give: Takes under "keys" the `KeyValue` for layers without keys of their own.
+            give: A dict that takes under "keys" the `KeyValue` for layers without keys of their own.
 
         Returns:
-            y [B, T, D], and the state after these tokens.
+            A pair (y, state): y [B, T, D], and the state after these tokens.
 
         Raises:
-            ValueError: For unknown sites and inputs of another width, and for a state under a map that reads other
-                queries (`Temporal`, a `Convolution` of more than one query), which a cache of keys does not keep. With
-                `convolution` also for a context, for documents together with a state, and for a mask of the tokens
-                other than None, `Causal()` and `Documents(ids)`, which say which tokens follow each other.
+            ValueError: A site is unknown, an input has another width, `context` does not fit `keys_from`, or there is a
+                state under a map that reads other queries (`Temporal`, a `Convolution` of more than one query), which a
+                cache of keys does not keep. A store that evicts also refuses documents under a mask that is meant
+                within each document. With `convolution`, there is a context, or documents together with a state, or a
+                mask of the tokens other than None, `Causal()` and `Documents(ids)`, which say which tokens follow each
+                other.
         """
         check_array("x", x)
         store: Any = state if self.keys_from == "self" else None  # others hold no tokens of x
@@ -258,14 +274,14 @@ class MultiHeadAttention(Mixer):
 
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of attention; without own keys none of keys and values."""
+        """The sites of attention; without own keys none of keys and values."""
         keys = () if self.keys_from == "layer" else ("k", "v", "k_rotated", "read")
         return ("q", "q_rotated", *keys, "scores", "weights", "lse", "z", "attn_out")
 
     recorded_only: ClassVar = ("read", "lse")
 
     def _source(self, x: Array, context: Any, state: Any) -> Context | KeyValue | None:
-        """The context as it is read, checked: that of this call, or the keys of an earlier one in the state."""
+        """Returns the context as it is read, checked: that of this call, or the keys of an earlier one in the state."""
         context = Context(context) if hasattr(context, "dtype") else context
         if self.keys_from == "context":
             context = state if context is None and isinstance(state, KeyValue) else context
@@ -287,7 +303,7 @@ class MultiHeadAttention(Mixer):
     def _attend(
         self, query: Array, keys: KeyValue | Held, tokens: Tokens, tap: Tap, store: Store | None
     ) -> tuple[Array, dict[str, Array]]:
-        """What each head reads, [B, T, N, H], and what the store wants measured, one number per slot and key head."""
+        """Returns the reads of the heads [B, T, N, H], and the store's measures, one per slot and key head."""
         biases = [bias for bias in (as_bias(part_of(self.bias)), tokens.bias) if bias is not None]
         own = Slots(
             score=part_of(self.score),
@@ -332,20 +348,20 @@ class MultiHeadAttention(Mixer):
         }
 
     def reached(self, state: Store) -> Int[Array, " b"]:
-        """The positions at which the tokens that the state holds end."""
+        """Returns the positions at which the tokens that the state holds end."""
         return state.last + 1
 
     def init_state(self, batch: int, capacity: int, store: Policy | None = None) -> Store | tuple[()]:
-        """A store without tokens, for positions below `capacity`; nothing for keys that are not those of x.
+        """Makes a store without tokens, for positions below `capacity`; nothing for keys that are not those of x.
 
         Args:
             batch: B.
-            capacity: Positions below it can be held, and recorded.
-            store: What is kept and read. By default all that the mask lets a query see: of a window that fits into
-                the capacity a ring, which goes on beyond it.
+            capacity: The number of positions that can be held, and recorded.
+            store: The policy that says which tokens are kept and read. The default keeps all that the mask lets a query
+                see: for a window that fits into the capacity a ring, which goes on beyond it.
 
         Raises:
-            ValueError: For sizes and policies that do not fit.
+            ValueError: A size or the policy does not fit.
         """
         if self.keys_from != "self":
             return ()
@@ -362,33 +378,37 @@ class MultiHeadAttention(Mixer):
         return dataclasses.replace(empty(batch, capacity, shape, shape, dtype, store), past=past)
 
     def queries(self, x: Float[Array, "b t d"], past: Past | None = None) -> Float[Array, "b t n h"]:
-        """q of x, convolved and normed if this attention does that, before rotation. past: what a convolution sees of
-        earlier tokens; None: nothing, the sequence begins here."""
+        """Returns q of x, convolved and normed if this attention does that, before rotation.
+
+        Args:
+            x: [B, T, D].
+            past: What a convolution sees of earlier tokens; None: nothing, the sequence begins here.
+        """
         query = self._split(self._convolved("query", self.query(x), past), self.heads)
         return query if self.query_norm is None else self.query_norm(query)
 
     def keys_and_values(
         self, source: Float[Array, "b s c"], past: Past | None = None
     ) -> tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]]:
-        """k and v of the source, as in `queries`, values not normed."""
+        """Returns (k, v) of the source, convolved and, keys alone, normed as in `queries`."""
         maps = {name: each for name, each in (("key", self.key), ("value", self.value)) if each is not None}
         projected = (self._convolved(name, project(source), past) for name, project in maps.items())
         key, value = (self._split(y, self.key_heads) for y in projected)
         return key if self.key_norm is None else self.key_norm(key), value
 
     def merge(self, z: Float[Array, "b t n h"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """y from what the heads read: side by side, gated by x, projected."""
+        """Returns y from what the heads read: side by side, gated by x, projected."""
         merged = z.reshape(*z.shape[:-2], -1)
         if self.gate is not None:
             merged = merged * nnx.sigmoid(self.gate(x))
         return merged if self.out is None else self.out(merged)
 
     def turn(self, x: Float[Array, "b t n h"], positions: Int[Array, "#b t"]) -> Float[Array, "b t n h"]:
-        """Queries or keys as they meet, by their positions, [1 or B, T] or [T]."""
+        """Returns queries or keys as they meet each other, from their positions [1 or B, T] or [T]."""
         return x if self.position is None else self.position(x, _one_or_all(positions))
 
     def _past(self, x: Array, tokens: Tokens, held: dict[str, Array]) -> Past:
-        """What the convolutions see: no padding, and no other document."""
+        """Returns the past of the convolutions, without padding and other documents."""
         segments = tokens.segments(x.shape[0])
         if segments is not None and held:
             raise ValueError("mask has documents and a state is given: need one or the other under a convolution")
@@ -405,17 +425,17 @@ class MultiHeadAttention(Mixer):
 
 
 def tokens_of(context: Context) -> Tokens:
-    """What stands where in the context."""
+    """Returns what stands where in the context."""
     return Tokens.of(context.x) if context.tokens is None else context.tokens
 
 
 def _one_or_all(positions: Any) -> Any:
-    """Positions that all rows share as [T]."""
+    """Returns positions that all rows share as [T]."""
     return positions[0] if positions is not None and positions.ndim == 2 and positions.shape[0] == 1 else positions
 
 
 def _places(positions: Any) -> Any:
-    """Positions of keys [B, S, 1 or K] as `attend` takes them: [B, S], or by key head."""
+    """Returns positions of keys [B, S, 1 or K] as `attend` takes them: [B, S], or by key head."""
     return positions if positions is None or positions.shape[-1] > 1 else _one_or_all(positions[..., 0])
 
 

@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out: token tables, vectors, patches, audio frames, positions, heads.
+"""The ends of a model: tables of tokens, maps of vectors, patches and audio frames, positions, and heads.
 
 The first layer reads `embed(inputs, positions, types)` [B, T, D]; `positions` and `types` may be None.
 """
@@ -21,10 +21,10 @@ class TokenEmbedding(nnx.Module):
     """x_t = scale · table[token_t] + type_table[type_t].
 
     Args:
-        vocabulary: Number of token ids.
-        features: Channels D.
-        types: Number of token types, such as the two segments of BERT; 0 for none.
-        scale: Factor of the table, such as √D in Gemma.
+        vocabulary: The number of token ids.
+        features: D, the channels.
+        types: The number of token types, such as the two segments of BERT; 0 for none.
+        scale: The factor of the table, such as √D in Gemma.
         rngs: Streams for the initial parameters.
     """
 
@@ -39,16 +39,16 @@ class TokenEmbedding(nnx.Module):
         positions: Int[Array, "#b t"] | None = None,
         types: Int[Array, "#b t"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """x of tokens [B, T].
+        """Returns x of tokens [B, T].
 
         Args:
-            inputs: Token ids. One outside the vocabulary gives NaN, but where its position says that it is padding.
-            positions: Where the tokens stand; −1 is padding.
+            inputs: Token ids. An id outside the vocabulary gives NaN, unless its position says that it is padding.
+            positions: The positions of the tokens; −1 is padding.
             types: The type of each token, by default 0; one that is not in the table gives NaN.
 
         Raises:
-            TypeError: For tokens or types that are not integers.
-            ValueError: For types if there is no table of them.
+            TypeError: The tokens are not integers [batch, length], or the types are not integers.
+            ValueError: There are types, but no table of them.
         """
         check_array("tokens", inputs)
         if not jnp.issubdtype(inputs.dtype, jnp.integer) or inputs.ndim != 2:
@@ -69,12 +69,12 @@ class VectorEmbedding(nnx.Module):
     """x_t = W input_t + b, of vectors.
 
     Args:
-        inputs: Channels of the vectors.
-        features: Channels D.
+        inputs: C, the channels of the vectors.
+        features: D, the channels of x.
         rngs: Streams for the initial parameters.
 
     Raises:
-        ValueError: For no channels.
+        ValueError: `inputs` is below 1.
     """
 
     def __init__(self, inputs: int, features: int, *, rngs: nnx.Rngs):
@@ -84,11 +84,11 @@ class VectorEmbedding(nnx.Module):
         self.map = linear_map(inputs, features, None, rngs, use_bias=True, role="decayed")
 
     def __call__(self, inputs: Float[Array, "b t c"], positions: Any = None, types: Any = None) -> Array:
-        """x of vectors [B, T, C].
+        """Returns x of vectors [B, T, C].
 
         Raises:
-            TypeError: For what is no such array.
-            ValueError: For types, which vectors do not have.
+            TypeError: `inputs` is not such an array.
+            ValueError: There are types, which vectors do not have.
         """
         check_array("inputs", inputs)
         _check_inputs(inputs, 3, self.channels, "vectors [batch, length, {}]", types)
@@ -99,11 +99,14 @@ class PatchEmbedding(nnx.Module):
     """x = [c; W patch_1 + b; W patch_2 + b; …] of an image, row by row (ViT, Dosovitskiy et al., 2021).
 
     Args:
-        features: Channels D.
-        patch: Height and width of a patch, in pixels.
-        channels: Channels of the image.
+        features: D, the channels of x.
+        patch: The height and the width of a patch, in pixels.
+        channels: The channels of the image.
         class_token: Whether a learned token c stands before the patches.
         rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `patch` is not two numbers from 1 on.
     """
 
     def __init__(
@@ -122,11 +125,11 @@ class PatchEmbedding(nnx.Module):
         self.class_token = decayed(_small(rngs, 1, features)) if class_token else None
 
     def __call__(self, inputs: Float[Array, "b y x c"], positions: Any = None, types: Any = None) -> Array:
-        """x of images [B, height, width, channels].
+        """Returns x of images [B, height, width, channels].
 
         Raises:
-            TypeError: For what is no such array.
-            ValueError: For an image that the patches do not fill, and for types, which patches do not have.
+            TypeError: `inputs` is not such an array.
+            ValueError: The patches do not fill the image, or there are types, which patches do not have.
         """
         check_array("inputs", inputs)
         _check_inputs(inputs, 4, self.channels, "images [batch, height, width, {}]", types)
@@ -145,11 +148,11 @@ class PatchEmbedding(nnx.Module):
 class AudioEmbedding(nnx.Module):
     """x = gelu(conv₂(gelu(conv₁(frames)))): two convolutions over 3 frames, the second with stride 2.
 
-    Log-mel frames as Whisper reads them (Radford et al., 2023); T frames become ⌈T / 2⌉ vectors.
+    The frames are log-mel frames as Whisper reads them (Radford et al., 2023); T frames become ⌈T / 2⌉ vectors.
 
     Args:
-        features: Channels D.
-        channels: Mel bins.
+        features: D, the channels of x.
+        channels: The number of mel bins.
         rngs: Streams for the initial parameters.
     """
 
@@ -160,11 +163,11 @@ class AudioEmbedding(nnx.Module):
         self.second = nnx.Conv(features, features, 3, strides=2, padding=1, **roles, rngs=rngs)
 
     def __call__(self, inputs: Float[Array, "b t c"], positions: Any = None, types: Any = None) -> Array:
-        """x of frames [B, T, channels].
+        """Returns x of frames [B, T, channels].
 
         Raises:
-            TypeError: For what is no such array.
-            ValueError: For types, which frames do not have.
+            TypeError: `inputs` is not such an array.
+            ValueError: There are types, which frames do not have.
         """
         check_array("inputs", inputs)
         _check_inputs(inputs, 3, self.channels, "frames [batch, length, {}]", types)
@@ -175,8 +178,8 @@ class PositionEmbedding(nnx.Module):
     """A learned vector for each of `length` positions, which is added to the input (Gehring et al., 2017).
 
     Args:
-        length: Number of positions.
-        features: Channels D.
+        length: The number of positions.
+        features: D, the channels.
         rngs: Streams for the initial parameters.
     """
 
@@ -184,10 +187,10 @@ class PositionEmbedding(nnx.Module):
         self.table = decayed(_small(rngs, length, features))
 
     def __call__(self, positions: Int[Array, "#b t"]) -> Float[Array, "#b t d"]:
-        """What is added at these positions: 0 at −1 (padding), and NaN beyond the table.
+        """Returns the vectors to add at these positions: 0 at −1 (padding), and NaN beyond the table.
 
         Raises:
-            ValueError: For more tokens than the table has positions.
+            ValueError: There are more tokens than the table has positions.
         """
         length = self.table.shape[0]
         if positions.shape[-1] > length:
@@ -197,18 +200,18 @@ class PositionEmbedding(nnx.Module):
 
 
 class SinusoidalEmbedding(nnx.Module):
-    """`sinusoidal` positions, which are added to the input (Vaswani et al., 2017).
+    """The `sinusoidal` positions, which are added to the input (Vaswani et al., 2017).
 
     Args:
-        features: Channels D.
-        base: Base of the wavelengths.
+        features: D, the channels.
+        base: The base of the wavelengths.
     """
 
     def __init__(self, features: int, *, base: float = 10000.0):
         self.features, self.base = features, base
 
     def __call__(self, positions: Int[Array, "#b t"]) -> Float[Array, "#b t d"]:
-        """What is added at these positions: 0 at −1 (padding)."""
+        """Returns the vectors to add at these positions: 0 at −1 (padding)."""
         return sinusoidal(positions, self.features, self.base)
 
 
@@ -216,16 +219,16 @@ class Head(nnx.Module):
     """logits = scale · W x + b, and with a cap c, c tanh(logits / c).
 
     Args:
-        features: Channels D.
-        vocabulary: Number of outputs.
+        features: D, the channels of x.
+        vocabulary: The number of outputs.
         tied: Whether W is the table of the `TokenEmbedding` (Press & Wolf, 2017).
         use_bias: Whether there is b.
-        scale: Of x, such as D^−½ in T5.
-        cap: The cap (Gemma 2, 2024), above 0.
+        scale: The factor of x, such as D^−½ in T5.
+        cap: c, the cap (Gemma 2, 2024), above 0; None for none.
         rngs: Streams for the initial parameters.
 
     Raises:
-        ValueError: For a cap that is not positive.
+        ValueError: `cap` is not positive.
     """
 
     def __init__(
@@ -246,7 +249,12 @@ class Head(nnx.Module):
         self.bias = undecayed(jnp.zeros(vocabulary)) if use_bias else None
 
     def __call__(self, x: Float[Array, "b t d"], embed: Any) -> Float[Array, "b t vocabulary"]:
-        """The logits. `embed` is the embedding of the model."""
+        """Returns the logits.
+
+        Args:
+            x: [B, T, D].
+            embed: The embedding of the model, whose table a tied head uses.
+        """
         x = x if self.scale == 1 else x * self.scale
         logits: Any = jnp.einsum("...d,vd->...v", x, embed.table[...]) if self.map is None else self.map(x)
         logits = logits if self.bias is None else logits + self.bias[...]
@@ -257,7 +265,7 @@ class Pooler(nnx.Module):
     """tanh(W x_0 + b) of the first token: the vector [B, D] that BERT makes of a text (Devlin et al., 2019).
 
     Args:
-        features: Channels D.
+        features: D, the channels.
         rngs: Streams for the initial parameters.
     """
 
@@ -265,7 +273,7 @@ class Pooler(nnx.Module):
         self.map = linear_map(features, features, None, rngs, use_bias=True)
 
     def __call__(self, x: Float[Array, "b t d"], embed: Any) -> Float[Array, "b d"]:
-        """The vector of each row."""
+        """Returns the vector of each row."""
         return jnp.tanh(self.map(x[:, 0]))
 
 
@@ -274,7 +282,7 @@ def _small(rngs: nnx.Rngs, *shape: int) -> Array:
 
 
 def _rows(table: Float[Array, "v d"], ids: Int[Array, "#b t"], padding: Array) -> Float[Array, "b t d"]:
-    """Rows of the table; NaN outside it, and row 0 there for padding."""
+    """Returns rows of the table; NaN outside it, and row 0 there for padding."""
     inside = (ids >= 0) & (ids < len(table))
     return jnp.where((inside | padding)[..., None], table[jnp.where(inside, ids, 0)], jnp.nan)
 

@@ -17,18 +17,18 @@ class FeedForward(nnx.Module):
     """W₂ (f(W_g x) ⊙ W₁ x) if gated (Shazeer, 2020), else W₂ f(W₁ x).
 
     Args:
-        features: Channels D of x and of the result.
-        hidden: Hidden units F; if not given 4 D, and for gated ones 8/3 D, rounded up to a multiple of 16, so that both
-            have about as many parameters.
+        features: D, the channels of x and of the result.
+        hidden: F, the hidden units. The default is 4 D, and for gated ones 8/3 D, rounded up to a multiple of 16, so
+            that both have about as many parameters.
         activation: f. "gelu" is x Φ(x), and "gelu_tanh" its approximation by tanh, as in GPT-2; "relu_squared" is
             max(x, 0)² (So et al., 2021).
         gated: Whether there is W_g.
         use_bias: Whether the maps have biases.
-        dtype: Of the computation; parameters are float32.
+        dtype: The dtype of the computation; parameters are float32.
         rngs: Streams for the initial parameters.
 
     Raises:
-        ValueError: For another activation, and for a hidden width below 1.
+        ValueError: `activation` is unknown, or `hidden` is below 1.
     """
 
     def __init__(
@@ -58,7 +58,12 @@ class FeedForward(nnx.Module):
         self.down = linear(hidden, features)
 
     def __call__(self, x: Float[Array, "*b d"], tap: Tap | None = None) -> Float[Array, "*b d"]:
-        """The result for x [..., D]. Sites of `tap`: `mlp_pre`, what f gets, and `mlp_post`, what W₂ gets."""
+        """Returns the result for x [..., D].
+
+        Args:
+            x: [..., D].
+            tap: Edits and records at two sites: `mlp_pre`, the input of f, and `mlp_post`, the input of W₂.
+        """
         tap = Tap() if tap is None else tap
         before = tap("mlp_pre", self.up(x) if self.gate is None else self.gate(x))
         hidden = _activated(before, self.activation)

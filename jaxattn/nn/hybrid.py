@@ -20,14 +20,25 @@ Fuse = Literal["mean", "gate"]
 
 
 class Parallel(Mixer):
-    """y = W_o fuse(norm_1(mixer_1(x)), norm_2(mixer_2(x)), …), each RMS-normed with learned gains, because branches
-    differ in size.
+    """y = W_o fuse(norm_1(mixer_1(x)), norm_2(mixer_2(x)), …): several mixers side by side on the same input.
 
-    fuse: "mean" (Hymba, Dong et al., 2024), or "gate": the first times the sigmoid of each other (Titans, Behrouz et
-    al., 2025). channels: those of the mixers' outputs, D if not given; W_o stands only where they are not D.
-    use_bias: whether W_o has one. eps: of the norms.
-    State: one per mixer. Sites are those of the first mixer, but `attn_out`, which is y; keys of another layer
-    (`context`) go to the first mixer too.
+    Each branch is RMS-normed with learned gains, because branches differ in size. The state holds one state per mixer.
+    The sites are those of the first mixer, except that `attn_out` is y. Keys of another layer (`context`) go to the
+    first mixer too.
+
+    Args:
+        features: D, the channels of x and y.
+        mixers: At least two mixers, mechanisms or specs of them.
+        fuse: "mean" (Hymba, Dong et al., 2024), or "gate": the first times the sigmoid of each other (Titans, Behrouz
+            et al., 2025).
+        channels: The channels of the mixers' outputs, D if not given. W_o stands only where they are not D.
+        use_bias: Whether W_o has a bias.
+        eps: The eps of the norms.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: There are fewer than two mixers, or `fuse` is unknown.
     """
 
     def __init__(
@@ -54,21 +65,21 @@ class Parallel(Mixer):
 
     @property
     def keys_from(self) -> str:  # type: ignore[override]
-        """That of the first mixer."""
+        """The `keys_from` of the first mixer."""
         return self.mixers[0].keys_from
 
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of the first mixer."""
+        """The sites of the first mixer."""
         return self.mixers[0].sites
 
     @property
     def recorded_only(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of the first mixer."""
+        """The sites of the first mixer that take no edits."""
         return self.mixers[0].recorded_only
 
     def __call__(self, x, tokens=None, tap=None, state=None, context=None, give=None):
-        """As any mixer; all branches see the same tokens."""
+        """Returns (y, state) as any mixer; all branches see the same tokens."""
         tokens, tap = self.started(x, tokens, tap, state)
         branches: list[Any] = []
         states: list[Any] = []
@@ -90,11 +101,11 @@ class Parallel(Mixer):
         return y, None if state is None else tuple(states)
 
     def reached(self, state: tuple[Any, ...]) -> Int[Array, " b"]:
-        """The position after the last token, of the last mixer: the first may hold none."""
+        """Returns the position after the last token, of the last mixer: the first may hold none."""
         return self.mixers[-1].reached(state[-1])
 
     def init_state(self, batch: int, capacity: int, store: Any = None) -> tuple[Any, ...]:
-        """The states of the mixers."""
+        """Returns the states of the mixers."""
         return tuple(mixer.init_state(batch, capacity, store) for mixer in self.mixers)
 
 
@@ -113,26 +124,26 @@ def hymba(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> Parallel:
-    """Attention and state-space heads on the same input, normed and averaged (Hymba, Dong et al., 2024):
+    """Makes attention and state-space heads on the same input, normed and averaged (Hymba, Dong et al., 2024).
 
         y = W_o (norm(attention(x)) + norm(s6(x))) / 2 + b,  both of them of 2 D channels.
 
     Args:
-        features: Channels D of x and y.
-        heads: Query heads N, of 2 D / N channels each.
-        key_heads: Key and value heads, a divisor of N; by default N.
-        mask: Of the attention; the paper's is `Causal() & (Window(w) | Sinks(meta_tokens))` in most layers.
-        state: Numbers per channel of the state-space heads.
-        convolution: Width of their convolution.
-        position: Of the attention.
+        features: D, the channels of x and y.
+        heads: N, the number of query heads, of 2 D / N channels each.
+        key_heads: The number of key and value heads, a divisor of N; by default N.
+        mask: The mask of the attention; the paper's is `Causal() & (Window(w) | Sinks(meta_tokens))` in most layers.
+        state: The numbers per channel that the state-space heads hold.
+        convolution: The width of the convolution of the state-space heads.
+        position: The positions of the attention.
         keys_from: "self", or "layer" for the keys and values of the layer before.
-        eps: Of all norms.
+        eps: The eps of all norms.
         use_bias: Whether the projections of both and W_o have biases, as in the authors' code.
-        dtype: Of the computation; parameters are float32.
+        dtype: The dtype of the computation; parameters are float32.
         rngs: Streams for the initial parameters.
 
     Raises:
-        ValueError: For sizes that do not divide.
+        ValueError: `heads` is no divisor of 2 D, or `key_heads` of `heads`.
     """
     inner = 2 * features
     if heads < 1 or inner % heads:
@@ -149,7 +160,13 @@ def hymba(
 class Chain(Mixer):
     """y = mixer_n(… mixer_1(x)): several mixers as one layer, one after the other.
 
-    State: one per mixer. Sites are those of the last mixer.
+    The state holds one state per mixer. The sites are those of the last mixer.
+
+    Args:
+        mixers: At least one mixer or mechanism, from the first to the last.
+
+    Raises:
+        ValueError: There are no mixers.
     """
 
     def __init__(self, mixers: Sequence[Any]):
@@ -159,16 +176,16 @@ class Chain(Mixer):
 
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of the last mixer."""
+        """The sites of the last mixer."""
         return self.mixers[-1].sites
 
     @property
     def recorded_only(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of the last mixer."""
+        """The sites of the last mixer that take no edits."""
         return self.mixers[-1].recorded_only
 
     def __call__(self, x, tokens=None, tap=None, state=None, context=None):
-        """As any mixer; all see the same tokens, and none a context."""
+        """Returns (y, state) as any mixer; all see the same tokens, and none a context."""
         if context is not None:
             raise ValueError("context is given: mixers one after the other see only their own tokens")
         tokens, tap = self.started(x, tokens, tap, state)
@@ -180,9 +197,9 @@ class Chain(Mixer):
         return x, None if state is None else tuple(states)
 
     def reached(self, state: tuple[Any, ...]) -> Int[Array, " b"]:
-        """The position after the last token."""
+        """Returns the position after the last token."""
         return self.mixers[-1].reached(state[-1])
 
     def init_state(self, batch: int, capacity: int, store: Any = None) -> tuple[Any, ...]:
-        """The states of the mixers."""
+        """Returns the states of the mixers."""
         return tuple(mixer.init_state(batch, capacity, store) for mixer in self.mixers)

@@ -1,7 +1,7 @@
 """Owners of learned parts: modules that hold the arrays of a part and return the part when called without arguments.
 
-They stand in the slots of `MultiHeadAttention` wherever a part may. Each says what it starts as; most start as ordinary
-attention. One of your own is as short as these. All raise ValueError for sizes below 1.
+Owners stand in the slots of `MultiHeadAttention` wherever a part may. Each class says where its arrays start; most
+start as ordinary attention. An owner of your own is as short as these. All raise ValueError for sizes below 1.
 """
 
 import math
@@ -31,7 +31,11 @@ def _check_sizes(owner: nnx.Module, **sizes: int | None) -> None:
 class BilinearScore(nnx.Module):
     """Owns the weight of `Bilinear`, qᵀ W k: one for all heads, or one for each of `heads`.
 
-    It starts as W = I/√H, which is scaled dot product.
+    The weight starts as W = I/√H, which is scaled dot product.
+
+    Args:
+        head_dim: H, the channels per head.
+        heads: The number of heads that have a weight of their own; None for one weight that all share.
     """
 
     def __init__(self, head_dim: int, heads: int | None = None):
@@ -46,8 +50,13 @@ class BilinearScore(nnx.Module):
 class AdditiveScore(nnx.Module):
     """Owns the weights of `Additive`, vᵀ tanh(A q + B k), with A and B [H, hidden] for all heads.
 
-    Their variance is 1 / (2 H) and that of v 1 / hidden: queries and keys of unit variance start with scores of order
-    1, as those of scaled dot product are.
+    The variance of A and B is 1 / (2 H) and that of v 1 / hidden: queries and keys of unit variance start with scores
+    of order 1, as those of scaled dot product are.
+
+    Args:
+        head_dim: H, the channels per head.
+        hidden: The number of hidden units.
+        rngs: Streams for the initial parameters.
     """
 
     def __init__(self, head_dim: int, hidden: int, *, rngs: nnx.Rngs):
@@ -63,9 +72,15 @@ class AdditiveScore(nnx.Module):
 class NeuralScore(nnx.Module):
     """Owns the network of `Neural` on the pair [q; k], shared by all heads: 2 H -> hidden -> 1.
 
-    With `second` it has two hidden layers, 2 H -> hidden -> second -> 1; the paper's second is hidden / 2. Biases start
-    at 0 and weights at variance 1 / (2 H), then 2 / (inputs of the layer), which relu halves again (He et al., 2015).
-    There is no scale besides, so this starts with scores of order 1.
+    Biases start at 0 and weights at variance 1 / (2 H), then 2 / (inputs of the layer), which relu halves again (He et
+    al., 2015). The network has no scale besides, so scores start at order 1.
+
+    Args:
+        head_dim: H, the channels per head.
+        hidden: The number of hidden units.
+        second: The units of a second hidden layer, 2 H -> hidden -> second -> 1; the paper's is hidden / 2. None for
+            one hidden layer.
+        rngs: Streams for the initial parameters.
     """
 
     def __init__(self, head_dim: int, hidden: int, second: int | None = None, *, rngs: nnx.Rngs):
@@ -84,9 +99,16 @@ class NeuralScore(nnx.Module):
 
 
 class RelativePositionBias(nnx.Module):
-    """Owns the table [N, buckets] of `RelativeBias`; the sizes unless given are those of T5 (Raffel et al., 2020).
+    """Owns the table [N, buckets] of `RelativeBias`; the default sizes are those of T5 (Raffel et al., 2020).
 
-    It starts at 0, no bias. Give the attention `position=None` where this is to be all it knows of positions.
+    The table starts at 0, no bias. Give the attention `position=None` where this bias is to be all it knows of
+    positions.
+
+    Args:
+        heads: N, the number of heads.
+        buckets: The number of buckets.
+        max_distance: The distance beyond which all keys share the last bucket.
+        bidirectional: Whether each direction gets half of the buckets.
     """
 
     def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False):
@@ -99,7 +121,11 @@ class RelativePositionBias(nnx.Module):
 
 
 class LearnedTemperature(nnx.Module):
-    """Owns log τ per head [N] and makes the score map `Temperature(τ)`, so τ stays positive. It starts at τ = 1."""
+    """Owns log τ per head [N] and makes the score map `Temperature(τ)`, so τ stays positive; τ starts at 1.
+
+    Args:
+        heads: N, the number of heads.
+    """
 
     def __init__(self, heads: int):
         _check_sizes(self, heads=heads)
@@ -112,7 +138,10 @@ class LearnedTemperature(nnx.Module):
 class HeadMixing(nnx.Module):
     """Owns the matrix [N, N] of `MixHeads`, for scores or for weights (talking heads, Shazeer et al., 2020).
 
-    It starts as the identity, as in multi-token attention (2025).
+    The matrix starts as the identity, as in multi-token attention (2025).
+
+    Args:
+        heads: N, the number of heads.
     """
 
     def __init__(self, heads: int):
@@ -126,8 +155,16 @@ class HeadMixing(nnx.Module):
 class KeyQueryConvolution(nnx.Module):
     """Owns a kernel per head, [N, queries, keys], of `Convolution`, for scores or for weights.
 
-    It starts as the identity: 1 at the current query in the centre of the keys, and 0 elsewhere (multi-token attention,
-    2025; its language models use 6 queries and 11 keys). Raises ValueError for an even number of keys.
+    The kernel starts as the identity: 1 at the current query in the centre of the keys, and 0 elsewhere (multi-token
+    attention, 2025; its language models use 6 queries and 11 keys).
+
+    Args:
+        heads: N, the number of heads.
+        queries: The number of queries that the kernel spans.
+        keys: The number of keys that the kernel spans, odd.
+
+    Raises:
+        ValueError: A size is below 1, or `keys` is even.
     """
 
     def __init__(self, heads: int, queries: int, keys: int):
@@ -143,8 +180,15 @@ class KeyQueryConvolution(nnx.Module):
 class HedgehogMap(nnx.Module):
     """Owns the weights of `HedgehogFeatures`, a matrix and a bias per head for queries and for keys.
 
-    It starts at W = I and b = 0. Made by (heads, head_dim, rngs), as `LinearAttention` makes its feature map.
-    key_heads: K, as many as query heads unless given.
+    The map starts at W = I and b = 0. It is made by (heads, head_dim, rngs), as `LinearAttention` makes its feature
+    map.
+
+    Args:
+        heads: The number of query heads.
+        head_dim: H, the channels per head.
+        rngs: Not used, since the start is not random.
+        key_heads: K, the number of key heads; as many as query heads unless given.
+        kind: The kind of the features, see `HedgehogFeatures`.
     """
 
     def __init__(
@@ -168,8 +212,17 @@ class HedgehogMap(nnx.Module):
 
 
 class RandomFeatureMap(nnx.Module):
-    """Owns the projection of `RandomFeatures`, which is drawn and not trained: m directions (H log H if not given), in
-    orthogonal blocks. `redraw(key)` draws them anew (Choromanski et al., 2021)."""
+    """Owns the projection of `RandomFeatures`, which is drawn and not trained (Choromanski et al., 2021).
+
+    The directions are drawn in orthogonal blocks. `redraw(key)` draws them anew.
+
+    Args:
+        heads: The number of heads, at least 1; all of them share the projection.
+        head_dim: H, the channels per head.
+        rngs: Streams for the initial parameters.
+        directions: m, the number of directions; H log H if not given.
+        kind: The kind of the features, see `RandomFeatures`.
+    """
 
     def __init__(
         self,
@@ -186,7 +239,7 @@ class RandomFeatureMap(nnx.Module):
         self.projection = nnx.Variable(orthogonal_gaussian(rngs.params(), directions, head_dim))
 
     def redraw(self, key: jax.Array) -> None:
-        """Another projection of the same size, in place."""
+        """Draws another projection of the same size, in place."""
         directions, head_dim = self.projection.shape
         self.projection[...] = orthogonal_gaussian(key, directions, head_dim)
 
@@ -195,7 +248,11 @@ class RandomFeatureMap(nnx.Module):
 
 
 class NullSoftmax(nnx.Module):
-    """Owns one null logit per head, initially 0, and makes `Softmax(null_logit)` when called: a learned sink."""
+    """Owns one null logit per head, initially 0, and makes `Softmax(null_logit)` when called: a learned sink.
+
+    Args:
+        heads: N, the number of heads.
+    """
 
     def __init__(self, heads: int):
         _check_sizes(self, heads=heads)

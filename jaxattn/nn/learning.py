@@ -22,14 +22,37 @@ lecun = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 class NeuralMemory(Mechanism):
     """A network per head that learns k_t ↦ v_t as it reads, and is asked for q_t (Titans, Behrouz et al., 2025).
 
-    θ = max_rate σ(W x + b), α = σ(W x + b) from about 0.02 and, with `momentum`, η = σ(W x + b), per head and token; q,
-    k and v after convolution (0: none) and SiLU, q and k of length 1; RMS norm and gate of what is read.
+    The rate is θ = max_rate σ(W x + b), the forgetting α = σ(W x + b) from about 0.02 and, with `momentum`, the
+    momentum η = σ(W x + b), all per head and token. Queries, keys and values come after a convolution and SiLU, and
+    queries and keys then get length 1. The reads are RMS-normed and gated.
 
-    hidden: the widths between K and V, () for a matrix. loss, link: Yaad is `Huber(1.0)`, Moneta `LpError(3.0)` with
-    `LqMirror(4.0)`, Memora `SoftmaxLink()`, all without momentum and with `normalize` and `residual` (Miras, 2025).
-    inner_batch: **part of the model**, as in `memory_scan`. documents: at most so many are packed in a row.
-    max_rate: where steps are too long, most easily on tokens that repeat, a memory diverges until what is read is not
-    finite: then lower it, or `normalize`. See `rate` of `memory_scan` for the bound that a matrix has.
+    In Miras (2025), Yaad is `loss=Huber(1.0)`, Moneta `loss=LpError(3.0)` with `link=LqMirror(4.0)`, Memora
+    `link=SoftmaxLink()`, all without momentum and with `normalize` and `residual`.
+
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads.
+        hidden: The widths of the network between K and V, () for a matrix.
+        loss: The loss that the network learns by.
+        link: The link from accumulated gradients to weights, see `memory_scan`.
+        momentum: Whether there is η.
+        normalize: Whether the network norms its result, see `MLPMemory`.
+        residual: Whether the network adds its input to its result, see `MLPMemory`.
+        max_rate: The largest rate, above 0. Where steps are too long, most easily on tokens that repeat, a memory
+            diverges until what is read is not finite: then lower the rate, or set `normalize`. See `rate` of
+            `memory_scan` for the bound that a matrix has.
+        inner_batch: The tokens of an inner batch. The number is **part of the model**, as in `memory_scan`.
+        documents: The most documents that are packed in a row.
+        convolution: The width of a short convolution of q, k and v, 0 for none.
+        gate: The gate of the output, "silu" or "sigmoid"; None for none.
+        eps: The eps of the RMS norm.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        TypeError: A size is not an int.
+        ValueError: `heads` is no divisor of `features`, a size is below 1, `max_rate` is not positive, or `gate` is
+            unknown.
     """
 
     def __init__(
@@ -89,12 +112,30 @@ class TTT(Mechanism):
 
         y = W_o (norm(read) ⊙ gelu(W_g x))        norm: layer norm of what all heads read, as one vector
 
-    q and k are convolutions of one projection, each with a bias, and v has none; without `convolution` q and k have
-    projections of their own. q and k are rotated to their place in the inner batch.
+    The queries and keys are convolutions of one projection, each with a bias, and v has none. Without `convolution` q
+    and k have projections of their own. Queries and keys are rotated to their place in the inner batch.
 
-    Step sizes are max(1 / (i + 1) + learned_i, 0) for the token i of an inner batch that reads, times base_rate / K
-    σ(W x + b) of the token that writes. No forgetting, no momentum. base_rate: 1 if not given, and 0.1 if deep.
-    eps: of both norms. rotary_base: None for no rotation. Other than in the paper, W starts with variance 1 / inputs.
+    A step size is the product of two numbers: max(1 / (i + 1) + learned_i, 0) of the token i of an inner batch that
+    reads, and base_rate / K σ(W x + b) of the token that writes. The memory has no forgetting and no momentum. Other
+    than in the paper, W starts with variance 1 / inputs.
+
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads.
+        deep: Whether M has two layers.
+        base_rate: The base rate, above 0; 1 if not given, and 0.1 if `deep`.
+        inner_batch: The tokens of an inner batch.
+        documents: The most documents that are packed in a row.
+        convolution: The width of the convolutions, 0 for none.
+        rotary_base: The base of the rotation; None for no rotation.
+        eps: The eps of both norms.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        TypeError: `inner_batch` is not an int.
+        ValueError: `heads` is no divisor of `features`, `inner_batch` is below 1, `base_rate` is not positive, or the
+            channels of a head are odd in number and rotated.
     """
 
     def __init__(
@@ -163,5 +204,5 @@ class TTT(Mechanism):
 
 
 def _layers(rngs: nnx.Rngs, heads: int, widths: tuple[int, ...]) -> list[Float[Array, "n i o"]]:
-    """Where a network starts: Gaussian weights of variance 1 / inputs."""
+    """Returns the start of a network: Gaussian weights of variance 1 / inputs."""
     return [lecun(rngs.params(), (heads, a, b)) for a, b in itertools.pairwise(widths)]

@@ -21,11 +21,20 @@ from jaxattn.nn.spec import Spec, built
 
 
 class Linearized(Mechanism):
-    """out = Σ_{j <= t} (φ(q_t)·ψ(k_j)) v_j / Σ_{j <= t} φ(q_t)·ψ(k_j) with q, k, v and W_o of `attention`: Hedgehog
-    (Zhang et al., 2024) on an attention that may be trained already.
+    """out = Σ_{j <= t} (φ(q_t)·ψ(k_j)) v_j / Σ_{j <= t} φ(q_t)·ψ(k_j), with q, k, v and W_o of an attention.
 
-    Its rotary positions, convolutions, norms, gate and grouped keys stay. kind: of the features, see
-    `HedgehogFeatures`. Raises ValueError for an attention that is not causal softmax attention of scaled dot products.
+    The features are those of Hedgehog (Zhang et al., 2024), and the attention may be trained already. Its rotary
+    positions, convolutions, norms, gate and grouped keys stay.
+
+    Args:
+        features: D, the channels of x and y.
+        attention: The attention, or a spec of one.
+        kind: The kind of the features, see `HedgehogFeatures`.
+        dtype: The dtype of the computation, if `attention` is a spec.
+        rngs: Streams for the initial parameters, if `attention` is a spec.
+
+    Raises:
+        ValueError: The attention is not causal softmax attention of scaled dot products.
     """
 
     def __init__(
@@ -56,9 +65,14 @@ class Linearized(Mechanism):
         return self.attention.merge(divide(read), rest)
 
     def divergence(self, x: Float[Array, "b t d"], ids: Int[Array, "b t"]) -> Float[Array, ""]:
-        """The mean over rows of −Σ_j P_j log A_j, softmax weights P of `attention` against those of the features, A.
+        """Returns the mean over rows of −Σ_j P_j log A_j.
 
-        ids: the document of each token, −1 for padding. No gradient goes to P. Memory is T² per head.
+        P are the softmax weights of `attention`, and A those of the features. No gradient goes to P. Memory is T² per
+        head.
+
+        Args:
+            x: [B, T, D].
+            ids: [B, T], the document of each token, −1 for padding.
         """
         past = Past({}, ids >= 0, ids)
         query, (key, _) = self.attention.queries(x, past), self.attention.keys_and_values(x, past)

@@ -1,7 +1,7 @@
-"""The recurrent mechanisms of the literature, as what their memory gets and how their read becomes the output.
+"""The recurrent mechanisms of the literature, as the inputs of their memory and the output made of its reads.
 
-D is the width of the model, N heads of K key and V value channels. Wrap one in `Recurrent` for a mixer. `convolution`
-is the width of a short convolution of what is projected, 0 for none.
+D is the width of the model, N heads of K key and V value channels. Wrap a mechanism in `Recurrent` for a mixer.
+`convolution` is the width of a short convolution of the projections, 0 for none.
 """
 
 from collections.abc import Callable
@@ -34,9 +34,19 @@ Gate = Literal["silu", "sigmoid"]
 
 
 class ShortConvolution(nnx.Module):
-    """y_t = silu(Σ_{i < width} w_i ⊙ x_{t−i} + b), one filter per channel: what lets a memory see neighbouring tokens.
+    """y_t = silu(Σ_{i < width} w_i ⊙ x_{t−i} + b), one filter per channel, so that a memory sees neighbouring tokens.
 
-    use_bias: False for no b. silu: False for the sum itself. Weights and biases start uniform in ±width^(−1/2).
+    Weights and biases start uniform in ±width^(−1/2).
+
+    Args:
+        channels: The number of channels of x.
+        width: The number of tokens that a filter spans, at least 1.
+        use_bias: Whether there is b.
+        silu: Whether SiLU is applied; False for the sum itself.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `width` is below 1.
     """
 
     def __init__(self, channels: int, width: int, *, use_bias: bool = False, silu: bool = True, rngs: nnx.Rngs):
@@ -63,9 +73,19 @@ class ShortConvolution(nnx.Module):
 
 
 class Projections(nnx.Module):
-    """q, k, v = heads of W x, each after a short convolution if `convolution` is its width (0: none).
+    """q, k, v = heads of W x, each after a short convolution.
 
-    silu: whether SiLU comes last; if not given, after a convolution. use_bias: whether the convolutions have a bias.
+    Args:
+        features: D, the channels of x.
+        sizes: The name of each projection -> (heads, channels per head).
+        convolution: The width of the short convolution, 0 for none.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+        silu: Whether SiLU comes last; if not given, only after a convolution.
+        use_bias: Whether the convolutions have a bias.
+
+    Raises:
+        ValueError: A projection has no heads or no channels.
     """
 
     def __init__(
@@ -105,7 +125,19 @@ class Projections(nnx.Module):
 class HeadOutput(nnx.Module):
     """y = W_o (norm(z) ⊙ gate(W_g x)): RMS norm of each head, a gate or none, and the output projection.
 
-    gate_rank: for W₂ W₁ x + b of this rank in place of W_g x. eps: of the norm.
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads.
+        value_dim: V, the channels that a head reads.
+        norm: Whether there is the norm.
+        gate: The function of the gate, "silu" or "sigmoid"; None for no gate.
+        gate_rank: The rank of W₂ W₁ x + b in place of W_g x; None for W_g.
+        eps: The eps of the norm.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `gate` is unknown, or `gate_rank` is below 1.
     """
 
     def __init__(
@@ -142,12 +174,26 @@ class HeadOutput(nnx.Module):
 
 
 class LinearAttention(Mechanism):
-    """φ(q), ψ(k), v of a feature map: out = Σ φ(q_t)·ψ(k_j) v_j over j <= t, divided by Σ φ(q_t)·ψ(k_j) if `normalize`.
+    """out = Σ_{j <= t} φ(q_t)·ψ(k_j) v_j, divided by Σ_{j <= t} φ(q_t)·ψ(k_j) if `normalize`.
 
-    Katharopoulos et al. (2020) with elu + 1; Performer, Hedgehog, BASED, FAST and log-normal attention with their maps.
-    feature_map: a part, a module that returns one, or a `Spec` of what makes either from heads and head_dim. key_dim:
-    K, the channels before the map (BASED takes 16). Without `normalize` each head is RMS-normed with `eps` instead.
-    rotary_base: rotary embedding of q and k before the map, None for none.
+    The maps φ and ψ are those of `feature_map`. The mechanism is that of Katharopoulos et al. (2020) with elu + 1, and
+    Performer, Hedgehog, BASED, FAST and log-normal attention with their maps.
+
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads.
+        feature_map: A part, a module that returns one, or a `Spec` of what makes either from heads and head_dim.
+        key_dim: K, the channels before the map, D / N if not given (BASED takes 16).
+        normalize: Whether sums are divided. Without, each head is RMS-normed with `eps` instead.
+        rotary_base: The base of a rotary embedding of q and k before the map, None for none.
+        convolution: The width of the short convolution, 0 for none.
+        gate: The gate of the output, None for none.
+        eps: The eps of the RMS norm.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `heads` is no divisor of `features`, or `gate` is unknown.
     """
 
     def __init__(
@@ -189,8 +235,20 @@ class LinearAttention(Mechanism):
 class RetNet(Mechanism):
     """Retention (Sun et al., 2023): decay 1 − 2^(−5−n) of head n, rotary q and k, q / √K, RMS norm per head, SiLU gate.
 
-    value_dim: V, 2 K if not given. angles: "rotary" for frequencies base^(−2 i / K), i < K / 2, or "torchscale" for
-    those of the authors' code, base^(−i / (K / 2 − 1)), which end at 1 / base. That code's norm has no gains.
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads; K is D / N.
+        value_dim: V, 2 K if not given.
+        rotary_base: The base of the rotation.
+        angles: "rotary" for frequencies base^(−2 i / K), i < K / 2, or "torchscale" for those of the authors' code,
+            base^(−i / (K / 2 − 1)), which end at 1 / base. The norm of that code has no gains.
+        convolution: The width of the short convolution, 0 for none.
+        eps: The eps of the RMS norm.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `heads` is no divisor of `features`, or `angles` is unknown.
     """
 
     def __init__(
@@ -227,8 +285,22 @@ class RetNet(Mechanism):
 
 
 class GLA(Mechanism):
-    """Gated linear attention (Yang et al., 2023): log decay log σ(W₂ W₁ x + b) / 16 per channel; q / √K; RMS norm, SiLU
-    gate. K is half of V = D / N; rank: that of the gate."""
+    """Gated linear attention (Yang et al., 2023), with the log decay log σ(W₂ W₁ x + b) / 16 per channel.
+
+    Queries are divided by √K. The reads are RMS-normed per head and have a SiLU gate. K is half of V = D / N.
+
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads.
+        rank: The rank of the network of the decay.
+        convolution: The width of the short convolution, 0 for none.
+        eps: The eps of the RMS norm.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `heads` is no divisor of `features`, or `rank` is below 1.
+    """
 
     def __init__(
         self,
@@ -261,8 +333,19 @@ class GLA(Mechanism):
 class HGRN2(Mechanism):
     """HGRN-2 (Qin et al., 2024): forget gate f = γ + (1 − γ) σ(W x) per channel, key 1 − f, query silu(W x).
 
-    What all heads read is RMS-normed as one vector of D channels. lower_bound: γ in [0, 1), larger in higher layers in
-    the paper. A convolution comes without SiLU.
+    The reads of all heads are RMS-normed as one vector of D channels. A convolution comes without SiLU.
+
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads.
+        lower_bound: γ in [0, 1), larger in higher layers in the paper.
+        convolution: The width of the short convolution, 0 for none.
+        eps: The eps of the RMS norm.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `heads` is no divisor of `features`, or `lower_bound` is outside [0, 1).
     """
 
     def __init__(
@@ -295,15 +378,30 @@ class HGRN2(Mechanism):
 
 
 class DeltaNet(Mechanism):
-    """The delta rule: q, k, v after convolution and SiLU, q and k of length 1, q / √K, β = σ(W x); RMS norm per head,
-    and by `decay`
+    """The delta rule: q, k, v after convolution and SiLU, q and k of length 1, q / √K, β = σ(W x); RMS norm per head.
+
+    The argument `decay` chooses among three mechanisms:
 
         none      DeltaNet (Yang et al., 2024)
         head      Gated DeltaNet (Yang et al., 2024): log decay −e^a softplus(W x + b) per head; SiLU gate
         channel   Kimi delta attention (Kimi Linear, 2025): that per channel, W of low rank; gate σ(W₂ W₁ x + b)
 
-    key_dim, value_dim: K and V, D / N if not given. convolution: 0 for SiLU of the projections alone. negative: β up to
-    2, which allows the memory to turn a key around. rank: that of Kimi's decay and gate, V if not given.
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads.
+        decay: "none", "head" or "channel".
+        key_dim: K, D / N if not given.
+        value_dim: V, D / N if not given.
+        convolution: The width of the short convolution, 0 for SiLU of the projections alone.
+        negative: Whether β goes up to 2, which allows the memory to turn a key around.
+        rank: The rank of Kimi's decay and gate, V if not given.
+        eps: The eps of the RMS norm.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `heads` is no divisor of `features` where K or V is not given, a size is below 1, or `decay` is
+            unknown.
     """
 
     def __init__(
@@ -358,7 +456,7 @@ class DeltaNet(Mechanism):
 
 
 class RWKV7(Mechanism):
-    """RWKV-7 time mixing (Peng et al., 2025), each of its inputs a learned mix of the token and the one before:
+    """RWKV-7 time mixing (Peng et al., 2025), each of its inputs a learned mix of the token and the one before.
 
         S_t = diag(w) S_{t−1} − (κ ⊙ a)(κᵀ S_{t−1}) + k̃ vᵀ,   y = W_o ((norm(S_tᵀ r) + (r · (ρ ⊙ k̃)) v) ⊙ gate)
 
@@ -366,8 +464,19 @@ class RWKV7(Mechanism):
 
         log w = −e^{−1/2} σ(W₂ tanh(W₁ ·) + b),   a = σ(W₂ W₁ · + b),   gate = W₂ σ(W₁ ·)
 
-    rank: that of these networks. eps: of the layer norm. Other than in the paper, the value is not mixed with that of
-    the first layer, and the mixes, w and a start the same in all channels and layers.
+    Other than in the paper, the value is not mixed with that of the first layer, and the mixes, w and a start the same
+    in all channels and layers.
+
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads.
+        rank: The rank of the networks of low rank.
+        eps: The eps of the layer norm.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `heads` is no divisor of `features`, or `rank` is below 1.
     """
 
     def __init__(
@@ -414,12 +523,27 @@ class RWKV7(Mechanism):
 
 
 class Latte(Mechanism):
-    """Latent attention (Dolga et al., 2024): p(s | t) = Σ_l p(l | t) p(s | l), both of them softmaxes: over the latents
-    of a token, and over the tokens of a latent, those so far if `causal` and otherwise all of them.
+    """Latent attention (Dolga et al., 2024): p(s | t) = Σ_l p(l | t) p(s | l), with two softmaxes.
 
-    latents: L per head. window: one more latent, whose p(s | t) is softmax attention over the last `window` tokens with
-    rotary positions (Latte Macchiato); None for none. Without `causal` it has no state, takes no packed rows and reads
+    The first, p(l | t), is over the latents of a token. The second, p(s | l), is over the tokens of a latent: those so
+    far if `causal`, and otherwise all of them. Without `causal` the mixer has no state, takes no packed rows and reads
     the whole sequence (an encoder).
+
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads.
+        latents: L, the number of latents per head.
+        causal: Whether a token reads only those up to itself.
+        window: One more latent, whose p(s | t) is softmax attention over the last `window` tokens with rotary positions
+            (Latte Macchiato); None for none.
+        rotary_base: The base of the rotary positions of the window.
+        convolution: The width of the short convolution, 0 for none.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `heads` is no divisor of `features`, `latents` is below 1, or `window` is below 1 or comes without
+            `causal`.
     """
 
     def __init__(
@@ -471,8 +595,18 @@ class Latte(Mechanism):
 class GatedConvolution(Mechanism):
     """y = W_o (silu(conv(W_1 x + b_1)) ⊙ (W_2 x + b_2)) + b_o: a mixer of the last `width` tokens alone.
 
-    The cheap layer of BASED (Arora et al., 2024). expand: channels in between over D; the paper's is 2. use_bias: False
-    for no b_1, b_2 and b_o; the convolution has no bias.
+    The mechanism is the cheap layer of BASED (Arora et al., 2024). The convolution has no bias.
+
+    Args:
+        features: D, the channels of x and y.
+        width: The number of tokens that the convolution spans.
+        expand: The channels in between over D; the paper's is 2.
+        use_bias: Whether there are b_1, b_2 and b_o.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `expand` or `width` is below 1.
     """
 
     def __init__(
@@ -500,7 +634,19 @@ class GatedConvolution(Mechanism):
 
 
 class LowRank(nnx.Module):
-    """W₂ f(W₁ x) + b in float32, with W₁ to `rank` channels and f = `inner`, the identity if not given."""
+    """W₂ f(W₁ x) + b in float32, with W₁ to `rank` channels.
+
+    Args:
+        features: D, the channels of x.
+        rank: The channels in between.
+        outputs: The channels of the result.
+        inner: f, the identity if not given.
+        bias: Whether there is b.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `rank` is below 1.
+    """
 
     def __init__(
         self,
@@ -524,6 +670,11 @@ class LowRank(nnx.Module):
 
 
 def head_dim_of(features: int, heads: int) -> int:
+    """Returns D / N.
+
+    Raises:
+        ValueError: `heads` is below 1 or no divisor of `features`.
+    """
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
     if features % heads:
@@ -532,12 +683,12 @@ def head_dim_of(features: int, heads: int) -> int:
 
 
 def unit(x: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
-    """x / |x|, with a derivative at 0."""
+    """Returns x / |x|, with a derivative at 0."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
 
 
 def step_bias(rngs: nnx.Rngs, size: int) -> Float[Array, " n"]:
-    """The bias for which softplus starts log-uniform between 0.001 and 0.1, as in Mamba (Gu & Dao, 2023)."""
+    """Returns the bias for which softplus starts log-uniform between 0.001 and 0.1, as in Mamba (Gu & Dao, 2023)."""
     low, high = jnp.log(1e-3), jnp.log(1e-1)
     return inverse_softplus(jnp.exp(jax.random.uniform(rngs.params(), (size,), minval=low, maxval=high)))
 

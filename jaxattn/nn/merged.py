@@ -1,7 +1,6 @@
 """Owners of merged attention layers: they hold the matrices, and return the part of `core.merged` when called.
 
-Tokens are (x, y) of `features` channels, of which the last `outputs` are y. All raise ValueError for sizes below 1, and
-for as many outputs as features.
+Tokens are (x, y) of `features` channels, of which the last `outputs` are y.
 """
 
 import jax
@@ -15,7 +14,7 @@ from jaxattn.nn.parameter import decayed
 
 
 def _check_sizes(owner: nnx.Module, features: int, outputs: int) -> int:
-    """The number of channels of x."""
+    """Returns the number of channels of x; raises for sizes that do not fit."""
     name = type(owner).__name__
     check_static_int(name, "outputs", outputs, 1)
     check_static_int(name, "features", features, 1)
@@ -27,9 +26,22 @@ def _check_sizes(owner: nnx.Module, features: int, outputs: int) -> int:
 class LinearSelfAttention(nnx.Module):
     """Owns W_KQ and W_PV of `LinearSelfAttention`, [features, features].
 
-    Structured, it starts as W_KQ = start · diag(ΘΘᵀ, 0) and W_PV = start · diag(0, I) with a random Θ, ‖ΘΘᵀ‖ = 1: from
-    there gradient flow reaches the best layer (Zhang et al., 2024). Otherwise all entries start N(0, start²), and it
-    often ends in a matrix Γ of rank one (`jaxattn.icl.layer_theory.lsa_rank_one_risk`).
+    Structured, the layer starts as W_KQ = start · diag(ΘΘᵀ, 0) and W_PV = start · diag(0, I) with a random Θ,
+    ‖ΘΘᵀ‖ = 1: from there gradient flow reaches the best layer (Zhang et al., 2024). Otherwise all entries start N(0,
+    start²), and training often ends in a matrix Γ of rank one (`jaxattn.icl.layer_theory.lsa_rank_one_risk`).
+
+    Args:
+        features: The channels of a token.
+        outputs: The channels of y, fewer than `features`.
+        structured: Whether the layer starts structured.
+        start: The size of the initial entries.
+        scale: The scale of the layer, as of the part.
+        mask_query: As of the part.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        TypeError: A size is not an int.
+        ValueError: A size is below 1, or there are as many outputs as features.
     """
 
     def __init__(
@@ -61,8 +73,20 @@ class LinearSelfAttention(nnx.Module):
 class SoftmaxHeads(nnx.Module):
     """Owns KQ [H, features, features] and OV of `SoftmaxHeads`, [H, features], or [H, outputs, features] for several.
 
-    Otherwise than structured, all entries start N(0, start²) (He et al., 2025). Structured, so do ω_h and μ_h alone, in
-    KQ_h = diag(ω_h I, 0) and OV_h = (0, μ_h), which reads only y.
+    Otherwise than structured, all entries start N(0, start²) (He et al., 2025). Structured, only ω_h and μ_h start so,
+    in KQ_h = diag(ω_h I, 0) and OV_h = (0, μ_h), which reads only y.
+
+    Args:
+        heads: H, the number of heads.
+        features: The channels of a token.
+        outputs: The channels of y, fewer than `features`.
+        structured: Whether the heads start structured.
+        start: The size of the initial entries.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        TypeError: A size is not an int.
+        ValueError: A size is below 1, or there are as many outputs as features.
     """
 
     def __init__(

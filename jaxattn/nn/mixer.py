@@ -10,7 +10,7 @@ from jaxattn.nn.tokens import Tokens
 
 
 class Mixer(nnx.Module):
-    """What moves information between tokens.
+    """The base class of token mixers, which move information between tokens.
 
         mixer(x, tokens, tap, state=None, context=None) -> (y, state)          x, y [B, T, D]
         mixer.init_state(batch, capacity) -> state
@@ -18,10 +18,10 @@ class Mixer(nnx.Module):
     A new mixer says which `sites` it has, begins its call with `started`, and calls `x = tap("site", x)` at each.
 
     Attributes:
-        sites: Where its values can be changed and recorded, in the order in which it comes to them.
-        recorded_only: Those of them that take no edits.
-        keys_from: Whose keys it attends to, as of `MultiHeadAttention`: those of its own x ("self"), of the layer
-            before ("layer"), of the `context` ("context"), or "none".
+        sites: The sites where its values can be changed and recorded, in the order in which the mixer comes to them.
+        recorded_only: The sites that take no edits.
+        keys_from: The source of its keys, as of `MultiHeadAttention`: its own x ("self"), the layer before ("layer"),
+            the `context` ("context"), or "none".
     """
 
     sites: ClassVar[tuple[str, ...]] = ("attn_out",)
@@ -36,36 +36,41 @@ class Mixer(nnx.Module):
         state: Any = None,
         context: Any = None,
     ) -> tuple[Float[Array, "b t d"], Any]:
-        """(y, the state after these tokens).
+        """Mixes the tokens of x.
 
         Args:
             x: [B, T, D].
             tokens: What stands where; by default 0..T−1, and with a state the places after the last that it holds.
             tap: Edits and records.
-            state: What earlier tokens left, from `init_state` or an earlier call; None for a sequence that begins here.
+            state: The memory of earlier tokens, from `init_state` or an earlier call; None for a sequence that begins
+                here.
             context: Another sequence, for mixers that read one.
+
+        Returns:
+            A pair (y, state): y [B, T, D], and the state after these tokens.
         """
         raise NotImplementedError
 
     def init_state(self, batch: int, capacity: int, store: Any = None) -> Any:
-        """The state before any token, for sequences of up to `capacity` tokens.
+        """Returns the state before any token, for sequences of up to `capacity` tokens.
 
         Args:
             batch: B.
-            capacity: Positions below it.
-            store: A `cache.Policy`: how attention keeps and reads earlier tokens.
+            capacity: The number of positions; all tokens stand below it.
+            store: A `cache.Policy`, which says how attention keeps and reads earlier tokens.
         """
         raise NotImplementedError
 
     def reached(self, state: Any) -> Int[Array, " b"]:
-        """The position after the last token that the state holds."""
+        """Returns the position after the last token that the state holds."""
         raise NotImplementedError
 
     def started(self, x: Any, tokens: Tokens | None, tap: Tap | None, state: Any) -> tuple[Tokens, Tap]:
-        """The tokens and the tap of a call, with what stands for None.
+        """Returns the tokens and the tap of a call, with defaults in place of None.
 
         Raises:
-            ValueError: For edits and records at sites that this mixer does not have, and edits where it only records.
+            ValueError: There is an edit or record at a site that this mixer does not have, or an edit where it only
+                records.
         """
         if tokens is None:
             tokens = Tokens.of(x, after=None if state is None else self.reached(state))

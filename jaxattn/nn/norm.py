@@ -1,4 +1,4 @@
-"""Norms over the channels of each token, which say at a site what they divide by."""
+"""Norms over the channels of each token, with a site for the root that they divide by."""
 
 from typing import Any
 
@@ -14,13 +14,14 @@ class RMSNorm(nnx.Module):
     """(offset + g) ⊙ x / √(mean(x²) + eps) over the channels, with learned gains g (Zhang & Sennrich, 2019).
 
     Args:
-        features: Channels D.
-        eps: Above 0.
-        offset: Added to the gains: 0 for gains that start at 1, or 1 for gains that start at 0 (Gemma, 2024).
-        dtype: Of the result; by default that of x, float32 at least. Means are float32 or better.
+        features: D, the channels.
+        eps: eps, above 0.
+        offset: The number added to the gains: 0 for gains that start at 1, or 1 for gains that start at 0 (Gemma,
+            2024).
+        dtype: The dtype of the result; by default that of x, float32 at least. Means are float32 or better.
 
     Raises:
-        ValueError: Unless eps is positive.
+        ValueError: `eps` is not positive.
     """
 
     def __init__(self, features: int, *, eps: float = 1e-6, offset: float = 0.0, dtype: Any = None):
@@ -28,7 +29,13 @@ class RMSNorm(nnx.Module):
         self.scale = undecayed(jnp.full(features, 1.0 - offset))
 
     def __call__(self, x: Float[Array, "*b d"], tap: Tap | None = None, site: str = "") -> Float[Array, "*b d"]:
-        """The normed x. The √ is a value at `site` of `tap`, which can be recorded and changed."""
+        """Returns the normed x.
+
+        Args:
+            x: [..., D].
+            tap: Edits and records.
+            site: The site of `tap` at which the √ can be recorded and changed.
+        """
         wide = _wide(x)
         gain: Any = self.scale[...] + self.offset
         return _cast(wide / _root(wide, self.eps, tap, site) * gain, x, self.dtype)
@@ -38,14 +45,14 @@ class LayerNorm(nnx.Module):
     """g ⊙ (x − mean(x)) / √(var(x) + eps) + b over the channels, with learned g and b (Ba et al., 2016).
 
     Args:
-        features: Channels D.
-        eps: Above 0.
+        features: D, the channels.
+        eps: eps, above 0.
         learned: Whether there are g and b.
         use_bias: Whether there is b, if they are learned.
-        dtype: Of the result; by default that of x, float32 at least. Means are float32 or better.
+        dtype: The dtype of the result; by default that of x, float32 at least. Means are float32 or better.
 
     Raises:
-        ValueError: Unless eps is positive.
+        ValueError: `eps` is not positive.
     """
 
     def __init__(
@@ -56,7 +63,13 @@ class LayerNorm(nnx.Module):
         self.bias = undecayed(jnp.zeros(features)) if learned and use_bias else None
 
     def __call__(self, x: Float[Array, "*b d"], tap: Tap | None = None, site: str = "") -> Float[Array, "*b d"]:
-        """The normed x. The √ is a value at `site` of `tap`, which can be recorded and changed."""
+        """Returns the normed x.
+
+        Args:
+            x: [..., D].
+            tap: Edits and records.
+            site: The site of `tap` at which the √ can be recorded and changed.
+        """
         wide = _wide(x)
         centred = wide - wide.mean(-1, keepdims=True)
         y: Any = centred / _root(centred, self.eps, tap, site)
@@ -69,7 +82,7 @@ def _wide(x: Array) -> Array:
 
 
 def _root(x: Array, eps: float, tap: Tap | None, site: str) -> Array:
-    """√(mean(x²) + eps), at the site."""
+    """Returns √(mean(x²) + eps), at the site."""
     root = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
     return root if tap is None else tap(site, root)
 

@@ -11,11 +11,14 @@ Carry = TypeVar("Carry")
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a row [T] stand in a longer row [S].
+    """The place of the tokens of a row [T] in a longer row [S].
 
-    place: the slot of each token, S for one that has none. ids: the document of each slot, counted from 1 in the row.
-    within: the slot's place in its document, from 0. filled: whether a token or a prefix stands there. lost: whether
-    the row holds more documents than there is room for.
+    Attributes:
+        place: The slot of each token, S for one that has none.
+        ids: The document of each slot, counted from 1 in the row.
+        within: The slot's place in its document, from 0.
+        filled: Whether a token or a prefix stands in the slot.
+        lost: Whether the row holds more documents than there is room for.
     """
 
     place: Int[Array, "b t"]
@@ -25,11 +28,11 @@ class Layout(NamedTuple):
     lost: Bool[Array, " b"]
 
     def put(self, x: Float[Array, "b t ..."]) -> Float[Array, "b s ..."]:
-        """x in its slots, zeros in the others."""
+        """Returns x in its slots, zeros in the others."""
         return scatter(x, self.place, self.ids.shape[1])
 
     def take(self, x: Float[Array, "b s ..."]) -> Float[Array, "b t ..."]:
-        """x of each token's slot. Rows that lost a document are NaN."""
+        """Returns x of each token's slot. Rows that lost a document are NaN."""
         place = jnp.minimum(self.place, x.shape[1] - 1).reshape(*self.place.shape, *(1,) * (x.ndim - 2))
         lost = self.lost.reshape(-1, *(1,) * (x.ndim - 1))
         return jnp.where(lost, jnp.nan, jnp.take_along_axis(x, place, 1))
@@ -38,10 +41,14 @@ class Layout(NamedTuple):
 def layout(
     seen: Bool[Array, "b t"], segments: Int[Array, "b t"], *, documents: int, prefix: int = 0, align: int = 1
 ) -> Layout:
-    """Every document from a multiple of `align` slots on, behind `prefix` slots of its own.
+    """Lays out every document from a multiple of `align` slots on, behind `prefix` slots of its own.
 
-    segments do not decrease; tokens that are not seen get no slot. There is room for `documents` documents a row, or so
-    many short ones that they still fit.
+    Args:
+        seen: [B, T], which tokens are there; tokens that are not seen get no slot.
+        segments: [B, T], the document of each token; the numbers do not decrease.
+        documents: The number of documents a row has room for. Shorter documents may be more, as long as they still fit.
+        prefix: The number of slots before every document.
+        align: The size of the blocks; every document begins one.
     """
     length = seen.shape[1]
     start = seen & (segments != earlier(jax.lax.cummax(jnp.where(seen, segments, -1), axis=1), 1, -1))
@@ -70,10 +77,19 @@ def scan_segments(
     documents: int,
     bptt: int | None = None,
 ) -> Float[Array, "b t d"]:
-    """y of (carry, y_s) = step(carry, x_s [B, size, D], filled_s [B, size]), segment by segment.
+    """Returns y of (carry, y_s) = step(carry, x_s [B, size, D], filled_s [B, size]), segment by segment.
 
-    Every document begins a segment, from `start`. No gradient goes further back than `bptt` segments through the carry;
-    None for no limit. A segment is computed again in the backward pass.
+    Every document begins a segment, from `start`. A segment is computed again in the backward pass.
+
+    Args:
+        step: The function of one segment.
+        start: The carry before a document.
+        x: [B, T, D].
+        seen: [B, T], which tokens are there.
+        segments: [B, T], the document of each token; None where nothing is packed.
+        size: The number of tokens of a segment.
+        documents: The number of documents a row has room for, as in `layout`.
+        bptt: The number of segments that gradients go back through the carry; None for no limit.
     """
     batch = x.shape[0]
     ids = jnp.zeros(seen.shape, jnp.int32) if segments is None else in_order(segments)
@@ -96,24 +112,27 @@ def scan_segments(
 
 
 def where_row(condition: Bool[Array, " b"], a: Any, b: Any) -> Any:
-    """a in the rows of the batch where the condition holds, b in the others."""
+    """Returns a in the rows of the batch where the condition holds, b in the others."""
     return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)
 
 
 def in_order(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """Segments numbered in their order, whatever their ids were; padding (−1) goes with the segment before it."""
+    """Returns segments numbered in their order, whatever their ids; padding (−1) goes with the segment before it."""
     return jnp.cumsum((segments != earlier(segments, 1, -1)) & (segments >= 0), -1)
 
 
 def earlier(x: Int[Array, "b t"], lag: int, fill: int) -> Int[Array, "b t"]:
-    """x as it was `lag` tokens ago."""
+    """Returns x as it was `lag` tokens ago, with `fill` before the first."""
     return jnp.pad(x, ((0, 0), (lag, 0)), constant_values=fill)[:, : x.shape[1]]
 
 
 def scatter(
     x: Shaped[Array, "b t ..."], place: Int[Array, "b t"], slots: int, fill: int = 0
 ) -> Shaped[Array, "b s ..."]:
-    """x in rows of so many slots, each token at its place, or nowhere for a place after the last; `fill` elsewhere."""
+    """Returns x in rows of `slots` slots, each token at its place, or nowhere for a place after the last.
+
+    Slots without a token hold `fill`.
+    """
     rows = jnp.arange(x.shape[0])[:, None]
     empty = jnp.full((x.shape[0], slots, *x.shape[2:]), fill, x.dtype)
     return empty.at[rows, place].set(x, mode="drop")

@@ -10,12 +10,12 @@ from jaxattn.core.role import Role
 
 
 def decayed(x: Any) -> nnx.Param:
-    """A parameter that is decayed: see `jaxattn.core.role`."""
+    """Makes a parameter that is decayed: see `jaxattn.core.role`."""
     return nnx.Param(x, role="decayed")
 
 
 def undecayed(x: Any) -> nnx.Param:
-    """A parameter that is not decayed: see `jaxattn.core.role`."""
+    """Makes a parameter that is not decayed: see `jaxattn.core.role`."""
     return nnx.Param(x, role="undecayed")
 
 
@@ -29,7 +29,17 @@ def linear_map(
     role: Role = "hidden",
     start: Callable[..., Array] = nnx.nn.linear.default_kernel_init,
 ) -> nnx.Linear:
-    """W x, or W x + b with `use_bias`. role: that of W. start: its initializer."""
+    """Makes the map W x, or W x + b with `use_bias`.
+
+    Args:
+        inputs: The channels of x.
+        outputs: The channels of the result.
+        dtype: The dtype of the computation.
+        rngs: Streams for the initial parameters.
+        use_bias: Whether there is b.
+        role: The role of W, see `jaxattn.core.role`.
+        start: The initializer of W.
+    """
     return nnx.Linear(
         inputs,
         outputs,

@@ -1,7 +1,7 @@
 """Learned tokens before every sequence: persistent memory of one mixer, or the meta tokens of a whole model.
 
-They run through attention and recurrences alike, so what decoding starts from is the state after them. In a packed row
-every document has them before it, in a row that is made longer for it.
+These tokens run through attention and recurrences alike, so decoding starts from the state after them. In a packed row
+every document has them before it, in a row that is made longer for them.
 """
 
 import dataclasses
@@ -22,7 +22,13 @@ from jaxattn.nn.tokens import Tokens
 
 
 class Lengthened(NamedTuple):
-    """x behind its prefix, where both stand, and `strip`, which takes what was made of them to their row."""
+    """x behind its prefix.
+
+    Attributes:
+        x: [B, S, D], both together.
+        tokens: What stands where in the longer row.
+        strip: A function that takes results of the longer row back to the row of x.
+    """
 
     x: Float[Array, "b s d"]
     tokens: Tokens
@@ -30,10 +36,16 @@ class Lengthened(NamedTuple):
 
 
 def with_prefix(prefix: Float[Array, "n d"], x: Float[Array, "b t d"], tokens: Tokens, documents: int) -> Lengthened:
-    """x behind the prefix, which has the positions 0 to n − 1; those of tokens are counted from n.
+    """Puts x behind the prefix, which has the positions 0 to n − 1; positions of tokens are counted from n.
 
-    documents: as many may be packed in a row; a row of more is NaN. Raises ValueError for masks other than `Causal()`
-    and `Documents(ids)`, and for positions that are given to packed rows.
+    Args:
+        prefix: [n, D].
+        x: [B, T, D].
+        tokens: What stands where in x.
+        documents: The number of documents that may be packed in a row; a row of more is NaN.
+
+    Raises:
+        ValueError: The mask is other than `Causal()` and `Documents(ids)`, or positions are given to packed rows.
     """
     batch, length, _ = x.shape
     prefix = prefix.astype(x.dtype)
@@ -60,14 +72,16 @@ def with_prefix(prefix: Float[Array, "n d"], x: Float[Array, "b t d"], tokens: T
 
 
 def after_prefix(positions: Int[Array, "*b t"], count: int) -> Int[Array, "*b t"]:
-    """Positions counted from the first token, counted from the first of the prefix; padding (−1) stays."""
+    """Returns positions counted from the first of the prefix, from those of the first token; padding (−1) stays."""
     return jnp.where(positions >= 0, positions + count, -1)
 
 
 def behind_prefix(tokens: Tokens, batch: int, count: int) -> Tokens:
-    """Tokens that continue a state which holds the prefix.
+    """Returns the tokens that continue a state which holds the prefix.
 
-    Raises ValueError for a mask, since it would be read at places that count the prefix.
+    Raises:
+        ValueError: There are documents together with the state, or a mask other than `Causal()`, since it would be read
+            at places that count the prefix.
     """
     if tokens.segments(batch) is not None:
         raise ValueError("mask has documents and a state is given: need one or the other behind a prefix")
@@ -77,9 +91,18 @@ def behind_prefix(tokens: Tokens, batch: int, count: int) -> Tokens:
 class Prefixed(Mixer):
     """y = mixer([P; x]) without the rows of P: a mixer with learned tokens before every sequence (persistent memory).
 
-    mixer: any with the protocol of mixers; for attention with a window take `Window(w) | Causal() & Sinks(tokens)`, or
-    the prefix goes out of sight. tokens: n >= 1, from N(0, 1) as they are not normed. documents: at most so many in a
-    packed row. Its sites are those of the mixer, and cover the longer row, P first; edits leave P as it is.
+    The sites are those of the mixer, and cover the longer row, P first. Edits leave P as it is.
+
+    Args:
+        mixer: Any mixer, mechanism or spec of one. For attention with a window take
+            `Window(w) | Causal() & Sinks(tokens)`, or the prefix goes out of sight.
+        features: D, the channels of x.
+        tokens: n, the number of tokens of P, at least 1. They start N(0, 1), as they are not normed.
+        documents: The number of documents that may be packed in a row.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `tokens` is below 1.
     """
 
     def __init__(self, mixer: Any, features: int, tokens: int, *, documents: int = 8, rngs: nnx.Rngs):
@@ -90,16 +113,16 @@ class Prefixed(Mixer):
 
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of the mixer."""
+        """The sites of the mixer."""
         return self.mixer.sites
 
     @property
     def recorded_only(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Those of the mixer."""
+        """The sites of the mixer that take no edits."""
         return self.mixer.recorded_only
 
     def __call__(self, x, tokens=None, tap=None, state=None, context=None):
-        """As the mixer; see `with_prefix` for positions and masks."""
+        """Returns (y, state) as the mixer; see `with_prefix` for positions and masks."""
         if context is not None:
             raise ValueError("context is given: a mixer with persistent tokens sees only its own")
         prefix = self.prefix[...]
@@ -111,11 +134,11 @@ class Prefixed(Mixer):
         return longer.strip(y), None
 
     def reached(self, state: Any) -> Int[Array, " b"]:
-        """The position after the last token, not counting the prefix."""
+        """Returns the position after the last token, not counting the prefix."""
         return self.mixer.reached(state) - len(self.prefix)
 
     def init_state(self, batch: int, capacity: int, store: Any = None) -> Any:
-        """The state after the prefix."""
+        """Returns the state after the prefix."""
         prefix = self.prefix[...]
         x = jnp.broadcast_to(prefix, (batch, *prefix.shape))
         return self.mixer(x, state=self.mixer.init_state(batch, capacity + len(prefix), store))[1]

@@ -1,8 +1,8 @@
 """Recurrent mixers: `Recurrent(mechanism)` has the protocol of every mixer, and a state of fixed size.
 
-A mechanism says what a memory gets from the input (`inputs`) and how what is read becomes the output (`output`); it
-holds the parameters. What it needs of earlier tokens besides the memory, such as the last inputs of a convolution, it
-asks of `Past`.
+A mechanism holds the parameters. It says what the memory gets from the input (`inputs`) and how the reads become the
+output (`output`). State of earlier tokens besides the memory, such as the last inputs of a convolution, comes from
+`Past`.
 """
 
 from collections.abc import Callable
@@ -28,26 +28,50 @@ from jaxattn.nn.tokens import Tokens
 
 
 class Inputs(Protocol):
-    """What a memory gets, and how it runs: `LinearInputs` in `linear_attention`, `LearningInputs` in `memory_scan`."""
+    """The inputs of a memory, and the way it runs.
+
+    `LinearInputs` run in `linear_attention`, and `LearningInputs` in `memory_scan`.
+    """
 
     query: Array
     key: Array
     value: Array
 
     def tapped(self, tap: Tap) -> "Inputs":
-        """The same with the edits at `q`, `k` and `v`, which are recorded."""
+        """Returns the same with the edits at `q`, `k` and `v`, which are recorded."""
 
     def run(
         self, state: Any, seen: Bool[Array, "b t"], segments: Int[Array, "b t"] | None, chunk: int | None
     ) -> tuple[Float[Array, "b t n v"], Any]:
-        """(what each head reads, state): tokens that are not seen are as if they were not there."""
+        """Runs the memory; tokens that are not seen are as if they were not there.
+
+        Args:
+            state: The memory before these tokens, or None.
+            seen: [B, T], which tokens are there.
+            segments: [B, T], the document of each token; None where nothing is packed.
+            chunk: The number of tokens worked on at once, for speed alone.
+
+        Returns:
+            A pair (read, state): the reads of each head [B, T, N, V], and the memory after the tokens.
+        """
 
     def weights(self, seen: Bool[Array, "b t"], segments: Int[Array, "b t"] | None) -> Float[Array, "b n t t"]:
-        """The weight of each value in what each token reads."""
+        """Returns the weight of each value in the read of each token."""
 
 
 class LinearInputs(NamedTuple):
-    """The arguments of `linear_attention`."""
+    """The arguments of `linear_attention`.
+
+    Attributes:
+        query: [B, T, N, K].
+        key: [B, T, M, K].
+        value: [B, T, M, V].
+        log_decay: The gate, as of `linear_attention`.
+        erase: The erasure, as of `linear_attention`.
+        bonus: The bonus, as of `linear_attention`.
+        read: When the state is read, as of `linear_attention`.
+        form: The form, as of `linear_attention`.
+    """
 
     query: Float[Array, "b t n k"]
     key: Float[Array, "b t m k"]
@@ -72,7 +96,7 @@ class LinearInputs(NamedTuple):
         return mixing_matrix(self.query, segment_ids=segments, **gates)
 
     def _hidden(self, seen: Bool[Array, "b t"]) -> dict[str, Any]:
-        """Tokens that are not seen neither write nor erase, and nothing decays at them."""
+        """Returns arguments with which unseen tokens neither write nor erase, and nothing decays at them."""
 
         def only(x: Array) -> Array:
             return jnp.where(seen.reshape(*seen.shape, *(1,) * (x.ndim - 2)), x, 0)
@@ -85,7 +109,11 @@ class LinearInputs(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """No memory at all: what is read is the value."""
+    """The inputs of a mechanism without a memory: its read is the value.
+
+    Attributes:
+        value: [B, T, N, V].
+    """
 
     value: Float[Array, "b t n v"]
 
@@ -108,10 +136,24 @@ class Passed(NamedTuple):
 
 
 class LearningInputs(NamedTuple):
-    """The arguments of `memory_scan`; gates are numbers or [b, t, n].
+    """The arguments of `memory_scan`; gates are numbers or [B, T, N].
 
-    Packed documents each begin an inner batch, in a row that is made longer for it: at most `documents` of them, or so
-    many short ones that they still fit; a row that holds more is NaN.
+    Packed documents each begin an inner batch, in a row that is made longer for them. A row has room for `documents` of
+    them, or for more short ones as long as they still fit; a row that holds more is NaN.
+
+    Attributes:
+        memory: As of `memory_scan`.
+        query: [B, T, N, K].
+        key: [B, T, N, K].
+        value: [B, T, N, V].
+        rate: As of `memory_scan`.
+        log_decay: As of `memory_scan`.
+        log_momentum: As of `memory_scan`.
+        row_rate: As of `memory_scan`.
+        loss: As of `memory_scan`.
+        link: As of `memory_scan`.
+        inner_batch: As of `memory_scan`.
+        documents: The number of documents that a packed row has room for.
     """
 
     memory: Memory
@@ -170,11 +212,22 @@ class LearningInputs(NamedTuple):
 
 
 class Past:
-    """What is carried from earlier tokens, by name: `held` before this call, `kept` after it.
+    """The arrays that a mechanism carries from earlier tokens, by name: `held` before this call, `kept` after it.
 
-    Tokens that are not `seen` (padding) are as if they were not there. With `padded` they may be anywhere in the row,
-    else not inside a document: a packed row in which they are is NaN. `starts` marks the first token of a document
-    in a packed row (None: nothing is packed).
+    Tokens that are not seen (padding) are as if they were not there.
+
+    Args:
+        held: The arrays from an earlier call, empty at the start.
+        seen: [B, T], which tokens are there.
+        segments: [B, T], the document of each token; None where nothing is packed.
+        padded: Whether padding may be anywhere in the row. Otherwise padding may not stand inside a document: a packed
+            row in which it does is NaN.
+
+    Attributes:
+        held: The arrays before this call.
+        kept: The arrays after this call.
+        seen: As given.
+        segments: As given.
     """
 
     def __init__(
@@ -196,10 +249,11 @@ class Past:
 
     @property
     def starts(self) -> Bool[Array, "b t"] | None:
+        """Whether each token is the first of a document in a packed row; None where nothing is packed."""
         return None if self.segments is None else self.segments != earlier(self.segments, 1, -1)
 
     def places(self, positions: Int[Array, "b t"]) -> Int[Array, "b t"]:
-        """The place of each token in its document, from 0."""
+        """Returns the place of each token in its document, from 0."""
         if self.segments is None:
             return jnp.maximum(positions, 0)
         segments, index = self._together(self.segments, -1), jnp.arange(self.seen.shape[1])
@@ -208,8 +262,16 @@ class Past:
         return places if self._rank is None else self._apart(places)
 
     def lags(self, name: str, x: Float[Array, "b t c"], width: int, use: Callable[[list[Array]], Any] = list) -> Any:
-        """What `use` makes of x as it was 0, 1, ..., width − 1 tokens ago, a token at a time; zeros before the sequence
-        or document began."""
+        """Returns the result of `use` for x as it was 0, 1, ..., width − 1 tokens ago.
+
+        Before the sequence or document began, x is zero.
+
+        Args:
+            name: The name under which the last inputs are kept.
+            x: [B, T, C].
+            width: The number of lags.
+            use: A function of the list of lagged arrays that works on each token by itself.
+        """
         length = x.shape[1]
         x = self._together(jnp.where(self.seen[..., None], x, 0))
         whole = self._continued(name, x, width - 1)
@@ -228,7 +290,18 @@ class Past:
         value: Float[Array, "b t n v"],
         window: int,
     ) -> Float[Array, "b t n v"]:
-        """Softmax attention of each token to the last `window` of its document, itself included."""
+        """Runs softmax attention of each token to the last `window` of its document, itself included.
+
+        Args:
+            name: The name under which the last keys and values are kept.
+            query: [B, T, N, H].
+            key: [B, T, N, H].
+            value: [B, T, N, V].
+            window: The number of tokens that a token sees.
+
+        Returns:
+            The reads [B, T, N, V].
+        """
         before, length = window - 1, query.shape[1]
         query, key, value, seen = map(self._together, (query, key, value, self.seen))
         there = self._continued(f"{name}.there", seen[..., None].astype(jnp.int32), before)[..., 0] > 0
@@ -241,21 +314,20 @@ class Past:
         return self._apart(attend(query, key, value, mask=mask, query_positions=at[:, before:], key_positions=at))
 
     def _together(self, x: Shaped[Array, "b t ..."], fill: int = 0) -> Shaped[Array, "b t ..."]:
-        """x of the tokens that are seen, one behind the other, and what fills the row after them."""
+        """Returns x of the tokens that are seen, one behind the other, and `fill` in the rest of the row."""
         if self._rank is None:
             return x
         length = x.shape[1]
         return scatter(x, jnp.where(self.seen, self._rank, length), length, fill)
 
     def _apart(self, x: Shaped[Array, "b t ..."]) -> Shaped[Array, "b t ..."]:
-        """The inverse of `_together`: the places of what is not seen hold anything finite."""
+        """Undoes `_together`: the places of tokens that are not seen hold anything finite."""
         if self._rank is None:
             return x if self._lost is None else jnp.where(self._lost.reshape(-1, *(1,) * (x.ndim - 1)), jnp.nan, x)
         return jnp.take_along_axis(x, jnp.maximum(self._rank, 0).reshape(*self._rank.shape, *(1,) * (x.ndim - 2)), 1)
 
     def _continued(self, name: str, x: Float[Array, "b t ..."], count: int) -> Float[Array, "b count+t ..."]:
-        """x, together, behind the last `count` entries before it, zeros where there were none; those of this call are
-        kept."""
+        """Returns x, together, behind the last `count` entries before it or zeros, and keeps its own."""
         batch = x.shape[0]
         held = self.held.get(name, jnp.zeros((batch, count, *x.shape[2:]), x.dtype))
         whole = jnp.concatenate([held.astype(x.dtype), x], 1)
@@ -266,21 +338,39 @@ class Past:
 
 
 class Mechanism(nnx.Module):
-    """What a recurrence is made of. Its input x has `in_features` channels."""
+    """The base class of mechanisms, of which a recurrence is made.
+
+    Attributes:
+        in_features: The channels of its input x.
+    """
 
     in_features: int
 
     def inputs(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], past: Past) -> tuple[Inputs, Any]:
-        """What the memory gets, and whatever else `output` needs. positions: in packed rows within each document."""
+        """Returns a pair: the inputs of the memory, and whatever else `output` needs.
+
+        Args:
+            x: [B, T, D].
+            positions: [B, T], in packed rows within each document.
+            past: The arrays of earlier tokens.
+        """
         raise NotImplementedError
 
     def output(self, read: Float[Array, "b t n v"], rest: Any) -> Float[Array, "b t d"]:
-        """y from what each head read."""
+        """Returns y from the reads of each head.
+
+        Args:
+            read: [B, T, N, V].
+            rest: The second result of `inputs`.
+        """
         raise NotImplementedError
 
 
 def as_mixer(slot: Any, **sizes: Any) -> Mixer:
-    """The mixer that stands in a slot: a module, or a `Spec` that is built with `sizes`; a mechanism is `Recurrent`."""
+    """Returns the mixer that stands in a slot: a module, or a `Spec` that is built with `sizes`.
+
+    A mechanism becomes `Recurrent`.
+    """
     module = built(slot, **sizes)
     return Recurrent(module) if isinstance(module, Mechanism) else module
 
@@ -288,8 +378,11 @@ def as_mixer(slot: Any, **sizes: Any) -> Mixer:
 class Recurrent(Mixer):
     """y = output(memory(inputs(x))): a mixer whose state does not grow.
 
-    mechanism: one of this package's, or your own. chunk: tokens worked on at once in training; speed only.
-    `weights` is the mixing matrix of the memory; it can be recorded, and not edited.
+    At the site `weights` stands the mixing matrix of the memory, which can be recorded, and not edited.
+
+    Args:
+        mechanism: A mechanism of this package, or your own.
+        chunk: The number of tokens worked on at once in training, for speed alone.
     """
 
     sites: ClassVar = ("q", "k", "v", "weights", "z", "attn_out")
@@ -306,13 +399,18 @@ class Recurrent(Mixer):
         state: dict[str, Any] | None = None,
         context: None = None,
     ) -> tuple[Float[Array, "b t d"], dict[str, Any] | None]:
-        """(y, state), as any mixer. The memory does not see padding, and in packed rows every document begins with an
-        empty one.
+        """Mixes the tokens of x.
+
+        The memory does not see padding, and in packed rows every document begins with an empty memory.
+
+        Returns:
+            A pair (y, state), as of any mixer.
 
         Raises:
-            ValueError: For a mask of the tokens other than `Documents(ids)` and `Causal()`, which is what a recurrence
-                is anyway; a context; documents together with a state; inputs of another width; sites that it does not
-                have, and an edit of `weights`.
+            ValueError: The mask of the tokens is other than `Documents(ids)` and `Causal()`, which is what a recurrence
+                is anyway. Or there is a context, or documents together with a state, or a mask or state for a mechanism
+                that reads all of a row; or an input has another width, a site is unknown, `weights` is edited, recorded
+                with a state, or recorded by a measure.
         """
         tokens, tap = self.started(x, tokens, tap, state)
         if context is not None:
@@ -348,11 +446,11 @@ class Recurrent(Mixer):
         return y, state
 
     def reached(self, state: dict[str, Any]) -> Int[Array, " b"]:
-        """The position after the last token that the state has seen."""
+        """Returns the position after the last token that the state has seen."""
         return state["position"]
 
     def init_state(self, batch: int, capacity: int, store: Any = None) -> dict[str, Any]:
-        """The state before any token; its size does not depend on `capacity`."""
+        """Returns the state before any token; its size does not depend on `capacity`."""
         nothing = jnp.zeros((batch, 1, self.mechanism.in_features))
         past = Past({}, jnp.zeros((batch, 1), bool), None)
         inputs, _ = self.mechanism.inputs(nothing, jnp.full((batch, 1), -1), past)

@@ -1,4 +1,4 @@
-"""A class or constructor with arguments, as data: what a config says of what is built later, when sizes are known."""
+"""A class or constructor with arguments, as data: a config holds specs, and modules build them when sizes are known."""
 
 import difflib
 import inspect
@@ -22,8 +22,8 @@ class Spec:
         arguments: Some of its arguments. Arrays are refused, since a config holds none.
 
     Raises:
-        TypeError: For a target that cannot be called or imported, arguments that it does not have (the nearest name is
-            suggested), and arrays.
+        TypeError: The target cannot be called or imported, it does not have one of the arguments (the nearest name is
+            suggested), or an argument holds an array.
     """
 
     target: Callable[..., Any]
@@ -49,13 +49,14 @@ class Spec:
         raise AttributeError(f"a Spec is frozen: need spec.replace({name}=...)")
 
     def build(self, **sizes: Any) -> Any:
-        """What the spec describes.
+        """Returns the result of the target.
 
         Args:
-            sizes: What the place knows. Of these it gets the parameters that have no default, `rngs` and `dtype`.
+            sizes: The arguments that the place knows. The target gets those for which it has a parameter without a
+                default, and `rngs` and `dtype`.
 
         Raises:
-            TypeError: For parameters without a default that neither the spec nor the place gives.
+            TypeError: Neither the spec nor the place gives a parameter without a default.
         """
         given = dict(self.arguments)
         for name, parameter in _parameters(self.target).items():
@@ -67,7 +68,7 @@ class Spec:
         return self.target(**given)
 
     def replace(self, **arguments: Any) -> "Spec":
-        """The spec with other arguments."""
+        """Returns the spec with other arguments."""
         return Spec(self.target, **(self.arguments | arguments))
 
     def _key(self) -> tuple[Any, ...]:
@@ -91,22 +92,26 @@ class Spec:
 
 
 def built(slot: Any, **sizes: Any) -> Any:
-    """What stands in a slot: a spec is built, all else is as it is."""
+    """Returns the content of a slot: a spec is built, all else stays as it is."""
     return slot.build(**sizes) if isinstance(slot, Spec) else slot
 
 
 def owned(slot: Any) -> Any:
-    """A slot as an attribute of a module: parts with arrays are data, so that NNX sees their leaves."""
+    """Returns a slot as an attribute of a module: parts with arrays are data, so that NNX sees their leaves."""
     return slot if isinstance(slot, nnx.Module) else nnx.data(slot)
 
 
 def part_of(slot: Any) -> Any:
-    """The part that stands in a slot: a module makes it when called."""
+    """Returns the part that stands in a slot: a module makes it when called."""
     return slot() if isinstance(slot, nnx.Module) else slot
 
 
 def path_of(target: Callable[..., Any]) -> str:
-    """The dotted name under which the target is found. Raises TypeError if there is none."""
+    """Returns the dotted name under which the target is found.
+
+    Raises:
+        TypeError: The target has no such name.
+    """
     owner = getattr(target, "__self__", None)
     name = f"{owner.__qualname__}.{target.__name__}" if isinstance(owner, type) else getattr(target, "__qualname__", "")
     path = f"{getattr(target, '__module__', '')}.{name}"
@@ -120,11 +125,11 @@ def path_of(target: Callable[..., Any]) -> str:
 
 
 def from_plain(plain: Any) -> Any:
-    """The spec that `models.to_plain` made; parts of core among its arguments are made as they are.
+    """Returns the spec that `models.to_plain` made; parts of core among its arguments are made as they are.
 
     Raises:
-        ValueError: For what has not the form, for names that there are not, for unknown arguments, and for a class of
-            parts, which stands in a config as it is.
+        ValueError: `plain` does not have the form, a name or an argument is unknown, or the class is one of parts,
+            which stand in a config as they are.
     """
     if isinstance(plain, Spec):
         return plain
@@ -160,7 +165,7 @@ def _found(path: str) -> Any:
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters by name. Of an NNX class those of `__init__`: its metaclass hides them."""
+    """Returns the parameters by name. Of an NNX class those of `__init__`: its metaclass hides them."""
     if isinstance(target, type):
         _, *rest = inspect.signature(target.__init__).parameters.items()  # type: ignore[misc]
         found = dict(rest)
@@ -176,7 +181,7 @@ def _takes_any(target: Callable[..., Any]) -> bool:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples, and numbers of NumPy as numbers."""
+    """Returns lists as tuples, and numbers of NumPy as numbers."""
     if isinstance(value, np.generic):
         return value.item()
     return tuple(_frozen(each) for each in value) if isinstance(value, list | tuple) else value

@@ -14,16 +14,28 @@ from jaxattn.nn.recurrent import LinearInputs, Mechanism
 
 
 class S6(Mechanism):
-    """The selective scan of Mamba (Gu & Dao, 2023): E channels, each a memory of K numbers that decays by itself,
+    """The selective scan of Mamba (Gu & Dao, 2023): E channels, each a memory of K numbers that decays by itself.
 
         h_c ← e^{−Δ_c a_c} ⊙ h_c + Δ_c s_c B,   y_c = C · h_c + D_c s_c,   out = W_o (y ⊙ silu(W_z x))
 
-    with s = silu(conv(W_s x) + b_s), and Δ = softplus(W_Δ Δ_r + b), B and C from s. a starts as 1, ..., K in every
-    channel.
+    with s = silu(conv(W_s x) + b_s), and Δ = softplus(W_Δ Δ_r + b), B and C from s. The numbers a start as 1, ..., K in
+    every channel.
 
-    inner: E, 2 D if not given. state: K. rank: that of Δ, D / 16 if not given. norm: RMS norm of Δ_r, B and C, with
-    `eps` (Hymba). project: False for no W_o, so that the output has E channels.
-    use_bias: whether W_s, W_z and W_o have biases.
+    Args:
+        features: D, the channels of x and y.
+        inner: E, 2 D if not given.
+        state: K, the numbers of each channel.
+        rank: The rank of Δ, D / 16 if not given.
+        convolution: The width of the short convolution.
+        norm: Whether Δ_r, B and C are RMS-normed (Hymba).
+        eps: The eps of these norms.
+        project: Whether there is W_o; without, the output has E channels.
+        use_bias: Whether W_s, W_z and W_o have biases.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: A size is below 1.
     """
 
     def __init__(
@@ -79,9 +91,22 @@ class S6(Mechanism):
 class Mamba2(Mechanism):
     """State-space duality (Dao & Gu, 2024): key B, query C shared by all heads, value Δ x, log decay −e^a Δ per head.
 
-    Δ = softplus(W x + b); x, B and C after one short convolution with a bias; skip D x; RMS norm of (y ⊙ silu(z)) over
-    all heads.
-    state: K. expand: heads × V over D. mimetic: start as causal linear attention (`mimetic_initialization`).
+    The step is Δ = softplus(W x + b). The signal x, B and C come after one short convolution with a bias. There is a
+    skip D x, and an RMS norm of (y ⊙ silu(z)) over all heads.
+
+    Args:
+        features: The width of the model.
+        heads: The number of heads.
+        state: K, the channels of keys and queries.
+        expand: heads × V over the width of the model.
+        convolution: The width of the short convolution.
+        mimetic: Whether the mechanism starts as causal linear attention (`mimetic_initialization`).
+        eps: The eps of the RMS norm.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `heads` is no divisor of `expand` times `features`, or a size is below 1.
     """
 
     def __init__(
@@ -126,10 +151,15 @@ class Mamba2(Mechanism):
 def mimetic_initialization(mechanism: Mamba2, decay: float = 1e-3, step: float = 1.0) -> None:
     """Makes a state-space mechanism start near causal linear attention of its input with itself, in place.
 
-    e^a = `decay` (almost nothing is forgotten), Δ = `step` for every input, and W_C = W_B, so that equal inputs attend
-    to each other. The convolutions of B and C stay apart: with equal ones copying was learned far more slowly. Copying
-    and recall are then learned in fewer steps (Mimetic initialization helps state space models learn to recall, 2024);
-    use it in some of the layers.
+    Afterwards e^a = `decay` (almost nothing is forgotten), Δ = `step` for every input, and W_C = W_B, so that equal
+    inputs attend to each other. The convolutions of B and C stay apart: with equal ones copying was learned far more
+    slowly. Copying and recall are then learned in fewer steps (Mimetic initialization helps state space models learn to
+    recall, 2024). Use this start in some of the layers.
+
+    Args:
+        mechanism: The mechanism, which is changed.
+        decay: e^a.
+        step: Δ.
     """
     mechanism.a_log[...] = jnp.full_like(mechanism.a_log[...], jnp.log(decay))
     mechanism.step.kernel[...] = jnp.zeros_like(mechanism.step.kernel[...])

@@ -1,4 +1,4 @@
-"""What a caller wants to change and to see inside a model: sites, edits, records, and the `Tap` that holds both.
+"""Changing and seeing values inside a model: sites, edits, records, and the `Tap` that holds both.
 
 A layer calls `x = tap("site", x)` wherever there is something to change or to see. An edit is a part called as
 `edit(value, where)`, with `where` the `Tokens` of the call, and at the sites `scores` and `weights` the `Tile`. An edit
@@ -86,10 +86,10 @@ ALIASES = {
 
 
 class Edit(abc.ABC):
-    """What a part must offer to change the value of a site.
+    """The base class of parts that change the value of a site.
 
     Attributes:
-        scores_need: What it must see of scores, as for maps: "rows", or "tile" if it does not look along the keys,
+        scores_need: The scores that it must see, as for maps: "rows", or "tile" if it does not look along the keys,
             which makes training through it several times faster.
         weights_need: The same of weights, where "tile" is for edits that commute with a factor per row.
         of_tokens: Whether it acts by the `Tokens` of the call, and so not at scores and weights.
@@ -101,7 +101,12 @@ class Edit(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, value: Array, where: Any) -> Array:
-        """The value to go on with. `where` is the `Tokens` of the call; at scores and weights the `Tile`."""
+        """Returns the value to go on with.
+
+        Args:
+            value: The value of the site.
+            where: The `Tokens` of the call; at scores and weights the `Tile`.
+        """
 
 
 @part
@@ -118,16 +123,21 @@ class Layers:
 
 
 class Reducer(abc.ABC):
-    """What is kept of the value of a site."""
+    """The base class of parts that make a record of the value of a site."""
 
     @abc.abstractmethod
     def __call__(self, value: Array, where: Any) -> Any:
-        """What to keep. `where` as for edits."""
+        """Returns the record of a value.
+
+        Args:
+            value: The value of the site.
+            where: As for edits.
+        """
 
 
 @part
 class Whole(Reducer):
-    """All of the value. At scores and weights that is T x S per head."""
+    """All of the value. At scores and weights T x S numbers per head are kept."""
 
     def __call__(self, value, where):
         return value
@@ -227,7 +237,7 @@ class _Rows(Measure):
 
 
 class Tap:
-    """Changes values by the edits of their sites, and keeps what was asked for: `value = tap(site, value)`.
+    """Changes values by the edits of their sites, and keeps the records asked for: `value = tap(site, value)`.
 
     Args:
         edits: Site -> an edit, or a tuple of edits that act one after the other.
@@ -235,11 +245,11 @@ class Tap:
             value; at scores and weights it is a measure, or `Whole()`.
 
     Attributes:
-        records: What was kept, by name.
+        records: The records so far, by name.
 
     Raises:
-        ValueError: For names that are no sites: a record that is silently missing is the classic failure.
-        TypeError: For an edit or a reducer of the wrong kind.
+        ValueError: A name is no site: a record that is silently missing is the classic failure.
+        TypeError: An edit or a reducer is of the wrong kind.
     """
 
     def __init__(self, edits: Mapping[str, Any] | None = None, record: Any = ()):
@@ -256,17 +266,17 @@ class Tap:
         self.where: Any = None
 
     def at(self, where: Any) -> "Tap":
-        """The same tap for values that stand there: `Tokens`, or a `Tile`."""
+        """Returns the same tap for values that stand there: `Tokens`, or a `Tile`."""
         new = Tap.__new__(Tap)
         new.edits, new.asked, new.records, new.where = self.edits, self.asked, self.records, where
         return new
 
     def only(self, sites: Iterable[str]) -> "Tap":
-        """The same tap, for some of the sites."""
+        """Returns the same tap, for some of the sites."""
         return self.renamed({site: site for site in sites})
 
     def renamed(self, names: Mapping[str, str]) -> "Tap":
-        """The same tap for some of the sites, name -> the name that they have inside."""
+        """Returns the same tap for some of the sites, name -> the name that they have inside."""
         new = self.at(self.where)
         new.edits = {names[site]: each for site, each in self.edits.items() if site in names}
         new.asked = {name: (names[site], each) for name, (site, each) in self.asked.items() if site in names}
@@ -274,7 +284,7 @@ class Tap:
 
     @property
     def sites(self) -> set[str]:
-        """The sites that have an edit, or of which something is kept."""
+        """The sites that have an edit or a record."""
         return {*self.edits, *(site for site, _ in self.asked.values())}
 
     def check(self, owner: Any, sites: Iterable[str]) -> None:
@@ -289,7 +299,7 @@ class Tap:
             raise ValueError(f"edits has the sites {unknown}, which {name} does not have: need some of {sites}")
 
     def wants(self, *sites: str) -> bool:
-        """Whether there is an edit or a record at any of these sites."""
+        """Returns whether there is an edit or a record at any of these sites."""
         return not self.sites.isdisjoint(sites)
 
     def __call__(self, site: str, value: Value) -> Value:
@@ -301,8 +311,10 @@ class Tap:
         return value
 
     def join(self, slots: Slots) -> tuple[Slots, bool]:
-        """The slots of a call to `attend` with the edits at scores and weights, and with what is to be measured; and
-        whether the lse is wanted."""
+        """Returns a pair: the slots of a call to `attend` with the edits and measures, and whether the lse is wanted.
+
+        Edits at scores and weights join the maps and the mask. Records at scores and weights join the measures.
+        """
         score_maps, weight_maps, mask = list(slots.score_maps), list(slots.weight_maps), slots.mask
         fixed = self.where.fixed if isinstance(self.where, Tokens) else None
         for each in self.edits.get("scores", ()):
@@ -323,7 +335,7 @@ class Tap:
         return joined, any(site == "lse" for site, _ in self.asked.values())
 
     def keep(self, extras: Mapping[str, Any]) -> None:
-        """Keeps what a call to `attend` with the joined slots has measured."""
+        """Keeps the measures that a call to `attend` with the joined slots returned."""
         for name, (site, reducer) in self.asked.items():
             if site in ("scores", "weights"):
                 found = extras[name]
@@ -333,10 +345,10 @@ class Tap:
 
 
 def site_of(argument: str, name: str) -> str:
-    """The site of this name, or of another library's name for it, behind the name of a branch if it has one.
+    """Returns the site of this name, or of another library's name for it, behind the name of a branch if it has one.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: No site has the name.
     """
     site = ALIASES.get(name, name)
     if bare_site(site) not in SITES:
@@ -345,12 +357,17 @@ def site_of(argument: str, name: str) -> str:
 
 
 def bare_site(site: str) -> str:
-    """The site without the name of the branch that it may stand behind."""
+    """Returns the site without the name of the branch that it may stand behind."""
     return site.rpartition(".")[2]
 
 
 def as_records(record: Any) -> dict[str, tuple[str, Any]]:
-    """name -> (site, reducer), of what was given for `record`. Raises ValueError and TypeError as `Tap`."""
+    """Returns name -> (site, reducer), from the argument `record` of `Tap`.
+
+    Raises:
+        ValueError: As of `Tap`, or a name begins with "store.".
+        TypeError: As of `Tap`, or `record` is text.
+    """
     if isinstance(record, str):
         raise TypeError(f"record is the text {record!r}: need a tuple of sites, or a dict of name -> (site, reducer)")
     if not isinstance(record, Mapping):
@@ -397,10 +414,17 @@ def _is_function(edit: Any) -> bool:
 def scanned(
     edits: Mapping[str, Any], first: int, count: int, sites: Iterable[str]
 ) -> tuple[Any, Callable[[Any], dict]]:
-    """The edits of `count` layers from `first` on that a scan over them takes, and what makes those of one layer.
+    """Splits the edits of `count` layers from `first` on into arrays for a scan, and a function of one layer.
 
-    Returns what carries a layer axis of `count` entries, and a function of one entry of it that returns
-    site -> edits of that layer.
+    Args:
+        edits: Site -> edits, as `as_edits` returns them.
+        first: The number of the first layer.
+        count: The number of layers.
+        sites: The sites that these layers have.
+
+    Returns:
+        A pair (arrays, function): arrays with a layer axis of `count` entries, and a function of one entry of them that
+            returns site -> edits of that layer.
     """
     sliced, plans = [], []
     for site, entries in edits.items():
@@ -430,17 +454,24 @@ def scanned(
 
 @dataclasses.dataclass(frozen=True)
 class At:
-    """An edit of a single layer."""
+    """An edit of a single layer.
+
+    Attributes:
+        layer: The number of the layer.
+        edit: The edit.
+    """
 
     layer: int
     edit: Any
 
 
 def as_edits(edits: Mapping[str, Any] | None, layers: int) -> dict[str, tuple[Any, ...]]:
-    """site -> edits, each of them shared by all layers, or `Layers`, or `At` one layer.
+    """Returns site -> edits, each of them shared by all layers, or `Layers`, or `At` one layer.
 
-    Raises ValueError for unknown sites, `Layers` without an axis of so many layers, and layers that there are not;
-    TypeError for what is no edit.
+    Raises:
+        ValueError: A site is unknown, `Layers` has no axis of `layers` entries, a layer does not exist, or an edit of
+            single layers stands at a site that a model has once.
+        TypeError: A value is no edit.
     """
     found: dict[str, tuple[Any, ...]] = {}
     for name, given in (edits or {}).items():

@@ -37,7 +37,18 @@ def memory_as_gate(
 ) -> nnx.Module:
     """MAG: y = norm(attention(X̃)) ⊙ σ(norm(M(X̃))),  X̃ = [P; X], attention over P and the last `window` tokens.
 
-    eps: of the norms.
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads of the attention.
+        memory: M, a `NeuralMemory` or a spec of one.
+        window: The number of tokens that a token sees, at least 1.
+        persistent: The number of tokens of P, at least 0.
+        eps: The eps of the norms.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `window` or `persistent` is too small, or `heads` is no divisor of `features`.
     """
     learning: NeuralMemory = built(memory, features=features, dtype=dtype, rngs=rngs)
     attention = _near_attention(features, heads, window, persistent, dtype, rngs)
@@ -48,7 +59,20 @@ def memory_as_gate(
 def memory_as_layer(
     features: int, heads: int, memory: MemorySlot, *, window: int, persistent: int, dtype: Any = None, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """MAL: y = attention(M([P; X])), attention over P and the last `window` tokens."""
+    """MAL: y = attention(M([P; X])), attention over P and the last `window` tokens.
+
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads of the attention.
+        memory: M, a `NeuralMemory` or a spec of one.
+        window: The number of tokens that a token sees, at least 1.
+        persistent: The number of tokens of P, at least 0.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `window` or `persistent` is too small, or `heads` is no divisor of `features`.
+    """
     learning: NeuralMemory = built(memory, features=features, dtype=dtype, rngs=rngs)
     attention = _near_attention(features, heads, window, persistent, dtype, rngs)
     return _behind(Chain([Recurrent(learning), attention]), features, learning, persistent, rngs)
@@ -72,7 +96,7 @@ def _behind(mixer: nnx.Module, features: int, memory: NeuralMemory, persistent: 
 
 
 class MemoryAsContext(Mixer):
-    """MAC: segments of `segment` tokens, each of which attends to what the memory M recalls for it and writes to M.
+    """MAC: attention within segments, each of which reads the recall of a memory M and writes to M.
 
         h_j = M_{s−1}(x_j)                      M after the segment before
         y = attention([P; h; X_s]) at X_s       causal: x_i sees P, and h_j and x_j for j <= i
@@ -81,9 +105,23 @@ class MemoryAsContext(Mixer):
     As h_j depends on x_j, all three are causal, token by token; the paper reads M after the whole segment. Positions
     count within the segment, P first, then h_1, x_1, h_2, x_2, …
 
-    memory: without a convolution, and its `inner_batch` must divide `segment`, or a segment would end inside one.
-    persistent: tokens of P. eps: of the norms. The state holds the memory as it is and as it was, and a segment of
-    keys. With a state, tokens are read one after the other.
+    The state holds the memory as it is and as it was, and a segment of keys. With a state, tokens are read one after
+    the other.
+
+    Args:
+        features: D, the channels of x and y.
+        heads: N, the number of heads of the attention.
+        memory: A `NeuralMemory` without a convolution, or a spec of one. Its `inner_batch` must divide `segment`, or a
+            segment would end inside one.
+        segment: The number of tokens of a segment.
+        persistent: The number of tokens of P, at least 0.
+        eps: The eps of the norms.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: The memory has a convolution, `segment` is no multiple of its `inner_batch`, or `persistent` is
+            negative.
     """
 
     def __init__(
@@ -112,7 +150,7 @@ class MemoryAsContext(Mixer):
         self.norms = nnx.List([RMSNorm(features, eps=eps, dtype=dtype) for _ in range(2)])
 
     def __call__(self, x, tokens=None, tap=None, state=None, context=None):
-        """As `Recurrent`."""
+        """Returns (y, state), with the errors of `Recurrent`."""
         tokens, tap = self.started(x, tokens, tap, state)
         if context is not None:
             raise ValueError("context is given: a memory sees only its own tokens")
@@ -132,11 +170,11 @@ class MemoryAsContext(Mixer):
         return tap("attn_out", y), state
 
     def reached(self, state: dict[str, Any]) -> Int[Array, " b"]:
-        """The position after the last token that the state has seen."""
+        """Returns the position after the last token that the state has seen."""
         return state["position"]
 
     def init_state(self, batch: int, capacity: int, store: Any = None) -> dict[str, Any]:
-        """The state before any token; its size does not depend on `capacity`."""
+        """Returns the state before any token; its size does not depend on `capacity`."""
         memory, nothing = self._start(batch), jnp.zeros(batch, jnp.int32)
         return {"memory": memory, "before": memory, "keys": self._opened(batch), "count": nothing, "position": nothing}
 
@@ -144,7 +182,7 @@ class MemoryAsContext(Mixer):
         return self._learn(self._attend(x, self._recall(x, memory), filled), filled, memory)
 
     def _tokens(self, x, seen, state):
-        """Token by token."""
+        """Returns (y, state), read token by token."""
         opened = self._opened(x.shape[0])
 
         def one(state: dict[str, Any], given: tuple[Array, Array]) -> tuple[dict[str, Any], Array]:
@@ -164,12 +202,12 @@ class MemoryAsContext(Mixer):
         return jnp.moveaxis(y, 0, 1), state
 
     def _start(self, batch: int) -> MemoryState:
-        """The memory before any token."""
+        """Returns the memory before any token."""
         nothing = jnp.zeros((batch, 1, self.in_features))
         return self._learn(nothing, jnp.zeros((batch, 1), bool), None)[0]
 
     def _opened(self, batch: int) -> Any:
-        """The keys of a segment that holds P alone."""
+        """Returns the keys of a segment that holds P alone."""
         keys: Any = self.attention.init_state(batch, self.count + 2 * self.segment)
         if self.persistent is not None:
             _, keys = self.attention(self._persistent(batch), state=keys)
@@ -187,7 +225,7 @@ class MemoryAsContext(Mixer):
         return self.memory.output(memory_read(inputs.memory, inputs.query, link=inputs.link, state=memory), rest)
 
     def _attend(self, x: Float[Array, "b t d"], h: Float[Array, "b t d"], filled: Bool[Array, "b t"]) -> Array:
-        """Attention of a segment to P, h and itself."""
+        """Returns the attention of a segment to P, h and itself."""
         batch, size, _ = x.shape
         count = self.count
         places = count + 2 * jnp.arange(size)
@@ -198,7 +236,7 @@ class MemoryAsContext(Mixer):
         return y[:, count + size :]
 
     def _learn(self, y: Float[Array, "b t d"], seen: Bool[Array, "b t"], memory: MemoryState | None) -> Any:
-        """(the memory after y was written, what comes out)."""
+        """Returns the memory after y was written, and the output."""
         inputs, rest = self._inputs(y, seen)
         read, memory = inputs.run(memory, seen, None, None)
         norm, gate_norm = self.norms

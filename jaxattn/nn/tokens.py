@@ -1,4 +1,4 @@
-"""What stands where in one call of a layer: places in the row, documents, padding and the mask of the caller."""
+"""The tokens of one call of a layer: places in the row, documents, padding and the mask of the caller."""
 
 import dataclasses
 from typing import Any
@@ -17,18 +17,18 @@ from jaxattn.core.table import take
 
 @part
 class Tokens:
-    """The tokens of one call, as all layers of a model see them. It is made once, by `Tokens.of`.
+    """The tokens of one call, as all layers of a model see them, made once by `Tokens.of`.
 
     Attributes:
-        positions: The place of each token in its row, [1 or B, T]; −1 is padding, which is as if it were not there.
-        documents: The document of each token of packed rows, [1 or B, T]; −1 is padding. None where nothing is packed.
-        mask: What a token may see besides what the mask of a layer says, or None.
+        positions: [1 or B, T], the place of each token in its row; −1 is padding, which is as if it were not there.
+        documents: [1 or B, T], the document of each token of packed rows; −1 is padding. None where nothing is packed.
+        mask: The mask of the caller, and-ed with that of each layer, or None.
         padded: Whether there may be padding by position, or is by document before the end of a row. Where ids are not
             known when the program is made, those of −1 must not stand inside a document; convolutions that reach over
             them are NaN.
         in_order: Whether positions are known to be 0..T−1, so that masks can be read when the program is made.
-        fixed: By position, [1 or B, P], which tokens edits leave alone: those of a learned prefix. None for none.
-        bias: What all layers of attention add to their scores besides their own bias, or None.
+        fixed: [1 or B, P], by position, which tokens edits leave alone: those of a learned prefix. None for none.
+        bias: The bias that all layers of attention add to their scores besides their own, or None.
     """
 
     positions: Int[Array, "#b t"]
@@ -48,7 +48,7 @@ class Tokens:
         mask: Any = None,
         after: Int[Array, " b"] | None = None,
     ) -> "Tokens":
-        """The tokens of x [B, T, ...].
+        """Returns the tokens of x [B, T, ...].
 
         Args:
             x: The input of the layer or the model; only its shape is looked at.
@@ -58,8 +58,8 @@ class Tokens:
             after: The positions [B] at which the tokens that a state holds end. None without a state.
 
         Raises:
-            ValueError: For positions that do not fit x.
-            TypeError: For positions that are no integers.
+            ValueError: The positions do not fit x.
+            TypeError: The positions are not integers.
         """
         batch, length = x.shape[:2]
         in_order = positions is None and after is None
@@ -92,22 +92,25 @@ class Tokens:
 
     @property
     def known(self) -> Int[Array, "#b t"] | None:
-        """The positions, or None where they are known to be 0..T−1: what `attend` is best given."""
+        """The positions, or None where they are known to be 0..T−1, the form that suits `attend` best."""
         return None if self.in_order else self.positions
 
     def seen(self, batch: int) -> Bool[Array, "b t"]:
-        """Which tokens are there, and no padding."""
+        """Returns which tokens are there, and no padding."""
         there = self.positions >= 0 if self.documents is None else (self.positions >= 0) & (self.documents >= 0)
         return jnp.broadcast_to(there, (batch, self.length))
 
     def clean(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """x with zeros for padding, which may hold anything and must not reach a gradient."""
+        """Returns x with zeros for padding, which may hold anything and must not reach a gradient."""
         if not self.padded and self.documents is None:
             return x
         return jnp.where(self.seen(x.shape[0])[..., None], x, 0)
 
     def shows(self, own: Mask | None) -> Mask | None:
-        """The mask of a layer whose own is `own`: in packed rows it is meant within each document."""
+        """Returns the mask that a layer with this mask of its own applies.
+
+        In packed rows the layer's own mask is meant within each document.
+        """
         if self.mask is None:
             return own
         if own is None:
@@ -118,11 +121,12 @@ class Tokens:
         return own & self.mask
 
     def segments(self, batch: int) -> Int[Array, "b t"] | None:
-        """The document of each token, for a layer in which tokens follow each other; None where nothing is packed.
-        Padding goes with the token before it.
+        """Returns the document of each token, for a layer in which tokens follow each other.
+
+        The result is None where nothing is packed. Padding goes with the token before it.
 
         Raises:
-            ValueError: For a mask that says more than that the row is causal and which documents it has.
+            ValueError: The mask says more than that the row is causal and which documents it has.
         """
         for term in anded(self.mask):
             known = isinstance(term, Documents) and term.key_ids is None and jnp.shape(term.ids)[-1] == self.length
@@ -138,17 +142,17 @@ class Tokens:
         return jnp.where(last >= 0, jnp.take_along_axis(documents, jnp.maximum(last, 0), 1), -1)
 
     def moved(self, positions: Int[Array, "#b t"]) -> "Tokens":
-        """The same tokens at other positions."""
+        """Returns the same tokens at other positions."""
         return dataclasses.replace(self, positions=positions, in_order=False, fixed=None)
 
 
 def _may_be_padded(positions: Int[Array, "#b t"]) -> bool:
-    """Whether some are −1, or where they are not known, may be."""
+    """Returns whether some positions are −1, or where they are not known, may be."""
     return isinstance(positions, jax.core.Tracer) or bool((np.asarray(positions) < 0).any())
 
 
 def _has_gaps(ids: Int[Array, "*b p"]) -> bool:
-    """Whether some ids are known to be −1 before others that are not."""
+    """Returns whether some ids are known to be −1 before others that are not."""
     if isinstance(ids, jax.core.Tracer):
         return False
     there = np.asarray(ids) >= 0
@@ -156,7 +160,12 @@ def _has_gaps(ids: Int[Array, "*b p"]) -> bool:
 
 
 def may_change(fixed: Bool[Array, "#b p"] | None, positions: Int[Array, "..."]) -> Bool[Array, "..."]:
-    """Whether edits may change the tokens at these positions: [1 or B, T], or of a tile; `fixed` as in `Tokens`."""
+    """Returns whether edits may change the tokens at these positions.
+
+    Args:
+        fixed: As in `Tokens`.
+        positions: [1 or B, T], or the positions of a tile.
+    """
     if fixed is None:
         return jnp.ones((), bool)
     positions = jnp.asarray(positions)
