@@ -1,7 +1,7 @@
-"""Configs: what a model is made of, as frozen data that compares, prints and goes into YAML.
+"""Configs: the parts of a model, as frozen data that compares, prints and goes into YAML.
 
-A layer is a list of residual branches, and what stands in a branch is a `Spec`: whatever a module of `jaxattn.nn` can
-be given, a config can say.
+A layer is a list of residual branches, and in each branch stands a `Spec`: whatever a module of `jaxattn.nn` can be
+given, a config can say.
 """
 
 from dataclasses import dataclass, field
@@ -16,12 +16,13 @@ class Branch:
     """x + scale ⊙ norm_after(module(norm(x))), and then norm_sum of that.
 
     Attributes:
-        module: A mixer, a mechanism (`nn.Mechanism`), or what works on each token by itself.
-        norm: What is normed first; None in a model with norms elsewhere.
-        norm_after: Norm of what the module gives, before it is added (Gemma 2).
-        norm_sum: Norm of the sum (post-norm: the first Transformer, BERT).
-        scale: Where learned gains per channel of what is added start (LayerScale, Touvron et al., 2021); None for none.
-        name: What stands before the names of its sites, "cross" making `cross.z` of `z`; "" for nothing.
+        module: A mixer, a mechanism (`nn.Mechanism`), or a module that works on each token by itself.
+        norm: The norm of the input of the module; None in a model with norms elsewhere.
+        norm_after: The norm of the module's result, before it is added (Gemma 2).
+        norm_sum: The norm of the sum (post-norm: the first Transformer, BERT).
+        scale: The start of learned gains per channel of the added result (LayerScale, Touvron et al., 2021); None for
+            none.
+        name: The name that stands before the names of its sites, "cross" making `cross.z` of `z`; "" for nothing.
     """
 
     module: Spec
@@ -41,7 +42,8 @@ class Layer:
         parallel: Whether all of them read the same x, to which their results are added together (GPT-J, GPT-NeoX).
 
     Raises:
-        ValueError: For no branches, and for norms of sums of branches that are parallel.
+        TypeError: A branch is not a `Branch`.
+        ValueError: There are no branches, or branches that are parallel have norms of sums.
     """
 
     branches: list[Branch] = field(
@@ -61,12 +63,12 @@ class Layer:
 
 
 def pre_norm(mixer: Spec, feed_forward: Spec | None = Spec(nn.FeedForward), norm: Spec = Spec(nn.RMSNorm)) -> Layer:
-    """The layer x + mixer(norm(x)), then x + feed_forward(norm(x)).
+    """Makes the layer x + mixer(norm(x)), then x + feed_forward(norm(x)).
 
     Args:
-        mixer: What moves information between tokens, such as `Spec(nn.MultiHeadAttention, heads=4)`.
-        feed_forward: What works on each token; None for a layer that is its mixer alone.
-        norm: Of both.
+        mixer: The module that moves information between tokens, such as `Spec(nn.MultiHeadAttention, heads=4)`.
+        feed_forward: The module that works on each token; None for a layer that is its mixer alone.
+        norm: The norm of both.
     """
     return Layer([Branch(each, norm) for each in (mixer, feed_forward) if each is not None])
 
@@ -76,26 +78,29 @@ class TransformerConfig:
     """A decoder, an encoder, or a vision model: embedding, layers, final norm, head.
 
     Attributes:
-        vocabulary: Number of token ids, and of outputs at each position; bytes and their specials by default.
-        length: Number of positions it is trained for and may generate to.
-        width: Width D of the residual stream.
-        layers: What each layer is; equal neighbours are compiled once and scanned.
+        vocabulary: The number of token ids, and of outputs at each position; bytes and their specials by default.
+        length: The number of positions that the model is trained for and may generate to.
+        width: D, the width of the residual stream.
+        layers: The layers; equal neighbours are compiled once and scanned.
         causal: Whether no token sees a later one, whatever the masks of the layers say: True for decoders.
-        embed: What makes vectors of the inputs: `nn.TokenEmbedding`, `nn.VectorEmbedding`, `nn.PatchEmbedding`,
-            `nn.AudioEmbedding` or your own.
-        positions: What is added to them by position, such as `Spec(nn.PositionEmbedding)`.
-        embed_norm: Norm of the sum of both (BERT).
-        bias: What all layers of attention add to their scores (T5), such as `Spec(nn.RelativePositionBias, heads=4)`
-            of as many heads as they have.
-        norm: Norm of what the layers give.
-        head: What makes outputs of that, such as `Spec(nn.Head)`; None for the vectors themselves.
-        meta_tokens: Learned tokens before every sequence (Hymba), through all layers; positions of tokens count from
-            their number, and `Sinks(meta_tokens)` keeps them in sight of a window.
-        dtype: Of the computation; parameters, norms and the residual stream are float32, or wider where parameters are.
+        embed: The module that makes vectors of the inputs: `nn.TokenEmbedding`, `nn.VectorEmbedding`,
+            `nn.PatchEmbedding`, `nn.AudioEmbedding` or your own.
+        positions: The module whose vectors are added to those of the inputs by position, such as
+            `Spec(nn.PositionEmbedding)`.
+        embed_norm: The norm of the sum of both (BERT).
+        bias: The bias that all layers of attention add to their scores (T5), such as
+            `Spec(nn.RelativePositionBias, heads=4)` of as many heads as they have.
+        norm: The norm after the layers.
+        head: The module that makes outputs of the normed vectors, such as `Spec(nn.Head)`; None for the vectors
+            themselves.
+        meta_tokens: The number of learned tokens before every sequence (Hymba), through all layers. Positions of tokens
+            count from that number, and `Sinks(meta_tokens)` keeps them in sight of a window.
+        dtype: The dtype of the computation; parameters, norms and the residual stream are float32, or wider where
+            parameters are.
 
     Raises:
-        ValueError: For sizes that are not positive, and no layers.
-        TypeError: For what is no Layer.
+        ValueError: A size is not positive, `meta_tokens` is negative, `dtype` is unknown, or there are no layers.
+        TypeError: A layer is not a `Layer`.
     """
 
     vocabulary: int = 258

@@ -1,6 +1,6 @@
 """From softmax to linear attention: a trained decoder with learned features in place of its attention (Hedgehog).
 
-First the features are fitted to the attention maps of the decoder, layer by layer, and nothing else; then the whole is
+First the features are fitted to the attention maps of the decoder, layer by layer, and nothing else. Then the whole is
 trained on the task as any decoder is.
 """
 
@@ -20,17 +20,17 @@ from jaxattn.nn.spec import Spec
 
 
 def linearize(model: Transformer, kind: Literal["softmax", "exp"] = "softmax") -> Transformer:
-    """The decoder with the same parameters and `nn.Linearized` in place of every causal attention.
+    """Returns the decoder with the same parameters and `nn.Linearized` in place of every causal attention.
 
     Layers with other masks (windows) and other mixers stay as they are. The features start at W = I: fit them by
     `matching_loss`.
 
     Args:
         model: The decoder.
-        kind: Of the features, see `HedgehogFeatures`.
+        kind: The kind of the features, see `HedgehogFeatures`.
 
     Raises:
-        ValueError: If there is no causal attention, or one that features cannot stand for: with a null logit, ALiBi,
+        ValueError: There is no causal attention, or one that features cannot stand for: with a null logit, ALiBi,
             another normaliser, or keys of another layer.
     """
     found = []
@@ -55,12 +55,22 @@ def linearize(model: Transformer, kind: Literal["softmax", "exp"] = "softmax") -
 def matching_loss(
     student: Transformer, teacher: Transformer
 ) -> tuple[Any, Callable[..., tuple[Array, dict[str, Array]]]]:
-    """The features of the student, and the loss that fits them to the teacher, as `fit` and `make_step` take them.
+    """Returns the features of the student, and the loss that fits them to the teacher.
 
-    For every linearised layer the mean over rows of −Σ_j P_j log A_j: the teacher's attention weights P against those
-    that the features make of the same queries and keys, so that each layer learns by itself. The loss is the mean over
-    layers, per token of the packed batch. The features are not decayed. Memory is T² per head of one layer. Raises
-    ValueError for decoders with meta tokens.
+    For every linearised layer the loss is the mean over rows of −Σ_j P_j log A_j: the teacher's attention weights P
+    against those that the features make of the same queries and keys, so that each layer learns by itself. The loss of
+    a batch is the mean over layers, per token of the packed batch. The features are not decayed. Memory is T² per head
+    of one layer.
+
+    Args:
+        student: The linearised decoder.
+        teacher: The decoder with attention.
+
+    Returns:
+        A pair (parameters, loss), as `fit` and `make_step` take them.
+
+    Raises:
+        ValueError: The decoder has meta tokens.
     """
     if teacher.config.meta_tokens:
         raise ValueError(f"teacher has {teacher.config.meta_tokens} meta tokens: maps are matched without them only")

@@ -1,4 +1,4 @@
-"""An encoder and a decoder that reads what it made: two transformers, as in T5 and Whisper."""
+"""An encoder and a decoder that reads its vectors: two transformers, as in T5 and Whisper."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,14 +21,14 @@ class EncoderDecoder(nnx.Module):
     Layers of the decoder have a branch with `nn.MultiHeadAttention(..., keys_from="context")`.
 
     Args:
-        encoder: Its head must be None.
-        decoder: The decoder.
+        encoder: The config of the encoder, whose head is None.
+        decoder: The config of the decoder.
         share_embedding: Whether both have one embedding (T5).
         rngs: Streams for the initial parameters, and `dropout`.
 
     Raises:
-        ValueError: For an encoder with a head, a decoder without cross-attention, and embeddings that differ where one
-            is shared.
+        ValueError: The encoder has a head, the decoder has no cross-attention, or embeddings differ where one is
+            shared.
     """
 
     def __init__(
@@ -59,9 +59,14 @@ class EncoderDecoder(nnx.Module):
         edits: Mapping[str, Any] = {},
         record: Any = (),
     ) -> tuple[nn.Context, dict[str, Any]]:
-        """What the decoder reads, and records of the encoder; arguments as of `Transformer`.
+        """Returns a pair: the context that the decoder reads, and the records of the encoder.
 
-        Positions −1 are padding, which the decoder does not see either.
+        Args:
+            inputs: As of `Transformer`.
+            positions: As of `Transformer`. Positions −1 are padding, which the decoder does not see either.
+            mask: As of `Transformer`.
+            edits: As of `Transformer`.
+            record: As of `Transformer`.
         """
         x, _, records = self.encoder(inputs, positions=positions, mask=mask, edits=edits, record=record)
         return nn.Context(x, nn.Tokens.of(x, positions=positions, mask=mask)), records
@@ -75,11 +80,11 @@ class EncoderDecoder(nnx.Module):
         input_mask: Any = None,
         **options: Any,
     ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Any]]:
-        """(logits, state, records) of the decoder.
+        """Returns the triple (logits, state, records) of the decoder.
 
         Args:
-            inputs: What the encoder reads.
-            tokens: What the decoder reads.
+            inputs: The inputs of the encoder.
+            tokens: The tokens of the decoder.
             input_positions: As `positions`, of the inputs.
             input_mask: As `mask`, of the inputs.
             options: Other arguments of `Transformer`, for the decoder.

@@ -2,7 +2,7 @@
 
 Depth is taken as time: the states of earlier tokens go in at the bottom again, together with the next segment, so that
 memory does not grow with the context. After "Folded context condensation in path integral formalism for infinite
-context transformers" (2024), of which not all is known: the carry is what is defined below, and no more of the paper.
+context transformers" (2024), of which not all is known: the carry is as defined below, and no more of the paper.
 """
 
 from dataclasses import replace
@@ -37,11 +37,22 @@ class FoldedDecoder(nnx.Module):
         Z_s = attention(queries, [Z'; X'])            condense = "queries", with `carry` learned queries
 
     Z_0 is learned and W starts as the identity. Cost per segment is that of attention over carry + segment tokens,
-    memory is constant, and the context has no bound. Positions count within [Z; X], so they do not grow either.
+    memory is constant, and the context has no bound. Positions count within [Z; X], so they do not grow either. With a
+    state, tokens are read one by one.
 
-    config: of the decoder; its layers have causal attention, which is opened for Z. bptt: segments that gradients go
-    back through the carry. documents: at most so many in a packed row. With a state tokens are read one by one.
-    Raises ValueError for other layers, meta tokens, and a carry that does not fit "fold".
+    Args:
+        config: The config of the decoder, whose layers have causal attention. The attention is opened for Z.
+        segment: The number of tokens of a segment.
+        carry: The number of states in Z; by default `segment`.
+        condense: "fold" or "queries".
+        bptt: The number of segments that gradients go back through the carry.
+        documents: The number of documents that may be packed in a row.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: Layers are other than causal attention, the config is not that of a causal model of tokens without
+            added positions, there are meta tokens, a size is below 1, `condense` is unknown, or the carry does not fit
+            "fold".
     """
 
     def __init__(
@@ -91,6 +102,7 @@ class FoldedDecoder(nnx.Module):
 
     @property
     def config(self) -> TransformerConfig:
+        """The config of the decoder, as it was given."""
         return self._config
 
     def __call__(
@@ -102,10 +114,18 @@ class FoldedDecoder(nnx.Module):
         state: dict[str, Any] | None = None,
         record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Array]]:
-        """(logits, state, {}), as `Decoder`, but that only padding (−1) is read of the positions.
+        """Returns the triple (logits, state, {}), as `Transformer`.
 
-        mask: `Documents(ids)` or `Causal()`. Raises TypeError for tokens that are not integers
-        [batch, length], and ValueError for other masks, documents with a state, and records.
+        Args:
+            tokens: [B, T], ints.
+            positions: The positions, of which only padding (−1) is read.
+            mask: `Documents(ids)` or `Causal()`.
+            state: From `init_state` or an earlier call when decoding.
+            record: Empty, since a decoder that runs segment by segment records nothing.
+
+        Raises:
+            TypeError: The tokens are not integers [batch, length].
+            ValueError: The mask is another, documents come together with a state, or there are records.
         """
         check_array("tokens", tokens)
         if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -127,7 +147,7 @@ class FoldedDecoder(nnx.Module):
         return x if self.decoder.head is None else self.decoder.head(x, self.decoder.embed), state, {}
 
     def init_state(self, batch: int, capacity: int) -> dict[str, Any]:
-        """The state before any token; its size does not depend on `capacity`."""
+        """Returns the state before any token; its size does not depend on `capacity`."""
         tops, keys = self._opened(self._start(batch))
         return {"tops": tops, "keys": keys, "count": jnp.zeros(batch, jnp.int32)}
 
@@ -135,7 +155,7 @@ class FoldedDecoder(nnx.Module):
         return jnp.broadcast_to(self.start[...], (batch, *self.start.shape))
 
     def _segment(self, carry: Array, x: Float[Array, "b w d"], filled: Bool[Array, "b w"]) -> tuple[Array, Array]:
-        """(Z_s, X')."""
+        """Returns (Z_s, X')."""
         batch = len(x)
         of_carry = jnp.broadcast_to(jnp.arange(self.carry), (batch, self.carry))
         of_x = jnp.where(filled, self.carry + jnp.arange(self.segment), -1)
@@ -151,13 +171,13 @@ class FoldedDecoder(nnx.Module):
         return self.pool(queries, context=tops)[0]
 
     def _opened(self, carry: Float[Array, "b m d"]) -> tuple[Array, Any]:
-        """(top states, keys) of a segment that holds the carry alone."""
+        """Returns (top states, keys) of a segment that holds the carry alone."""
         keys = self.decoder.init_state(len(carry), self.carry + self.segment)
         tops, keys, _ = self.decoder.layers(self.enter(self.norm(carry)), state=keys)
         return jnp.pad(tops, ((0, 0), (0, self.segment), (0, 0))), keys
 
     def _tokens(self, x: Float[Array, "b t d"], seen: Bool[Array, "b t"], state: dict[str, Any]) -> tuple[Array, Any]:
-        """Token by token."""
+        """Returns (y, state), read token by token."""
         row = jnp.arange(len(x))
 
         def one(state: dict[str, Any], given: tuple[Array, Array]) -> tuple[dict[str, Any], Array]:

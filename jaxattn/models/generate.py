@@ -21,13 +21,13 @@ from jaxattn.nn.tap import as_records
 
 @part
 class Generation:
-    """What `generate` made.
+    """The result of `generate`.
 
     Attributes:
-        tokens: New tokens [B, M]; −1 after the end of a sequence.
-        lengths: How many of them each sequence has, its end token included.
-        records: Name -> [M, ...], what was recorded when each new token was read; 0 after all sequences have ended.
-        prompt_records: Name -> what was recorded when the prompts were read.
+        tokens: [B, M], the new tokens; −1 after the end of a sequence.
+        lengths: [B], how many of them each sequence has, its end token included.
+        records: Name -> [M, ...], the record made when each new token was read; 0 after all sequences have ended.
+        prompt_records: Name -> the record made when the prompts were read.
     """
 
     tokens: Int[Array, "b m"]
@@ -37,24 +37,34 @@ class Generation:
 
 
 class Processor(abc.ABC):
-    """What a part must offer to change logits before a token is drawn from them."""
+    """The base class of parts that change logits before a token is drawn from them."""
 
     @abc.abstractmethod
     def __call__(self, logits: Float[Array, "b vocabulary"], tokens: Int[Array, "b p"]) -> Float[Array, "b vocabulary"]:
-        """The logits to draw from. `tokens` are those so far by position, prompt first; −1 where there is none yet."""
+        """Returns the logits to draw from.
+
+        Args:
+            logits: [B, vocabulary].
+            tokens: [B, P], the tokens so far by position, prompt first; −1 where there is none yet.
+        """
 
 
 class Combine(abc.ABC):
-    """What a part must offer to make one draw of several runs."""
+    """The base class of parts that make one draw of several runs."""
 
     @abc.abstractmethod
     def __call__(self, logits: Float[Array, "r b vocabulary"]) -> Float[Array, "b vocabulary"]:
-        """The logits to draw from, of those of R runs that have read the same tokens."""
+        """Returns the logits to draw from, from those of R runs that have read the same tokens."""
 
 
 @part
 class MinimumLength(Processor):
-    """The end token is not drawn before a sequence has this many tokens, its prompt included."""
+    """The end token is not drawn before a sequence has this many tokens, its prompt included.
+
+    Attributes:
+        end_token: The id of the end token.
+        length: The number of tokens.
+    """
 
     end_token: int
     length: Int[Array, ""] | int
@@ -68,7 +78,10 @@ class MinimumLength(Processor):
 class RepetitionPenalty(Processor):
     """Logits of tokens that the sequence has are divided by θ where positive and multiplied by it where negative.
 
-    The penalty of CTRL (Keskar et al., 2019); θ = 1 is the identity, and θ > 1 makes repetitions less likely.
+    The penalty is that of CTRL (Keskar et al., 2019).
+
+    Attributes:
+        theta: θ; 1 is the identity, and above 1 repetitions are less likely.
     """
 
     theta: Float[Array, ""] | float
@@ -87,7 +100,11 @@ class RepetitionPenalty(Processor):
 class Contrast(Combine):
     """(1 + α) log p₁ − α log p₂ of two runs, over tokens with p₁ >= β max p₁: contrastive decoding (Li et al., 2023).
 
-    α = 0 and β = 0 is the first run alone.
+    With α = 0 and β = 0 the result is the first run alone.
+
+    Attributes:
+        alpha: α.
+        beta: β.
     """
 
     alpha: Float[Array, ""] | float = 0.5
@@ -111,12 +128,20 @@ def sample(
 ) -> Int[Array, "*b"]:
     """Draws from softmax(logits / temperature) restricted to likely tokens; temperature 0 is the greedy choice.
 
-    Where the logits hold NaN, or leave no token possible, there is none to draw: −1.
+    Where the logits hold NaN, or leave no token possible, the result is −1. Tied logits stay or go together.
+    Temperature, `top_k` and `top_p` may be scalar arrays: nothing recompiles.
 
-    top_k keeps the k largest logits. top_p then keeps the smallest set of largest probabilities that reaches p
-    (nucleus sampling, Holtzman et al., 2020), never less than one token. Tied logits stay or go together.
-    All three may be scalar arrays: nothing recompiles. Raises TypeError for a top_k that is no integer, and ValueError
-    for settings out of range where they are known.
+    Args:
+        logits: [..., vocabulary].
+        key: The key of the draws.
+        temperature: The temperature, at least 0.
+        top_k: k, from 1 on: the k largest logits are kept.
+        top_p: p, above 0 and at most 1: of those the smallest set of largest probabilities that reaches p is kept
+            (nucleus sampling, Holtzman et al., 2020), never less than one token.
+
+    Raises:
+        TypeError: `top_k` is no integer, or a setting is no number.
+        ValueError: A setting is out of range, where it is known.
     """
     _check_settings(temperature, top_k, top_p)
     logits = logits.astype(jnp.float32)
@@ -174,33 +199,35 @@ def generate(
 ) -> Generation:
     """Continues each prompt by up to `max_new_tokens` tokens, until its `end_token`.
 
-    The whole loop is one compiled program, kept for later calls with the same shapes; it stops when every sequence has
-    ended. Dropout is off.
+    The whole loop is one compiled program, kept for later calls with the same shapes. The loop stops when every
+    sequence has ended. Dropout is off.
 
     Args:
         model: The decoder.
         prompts: [B, P], right-padded.
         lengths: [B], how much of each row is prompt; all of it by default.
         max_new_tokens: M, the most tokens to draw.
-        key: Of the draws; needed unless temperature is 0.
+        key: The key of the draws; needed unless temperature is 0.
         temperature: See `sample`; 0 takes the likeliest token.
         top_k: See `sample`.
         top_p: See `sample`.
-        end_token: After it a sequence has ended.
+        end_token: The token after which a sequence has ended.
         edits: As of the model, for prompts and new tokens alike. Or a list of R of them: R runs, each with its own
             edits, that read the same tokens; `combine` makes one draw of their logits.
         record: As of the model, of the first run; it comes back in `records` and `prompt_records`.
         processors: Parts that change the logits before a token is drawn, one after the other.
-        combine: What is drawn from, of several runs, such as `Contrast(0.5)`.
-        store: How attention keeps and reads earlier tokens, such as `Policy(HeavyHitters(), slots=64)`.
-        context: What cross-attention reads, such as the vectors of `EncoderDecoder.encode`. Its keys are computed once.
+        combine: The part that makes one draw of several runs, such as `Contrast(0.5)`.
+        store: The policy by which attention keeps and reads earlier tokens, such as `Policy(HeavyHitters(), slots=64)`.
+        context: The context that cross-attention reads, such as the vectors of `EncoderDecoder.encode`. Its keys are
+            computed once.
 
     Raises:
-        ValueError: For empty or ragged prompts, unknown tokens or lengths that do not fit, if the prompt and the new
-            tokens exceed the model's length, for sampling parameters out of range, and for a model that is not causal.
-        TypeError: For prompts that are text, a `max_new_tokens`, `top_k` or `end_token` that is no int, and a `key`
-            that is none.
-        FloatingPointError: If the model gives logits from which no token can be drawn, such as NaN.
+        ValueError: Prompts are empty or ragged, tokens are unknown, lengths do not fit, the prompt and the new tokens
+            exceed the model's length, sampling parameters are out of range, runs and `combine` do not fit, or the model
+            is not causal.
+        TypeError: Prompts are text, `max_new_tokens`, `top_k` or `end_token` is no int, `key` is no key, or a processor
+            is no `Processor`.
+        FloatingPointError: The model gives logits from which no token can be drawn, such as NaN.
     """
     if not model.config.causal:
         raise ValueError("model is not causal: only a model whose tokens see no later ones can continue a text")
@@ -284,7 +311,7 @@ def generate(
 
 
 def _is_key(key: Any) -> bool:
-    """Whether it is one random key, new-style or raw."""
+    """Returns whether `key` is one random key, new-style or raw."""
     if not isinstance(key, jax.Array):
         return False
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -299,7 +326,7 @@ def _generate(graph, max_new_tokens, sites, arrays, prompts, lengths, key, parts
     places = jnp.arange(length)
 
     def read(tokens, positions, states, context=None):
-        """(logits of every run [R, B, T, V], its states, records of the first)."""
+        """Returns (logits of every run [R, B, T, V], its states, records of the first)."""
         records: dict[str, Any] = {}
         said, after = [], []
         for number, (edits, state) in enumerate(zip(runs, states, strict=True)):

@@ -16,9 +16,10 @@ from jaxattn.nn.spec import Spec
 
 
 def to_plain(config: Any) -> Any:
-    """A config as what JSON and YAML hold; a mixer, a part or a spec inside it becomes class_path and init_args.
+    """Returns a config as plain data for JSON and YAML.
 
-    The form is jsonargparse's, so it can stand in a `--config` file.
+    A mixer, a part or a spec inside the config becomes class_path and init_args. The form is jsonargparse's, so the
+    result can stand in a `--config` file.
     """
     if isinstance(config, Spec):
         arguments = {name: to_plain(value) for name, value in config.arguments.items()}
@@ -38,7 +39,11 @@ def to_plain(config: Any) -> Any:
 
 
 def from_plain(plain: Any) -> TransformerConfig:
-    """The config of a model that `to_plain` made. Raises ValueError if it is none."""
+    """Returns the config of a model that `to_plain` made.
+
+    Raises:
+        ValueError: `plain` is not such a config.
+    """
     from jsonargparse import ArgumentError, ArgumentParser
 
     register_specs()
@@ -51,9 +56,10 @@ def from_plain(plain: Any) -> TransformerConfig:
 
 
 def load_model(folder: str | Path) -> tuple[Transformer, int]:
-    """The model in the newest good checkpoint of a run's output folder, in evaluation mode, and its step.
+    """Returns the model in the newest good checkpoint of a run's output folder, in evaluation mode, and its step.
 
-    Raises ValueError if the folder holds no checkpoint that can be read.
+    Raises:
+        ValueError: The folder holds no checkpoint that can be read, or its config has no model.
     """
     from jaxattn.train import load, with_params  # of the extra `train`
 
@@ -70,7 +76,7 @@ def load_model(folder: str | Path) -> tuple[Transformer, int]:
 
 @functools.cache
 def register_specs() -> None:
-    """Lets jsonargparse read specs: call it before a parser of configs is made."""
+    """Lets jsonargparse read specs: call `register_specs` before a parser of configs is made."""
     from jsonargparse.typing import register_type
 
     register_type(Spec, to_plain, spec.from_plain, deserializer_exceptions=(ValueError, TypeError))

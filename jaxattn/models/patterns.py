@@ -1,4 +1,4 @@
-"""Layer lists of hybrid models: which layer stands where."""
+"""Layer lists of hybrid models, by the place of each layer."""
 
 from collections.abc import Mapping
 
@@ -10,15 +10,15 @@ from jaxattn.nn.spec import Spec
 
 
 def pattern(letters: str, mixers: Mapping[str, Spec], feed_forward: Spec | None = Spec(nn.FeedForward)) -> list[Layer]:
-    """One layer per letter, as in `pattern("LLA", {"L": Spec(nn.GLA, heads=4), "A": attention})`.
+    """Returns one layer per letter, as in `pattern("LLA", {"L": Spec(nn.GLA, heads=4), "A": attention})`.
 
     Args:
         letters: The layers, from the first to the last.
-        mixers: What each letter stands for.
-        feed_forward: Of all layers.
+        mixers: The mixer that each letter stands for.
+        feed_forward: The feed-forward block of all layers.
 
     Raises:
-        ValueError: For an unknown letter.
+        ValueError: A letter is unknown.
     """
     if unknown := set(letters) - set(mixers):
         raise ValueError(f"letters holds {sorted(unknown)}: need some of {sorted(mixers)}")
@@ -26,14 +26,16 @@ def pattern(letters: str, mixers: Mapping[str, Spec], feed_forward: Spec | None 
 
 
 def based(depth: int, heads: int = 4, *, window: int = 64, key_dim: int = 16) -> list[Layer]:
-    """BASED (Arora et al., 2024): linear attention with Taylor features of degree 2, attention in a small window, and
-    gated convolutions in between, "CLSCC" again and again, as its model of 360 million parameters has them.
+    """Returns the layers of BASED (Arora et al., 2024).
+
+    The layers are linear attention with Taylor features of degree 2, attention in a small window, and gated
+    convolutions in between: "CLSCC" again and again, as in the paper's model of 360 million parameters.
 
     Args:
-        depth: Number of layers.
-        heads: Of both kinds of attention.
-        window: Tokens that a query of the window layers sees.
-        key_dim: Channels before the feature map.
+        depth: The number of layers.
+        heads: The heads of both kinds of attention.
+        window: The number of tokens that a query of the window layers sees.
+        key_dim: The channels before the feature map.
     """
     linear = Spec(nn.LinearAttention, heads=heads, feature_map=TaylorFeatures(2), key_dim=key_dim)
     near = Spec(nn.MultiHeadAttention, heads=heads, mask=Window(window - 1))
@@ -42,17 +44,18 @@ def based(depth: int, heads: int = 4, *, window: int = 64, key_dim: int = 16) ->
 
 
 def hymba(depth: int, heads: int = 4, *, window: int, meta_tokens: int, key_heads: int | None = None) -> list[Layer]:
-    """Hymba (Dong et al., 2024): parallel heads in every layer, full attention in the first, the middle and the last,
-    and a window elsewhere, where each second layer shares the keys and values of the one before it.
+    """Returns the layers of Hymba (Dong et al., 2024).
 
-    For `TransformerConfig(layers=hymba(..., meta_tokens=m), meta_tokens=m)`.
+    Use them as `TransformerConfig(layers=hymba(..., meta_tokens=m), meta_tokens=m)`. Every layer has parallel heads.
+    The first, the middle and the last have full attention. Elsewhere attention has a window, and each second layer
+    shares the keys and values of the one before it.
 
     Args:
-        depth: Number of layers.
-        heads: Of the attention.
-        window: Tokens that a query sees besides the meta tokens.
-        meta_tokens: Learned tokens before every sequence.
-        key_heads: Of the attention; by default `heads`.
+        depth: The number of layers.
+        heads: The heads of the attention.
+        window: The number of tokens that a query sees besides the meta tokens.
+        meta_tokens: The number of learned tokens before every sequence.
+        key_heads: The key heads of the attention; by default `heads`.
     """
     near: Mask = Causal() & (Window(window - 1) | Sinks(meta_tokens)) if meta_tokens else Window(window - 1)
     everywhere, shares, layers = {0, depth // 2, depth - 1}, False, []

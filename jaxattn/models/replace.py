@@ -15,7 +15,7 @@ from jaxattn.nn.spec import Spec
 
 
 def is_mixer(spec: Spec, width: int) -> bool:
-    """Whether a spec makes what moves information between tokens."""
+    """Returns whether a spec makes a module that moves information between tokens."""
     if isinstance(spec.target, type):
         return issubclass(spec.target, Mixer | Mechanism)
     made = nnx.eval_shape(lambda: spec.build(features=width, dtype=jnp.float32, rngs=nnx.Rngs(0)))
@@ -23,7 +23,7 @@ def is_mixer(spec: Spec, width: int) -> bool:
 
 
 def map_mixers(config: TransformerConfig, change: Callable[[int, Spec], Spec]) -> TransformerConfig:
-    """The config with `change(layer, mixer)` in place of every mixer of its layers."""
+    """Returns the config with `change(layer, mixer)` in place of every mixer of its layers."""
 
     def of_branch(number: int, branch: Branch) -> Branch:
         mixes = is_mixer(branch.module, config.width)
@@ -42,23 +42,23 @@ def replace_mixers(
     *,
     rngs: nnx.Rngs | None = None,
 ) -> Transformer:
-    """A model with other mixers in its layers, and the parameters of the old one everywhere else.
+    """Returns a model with other mixers in its layers, and the parameters of the old one everywhere else.
 
         replace_mixers(model, lambda layer, mixer: mixer.replace(mask=Window(64)) if layer % 2 else mixer)
 
     Args:
         model: The model, which stays as it is.
-        change: From the number of a layer and the spec of its mixer to the spec of the new one; the same spec keeps the
-            mixer.
-        take: Called as `take(new, old)` with the modules of each mixer that was changed, of one layer: it moves over
-            what the new one can use. By default all parameters, if both have the same.
+        change: A function from the number of a layer and the spec of its mixer to the spec of the new one; the same
+            spec keeps the mixer.
+        take: A function called as `take(new, old)` with the modules of each mixer that was changed, of one layer. It
+            moves over the parameters that the new one can use. By default all parameters, if both have the same.
         rngs: Streams for parameters that the old model does not have; seed 0 by default.
 
     Returns:
         The new model, in evaluation mode if the old one is.
 
     Raises:
-        ValueError: For a mixer whose parameters are others, without `take`.
+        ValueError: A mixer has other parameters than the old one, and there is no `take`.
     """
     take = _all if take is None else take
     config = map_mixers(model.config, change)
@@ -109,7 +109,7 @@ def _all(new: Any, old: Any) -> None:
 
 
 def _layers(model: Transformer) -> list[Block]:
-    """Every layer of the model as a module of its own."""
+    """Returns every layer of the model as a module of its own."""
     return [block for run, length in zip(model.runs, model.lengths, strict=True) for block in _blocks(run, length)]
 
 

@@ -26,7 +26,14 @@ DOCUMENTS = 8  # how many of them may be packed in a row behind meta tokens: eac
 
 
 class Residual(nnx.Module):
-    """x + scale ⊙ norm_after(module(norm(x))), and then norm_sum of that: what a `Branch` says."""
+    """x + scale ⊙ norm_after(module(norm(x))), and then norm_sum of that, from a `Branch`.
+
+    Args:
+        spec: The branch.
+        features: D, the channels of x.
+        dtype: The dtype of the computation.
+        rngs: Streams for the initial parameters.
+    """
 
     def __init__(self, spec: Branch, features: int, dtype: Any, rngs: nnx.Rngs):
         sizes: dict[str, Any] = {"features": features, "dtype": dtype, "rngs": rngs}
@@ -43,29 +50,29 @@ class Residual(nnx.Module):
 
     @property
     def adds(self) -> str:
-        """The site of what it adds to the residual stream."""
+        """The site of its result, which is added to the residual stream."""
         return self.site("attn_out" if self.mixes else "mlp_out")
 
     def site(self, name: str) -> str:
-        """The name that a site has in the layer."""
+        """Returns the name that a site has in the layer."""
         return f"{self.name}.{name}" if self.name else name
 
     @property
     def inside(self) -> tuple[str, ...]:
-        """The sites of the module, without what it adds."""
+        """The sites of the module, without that of its result."""
         own = self.module.sites if self.mixes else ("mlp_pre", "mlp_post")
         return tuple(site for site in own if site != "attn_out")
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites that it has, in the order in which it comes to them."""
+        """The sites of the branch, in the order in which it comes to them."""
         norm, after = ((self._scale,), ()) if self.norm is not None else ((), (self._scale,))
         after = after if self.norm_sum is not None else ()
         return (*norm, *map(self.site, self.inside), self.adds, *after)
 
     @property
     def recorded_only(self) -> tuple[str, ...]:
-        """Those of them that take no edits."""
+        """The sites of the branch that take no edits."""
         return tuple(map(self.site, self.module.recorded_only)) if self.mixes else ()
 
     @property
@@ -73,7 +80,16 @@ class Residual(nnx.Module):
         return self.site("mixer_norm_scale" if self.mixes else "mlp_norm_scale")
 
     def added(self, x, tokens, tap, state, context, give):
-        """(what is added to x, state)."""
+        """Returns a pair: the result that is added to x, and the state.
+
+        Args:
+            x: [B, T, D].
+            tokens: As of `nn.Mixer`.
+            tap: Edits and records.
+            state: As of `nn.Mixer`.
+            context: As of `nn.Mixer`.
+            give: A dict that takes the keys for layers without their own, or None.
+        """
         inside = tap.renamed({self.site(name): name for name in self.inside})
         y = x if self.norm is None else self.norm(x, tap, self._scale)
         if self.mixes:
@@ -85,14 +101,24 @@ class Residual(nnx.Module):
         return tap(self.adds, y if self.scale is None else self.scale[...] * y), state
 
     def closed(self, x, tap):
-        """The sum as the next branch reads it."""
+        """Returns the sum as the next branch reads it."""
         if self.norm_sum is None:
             return x
         return self.norm_sum(x, tap, self._scale) if self.norm is None else self.norm_sum(x)
 
 
 class Block(nnx.Module):
-    """Residual branches in sequence or in parallel: what a `Layer` says."""
+    """Residual branches in sequence or in parallel, from a `Layer`.
+
+    Args:
+        spec: The layer.
+        features: D, the channels of x.
+        dtype: The dtype of the computation.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: Two branches have a site of the same name.
+    """
 
     def __init__(self, spec: Layer, features: int, dtype: Any, rngs: nnx.Rngs):
         self.deterministic, self.parallel = False, spec.parallel
@@ -126,7 +152,7 @@ class Block(nnx.Module):
         return tuple(site for site in self.sites if site not in kept)
 
     def keeps(self, site: str, reducer: Any) -> bool:
-        """Whether this layer has such a record. Measures are of the weights of attention."""
+        """Returns whether this layer has such a record. Measures are of the weights of attention."""
         scores = site.removesuffix("weights") + "scores"
         return site in self.sites and (scores in self.sites or not isinstance(reducer, Measure))
 
@@ -156,7 +182,7 @@ class Block(nnx.Module):
 
 
 def _across(tokens: Tokens, context: Any) -> Tokens:
-    """The tokens as cross-attention sees them: of their mask only which document each is in."""
+    """Returns the tokens as cross-attention sees them: of their mask only the document of each."""
     other = getattr(context, "tokens", None)
     ids, others = documents_of(tokens.mask), None if other is None else documents_of(other.mask)
     if context is not None and (ids is None) != (others is None):
@@ -166,17 +192,17 @@ def _across(tokens: Tokens, context: Any) -> Tokens:
 
 
 class Transformer(nnx.Module):
-    """logits [B, T, vocabulary] from tokens [B, T], vectors, an image or frames: what a `TransformerConfig` says.
+    """logits [B, T, vocabulary] from tokens [B, T], vectors, an image or frames, made from a `TransformerConfig`.
 
     Layers with equal specs that stand side by side are one module with a leading layer axis on its arrays, scanned.
 
     Args:
-        config: What the model is made of.
+        config: The config of the model.
         rngs: Streams for the initial parameters, and `dropout`.
 
     Raises:
-        ValueError: For a tied head without a table of tokens, a layer that reads the keys of a layer before that has
-            none, and what the modules refuse.
+        ValueError: A tied head has no table of tokens, a layer reads the keys of a layer before that has none, `dtype`
+            is float64 in a JAX of 32 bits, or a module refuses its arguments.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
@@ -218,30 +244,33 @@ class Transformer(nnx.Module):
         edits: Mapping[str, Any] = {},
         record: Any = (),
     ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Any]]:
-        """(logits, state, records).
+        """Runs the model.
+
+        With meta tokens, records of the layers cover the row that begins with them, and edits leave them as they are. A
+        packed row may then hold 8 documents: one of more is NaN.
 
         Args:
-            inputs: What the embedding reads: by default tokens [B, T], ints. Tokens outside the vocabulary, negative
+            inputs: The inputs of the embedding: by default tokens [B, T], ints. Tokens outside the vocabulary, negative
                 ones among them, give NaN logits there and wherever they are seen; those of padding are not read.
             positions: [B, T] or [T], default 0..T−1, or after the last one in `state`; −1 is padding.
-            mask: And-ed with each layer's own; `Documents(ids)` for packed documents.
-            types: Token types [B, T] or [1, T], for embeddings that have a table of them.
-            state: From `init_state` when decoding.
-            context: `nn.Context`, or an array [B, S, C]: what cross-attention reads. With a state it is needed in the
+            mask: A mask, and-ed with each layer's own; `Documents(ids)` for packed documents.
+            types: [B, T] or [1, T], token types for embeddings that have a table of them.
+            state: From `init_state` or an earlier call when decoding.
+            context: `nn.Context`, or an array [B, S, C], which cross-attention reads. With a state it is needed in the
                 first call only: the state keeps its keys.
-            edits: Site of `trace.SITES` -> what is changed there: an edit, or several in a tuple that act one after
-                the other. An edit is shared by all layers that have the site; `Layers(edit)` has arrays by layer, and
-                {layer: edit} acts in single layers. Sites of a branch with a name are `name.site`.
+            edits: Site of `trace.SITES` -> the edit of that site, or several in a tuple that act one after the other.
+                An edit is shared by all layers that have the site; `Layers(edit)` has arrays by layer, and {layer:
+                edit} acts in single layers. Sites of a branch with a name are `name.site`.
             record: Names of sites, each kept whole; or name -> (site, reducer). Records of layers have a leading layer
                 axis; they are a list by layer, with None for layers without the site, where shapes differ.
 
-        With meta tokens, what is recorded in the layers covers the row that begins with them, and edits leave them as
-        they are. A packed row may then hold 8 documents: one of more is NaN.
+        Returns:
+            A triple (logits, state, records).
 
         Raises:
-            TypeError: For inputs that the embedding does not read, and for what is no edit or reducer.
-            ValueError: For empty inputs, unknown sites, sites that no layer has, edits without a layer axis, and layers
-                that there are not.
+            TypeError: The embedding does not read such inputs, or a value is no edit or reducer.
+            ValueError: The inputs are empty, a site is unknown, no layer has a site, edits have no layer axis, or a
+                layer does not exist.
         """
         check_array("inputs", inputs)
         if 0 in inputs.shape:
@@ -267,7 +296,14 @@ class Transformer(nnx.Module):
         return logits, state, tap.records | records
 
     def tokens(self, x: Float[Array, "b t d"], *, positions: Any = None, mask: Any = None, state: Any = None) -> Tokens:
-        """What stands where in one call, as all layers see it: with the mask and the bias that they share."""
+        """Returns the tokens of one call, as all layers see them, with the mask and the bias that they share.
+
+        Args:
+            x: [B, T, D].
+            positions: As of the model.
+            mask: As of the model.
+            state: As of the model.
+        """
         after = None if state is None else self.reached(state)
         mask = as_mask(mask)
         if self.config.causal and not any(isinstance(term, Causal) for term in anded(mask)):
@@ -276,7 +312,7 @@ class Transformer(nnx.Module):
         return row if self.bias is None else dataclasses.replace(row, bias=part_of(self.bias))
 
     def reached(self, state: Any) -> Int[Array, " b"]:
-        """The position after the last token that a state holds, not counting meta tokens."""
+        """Returns the position after the last token that a state holds, not counting meta tokens."""
         graph, arrays = nnx.split(self.runs[0])
         mixers = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixers
         pairs = zip(mixers, state[0], strict=True)
@@ -293,7 +329,19 @@ class Transformer(nnx.Module):
         edits: Mapping[str, Any] = {},
         record: Any = (),
     ) -> tuple[Float[Array, "b t d"], Any, dict[str, Any]]:
-        """(x after all layers, state, records): the model between embedding and final norm, without its meta tokens."""
+        """Runs the model between embedding and final norm, without its meta tokens.
+
+        Args:
+            x: [B, T, D], the input of the first layer.
+            tokens: The tokens of the call; by default made by the method `tokens`.
+            state: As of the model.
+            context: As of the model.
+            edits: As of the model, at sites of layers.
+            record: As of the model, at sites of layers.
+
+        Returns:
+            A triple (x after all layers, state, records).
+        """
         if tokens is None:
             tokens = self.tokens(x, state=state)
             tokens = tokens if state is None else tokens.moved(tokens.positions + self.config.meta_tokens)
@@ -340,7 +388,7 @@ class Transformer(nnx.Module):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """All sites of the model, in the order in which it comes to them."""
+        """The sites of the model, in the order in which it comes to them."""
         of_layers = dict.fromkeys(site for run in self.runs for site in run.sites)
         of_norm = () if self.norm is None else ("final_norm_scale",)
         return ("embed", *of_layers, *of_norm, "final_norm", "logits")
@@ -358,10 +406,15 @@ class Transformer(nnx.Module):
                     raise ValueError(f"edits has the site {site!r}, which {where}: need one of {list(self.sites)}")
 
     def init_state(self, batch: int, capacity: int, store: Policy | None = None) -> Any:
-        """What decoding sequences of at most `capacity` tokens starts from: by run of layers, the states of its mixers.
+        """Returns the state that decoding starts from: by run of layers, the states of its mixers.
 
         A token beyond the capacity raises ValueError where its position is known, and its logits are NaN under `jit`,
         but for models whose every layer is a window or has a state of fixed size: they go on.
+
+        Args:
+            batch: B.
+            capacity: The most tokens of a sequence.
+            store: The policy by which attention keeps and reads earlier tokens.
         """
 
         def stacked(run: Block, length: int) -> Any:
@@ -379,7 +432,7 @@ class Transformer(nnx.Module):
 
 
 def _stack(spec: Layer, length: int, config: TransformerConfig, rngs: nnx.Rngs) -> Block:
-    """`length` layers of one spec as one module, every array with a leading layer axis."""
+    """Makes `length` layers of one spec as one module, every array with a leading layer axis."""
 
     @nnx.split_rngs(splits=length)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -390,7 +443,7 @@ def _stack(spec: Layer, length: int, config: TransformerConfig, rngs: nnx.Rngs) 
 
 
 def _join(recorded: list[dict[str, Any]], lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Records of runs [layers, ...] as records of the model: [L, ...] where shapes agree, else a list by layer."""
+    """Returns records of runs [layers, ...] as those of the model: [L, ...] where shapes agree, else lists by layer."""
     joined: dict[str, Any] = {}
     for name in dict.fromkeys(itertools.chain(*recorded)):
         of_runs = [records.get(name) for records in recorded]

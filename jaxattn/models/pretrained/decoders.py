@@ -27,10 +27,10 @@ MIXER, BLOCK = "layers.*.branches.0", "layers.*.branches.1"
 
 
 def activation_of(name: str) -> str:
-    """The activation of `nn.FeedForward` that a config names.
+    """Returns the activation of `nn.FeedForward` that a config names.
 
     Raises:
-        ValueError: For one that is not known.
+        ValueError: The name is not known.
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"the activation {name!r} is not known: need one of {sorted(ACTIVATIONS)}")
@@ -45,7 +45,10 @@ def refuse(config: Published, **expected: Any) -> None:
 
 
 def gpt2(config: Published) -> TransformerConfig:
-    """GPT-2 (Radford et al., 2019): LayerNorm before, learned positions, biases everywhere, a tied head."""
+    """Returns the config of GPT-2 (Radford et al., 2019).
+
+    The model has LayerNorm before each block, learned positions, biases everywhere, and a tied head.
+    """
     refuse(config, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
     around = Spec(nn.LayerNorm, eps=config["layer_norm_epsilon"])
     attention = Spec(nn.MultiHeadAttention, heads=config["n_head"], position=None, use_bias=True)
@@ -67,7 +70,7 @@ def gpt2(config: Published) -> TransformerConfig:
 
 
 def gpt2_table(config: Published) -> Table:
-    """Names of GPT-2, whose maps are [in, out], with those of queries, keys and values side by side."""
+    """Returns the names of GPT-2, whose maps are [in, out], with those of queries, keys and values side by side."""
     layer, attention, block = "transformer.h.*", f"{MIXER}.module", f"{BLOCK}.module"
     parts = {name: part_of_columns(i, 3) for i, name in enumerate(("query", "key", "value"))}
     return (
@@ -87,10 +90,10 @@ def gpt2_table(config: Published) -> Table:
 
 
 def rotary_scaling(config: Published) -> RotaryScaling | None:
-    """What a config says of positions beyond those of training.
+    """Returns the scaling of positions beyond those of training that a config names.
 
     Raises:
-        ValueError: For a kind that is not known.
+        ValueError: The kind is not known.
     """
     said = config.get("rope_scaling") or {}
     kind = said.get("rope_type", said.get("type", "default"))
@@ -107,13 +110,19 @@ def rotary_scaling(config: Published) -> RotaryScaling | None:
 
 
 def llama(config: Published) -> TransformerConfig:
-    """Llama 3 (Dubey et al., 2024): RMSNorm before, rotary positions, grouped heads, gated blocks, no biases."""
+    """Returns the config of Llama 3 (Dubey et al., 2024).
+
+    The model has RMSNorm before each block, rotary positions, grouped heads, gated blocks, and no biases.
+    """
     refuse(config, attention_bias=False, mlp_bias=False)
     return _llama_like(config)
 
 
 def qwen3(config: Published) -> TransformerConfig:
-    """Qwen 3 (Yang et al., 2025): Llama's layers with RMSNorm of the queries and keys of each head."""
+    """Returns the config of Qwen 3 (Yang et al., 2025).
+
+    The layers are Llama's with RMSNorm of the queries and keys of each head.
+    """
     refuse(config, attention_bias=False, use_sliding_window=False)
     return _llama_like(config, qk_norm=Spec(nn.RMSNorm, eps=config["rms_norm_eps"]))
 
@@ -135,7 +144,7 @@ def _llama_like(config: Published, **options: Any) -> TransformerConfig:
 
 
 def _heads(config: Published) -> dict[str, Any]:
-    """Sizes of grouped attention with rotary positions."""
+    """Returns the sizes of grouped attention with rotary positions."""
     heads = config["num_attention_heads"]
     return {
         "heads": heads,
@@ -146,12 +155,12 @@ def _heads(config: Published) -> dict[str, Any]:
 
 
 def llama_table(config: Published) -> Table:
-    """Names of Llama."""
+    """Returns the names of Llama."""
     return _llama_names(config) | _norms_before()
 
 
 def qwen3_table(config: Published) -> Table:
-    """Names of Qwen 3: those of Llama, and of the norms of queries and keys."""
+    """Returns the names of Qwen 3: those of Llama, and of the norms of queries and keys."""
     attention = "model.layers.*.self_attn"
     return (
         llama_table(config)
@@ -178,8 +187,11 @@ def _norms_before() -> dict[str, Any]:
 
 
 def gemma2(config: Published) -> TransformerConfig:
-    """Gemma 2 (Gemma Team, 2024): norms with gains 1 + g before and after, capped scores and logits, and a window in
-    every other layer, beginning with the first."""
+    """Returns the config of Gemma 2 (Gemma Team, 2024).
+
+    The model has norms with gains 1 + g before and after each block, capped scores and logits, and a window in every
+    other layer, beginning with the first.
+    """
     refuse(config, attention_bias=False, tie_word_embeddings=True)
     around = Spec(nn.RMSNorm, eps=config["rms_norm_eps"], offset=1.0)
     cap = config["attn_logit_softcapping"]
@@ -212,7 +224,7 @@ def gemma2(config: Published) -> TransformerConfig:
 
 
 def gemma2_table(config: Published) -> Table:
-    """Names of Gemma 2: those of Llama, with four norms in each layer."""
+    """Returns the names of Gemma 2: those of Llama, with four norms in each layer."""
     layer = "model.layers.*"
     return (
         _llama_names(config)
@@ -224,8 +236,10 @@ def gemma2_table(config: Published) -> Table:
 
 
 def gpt_neox(config: Published) -> TransformerConfig:
-    """GPT-NeoX (Black et al., 2022) and Pythia: attention and feed-forward block in parallel, part of the channels
-    rotated."""
+    """Returns the config of GPT-NeoX (Black et al., 2022) and Pythia.
+
+    Attention and feed-forward block are in parallel, and part of the channels is rotated.
+    """
     refuse(config, attention_bias=True, rope_scaling=None)
     around = Spec(nn.LayerNorm, eps=config["layer_norm_eps"])
     attention = Spec(
@@ -253,7 +267,7 @@ def gpt_neox(config: Published) -> TransformerConfig:
 
 
 def gpt_neox_table(config: Published) -> Table:
-    """Names of GPT-NeoX, whose map of queries, keys and values has the three of each head side by side."""
+    """Returns the names of GPT-NeoX, whose map of queries, keys and values has the three of each head side by side."""
     heads, layer = config["num_attention_heads"], "gpt_neox.layers.*"
 
     def of(index: int) -> Layout:

@@ -11,9 +11,10 @@ from jaxattn.nn.spec import Spec
 
 
 def bert(config: Published) -> TransformerConfig:
-    """BERT (Devlin et al., 2019): norms of the sums, learned positions, token types; its output is the pooler's.
+    """Returns the config of BERT (Devlin et al., 2019).
 
-    The vectors of all tokens are at the site `final_norm`.
+    The model has norms of the sums, learned positions and token types. Its output is that of the pooler; the vectors of
+    all tokens are at the site `final_norm`.
     """
     refuse(config, position_embedding_type="absolute", is_decoder=False)
     around = Spec(nn.LayerNorm, eps=config["layer_norm_eps"])
@@ -33,7 +34,7 @@ def bert(config: Published) -> TransformerConfig:
 
 
 def _plain(config: Published, use_bias: Any = True) -> tuple[Spec, Spec]:
-    """Attention without positions, and a feed-forward block, with biases."""
+    """Returns attention without positions, and a feed-forward block, with biases."""
     heads = config["num_attention_heads"]
     attention = Spec(nn.MultiHeadAttention, heads=heads, position=None, use_bias=use_bias)
     return attention, Spec(
@@ -46,7 +47,7 @@ def _plain(config: Published, use_bias: Any = True) -> tuple[Spec, Spec]:
 
 
 def bert_table(config: Published) -> Table:
-    """Names of BERT."""
+    """Returns the names of BERT."""
     embeddings, layer = "bert.embeddings", "bert.encoder.layer.*"
     table: dict[str, Any] = {
         f"{embeddings}.word_embeddings.weight": [To("embed.table")],
@@ -68,7 +69,10 @@ def bert_table(config: Published) -> Table:
 
 
 def vit(config: Published) -> TransformerConfig:
-    """ViT (Dosovitskiy et al., 2021): patches behind a class token; the classes are the logits of that token."""
+    """Returns the config of ViT (Dosovitskiy et al., 2021): patches behind a class token.
+
+    The classes are the logits of the class token.
+    """
     around = Spec(nn.LayerNorm, eps=config["layer_norm_eps"])
     size, patch = config["image_size"], config["patch_size"]
     biased = ("query", "key", "value", "out") if config.get("qkv_bias", True) else ("out",)
@@ -86,7 +90,7 @@ def vit(config: Published) -> TransformerConfig:
 
 
 def vit_table(config: Published) -> Table:
-    """Names of ViT. The map of patches is published as a convolution, [out, channels, height, width]."""
+    """Returns the names of ViT. The map of patches is published as a convolution, [out, channels, height, width]."""
     embeddings, layer, width = "vit.embeddings", "vit.encoder.layer.*", config["hidden_size"]
     patches = f"{embeddings}.patch_embeddings.projection"
     biased = config.get("qkv_bias", True)
@@ -112,8 +116,14 @@ def vit_table(config: Published) -> Table:
 
 
 def t5(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
-    """(encoder, decoder) of T5 (Raffel et al., 2020), which share their embedding: RMSNorm before, scores without a
-    scale, one table of biases by distance for all self-attention of a stack."""
+    """Returns the pair (encoder, decoder) of T5 (Raffel et al., 2020), which share their embedding.
+
+    The models have RMSNorm before each block, scores without a scale, and one table of biases by distance for all
+    self-attention of a stack.
+
+    Raises:
+        ValueError: The kind of the feed-forward blocks is not known.
+    """
     kind = config["feed_forward_proj"]
     if kind not in ("relu", "gated-gelu"):
         raise ValueError(f"config has feed_forward_proj={kind!r}: need 'relu' or 'gated-gelu'")
@@ -157,7 +167,7 @@ def t5(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
 
 
 def t5_table(config: Published) -> Table:
-    """Names of T5."""
+    """Returns the names of T5."""
     table: dict[str, Any] = {"shared.weight": [To("decoder.embed.table")]}
     names = {"query": "q", "key": "k", "value": "v", "out": "o"}
     for stack, kinds in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
@@ -178,7 +188,10 @@ def t5_table(config: Published) -> Table:
 
 
 def whisper(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
-    """(encoder, decoder) of Whisper (Radford et al., 2023): log-mel frames in, LayerNorm before, keys without bias."""
+    """Returns the pair (encoder, decoder) of Whisper (Radford et al., 2023).
+
+    The models read log-mel frames. They have LayerNorm before each block, and keys without bias.
+    """
     refuse(config, scale_embedding=False)
     around, kind = Spec(nn.LayerNorm, eps=1e-5), activation_of(config["activation_function"])
 
@@ -217,7 +230,7 @@ def whisper(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
 
 
 def whisper_table(config: Published) -> Table:
-    """Names of Whisper. Its convolutions are published as [out, in, width]."""
+    """Returns the names of Whisper. Its convolutions are published as [out, in, width]."""
     table: dict[str, Any] = {"model.decoder.embed_tokens.weight": [To("decoder.embed.table")]}
     for name, ours in (("conv1", "first"), ("conv2", "second")):
         kernel = To(f"encoder.embed.{ours}.kernel", lambda x: x.transpose(2, 1, 0))

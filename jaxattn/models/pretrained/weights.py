@@ -24,11 +24,11 @@ Layout = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class To:
-    """Where an array goes.
+    """The place that an array goes to.
 
     Attributes:
         path: The parameter, such as `layers.*.branches.0.module.query.kernel`.
-        layout: From the published array to that of the parameter.
+        layout: The function from the published array to that of the parameter.
     """
 
     path: str
@@ -39,23 +39,23 @@ Table = dict[str, list[To]]
 
 
 def transposed(x: np.ndarray) -> np.ndarray:
-    """[out, in] as [in, out]."""
+    """Returns an array [out, in] as [in, out]."""
     return x.T
 
 
 def part_of_columns(index: int, count: int) -> Layout:
-    """One of `count` equal parts of the last axis."""
+    """Returns the layout that takes one of `count` equal parts of the last axis."""
     return lambda x: np.split(x, count, -1)[index]
 
 
 def linear(name: str, path: str, *, bias: bool = False) -> dict[str, list[To]]:
-    """The rows of a table for a map whose published weight is [out, in]."""
+    """Returns the rows of a table for a map whose published weight is [out, in]."""
     rows = {f"{name}.weight": [To(f"{path}.kernel", transposed)]}
     return rows | ({f"{name}.bias": [To(f"{path}.bias")]} if bias else {})
 
 
 def norm(name: str, path: str, *, bias: bool = False) -> dict[str, list[To]]:
-    """The rows of a table for a norm."""
+    """Returns the rows of a table for a norm."""
     rows = {f"{name}.weight": [To(f"{path}.scale")]}
     return rows | ({f"{name}.bias": [To(f"{path}.bias")]} if bias else {})
 
@@ -66,11 +66,11 @@ def assign(model: nnx.Module, weights: Mapping[str, Any], table: Table, ignored:
     Args:
         model: The model, which is changed.
         weights: Published name -> array.
-        table: Where each goes.
+        table: Published name -> the places of the array.
         ignored: Patterns of published names that are no parameters, such as buffers.
 
     Raises:
-        ValueError: For names that the table does not have, parameters that no name fills, and arrays of another shape.
+        ValueError: The table lacks a name, no name fills a parameter, or an array has another shape.
     """
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     unfilled = set(_paths(model, params))
@@ -110,13 +110,13 @@ def assign(model: nnx.Module, weights: Mapping[str, Any], table: Table, ignored:
 
 
 def _match(pattern: str, name: str) -> str | None:
-    """The number that `*` stands for, "" without one; None if the name is another."""
+    """Returns the number that `*` stands for, "" without one; None if the name is another."""
     found = re.fullmatch(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
     return None if found is None else "".join(found.groups())
 
 
 def _layers_of(model: Any, name: str) -> list[str] | None:
-    """The names by layer of a parameter of a run of layers."""
+    """Returns the names by layer of a parameter of a run of layers."""
     found = re.fullmatch(r"((?:\w+\.)*?)runs\.(\d+)\.(.*)", name)
     if found is None:
         return None
@@ -129,7 +129,7 @@ def _layers_of(model: Any, name: str) -> list[str] | None:
 
 
 def _paths(model: Any, params: Mapping[Any, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all parameters, by layer."""
+    """Returns name -> shape of all parameters, by layer."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, param in params.items():
         name = ".".join(map(str, path))
