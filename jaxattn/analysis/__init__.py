@@ -1,4 +1,4 @@
-"""What heads do: statistics of attention weights, per layer and head."""
+"""Statistics of attention weights, per layer and head."""
 
 from jaxattn.analysis.heads import HeadStatistics, head_statistics
 

@@ -8,17 +8,26 @@ from jaxattn.core.part import part
 
 @part
 class HeadStatistics:
-    """Numbers per layer and head [L, N], each a mean over batch and queries; entropy in nats, sink mass in 0..1."""
+    """Numbers per layer and head, each a mean over batch and queries.
+
+    Attributes:
+        entropy: [L, N], in nats.
+        sink_mass: [L, N], in 0..1.
+    """
 
     entropy: Float[Array, "*layers n"]
     sink_mass: Float[Array, "*layers n"]
 
 
 def head_statistics(weights: Float[Array, "*layers b n t s"]) -> HeadStatistics:
-    """Entropy −Σ_j p_ij log p_ij and sink mass p_i0 of each head, where p_i is row i of the weights, normalised.
+    """Returns the entropy −Σ_j p_ij log p_ij and the sink mass p_i0 of each head.
 
-    Rows are normalised first, so weights that do not sum to 1 (sigmoid) are compared on the same footing, as in the
-    sink metric of Gu et al. (2024). Rows without any weight are left out of the means; a head that has none gives 0.
+    Here p_i is row i of the weights, normalised. Rows are normalised first, so weights that do not sum to 1 (sigmoid)
+    are compared on the same footing, as in the sink metric of Gu et al. (2024). Rows without any weight are left out of
+    the means; a head that has none gives 0.
+
+    Args:
+        weights: [..., B, N, T, S], recorded attention weights, with leading axes for layers.
     """
     total = weights.sum(-1, keepdims=True)
     seen = total[..., 0] > 0

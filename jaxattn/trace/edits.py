@@ -1,7 +1,8 @@
-"""Edits of values: what is added, scaled or put in their place, and at which tokens.
+"""Edits of values: additions, factors and replacements, at all tokens or at some.
 
-Arrays broadcast against the value of the site, [B, T, ...]: [D] changes every token, and [B, T, D] each its own. What
-depends on where a token stands is found by its position, so that it is the same in one full pass and token by token.
+Arrays broadcast against the value of the site, [B, T, ...]: [D] changes every token, and [B, T, D] each its own. Edits
+that depend on where a token stands find it by its position, so that they are the same in one full pass and token by
+token.
 """
 
 from typing import Any, ClassVar
@@ -17,7 +18,11 @@ from jaxattn.nn.tokens import Tokens
 
 @part
 class Add(Edit):
-    """value + vector."""
+    """value + vector.
+
+    Attributes:
+        vector: The vector, which broadcasts against the value.
+    """
 
     vector: Float[Array, "..."] | float
 
@@ -29,7 +34,11 @@ class Add(Edit):
 
 @part
 class Scale(Edit):
-    """value · factor; a factor of 1 is the identity. [N, 1] with zeros at the site z switches heads off."""
+    """value · factor; a factor of 1 is the identity.
+
+    Attributes:
+        factor: The factor, which broadcasts against the value. [N, 1] with zeros at the site z switches heads off.
+    """
 
     factor: Float[Array, "..."] | float
 
@@ -42,7 +51,12 @@ class Scale(Edit):
 
 @part
 class Put(Edit):
-    """The vector in place of the value where `on`, by default everywhere; both broadcast against it."""
+    """The vector in place of the value where `on`, by default everywhere; both broadcast against the value.
+
+    Attributes:
+        vector: The vector.
+        on: Where the vector stands; None for everywhere.
+    """
 
     vector: Float[Array, "..."]
     on: Bool[Array, "..."] | None = None
@@ -80,7 +94,12 @@ class Patch(Edit):
 
 @part
 class OnlyAt(Edit):
-    """The edit, at tokens that stand at these positions [P] only."""
+    """The edit, at tokens that stand at these positions only.
+
+    Attributes:
+        edit: The edit.
+        positions: [P].
+    """
 
     edit: Any
     positions: Int[Array, " p"]
@@ -94,5 +113,5 @@ class OnlyAt(Edit):
 
 
 def _here(where: Tokens, positions: Int[Array, " p"]) -> Bool[Array, "#b t p"]:
-    """Which tokens stand at which of these positions."""
+    """Returns which tokens stand at which of these positions."""
     return (where.positions[..., None] == jnp.asarray(positions)) & (where.positions >= 0)[..., None]

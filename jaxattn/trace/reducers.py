@@ -1,4 +1,7 @@
-"""What is kept of the value of a site, where all of it would be too much. At scores and weights that is a measure."""
+"""Reducers: the part of the value of a site that is kept, where all of it would be too much.
+
+At scores and weights measures take their place.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,7 +12,11 @@ from jaxattn.nn.tap import Reducer
 
 @part
 class TokensAt(Reducer):
-    """The value [B, P, ...] of the tokens at these positions [P]; 0 where no token stands there."""
+    """The value [B, P, ...] of the tokens at these positions; 0 where no token stands there.
+
+    Attributes:
+        positions: [P].
+    """
 
     positions: Int[Array, " p"]
 
@@ -32,7 +39,11 @@ class MeanOfTokens(Reducer):
 
 @part
 class Along(Reducer):
-    """value · direction over the last axis, with directions [D] or [..., D] as many as broadcast against the value."""
+    """value · direction over the last axis.
+
+    Attributes:
+        direction: [D], or [..., D] for as many as broadcast against the value.
+    """
 
     direction: Float[Array, "*#b d"]
 
