@@ -16,24 +16,27 @@ Base = Float[Array, "*#b #n"] | float
 
 
 class RotaryScaling(abc.ABC):
-    """How a rotary embedding trained on short sequences serves longer ones: other frequencies for the same channels.
+    """The base class of other frequencies of a rotary embedding, for sequences longer than those of training.
 
-    With `factor` 1 each is the identity, but for `LongRope`, whose frequencies are listed. Raises ValueError for a
-    factor below 1 or not finite, TypeError for one that is not a number.
+    With `factor` 1 each scaling is the identity, but for `LongRope`, whose frequencies are listed.
+
+    Raises:
+        TypeError: The factor is not a number.
+        ValueError: The factor is below 1 or not finite.
     """
 
     @abc.abstractmethod
     def __call__(self, base: Any, channels: int, dtype: Any) -> Float[Array, "*#b #t #n r"]:
-        """The R/2 frequencies of R = `channels` rotated channels, in the last axis."""
+        """Returns the R/2 frequencies of R = `channels` rotated channels, in the last axis."""
 
     @property
     @abc.abstractmethod
     def attention_scale(self) -> float:
-        """What the rotated channels of query and key are to be multiplied by; `rotary` leaves it to the caller."""
+        """The factor for the rotated channels of query and key, which `rotary` leaves to the caller."""
 
 
 def rotary_frequencies(base: Any, channels: int, dtype: Any) -> Float[Array, "*#b #t #n r"]:
-    """base^(−2 i / R),  i = 0 .. R/2 − 1: radians per position of each pair of channels."""
+    """Returns base^(−2 i / R),  i = 0 .. R/2 − 1: radians per position of each pair of channels."""
     return base ** (-jnp.arange(0, channels, 2, dtype=dtype) / max(channels, 1))
 
 
@@ -46,7 +49,11 @@ def _check_factor(owner: str, factor: Any) -> None:
 
 @part
 class Interpolate(RotaryScaling):
-    """position -> position / factor: longer sequences fall between the trained positions (Chen et al., 2023)."""
+    """position -> position / factor: longer sequences fall between the trained positions (Chen et al., 2023).
+
+    Attributes:
+        factor: At least 1, the divisor of positions.
+    """
 
     factor: float
     attention_scale = 1.0
@@ -64,6 +71,9 @@ class NTK(RotaryScaling):
 
     The highest frequency, 1, stays; the lowest is divided by `factor`; those between are spread evenly in their logs.
     With R = 2 there is one frequency, the highest, and nothing changes.
+
+    Attributes:
+        factor: At least 1, the divisor of the lowest frequency.
     """
 
     factor: float
@@ -83,24 +93,35 @@ class Yarn(RotaryScaling):
 
     Over `original_length` L, the length of training, pair i makes L · frequency_i / 2π rotations. Pairs that make more
     than `beta_fast` keep their frequency, those that make fewer than `beta_slow` are interpolated, and between them
-    ramp_i goes from 0 to 1. It is linear in the index i, between
+    ramp_i goes from 0 to 1. The ramp is linear in the index i, between
 
         low = max(⌊index(beta_fast)⌋, 0),   high = min(⌈index(beta_slow)⌉, R − 1),
         index(r) = R ln(L / 2π r) / (2 ln base)
 
-    as in the authors' code and the models published with it; in the text of the paper it is linear in the rotations.
-    Without `truncate` the ends are not rounded to whole indices, as in the models gpt-oss (2025).
+    as in the authors' code and the models published with it; in the text of the paper the ramp is linear in the
+    rotations.
 
     The paper also sharpens attention: query and key are each multiplied by
 
         attention_scale = m(mscale) / m(mscale_all_dim),   m(μ) = 0.1 μ ln(factor) + 1
 
-    which is the paper's 0.1 ln(factor) + 1 unless given. `rotary` does not; multiply the rotated channels of both, or,
+    which is the paper's 0.1 ln(factor) + 1 unless given. `rotary` does not. Multiply the rotated channels of both, or,
     where all are rotated, give `score=Dot(H**-0.5 * yarn.attention_scale**2)`. DeepSeek-V2 and V3 (2024) say both
     numbers, and besides multiply all scores by m(mscale_all_dim)²: that is the scale of the score, H^−½ m².
 
-    Raises ValueError unless beta_fast > beta_slow > 0, original_length is positive and mscale and mscale_all_dim are at
-    least 0; a base, where it is a number, must be above 1.
+    Attributes:
+        factor: At least 1, the divisor of the interpolated frequencies.
+        original_length: L, an int of at least 1.
+        beta_fast: The rotations above which a frequency is kept.
+        beta_slow: The rotations below which a frequency is interpolated.
+        truncate: Whether the ends are rounded to whole indices; False as in the models gpt-oss (2025).
+        mscale: μ of the numerator, at least 0.
+        mscale_all_dim: μ of the denominator, at least 0.
+
+    Raises:
+        TypeError: `factor` is not a number, or `original_length` is not an int.
+        ValueError: `factor` is below 1 or not finite, beta_fast > beta_slow > 0 does not hold, `original_length` is not
+            positive, a μ is negative or not finite, or a base that is a number is not above 1.
     """
 
     factor: float
@@ -151,8 +172,18 @@ class Llama3(RotaryScaling):
         s_i = (L · frequency_i / 2π − low) / (high − low), between 0 and 1
 
     Over `original_length` L, the length of training, pair i makes L · frequency_i / 2π rotations. Pairs that make more
-    than `high` keep their frequency, those that make fewer than `low` are interpolated. Raises ValueError unless
-    high > low > 0 and original_length is positive.
+    than `high` keep their frequency, those that make fewer than `low` are interpolated.
+
+    Attributes:
+        factor: At least 1, the divisor of the interpolated frequencies.
+        original_length: L, an int of at least 1.
+        low: The rotations below which a frequency is interpolated.
+        high: The rotations above which a frequency is kept.
+
+    Raises:
+        TypeError: `factor` is not a number, or `original_length` is not an int.
+        ValueError: `factor` is below 1 or not finite, high > low > 0 does not hold, or `original_length` is not
+            positive.
     """
 
     factor: float
@@ -179,11 +210,18 @@ class LongRope(RotaryScaling):
     """frequency_i -> frequency_i / divisors_i, one divisor per pair of channels (LongRoPE, Ding et al., 2024).
 
     The divisors were searched for each model. Models come with two lists: give the short one for sequences up to
-    `original_length`, the length of training, and the long one beyond. `factor` is the longest length over that one;
-    query and key are each multiplied by `attention_scale` = √(1 + ln(factor) / ln(original_length)), with both lists.
+    `original_length`, the length of training, and the long one beyond. Query and key are each multiplied by
+    `attention_scale` = √(1 + ln(factor) / ln(original_length)), with both lists.
 
-    Raises ValueError unless the divisors are positive and finite, as many as the pairs that are rotated, and
-    original_length is at least 2.
+    Attributes:
+        divisors: [R/2], positive and finite.
+        factor: At least 1, the longest length over `original_length`.
+        original_length: The length of training, an int of at least 2.
+
+    Raises:
+        TypeError: `factor` is not a number, or `original_length` is not an int.
+        ValueError: `factor` is below 1 or not finite, a divisor is not positive and finite, there are not as many as
+            the pairs that are rotated, or `original_length` is below 2.
     """
 
     divisors: tuple[float, ...]
@@ -210,7 +248,11 @@ class LongRope(RotaryScaling):
 
 
 def rotary_channels(width: int, fraction: float) -> int:
-    """R = fraction · width, the channels that are rotated. Raises ValueError unless it is even, whole and <= width."""
+    """Returns R = fraction · width, the number of channels that are rotated.
+
+    Raises:
+        ValueError: R is not an even whole number from 0 to `width`.
+    """
     rotated = round(fraction * width)
     if not 0 <= fraction <= 1 or rotated % 2 or abs(rotated - fraction * width) > 1e-6:
         raise ValueError(
@@ -226,28 +268,34 @@ def rotary(
     fraction: float = 1.0,
     scaling: RotaryScaling | None = None,
 ) -> Float[Array, "*b t n h"]:
-    """Rotary position embedding (Su et al., 2021) of the first R = fraction · H channels; the others pass through.
+    """Applies a rotary position embedding (Su et al., 2021) to the first R = fraction · H channels.
 
-    Channels i and i + R/2 form a pair that is rotated by the angle  position · base^(−2 i / R),  i = 0 .. R/2 − 1.
-    So the product of a rotated query and a rotated key depends on their distance only. Angles are float32 (float64 for
-    float64 x) whatever the dtype of x, which the result keeps. `positions` [..., T] broadcasts over heads and batch.
+    The other channels pass through. Channels i and i + R/2 form a pair that is rotated by the angle  position ·
+    base^(−2 i / R),  i = 0 .. R/2 − 1. So the product of a rotated query and a rotated key depends on their distance
+    only. Angles are float32 (float64 for float64 x) whatever the dtype of x, which the result keeps.
 
-    `base` is a number or an array that broadcasts to [..., N]: a base per head, per batch entry, or both. `scaling`
-    changes the frequencies for sequences longer than those of training: `Interpolate`, `NTK`, `Yarn`, `Llama3` or
-    `LongRope`.
+    Args:
+        x: [..., T, N, H], floating point.
+        positions: [..., T], ints. They broadcast over heads and batch.
+        base: A number or an array that broadcasts to [..., N]: a base per head, per batch entry, or both.
+        fraction: R / H, from 0 to 1.
+        scaling: A change of the frequencies for sequences longer than those of training: `Interpolate`, `NTK`, `Yarn`,
+            `Llama3` or `LongRope`.
 
-    Raises ValueError if R is not an even whole number between 0 and H, if positions or base do not fit x, or for a base
-    that is not positive (an array is not looked into); TypeError for an x that is not floating point [..., T, N, H].
+    Raises:
+        TypeError: x is not floating point [..., T, N, H], positions are not integers, or `scaling` is another thing.
+        ValueError: R is not an even whole number between 0 and H, positions or base do not fit x, or the base is not
+            positive (an array is not looked into).
     """
     return _rotate(x, positions, base, fraction, scaling, "positions")
 
 
 class Position(abc.ABC):
-    """How queries and keys are told where they stand, other than by the bias or the mask."""
+    """The base class of parts that tell queries and keys where they stand, other than by the bias or the mask."""
 
     @abc.abstractmethod
     def __call__(self, x: Float[Array, "*b t n h"], positions: Int[Array, "*#b t"]) -> Float[Array, "*b t n h"]:
-        """Queries or keys as they meet each other, from those of these positions."""
+        """Returns queries or keys as they meet each other, from those of these positions."""
 
     def check(self, head_dim: int) -> None:  # noqa: B027, most work with any
         """Raises ValueError for a head dim that it cannot work with."""
@@ -255,12 +303,12 @@ class Position(abc.ABC):
 
 @part
 class Rotary(Position):
-    """`rotary` with these settings, and the rotated channels times the `attention_scale` of the scaling.
+    """The embedding `rotary` with these settings, with the rotated channels times `scaling.attention_scale`.
 
     Attributes:
-        base: Base of the angles.
-        fraction: Fraction of the channels that is rotated.
-        scaling: How positions beyond those of training are read: `Yarn`, `Llama3` or another.
+        base: The base of the angles.
+        fraction: The fraction of the channels that is rotated.
+        scaling: The way in which positions beyond those of training are read: `Yarn`, `Llama3` or another.
     """
 
     base: float = 10000.0
@@ -284,11 +332,21 @@ def rotary_2d(
     columns: Int[Array, "*#b t"],
     base: Base = 10000.0,
 ) -> Float[Array, "*b t n h"]:
-    """Rotary embedding for images: the first half of the channels turns by the row, the second half by the column.
+    """Applies a rotary embedding for images: the first half of the channels turns by the row, the second by the column.
 
     Each half is `rotary` of H/2 channels, so the product of a rotated query and a rotated key depends only on how many
     rows and how many columns they are apart (Heo et al., 2024, call it axial). Patch t of an image that is W patches
-    wide has row t // W and column t % W. Shapes and errors are those of `rotary`; H must be a multiple of 4.
+    wide has row t // W and column t % W.
+
+    Args:
+        x: [..., T, N, H], as of `rotary`; H is a multiple of 4.
+        rows: [..., T], the row of each patch.
+        columns: [..., T], the column of each patch.
+        base: As of `rotary`.
+
+    Raises:
+        TypeError: As of `rotary`.
+        ValueError: As of `rotary`, or H is no multiple of 4.
     """
     if x.ndim and x.shape[-1] % 4:
         raise ValueError(f"x has head dim {x.shape[-1]}: rotary_2d needs a multiple of 4")
@@ -335,12 +393,20 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def sinusoidal(positions: Int[Array, "*b t"], width: int, base: float = 10000.0) -> Float[Array, "*b t d"]:
-    """Absolute position embedding, to be added to the input of the first layer (Vaswani et al., 2017):
+    """Returns absolute position embeddings, to be added to the input of the first layer (Vaswani et al., 2017).
 
         out[2 i] = sin(position · base^(−2 i / D)),   out[2 i + 1] = cos(position · base^(−2 i / D))
 
-    for width D, in float32. A negative position (an empty slot) gives zeros. Raises ValueError for a width that is not
-    even and positive or a base that is not positive, TypeError for positions that are not integers.
+    The result is float32. A negative position (an empty slot) gives zeros.
+
+    Args:
+        positions: [..., T], ints.
+        width: D, even and positive.
+        base: Positive.
+
+    Raises:
+        TypeError: Positions are not integers, or `width` is not an int.
+        ValueError: `width` is not even and positive, or `base` is not positive.
     """
     check_static_int("sinusoidal", "width", width, 2)
     if width % 2:
@@ -357,13 +423,20 @@ def sinusoidal(positions: Int[Array, "*b t"], width: int, base: float = 10000.0)
 class LearnedPositions:
     """out = table[position]: a learned absolute position embedding, to be added to the input (Gehring et al., 2017).
 
-    `table` is [P, D]. Positions outside it, also the −1 of an empty slot, give zeros and no gradient, never NaN.
-    Raises TypeError for positions that are not integers.
+    Positions outside the table, also the −1 of an empty slot, give zeros and no gradient, never NaN.
+
+    Attributes:
+        table: [P, D].
     """
 
     table: Float[Array, "positions width"]
 
     def __call__(self, positions: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
+        """Returns the rows of the table at these positions.
+
+        Raises:
+            TypeError: Positions are not integers.
+        """
         places, table = _integers(positions), jnp.asarray(self.table)
         inside = (places >= 0) & (places < table.shape[0])
         return jnp.where(inside[..., None], table[jnp.where(inside, places, 0)], 0)
