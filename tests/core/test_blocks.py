@@ -123,7 +123,10 @@ def test_moba_gradients_are_those_of_the_chosen_pairs():
             assert_close(x, y, np.sqrt(4 * T) * np.abs(y).max())
 
 
-@pytest.mark.parametrize("normalize", [None, Sigmoid()], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "normalize",
+    [pytest.param(None, id="softmax"), pytest.param(Sigmoid(), id="sigmoid", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("shape", [(1, 6, 6), (2, 4, 6, 6), (2, 1, 6, 6)], ids=str)
 def test_blocks_in_tiles_of_any_size_are_the_mask_as_an_array(shape, normalize):
     active = np.random.default_rng(0).random(shape) < 0.4

@@ -46,6 +46,7 @@ def test_a_line_makes_the_part_it_names():
     assert isinstance(gallery.make("Softmax(null_logit=jnp.array([3.0]))"), jaxattn.Softmax)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", gallery.FAMILIES, ids=lambda family: family.title)
 def test_pictures_are_drawn_side_by_side(family):
     drawn = gallery.montage([gallery.draw(family, line) for line in family.entries[-2:]], family.columns)

@@ -102,6 +102,7 @@ def test_its_claims_are_judged_and_its_result_is_kept(quick):
     assert verdicts["window 8: accuracy"] == "not seen at this scale"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_keeps_no_result_and_goes_on_from_its_checkpoint(tmp_path):
     class Interrupting(Console):
         """A quiet console that sends Ctrl-C when the line of step 50 is printed."""
