@@ -327,7 +327,9 @@ def test_tiled_gives_linear_measures_their_definition(kind, scattered):
 
 
 @pytest.mark.parametrize("few", [False, True], ids=["many queries", "few queries"])
-@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "dropout", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="dropout")]
+)
 @pytest.mark.parametrize("mask", ["causal", "by head"])
 def test_gradients_of_linear_measures_in_tiles_are_those_of_dense(mask, dropout, few):
     """In query, key, value, null logits and the columns; measures do not see dropout. The values have one head."""

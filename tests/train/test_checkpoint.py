@@ -112,7 +112,7 @@ def remove(file):
     file.unlink()
 
 
-@pytest.mark.parametrize("damage", [garble, truncate, remove])
+@pytest.mark.parametrize("damage", [garble, *(pytest.param(x, marks=pytest.mark.slow) for x in (truncate, remove))])
 def test_any_damage_to_the_newest_checkpoint_falls_back_and_says_so(damage, tmp_path):
     save_steps(tmp_path / "good", [1, 2])
     names = sorted(file.relative_to(tmp_path / "good" / "2") for file in (tmp_path / "good" / "2").rglob("*"))
