@@ -129,9 +129,10 @@ def test_every_measure_is_its_definition(kind, scattered):
             np.testing.assert_allclose(extras["lse"], lse, rtol=0, atol=1e-12)
             for name, (_, definition) in MEASURES.items():
                 expected = definition(weights, seen, where.query, where.key)
-                jax.tree.map(
-                    partial(np.testing.assert_allclose, rtol=0, atol=1e-12, err_msg=name), extras[name], expected
-                )
+                # Of sums that are hundreds where weights have both signs, which rounds them by their size.
+                size = max(1, *(np.abs(x).max(initial=0) for x in jax.tree.leaves(expected)))
+                close = partial(np.testing.assert_allclose, rtol=0, atol=1e-12 * size, err_msg=name)
+                jax.tree.map(close, extras[name], expected)
 
 
 @cache
