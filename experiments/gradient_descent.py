@@ -126,10 +126,10 @@ def rotated(key: PRNGKeyArray, dim: int) -> Float[Array, "d d"]:
 
 
 def start(key: PRNGKeyArray, dim: int, structured: bool, layers: int = 1) -> icl.LinearLayers:
-    """Layers as `nn.LinearSelfAttention` starts them."""
+    """Layers as `nn.MergedLinearAttention` starts them."""
     rngs = nnx.Rngs(params=key)
     return icl.LinearLayers(
-        tuple(nn.LinearSelfAttention(dim + 1, structured=structured, rngs=rngs)() for _ in range(layers))
+        tuple(nn.MergedLinearAttention(dim + 1, structured=structured, rngs=rngs)() for _ in range(layers))
     )
 
 

@@ -150,7 +150,7 @@ def run(config, seed, folder, console):
         console.print(f"softmax_regression: {name}")
         rngs = nnx.Rngs(params=jax.random.fold_in(key, heads))
         width = task.inputs.dim + outputs
-        begun = icl.SoftmaxLayer(nn.SoftmaxHeads(heads, width, outputs, start=config.size, rngs=rngs)())
+        begun = icl.SoftmaxLayer(nn.MergedSoftmaxHeads(heads, width, outputs, start=config.size, rngs=rngs)())
         return predictors.train(task, begun, lambda layer: layer, name, seed, record, *given)
 
     numbers: dict[str, float | None] = {claim.number: None for claim in CLAIMS}

@@ -4,7 +4,7 @@ import gc
 import os
 import pathlib
 
-# Nearly all time is compiling: so compiled in a fifth of the time, programs are slow. What is set already holds.
+# Nearly all time is compiling: so programs are compiled sooner, and run slower. What is set already holds.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"

@@ -122,7 +122,7 @@ def test_help_documents_every_field(capsys):
 
 def test_configs_survive_json():
     assert models.from_plain(json.loads(json.dumps(models.to_plain(MODEL)))) == MODEL
-    with pytest.raises(ValueError, match=r"not the config of a decoder.*width"):
+    with pytest.raises(ValueError, match=r"not the config of a model.*width"):
         models.from_plain({"width": "wide"})
 
 
@@ -133,7 +133,7 @@ def test_another_config_in_the_folder_names_the_field(run, config, capsys):
 
 
 def test_mistakes_get_one_line(run, config, corpus, tmp_path, capsys):
-    assert "no room for new ones in the model's context of 32" in fails(
+    assert "no room for new ones in the model's length of 32" in fails(
         capsys, "generate", "--folder", run, "--prompt", "x" * 40
     )
     assert "at most 31 (the context)" in fails(capsys, "inspect", "x" * 40, "--folder", run)

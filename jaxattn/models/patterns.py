@@ -62,6 +62,6 @@ def hymba(depth: int, heads: int = 4, *, window: int, meta_tokens: int, key_head
     for number in range(depth):
         far = number in everywhere
         shares = not far and not shares and number - 1 not in everywhere
-        mixer = Spec(nn.hymba, heads=heads, key_heads=key_heads, mask=Causal() if far else near)
+        mixer = Spec(nn.hymba_heads, heads=heads, key_heads=key_heads, mask=Causal() if far else near)
         layers.append(pre_norm(mixer.replace(keys_from="layer") if shares else mixer))
     return layers

@@ -21,7 +21,7 @@ from jaxattn.nn.embedding import (
     VectorEmbedding,
 )
 from jaxattn.nn.feed_forward import FeedForward
-from jaxattn.nn.hybrid import Chain, Parallel, hymba
+from jaxattn.nn.hybrid import Chain, Parallel, hymba_heads
 from jaxattn.nn.learned import (
     AdditiveScore,
     BilinearScore,
@@ -50,11 +50,20 @@ from jaxattn.nn.mechanisms import (
     RetNet,
     ShortConvolution,
 )
-from jaxattn.nn.merged import LinearSelfAttention, SoftmaxHeads
+from jaxattn.nn.merged import MergedLinearAttention, MergedSoftmaxHeads
 from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.norm import LayerNorm, RMSNorm
 from jaxattn.nn.prefix import Prefixed, after_prefix, behind_prefix, with_prefix
-from jaxattn.nn.recurrent import Inputs, LearningInputs, LinearInputs, Mechanism, Passed, Past, Recurrent, as_mixer
+from jaxattn.nn.recurrent import (
+    LearningInputs,
+    LinearInputs,
+    Mechanism,
+    MemoryInputs,
+    Passed,
+    Past,
+    Recurrent,
+    as_mixer,
+)
 from jaxattn.nn.spec import Spec
 from jaxattn.nn.state_space import S6, Mamba2, mimetic_initialization
 from jaxattn.nn.tap import ALIASES, SITES, Edit, Layers, Reducer, Tap, Whole
@@ -82,7 +91,6 @@ __all__ = [
     "HeadMixing",
     "HeadOutput",
     "HedgehogMap",
-    "Inputs",
     "KeyQueryConvolution",
     "KeyValue",
     "Latte",
@@ -92,12 +100,14 @@ __all__ = [
     "LearningInputs",
     "LinearAttention",
     "LinearInputs",
-    "LinearSelfAttention",
     "Linearized",
     "LowRank",
     "Mamba2",
     "Mechanism",
     "MemoryAsContext",
+    "MemoryInputs",
+    "MergedLinearAttention",
+    "MergedSoftmaxHeads",
     "Mixer",
     "MultiHeadAttention",
     "NeuralMemory",
@@ -119,7 +129,6 @@ __all__ = [
     "RetNet",
     "ShortConvolution",
     "SinusoidalEmbedding",
-    "SoftmaxHeads",
     "Spec",
     "Tap",
     "TokenEmbedding",
@@ -129,7 +138,7 @@ __all__ = [
     "after_prefix",
     "as_mixer",
     "behind_prefix",
-    "hymba",
+    "hymba_heads",
     "memory_as_gate",
     "memory_as_layer",
     "mimetic_initialization",

@@ -109,7 +109,7 @@ class Parallel(Mixer):
         return tuple(mixer.init_state(batch, capacity, store) for mixer in self.mixers)
 
 
-def hymba(
+def hymba_heads(
     features: int,
     heads: int,
     *,

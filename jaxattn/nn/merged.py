@@ -23,7 +23,7 @@ def _check_sizes(owner: nnx.Module, features: int, outputs: int) -> int:
     return features - outputs
 
 
-class LinearSelfAttention(nnx.Module):
+class MergedLinearAttention(nnx.Module):
     """Owns W_KQ and W_PV of `LinearSelfAttention`, [features, features].
 
     Structured, the layer starts as W_KQ = start · diag(ΘΘᵀ, 0) and W_PV = start · diag(0, I) with a random Θ,
@@ -70,7 +70,7 @@ class LinearSelfAttention(nnx.Module):
         return merged.LinearSelfAttention(self.kq[...], self.pv[...], self.scale, self.mask_query)
 
 
-class SoftmaxHeads(nnx.Module):
+class MergedSoftmaxHeads(nnx.Module):
     """Owns KQ [H, features, features] and OV of `SoftmaxHeads`, [H, features], or [H, outputs, features] for several.
 
     Otherwise than structured, all entries start N(0, start²) (He et al., 2025). Structured, only ω_h and μ_h start so,

@@ -27,7 +27,7 @@ from jaxattn.nn.tap import Tap
 from jaxattn.nn.tokens import Tokens
 
 
-class Inputs(Protocol):
+class MemoryInputs(Protocol):
     """The inputs of a memory, and the way it runs.
 
     `LinearInputs` run in `linear_attention`, and `LearningInputs` in `memory_scan`.
@@ -37,7 +37,7 @@ class Inputs(Protocol):
     key: Array
     value: Array
 
-    def tapped(self, tap: Tap) -> "Inputs":
+    def tapped(self, tap: Tap) -> "MemoryInputs":
         """Returns the same with the edits at `q`, `k` and `v`, which are recorded."""
 
     def run(
@@ -346,7 +346,7 @@ class Mechanism(nnx.Module):
 
     in_features: int
 
-    def inputs(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], past: Past) -> tuple[Inputs, Any]:
+    def inputs(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], past: Past) -> tuple[MemoryInputs, Any]:
         """Returns a pair: the inputs of the memory, and whatever else `output` needs.
 
         Args:

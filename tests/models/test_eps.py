@@ -20,7 +20,7 @@ SPECS = [
     models.Spec(nn.NeuralMemory, heads=2, hidden=()),
     models.Spec(nn.TTT, heads=2),
     models.Spec(nn.S6, norm=True),
-    models.Spec(nn.hymba, heads=2, state=3),
+    models.Spec(nn.hymba_heads, heads=2, state=3),
     models.Spec(nn.memory_as_gate, heads=2, memory=STILL, window=32, persistent=4),
     models.Spec(nn.MemoryAsContext, heads=2, memory=STILL, segment=32, persistent=4),
 ]

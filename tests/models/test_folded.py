@@ -138,7 +138,7 @@ def test_errors_name_what_is_wrong():
         with pytest.raises(ValueError, match=message):
             FoldedDecoder(CONFIG, rngs=rngs, **options)
     for mixer in (Spec(nn.LinearAttention, heads=2), Spec(nn.MultiHeadAttention, heads=2, mask=Window(3))):
-        with pytest.raises(ValueError, match=r"config.layers\[0\] is no causal Attention"):
+        with pytest.raises(ValueError, match=r"config.layers\[0\] is no causal attention"):
             FoldedDecoder(TransformerConfig(V, 8, D, [pre_norm(mixer)]), segment=4, rngs=rngs)
     model = build("fold")
     with pytest.raises(ValueError, match="records nothing"):

@@ -89,7 +89,10 @@ def test_hymba_trains_on_packed_rows():
 
 def test_meta_tokens_are_tokens_in_front():
     """A model whose meta tokens are the embeddings of some tokens is the model without, run on those tokens first."""
-    layers = [pre_norm(Spec(nn.MultiHeadAttention, heads=2), FEED), pre_norm(Spec(nn.hymba, heads=2, state=3), FEED)]
+    layers = [
+        pre_norm(Spec(nn.MultiHeadAttention, heads=2), FEED),
+        pre_norm(Spec(nn.hymba_heads, heads=2, state=3), FEED),
+    ]
     plain, model = build(layers), build(layers, 3)
     front = jnp.array([4, 0, 7])
     graph, params, rest = nnx.split(plain, nnx.Param, ...)

@@ -85,7 +85,7 @@ MIXERS = {
         | {"norm/scale", "norm/bias", "rate/bias"},
     ),
     "hymba": (
-        models.Spec(nn.hymba, heads=N, state=3),
+        models.Spec(nn.hymba_heads, heads=N, state=3),
         {"mixers/1/convolution/weight"},
         {f"mixers/1/{x}" for x in OF_HYMBA | {"signal/bias", "gate/bias"}}
         | {f"mixers/0/{x}/bias" for x in ("query", "key", "value")}
@@ -112,8 +112,8 @@ MODULES = {
     "heads": (lambda rngs: nn.HeadMixing(2), set(), {"weight"}),
     "key-query convolution": (lambda rngs: nn.KeyQueryConvolution(2, 2, 3), set(), {"kernel"}),
     "sink": (lambda rngs: nn.NullSoftmax(2), set(), {"null_logit"}),
-    "merged linear": (lambda rngs: nn.LinearSelfAttention(4, rngs=rngs), {"kq", "pv"}, set()),
-    "merged softmax": (lambda rngs: nn.SoftmaxHeads(2, 4, rngs=rngs), {"kq", "ov"}, set()),
+    "merged linear": (lambda rngs: nn.MergedLinearAttention(4, rngs=rngs), {"kq", "pv"}, set()),
+    "merged softmax": (lambda rngs: nn.MergedSoftmaxHeads(2, 4, rngs=rngs), {"kq", "ov"}, set()),
     "attention with biases": (
         lambda rngs: nn.MultiHeadAttention(8, 2, use_bias=True, gate=True, rngs=rngs),
         set(),

@@ -15,7 +15,7 @@ MEMORY = models.Spec(nn.NeuralMemory, heads=N, hidden=(6,), inner_batch=2, docum
 STILL = models.Spec(nn.NeuralMemory, heads=N, hidden=(6,), inner_batch=2, documents=2, convolution=0)
 NEAR = Causal() & (Window(2) | Sinks(2))
 SPECS = {
-    "hymba": models.Spec(nn.hymba, heads=N, key_heads=1, mask=NEAR, state=3),
+    "hymba": models.Spec(nn.hymba_heads, heads=N, key_heads=1, mask=NEAR, state=3),
     "memory as gate": models.Spec(nn.memory_as_gate, heads=N, window=3, persistent=2, memory=MEMORY),
     "memory as layer": models.Spec(nn.memory_as_layer, heads=N, window=3, persistent=0, memory=MEMORY),
     "memory as context": models.Spec(nn.MemoryAsContext, heads=N, segment=4, persistent=2, memory=STILL),
@@ -72,7 +72,7 @@ def test_every_parameter_has_a_gradient(name):
 
 def test_a_branch_without_gain_leaves_the_other():
     """Hymba with one gain at zero is half of the other branch, normed and projected."""
-    mixer = build(models.Spec(nn.hymba, heads=N, state=3))
+    mixer = build(models.Spec(nn.hymba_heads, heads=N, state=3))
     attention, s6 = mixer.mixers
     norms = [np.asarray(norm.scale[...]) for norm in mixer.norms]
     for kept, branch in enumerate((attention, s6)):
@@ -183,7 +183,7 @@ def test_errors_name_what_is_wrong():
             "need window >= 1",
         ),
         (
-            lambda: nn.as_mixer(models.Spec(nn.hymba, heads=3), features=D, dtype=None, rngs=rngs),
+            lambda: nn.as_mixer(models.Spec(nn.hymba_heads, heads=3), features=D, dtype=None, rngs=rngs),
             "heads is 3: need a divisor of 32",
         ),
         (lambda: call(nn.Chain([attention]), X, context=X), "context is given"),
@@ -203,7 +203,7 @@ def test_errors_name_what_is_wrong():
 
 
 FULL = {
-    "hymba without a window": models.Spec(nn.hymba, heads=N, key_heads=1, state=3),
+    "hymba without a window": models.Spec(nn.hymba_heads, heads=N, key_heads=1, state=3),
     "prefixed": None,
 }
 

@@ -11,7 +11,7 @@ from jaxattn.core import merged
 
 
 def test_a_structured_linear_layer_is_a_positive_step_on_y_alone():
-    layer = nn.LinearSelfAttention(5, start=0.3, rngs=nnx.Rngs(0))()
+    layer = nn.MergedLinearAttention(5, start=0.3, rngs=nnx.Rngs(0))()
     assert isinstance(layer, merged.LinearSelfAttention)
     block = layer.kq[:4, :4]
     np.testing.assert_allclose(jnp.linalg.norm(block), 0.3, rtol=1e-5)
@@ -20,28 +20,28 @@ def test_a_structured_linear_layer_is_a_positive_step_on_y_alone():
     assert (layer.kq[4] == 0).all()
     assert (layer.kq[:, 4] == 0).all()
     np.testing.assert_allclose(layer.pv, np.diag([0, 0, 0, 0, 0.3]), rtol=1e-6)
-    two = nn.LinearSelfAttention(5, 2, start=0.3, rngs=nnx.Rngs(0))()
+    two = nn.MergedLinearAttention(5, 2, start=0.3, rngs=nnx.Rngs(0))()
     np.testing.assert_allclose(two.pv, np.diag([0, 0, 0, 0.3, 0.3]), rtol=1e-6)
     assert (two.kq[3:] == 0).all()
 
 
 def test_structured_heads_have_an_omega_and_a_mu_each():
-    heads = nn.SoftmaxHeads(3, 5, structured=True, rngs=nnx.Rngs(0))()
+    heads = nn.MergedSoftmaxHeads(3, 5, structured=True, rngs=nnx.Rngs(0))()
     found = icl.effective_heads(heads)
     np.testing.assert_array_equal(icl.diagonality(heads.kq[:, :4, :4]), jnp.ones(3))
     np.testing.assert_array_equal(icl.homogeneity(heads.kq[:, :4, :4]) < 1e-6, jnp.ones(3, bool))
     assert (found.omega != 0).all()
     assert (heads.kq[:, 4] == 0).all()
     np.testing.assert_array_equal(heads.ov, jnp.pad(found.mu[:, None], ((0, 0), (4, 0))))
-    assert nn.SoftmaxHeads(3, 5, 2, structured=True, rngs=nnx.Rngs(0))().ov.shape == (3, 2, 5)
+    assert nn.MergedSoftmaxHeads(3, 5, 2, structured=True, rngs=nnx.Rngs(0))().ov.shape == (3, 2, 5)
 
 
 @pytest.mark.parametrize("owner", ["linear", "softmax"])
 def test_free_entries_start_gaussian(owner):
     if owner == "linear":
-        part = nn.LinearSelfAttention(80, structured=False, start=0.2, rngs=nnx.Rngs(0))()
+        part = nn.MergedLinearAttention(80, structured=False, start=0.2, rngs=nnx.Rngs(0))()
     else:
-        part = nn.SoftmaxHeads(20, 30, 5, start=0.2, rngs=nnx.Rngs(0))()
+        part = nn.MergedSoftmaxHeads(20, 30, 5, start=0.2, rngs=nnx.Rngs(0))()
     for weight in jax.tree.leaves(part):
         assert abs(weight.mean()) < 4 * 0.2 / np.sqrt(weight.size)
         assert abs((weight**2).mean() - 0.04) < 4 * 0.04 * np.sqrt(2 / weight.size)
@@ -54,9 +54,9 @@ def test_training_lowers_the_risk(owner):
     That of two softmax heads is that of the best debiased step, to which they tend as their scores get small.
     """
     if owner == "linear":
-        module = nn.LinearSelfAttention(4, start=0.3, rngs=nnx.Rngs(0))
+        module = nn.MergedLinearAttention(4, start=0.3, rngs=nnx.Rngs(0))
     else:
-        module = nn.SoftmaxHeads(2, 4, start=0.3, rngs=nnx.Rngs(0))
+        module = nn.MergedSoftmaxHeads(2, 4, start=0.3, rngs=nnx.Rngs(0))
     task = icl.FunctionTask(icl.Linear(3**-0.5), icl.Gaussian(3), 13)
     graph, weights = nnx.split(module)
 
@@ -87,10 +87,10 @@ def test_training_lowers_the_risk(owner):
 
 def test_errors_name_the_argument():
     for call, message in (
-        (lambda: nn.LinearSelfAttention(3, 3, rngs=nnx.Rngs(0)), "outputs is 3 of 3 features: need fewer"),
-        (lambda: nn.LinearSelfAttention(0, rngs=nnx.Rngs(0)), "features must be at least 1"),
-        (lambda: nn.SoftmaxHeads(0, 3, rngs=nnx.Rngs(0)), "heads must be at least 1"),
-        (lambda: nn.SoftmaxHeads(2, 3, 0, rngs=nnx.Rngs(0)), "outputs must be at least 1"),
+        (lambda: nn.MergedLinearAttention(3, 3, rngs=nnx.Rngs(0)), "outputs is 3 of 3 features: need fewer"),
+        (lambda: nn.MergedLinearAttention(0, rngs=nnx.Rngs(0)), "features must be at least 1"),
+        (lambda: nn.MergedSoftmaxHeads(0, 3, rngs=nnx.Rngs(0)), "heads must be at least 1"),
+        (lambda: nn.MergedSoftmaxHeads(2, 3, 0, rngs=nnx.Rngs(0)), "outputs must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

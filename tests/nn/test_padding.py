@@ -14,7 +14,7 @@ SPECS = {
     "mamba2": models.Spec(nn.Mamba2, heads=N, state=4),
     "gated deltanet": models.Spec(nn.DeltaNet, heads=N, decay="head", convolution=2),
     "titans": models.Spec(nn.NeuralMemory, heads=N, hidden=(), inner_batch=4),
-    "hymba": models.Spec(nn.hymba, heads=N, state=3),
+    "hymba": models.Spec(nn.hymba_heads, heads=N, state=3),
 }
 LEFT, RIGHT = np.arange(T) < 3, np.arange(T) >= 8
 

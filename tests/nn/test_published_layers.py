@@ -276,7 +276,7 @@ def test_retnet_is_the_published_layer(angles):
 
 def test_hymba_is_the_published_layer():
     """With the biases of the authors' code (Dong et al., 2024)."""
-    mixer = build(models.Spec(nn.hymba, heads=N, key_heads=1, state=3))
+    mixer = build(models.Spec(nn.hymba_heads, heads=N, key_heads=1, state=3))
     attention, m = mixer.mixers[0], mixer.mixers[1].mechanism
     q, k, v = (
         heads(linear(each, x), count)

@@ -231,7 +231,7 @@ def test_an_edit_says_what_it_needs():
 
 
 ATTENTION, BLOCK = Spec(nn.MultiHeadAttention, heads=N), Spec(nn.FeedForward, hidden=16)
-HYMBA, MEMORY = Spec(nn.hymba, heads=2, state=3), Spec(nn.NeuralMemory, heads=2, inner_batch=2)
+HYMBA, MEMORY = Spec(nn.hymba_heads, heads=2, state=3), Spec(nn.NeuralMemory, heads=2, inner_batch=2)
 TITANS = Spec(nn.memory_as_gate, heads=2, window=3, persistent=2, memory=MEMORY)
 # name: (layers, meta tokens)
 KINDS = {
