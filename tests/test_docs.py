@@ -698,3 +698,38 @@ def test_the_page_on_layers(page):
     assert sorted(np.asarray(layers.kept.positions[0, :, 0])) == [0, 2, 4, 6, 7, 8, 9]
     assert (layers.made.tokens.shape, layers.made.records["entropy"].shape) == ((1, 5), (5, 3, 1, 1, 4))
     np.testing.assert_allclose(layers.by_token, layers.whole, atol=1e-6)
+
+
+# What the table at the end of the page on layers counts: page, first and last line of the code.
+COUNTED = {
+    "head ablation, and the gradient in it": ("layers", "def loss(gate)", "importance ="),
+    "all heads of all layers, one at a time, in one compiled call": ("layers", "heads = 1", "damage ="),
+    "activation patching, layer by layer": ("layers", "clean, other", "]"),
+    "an offset on what a head reads": ("layers", "direction =", "steered"),
+    "an edge from one key to one query, in some heads": ("layers", "class Edge(Mask)", "cut, *_"),
+    "more attention to a span": ("layers", "log_alpha =", "marked"),
+    "a policy of what a store keeps": ("layers", "class EveryOther(Retain)", "return"),
+    "a mixer with a state": ("layers", "class MeanSoFar(nn.Mixer)", 'return state["count"][:, 0]'),
+    "a normaliser": ("attend", "class Softplus(Elementwise)", "return"),
+}
+
+
+def code_lines(page, first, last):
+    """The lines from the first to the last, without docstrings and empty lines; with the decorator of a part."""
+    lines = PAGES[f"{page}.md"].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(first))
+    end = next(i for i, line in enumerate(lines[start:], start) if line.strip().startswith(last) and i > start)
+    if last == "return":  # the last of the class
+        end = max(i for i in range(start, lines.index("```", start)) if lines[i].strip().startswith("return"))
+        end = min(end, next((i for i in range(start + 1, end) if re.match(r"\w", lines[i])), end + 1) - 1)
+    text = re.sub(r'""".*?"""', "", "\n".join(lines[start : end + 1]), flags=re.DOTALL)
+    return len([line for line in text.splitlines() if line.strip()]) + (lines[start - 1] == "@part")
+
+
+def test_the_counted_lines_are_those_of_the_pages():
+    table = PAGES["layers.md"].split("## What it takes")[1]
+    said = {name: int(count) for name, count in re.findall(r"^\| ([^|]+?) \| (\d+) \|", table, flags=re.MULTILINE)}
+    assert said.pop("a Flax module with this attention") == 1
+    assert said == {name: code_lines(*where) for name, where in COUNTED.items()}
+    assert max(count for name, count in said.items() if name != "a mixer with a state") <= 10
+    assert said["a mixer with a state"] <= 25

@@ -1,17 +1,21 @@
 """Stores: the memory that attention has of earlier tokens, in C slots.
 
-A store combines a policy of what is kept with a policy of what is chosen to be read.
+A store combines a policy of what is kept with a policy of what is chosen to be read, and of where keys stand.
 """
 
+from jaxattn.cache.key_position import Absolute, KeyPosition, Rank
 from jaxattn.cache.retain import Everything, HeavyHitters, Recent, Retain
 from jaxattn.cache.select import Quest, Select
 from jaxattn.cache.store import Policy, Store, by_position, check_room, empty, unseen
 
 __all__ = [
+    "Absolute",
     "Everything",
     "HeavyHitters",
+    "KeyPosition",
     "Policy",
     "Quest",
+    "Rank",
     "Recent",
     "Retain",
     "Select",

@@ -1,7 +1,7 @@
 """Which pages of a store a single query reads."""
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ class Select(abc.ABC):
     Attributes:
         pages: The number of pages that are read for each key head; a store of no more pages is read in whole.
         size: The number of slots per page.
+        needs_turned: Whether keys must be summarised as they meet the queries.
     """
 
     pages: int
     size: int
+    needs_turned: ClassVar[bool] = True
 
     @abc.abstractmethod
     def summarise(self, key: Float[Array, "b p s k h"], there: Bool[Array, "b p s k"]) -> Any:

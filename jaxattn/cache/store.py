@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxattn.cache.key_position import Absolute, KeyPosition
 from jaxattn.cache.retain import Everything, Retain
 from jaxattn.cache.select import Select, chosen
 from jaxattn.core.attend.mask import Mask
@@ -52,6 +53,8 @@ class Store:
         past: The earlier tokens that a convolution before the keys sees.
         fresh: Tokens that came together, until they were attended to.
         span: The number of positions that the store is for, and that records of weights cover.
+        key_position: The policy that says where keys and queries stand for a rotary position. Keys are held as they are
+            turned at those places, or where it turns them when they are read, unturned.
     """
 
     key: Float[Array, "b c k h"]
@@ -66,6 +69,7 @@ class Store:
     past: Any = dataclasses.field(default_factory=dict)
     fresh: Any = None
     span: int = 0
+    key_position: KeyPosition = Absolute()
 
     def append(
         self, key: Float[Array, "b t k h"], value: Float[Array, "b t k v"], positions: Int[Array, "b t"]
@@ -212,12 +216,14 @@ class Policy:
         slots: C, the number of slots; by default one for each position.
         select: The policy that says which pages a single query reads.
         budget: The number of slots that may be filled, one number or one per key head.
+        key_position: The policy that says where keys and queries stand for a rotary position.
     """
 
     retain: Retain = Everything()
     slots: int | None = None
     select: Select | None = None
     budget: Int[Array, "..."] | None = None
+    key_position: KeyPosition = Absolute()
 
 
 def empty(
@@ -265,6 +271,11 @@ def empty(
     if by_head and key_shape[0] != value_shape[0]:
         raise ValueError(f"keys have {key_shape[0]} heads and values {value_shape[0]}: to evict by head need the same")
     retain = jax.tree.map(jnp.asarray, retain)  # so that another number is not another program
+    if select is not None and select.needs_turned and not policy.key_position.at_write:
+        raise ValueError(
+            f"select is {type(select).__name__}, which bounds scores by keys as they are written, but key_position is "
+            f"{type(policy.key_position).__name__}, which turns them when they are read: need Absolute()"
+        )
     if select is not None and slots % select.size:
         raise ValueError(f"slots is {slots}: need a multiple of the page size, {select.size}")
     positions = jnp.full((batch, slots, key_shape[0] if by_head else 1), -1, jnp.int32)
@@ -278,6 +289,7 @@ def empty(
         select,
         budget=budget,
         span=capacity,
+        key_position=policy.key_position,
     )
     return store if select is None else store._summarised(None)
 

@@ -248,7 +248,15 @@ class MultiHeadAttention(Mixer):
         x = tokens.clean(x)
         convolved = self._past(x, tokens, {} if store is None else store.past) if self.convolution else None
 
-        query = tap("q_rotated", self.turn(tap("q", self.queries(x, convolved)), tokens.positions))
+        query = tap("q", self.queries(x, convolved))
+        turns_at_read = store is not None and not store.key_position.at_write and self.position is not None
+        if turns_at_read and (give is not None or tap.wants("k_rotated")):
+            raise ValueError(
+                f"the state turns keys when they are read ({type(store.key_position).__name__}): need "
+                "Policy(key_position=Absolute()) for the site 'k_rotated', and for layers that share keys"
+            )
+        if not turns_at_read:
+            query = tap("q_rotated", self.turn(query, tokens.positions))
         if isinstance(source, KeyValue):
             keys: Any = source
         else:
@@ -256,20 +264,24 @@ class MultiHeadAttention(Mixer):
             key, value = self.keys_and_values(x if source is None else at.clean(source.x), convolved)
             of_keys = tap.at(at)
             key, value = of_keys("k", key), of_keys("v", value)
-            key = of_keys("k_rotated", self.turn(key, at.positions))
+            key = key if turns_at_read else of_keys("k_rotated", self.turn(key, at.positions))
             keys = KeyValue(key, value, None if at.known is None else at.known[..., None])
             if self.keys_from == "context":
                 state = None if state is None else keys
             elif store is not None:
                 store = store.append(key, value, jnp.broadcast_to(tokens.positions, x.shape[:2]))
                 keys = store.read(query)
+        held = keys  # as the store keeps them
+        if turns_at_read:
+            query, keys = self._turned_at_read(query, keys, tokens, store)
+            query = tap("q_rotated", query)
         if give is not None:
             give["keys"] = KeyValue(*keys[:3])
         z, measured = self._attend(query, keys, tokens, tap, store)
         y = tap("attn_out", self.merge(tap("z", z), x))
         if store is None:
             return y, state
-        store = store.observe(measured, keys)
+        store = store.observe(measured, held)
         return y, store if convolved is None else dataclasses.replace(store, past=convolved.kept)
 
     @property
@@ -406,6 +418,17 @@ class MultiHeadAttention(Mixer):
     def turn(self, x: Float[Array, "b t n h"], positions: Int[Array, "#b t"]) -> Float[Array, "b t n h"]:
         """Returns queries or keys as they meet each other, from their positions [1 or B, T] or [T]."""
         return x if self.position is None else self.position(x, _one_or_all(positions))
+
+    def _turned_at_read(self, query: Array, keys: Held, tokens: Tokens, store: Store) -> tuple[Array, Held]:
+        """Returns queries and keys turned to the places that the store gives them, which may differ by key head."""
+        of_queries = jnp.broadcast_to(tokens.positions[..., None], (*query.shape[:2], keys.positions.shape[-1]))
+
+        def turned(x: Array, positions: Array) -> Array:
+            places = store.key_position(keys.positions, positions)
+            by_head = jnp.moveaxis(x.reshape(*x.shape[:2], places.shape[-1], -1, x.shape[-1]), 2, 1)
+            return jnp.moveaxis(self.turn(by_head, jnp.moveaxis(places, 2, 1)), 1, 2).reshape(x.shape)
+
+        return turned(query, of_queries), keys._replace(key=turned(keys.key, keys.positions))
 
     def _past(self, x: Array, tokens: Tokens, held: dict[str, Array]) -> Past:
         """Returns the past of the convolutions, without padding and other documents."""

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from multi_head import randomise
 
-from jaxattn import Causal, Explicit, nn
-from jaxattn.cache import HeavyHitters, Policy, Quest, Recent
+from jaxattn import Causal, Explicit, nn, rotary
+from jaxattn.cache import HeavyHitters, Policy, Quest, Rank, Recent
 from jaxattn.models import Spec, Transformer, TransformerConfig, pre_norm
 from jaxattn.nn import MultiHeadAttention, Tap, Tokens
 
@@ -180,3 +180,56 @@ def test_a_trained_model_decodes_under_another_store():
         assert (read == t).any(2).all()  # the newest is read
     assert np.isfinite(logits).all()
     assert abs(logits[:, 0] - whole[:, -1]).max() > 1e-4  # something was evicted
+
+
+@pytest.mark.parametrize("budget", [None, np.array([4, 7])], ids=["together", "by head"])
+@pytest.mark.parametrize(
+    "cut", [[1] * T, [10, *[1] * (T - 10)], [9, 1, 8, 6]], ids=["one by one", "a prompt", "pieces"]
+)
+def test_ranks_are_a_loop_that_turns_all_keys_anew(module, cut, budget):
+    """In float64, by lists: what is held of each key head, each key turned to its place in the list."""
+    sinks, slots = 2, 7
+    policy = Policy(Recent(sinks), slots, budget=None if budget is None else jnp.asarray(budget), key_position=Rank())
+    actual, _ = decoded(module, policy, PADDING["none"], cut)
+    query, (key, value) = np.asarray(module.queries(X)), map(np.asarray, module.keys_and_values(X))
+    z = np.zeros((B, T, N, D // N))
+    for b, k in np.ndindex(B, K):
+        room, held, first = slots if budget is None else budget[k], [], 0
+        for size in cut:
+            piece = list(range(first, first + size))
+            if size == 1:
+                while len(held) >= room:
+                    held.remove(min(each for each in held if each >= sinks))
+            for t in piece:
+                seen = held + [each for each in piece if each <= t]
+                turned = np.asarray(rotary(key[b, seen][:, k : k + 1], np.arange(len(seen))), np.float64)[:, 0]
+                for n in range(k * N // K, (k + 1) * N // K):
+                    place = np.array([len(seen) - 1])
+                    asks = np.asarray(rotary(query[b, t][None, n : n + 1], place), np.float64)[0, 0]
+                    scores = turned @ asks / np.sqrt(D // N)
+                    weights = np.exp(scores - scores.max())
+                    z[b, t, n] = weights / weights.sum() @ value[b, seen, k]
+            held = held + piece
+            if size > 1 and len(held) > room:
+                held = held[:sinks] + held[len(held) - (room - sinks) :]
+            first += size
+    expected = np.asarray(module.merge(jnp.asarray(z, jnp.float32), X))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=200 * EPS * abs(expected).max())
+
+
+@pytest.mark.parametrize("padding", PADDING)
+def test_ranks_are_the_positions_while_nothing_is_evicted(module, padding):
+    positions = PADDING[padding]
+    by_rank, _ = decoded(module, Policy(key_position=Rank()), positions, [7, *[1] * (T - 7)])
+    absolute, _ = decoded(module, Policy(), positions, [7, *[1] * (T - 7)])
+    np.testing.assert_allclose(by_rank, absolute, rtol=0, atol=100 * EPS * abs(np.asarray(absolute)).max())
+
+
+def test_what_needs_keys_as_they_were_written_refuses_ranks(module):
+    with pytest.raises(ValueError, match="select is Quest, which bounds scores by keys as they are written"):
+        module.init_state(B, T, Policy(select=Quest(2, 4), key_position=Rank()))
+    store = module.init_state(B, T, Policy(key_position=Rank()))
+    with pytest.raises(ValueError, match=r"turns keys when they are read \(Rank\): need Policy\(key_position=Absolute"):
+        module(X, tap=Tap(record=("k_rotated",)), state=store)
+    with pytest.raises(ValueError, match="for layers that share keys"):
+        module(X, state=store, give={})
