@@ -250,6 +250,8 @@ def empty(
     if min(batch, capacity) < 1:
         raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
     policy = Policy() if policy is None else policy
+    if not isinstance(policy, Policy):
+        raise TypeError(f"store must be a policy such as Policy(Recent(4), slots=64), got {policy!r}")
     retain, select, budget = policy.retain, policy.select, policy.budget
     slots = capacity if policy.slots is None else policy.slots
     if slots < 1 or (not retain.evicts and slots != capacity):

@@ -69,11 +69,15 @@ class Mixer(nnx.Module):
         """Returns the tokens and the tap of a call, with defaults in place of None.
 
         Raises:
-            ValueError: There is an edit or record at a site that this mixer does not have, or an edit where it only
-                records.
+            ValueError: There are more or fewer tokens than in x, an edit or record at a site that this mixer does not
+                have, or an edit where it only records.
         """
         if tokens is None:
             tokens = Tokens.of(x, after=None if state is None else self.reached(state))
+        elif x.ndim > 1 and tokens.length != x.shape[1]:
+            raise ValueError(
+                f"tokens are {tokens.length}, but x has shape {x.shape}: need as many tokens, {x.shape[1]}"
+            )
         tap = Tap() if tap is None else tap
         tap.check(self, self.sites)
         for site in self.recorded_only:

@@ -9,7 +9,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.core.attend.bias import ScoreBias
-from jaxattn.core.attend.mask import Causal, Documents, Mask, Within, anded, as_mask, documents_of, places_in_documents
+from jaxattn.core.attend.mask import (
+    Causal,
+    Documents,
+    Explicit,
+    Mask,
+    Within,
+    anded,
+    as_mask,
+    documents_of,
+    places_in_documents,
+)
 from jaxattn.core.checks import positions_fit
 from jaxattn.core.part import part
 from jaxattn.core.table import take
@@ -58,7 +68,7 @@ class Tokens:
             after: The positions [B] at which the tokens that a state holds end. None without a state.
 
         Raises:
-            ValueError: The positions do not fit x.
+            ValueError: The positions do not fit x, or a table of booleans has fewer rows than there are tokens.
             TypeError: The positions are not integers.
         """
         batch, length = x.shape[:2]
@@ -73,6 +83,10 @@ class Tokens:
             raise ValueError(f"positions has shape {positions.shape}: need ({batch}, {length}) or ({length},)")
         positions = jnp.asarray(positions).reshape(-1, length)
         mask = as_mask(mask)
+        for term in anded(mask) if in_order else ():
+            shape = jnp.shape(term.array) if isinstance(term, Explicit) else ()
+            if len(shape) > 1 and 1 < shape[-2] < length:
+                raise ValueError(f"mask has shape {shape} for {length} tokens: need {length} rows of queries, or 1")
         ids, documents = documents_of(mask), None
         if ids is not None:
             padded = padded or _has_gaps(ids)

@@ -8,6 +8,8 @@ from flax import nnx
 from mixers import B, D, N, T, X, build, call
 
 from jaxattn import Documents, models, nn
+from jaxattn.cache import Recent
+from jaxattn.nn import Tokens
 
 SPECS = {
     "attention": models.Spec(nn.MultiHeadAttention, heads=N, convolution=2),
@@ -49,3 +51,16 @@ def test_padding_reaches_nothing(name, packed):
     np.testing.assert_array_equal(jnp.where(padding[..., None], 0, d_x2), jnp.where(padding[..., None], 0, d_x))
     for a, b in zip(jax.tree.leaves(d_params2), jax.tree.leaves(d_params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_tokens_that_do_not_fit_are_refused():
+    """As many tokens as x has, and a table of who sees whom with a row for each of them, or one for all."""
+    module, x = nn.MultiHeadAttention(8, 2, rngs=nnx.Rngs(0)), jnp.ones((2, 5, 8))
+    with pytest.raises(ValueError, match=r"tokens are 4, but x has shape \(2, 5, 8\): need as many tokens, 5"):
+        module(x, Tokens.of(x[:, :4]))
+    with pytest.raises(ValueError, match=r"mask has shape \(4, 4\) for 5 tokens: need 5 rows of queries, or 1"):
+        Tokens.of(x, mask=np.ones((4, 4), bool))
+    for shape in ((5, 5), (1, 5), (5,), (2, 1, 1, 5), (9, 9)):
+        Tokens.of(x, mask=np.ones(shape, bool))
+    with pytest.raises(TypeError, match=r"store must be a policy such as Policy\(Recent\(4\), slots=64\), got Recent"):
+        module.init_state(2, 8, Recent(2))
