@@ -114,7 +114,7 @@ QUICK = Config(
     keys=8,
     values=8,
     width=32,
-    steps=150,
+    steps=200,
     batch_size=32,
     optimizer=replace(OPTIMIZER, warmup_steps=20),
 )

@@ -14,7 +14,7 @@ from experiments.recall import CLAIMS, MIXERS, QUICK, Config
 from jaxattn import icl
 from jaxattn.train import next_token_loss
 
-MEASURED = [25, 50, 75, 100, 125, 150]
+MEASURED = list(range(25, QUICK.steps + 1, 25))
 SIZES = {"pairs": 5, "length": 32, "keys": 9, "values": 6, "power": 0.01}
 
 
