@@ -733,3 +733,21 @@ def test_the_counted_lines_are_those_of_the_pages():
     assert said == {name: code_lines(*where) for name, where in COUNTED.items()}
     assert max(count for name, count in said.items() if name != "a mixer with a state") <= 10
     assert said["a mixer with a state"] <= 25
+
+
+def test_the_page_on_models(page):
+    """What it builds has the shapes it names; replaced mixers read what they say, and a folder comes back."""
+    models = page("models")
+    assert (models.logits.shape, models.pooled.shape) == ((2, 5, 50), (2, 32))
+    assert models.records["cross.weights"].shape == (2, 2, 4, 5, 12)
+    assert models.text.tokens.shape == (2, 4)
+    tokens = np.asarray(models.tokens)
+    near = models.windowed(tokens)[0]
+    changed = models.windowed(np.where(np.arange(12) == 0, (tokens + 1) % 50, tokens))[0]
+    assert np.abs(near[:, 11] - changed[:, 11]).max() > 0  # layer 0 sees all, the others 4 tokens
+    assert [mixer.target.__name__ for mixer in (layer.branches[0].module for layer in models.linear.config.layers)] == [
+        "Linearized"
+    ] * 3
+    first, second = (np.asarray(each(tokens)[0]) for each in (models.gpt2, models.again.model))
+    np.testing.assert_array_equal(second, first)
+    assert models.again.config == models.published

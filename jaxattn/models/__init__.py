@@ -16,6 +16,7 @@ from jaxattn.models.generate import (
 )
 from jaxattn.models.load import from_plain, load_model, register_specs, to_plain
 from jaxattn.models.patterns import based, hymba, pattern
+from jaxattn.models.pretrained import load_pretrained, save_pretrained
 from jaxattn.models.replace import map_mixers, replace_mixers
 from jaxattn.models.transformer import Transformer
 from jaxattn.nn.spec import Spec
@@ -40,6 +41,7 @@ __all__ = [
     "hymba",
     "linearize",
     "load_model",
+    "load_pretrained",
     "map_mixers",
     "matching_loss",
     "pattern",
@@ -47,5 +49,6 @@ __all__ = [
     "register_specs",
     "replace_mixers",
     "sample",
+    "save_pretrained",
     "to_plain",
 ]

@@ -203,7 +203,8 @@ def test_every_prompt_has_its_own_minimum_under_vmap():
     assert together.converged.all()
     for i in range(len(kinds)):
         alone = FIT(icl.Lasso(0.01), x[i], y[i], seen[i])
-        np.testing.assert_allclose(together.weights[i], alone.weights, atol=2e-5)
+        # Twins may share a weight in any way: the minimum fixes what is predicted.
+        np.testing.assert_allclose(x[i] @ together.weights[i], x[i] @ alone.weights, atol=1e-4)
         assert abs(together.gap[i] - alone.gap) < 1e-5
     assert jnp.isfinite(icl.Lasso(0.01)(x, y)).all()
     nothing = FIT(icl.Lasso(0.01), x[0], y[0], jnp.zeros(12, bool))

@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxattn import nn
 from jaxattn.core.attend.maps import SoftCap
 from jaxattn.core.attend.mask import Window
 from jaxattn.core.attend.position import Llama3, Rotary, RotaryScaling
 from jaxattn.core.attend.score import Dot
 from jaxattn.models.config import Branch, Layer, TransformerConfig, pre_norm
-from jaxattn.models.pretrained.weights import Layout, Table, To, linear, norm, part_of_columns, transposed
+from jaxattn.models.pretrained.weights import TRANSPOSED, Layout, Row, Table, columns, linear, norm
 from jaxattn.nn.spec import Spec
 
 Published = Mapping[str, Any]
@@ -24,6 +26,7 @@ ACTIVATIONS = {
 """The published names of activations -> those of `nn.FeedForward`."""
 
 MIXER, BLOCK = "layers.*.branches.0", "layers.*.branches.1"
+QKV = ("query", "key", "value")
 
 
 def activation_of(name: str) -> str:
@@ -72,20 +75,22 @@ def gpt2(config: Published) -> TransformerConfig:
 def gpt2_table(config: Published) -> Table:
     """Returns the names of GPT-2, whose maps are [in, out], with those of queries, keys and values side by side."""
     layer, attention, block = "transformer.h.*", f"{MIXER}.module", f"{BLOCK}.module"
-    parts = {name: part_of_columns(i, 3) for i, name in enumerate(("query", "key", "value"))}
+    kernels, biases = (tuple(f"{attention}.{name}.{kind}" for name in QKV) for kind in ("kernel", "bias"))
     return (
-        {"transformer.wte.weight": [To("embed.table")], "transformer.wpe.weight": [To("positions.table")]}
+        {"transformer.wte.weight": Row("embed.table"), "transformer.wpe.weight": Row("positions.table")}
         | norm(f"{layer}.ln_1", f"{MIXER}.norm", bias=True)
         | norm(f"{layer}.ln_2", f"{BLOCK}.norm", bias=True)
         | norm("transformer.ln_f", "norm", bias=True)
-        | {f"{layer}.attn.c_attn.weight": [To(f"{attention}.{name}.kernel", each) for name, each in parts.items()]}
-        | {f"{layer}.attn.c_attn.bias": [To(f"{attention}.{name}.bias", each) for name, each in parts.items()]}
-        | {f"{layer}.attn.c_proj.weight": [To(f"{attention}.out.kernel")]}
-        | {f"{layer}.attn.c_proj.bias": [To(f"{attention}.out.bias")]}
-        | {f"{layer}.mlp.c_fc.weight": [To(f"{block}.up.kernel")]}
-        | {f"{layer}.mlp.c_fc.bias": [To(f"{block}.up.bias")]}
-        | {f"{layer}.mlp.c_proj.weight": [To(f"{block}.down.kernel")]}
-        | {f"{layer}.mlp.c_proj.bias": [To(f"{block}.down.bias")]}
+        | {
+            f"{layer}.attn.c_attn.weight": Row(kernels, columns(3)),
+            f"{layer}.attn.c_attn.bias": Row(biases, columns(3)),
+        }
+        | {f"{layer}.attn.c_proj.weight": Row(f"{attention}.out.kernel")}
+        | {f"{layer}.attn.c_proj.bias": Row(f"{attention}.out.bias")}
+        | {f"{layer}.mlp.c_fc.weight": Row(f"{block}.up.kernel")}
+        | {f"{layer}.mlp.c_fc.bias": Row(f"{block}.up.bias")}
+        | {f"{layer}.mlp.c_proj.weight": Row(f"{block}.down.kernel")}
+        | {f"{layer}.mlp.c_proj.bias": Row(f"{block}.down.bias")}
     )
 
 
@@ -172,7 +177,7 @@ def qwen3_table(config: Published) -> Table:
 def _llama_names(config: Published) -> dict[str, Any]:
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     blocks = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-    table: dict[str, Any] = {"model.embed_tokens.weight": [To("embed.table")]} | norm("model.norm", "norm")
+    table: dict[str, Any] = {"model.embed_tokens.weight": Row("embed.table")} | norm("model.norm", "norm")
     for ours, name in names.items():
         table |= linear(f"model.layers.*.self_attn.{name}", f"{MIXER}.module.{ours}")
     for ours, name in blocks.items():
@@ -270,15 +275,20 @@ def gpt_neox_table(config: Published) -> Table:
     """Returns the names of GPT-NeoX, whose map of queries, keys and values has the three of each head side by side."""
     heads, layer = config["num_attention_heads"], "gpt_neox.layers.*"
 
-    def of(index: int) -> Layout:
-        return lambda x: x.reshape(heads, 3, -1, *x.shape[1:])[:, index].reshape(-1, *x.shape[1:]).T
+    def apart(x: np.ndarray) -> tuple[np.ndarray, ...]:
+        of_heads = x.reshape(heads, 3, -1, *x.shape[1:])
+        return tuple(of_heads[:, i].reshape(-1, *x.shape[1:]).T for i in range(3))
 
-    names = ("query", "key", "value")
+    def together(*parts: np.ndarray) -> np.ndarray:
+        of_heads = [part.T.reshape(heads, -1, *part.T.shape[1:]) for part in parts]
+        return np.stack(of_heads, 1).reshape(-1, *parts[0].T.shape[1:])
+
     fused = f"{layer}.attention.query_key_value"
-    kernels = [To(f"{MIXER}.module.{name}.kernel", of(i)) for i, name in enumerate(names)]
-    biases = [To(f"{MIXER}.module.{name}.bias", of(i)) for i, name in enumerate(names)]
+    kernels, biases = (tuple(f"{MIXER}.module.{name}.{kind}" for name in QKV) for kind in ("kernel", "bias"))
     table = (
-        {"gpt_neox.embed_in.weight": [To("embed.table")], f"{fused}.weight": kernels, f"{fused}.bias": biases}
+        {"gpt_neox.embed_in.weight": Row("embed.table")}
+        | {f"{fused}.weight": Row(kernels, Layout(apart, together))}
+        | {f"{fused}.bias": Row(biases, Layout(apart, together))}
         | norm(f"{layer}.input_layernorm", f"{MIXER}.norm", bias=True)
         | norm(f"{layer}.post_attention_layernorm", f"{BLOCK}.norm", bias=True)
         | norm("gpt_neox.final_layer_norm", "norm", bias=True)
@@ -286,4 +296,4 @@ def gpt_neox_table(config: Published) -> Table:
         | linear(f"{layer}.mlp.dense_h_to_4h", f"{BLOCK}.module.up", bias=True)
         | linear(f"{layer}.mlp.dense_4h_to_h", f"{BLOCK}.module.down", bias=True)
     )
-    return table if config["tie_word_embeddings"] else table | {"embed_out.weight": [To("head.map.kernel", transposed)]}
+    return table if config["tie_word_embeddings"] else table | {"embed_out.weight": Row("head.map.kernel", TRANSPOSED)}

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import numpy as np
+
 from jaxattn import nn
 from jaxattn.core.attend.score import Dot
 from jaxattn.models.config import Branch, Layer, TransformerConfig, pre_norm
 from jaxattn.models.pretrained.decoders import BLOCK, MIXER, Published, activation_of, refuse
-from jaxattn.models.pretrained.weights import Table, To, linear, norm, transposed
+from jaxattn.models.pretrained.weights import CONVOLUTION, FIRST_ROW, TRANSPOSED, Layout, Row, Table, linear, norm
 from jaxattn.nn.spec import Spec
 
 
@@ -50,9 +52,9 @@ def bert_table(config: Published) -> Table:
     """Returns the names of BERT."""
     embeddings, layer = "bert.embeddings", "bert.encoder.layer.*"
     table: dict[str, Any] = {
-        f"{embeddings}.word_embeddings.weight": [To("embed.table")],
-        f"{embeddings}.position_embeddings.weight": [To("positions.table")],
-        f"{embeddings}.token_type_embeddings.weight": [To("embed.types")],
+        f"{embeddings}.word_embeddings.weight": Row("embed.table"),
+        f"{embeddings}.position_embeddings.weight": Row("positions.table"),
+        f"{embeddings}.token_type_embeddings.weight": Row("embed.types"),
     }
     table |= norm(f"{embeddings}.LayerNorm", "embed_norm", bias=True)
     for name in ("query", "key", "value"):
@@ -92,15 +94,23 @@ def vit(config: Published) -> TransformerConfig:
 def vit_table(config: Published) -> Table:
     """Returns the names of ViT. The map of patches is published as a convolution, [out, channels, height, width]."""
     embeddings, layer, width = "vit.embeddings", "vit.encoder.layer.*", config["hidden_size"]
+    size, channels = config["patch_size"], config["num_channels"]
+
+    def rows(x: np.ndarray) -> tuple[np.ndarray]:
+        return (x.transpose(2, 3, 1, 0).reshape(-1, width),)
+
+    def convolution(x: np.ndarray) -> np.ndarray:
+        return x.reshape(size, size, channels, width).transpose(3, 2, 0, 1)
+
     patches = f"{embeddings}.patch_embeddings.projection"
     biased = config.get("qkv_bias", True)
     table: dict[str, Any] = {
-        f"{embeddings}.cls_token": [To("embed.class_token", lambda x: x[0])],
-        f"{embeddings}.position_embeddings": [To("positions.table", lambda x: x[0])],
-        f"{patches}.weight": [To("embed.map.kernel", lambda x: x.transpose(2, 3, 1, 0).reshape(-1, width))],
-        f"{patches}.bias": [To("embed.map.bias")],
-        "classifier.weight": [To("head.map.kernel", transposed)],
-        "classifier.bias": [To("head.bias")],
+        f"{embeddings}.cls_token": Row("embed.class_token", FIRST_ROW),
+        f"{embeddings}.position_embeddings": Row("positions.table", FIRST_ROW),
+        f"{patches}.weight": Row("embed.map.kernel", Layout(rows, convolution)),
+        f"{patches}.bias": Row("embed.map.bias"),
+        "classifier.weight": Row("head.map.kernel", TRANSPOSED),
+        "classifier.bias": Row("head.bias"),
     }
     for name in ("query", "key", "value"):
         table |= linear(f"{layer}.attention.attention.{name}", f"{MIXER}.module.{name}", bias=biased)
@@ -168,7 +178,7 @@ def t5(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
 
 def t5_table(config: Published) -> Table:
     """Returns the names of T5."""
-    table: dict[str, Any] = {"shared.weight": [To("decoder.embed.table")]}
+    table: dict[str, Any] = {"shared.weight": Row("decoder.embed.table")}
     names = {"query": "q", "key": "k", "value": "v", "out": "o"}
     for stack, kinds in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
         layer, ours = f"{stack}.block.*.layer", f"{stack}.layers.*.branches"
@@ -183,7 +193,7 @@ def t5_table(config: Published) -> Table:
         for name, published in maps.items():
             table |= linear(f"{layer}.{last}.DenseReluDense.{published}", f"{ours}.{last}.module.{name}")
         first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        table |= {first: [To(f"{stack}.bias.table", transposed)]} | norm(f"{stack}.final_layer_norm", f"{stack}.norm")
+        table |= {first: Row(f"{stack}.bias.table", TRANSPOSED)} | norm(f"{stack}.final_layer_norm", f"{stack}.norm")
     return table if config["tie_word_embeddings"] else table | linear("lm_head", "decoder.head.map")
 
 
@@ -231,15 +241,14 @@ def whisper(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
 
 def whisper_table(config: Published) -> Table:
     """Returns the names of Whisper. Its convolutions are published as [out, in, width]."""
-    table: dict[str, Any] = {"model.decoder.embed_tokens.weight": [To("decoder.embed.table")]}
+    table: dict[str, Any] = {"model.decoder.embed_tokens.weight": Row("decoder.embed.table")}
     for name, ours in (("conv1", "first"), ("conv2", "second")):
-        kernel = To(f"encoder.embed.{ours}.kernel", lambda x: x.transpose(2, 1, 0))
-        table |= {f"model.encoder.{name}.weight": [kernel]}
-        table |= {f"model.encoder.{name}.bias": [To(f"encoder.embed.{ours}.bias")]}
+        table |= {f"model.encoder.{name}.weight": Row(f"encoder.embed.{ours}.kernel", CONVOLUTION)}
+        table |= {f"model.encoder.{name}.bias": Row(f"encoder.embed.{ours}.bias")}
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
     for stack, kinds in (("encoder", ("self_attn",)), ("decoder", ("self_attn", "encoder_attn"))):
         layer, ours = f"model.{stack}.layers.*", f"{stack}.layers.*.branches"
-        table |= {f"model.{stack}.embed_positions.weight": [To(f"{stack}.positions.table")]}
+        table |= {f"model.{stack}.embed_positions.weight": Row(f"{stack}.positions.table")}
         for place, kind in enumerate(kinds):
             table |= norm(f"{layer}.{kind}_layer_norm", f"{ours}.{place}.norm", bias=True)
             for name, published in names.items():

@@ -1,9 +1,9 @@
-"""Published arrays into the parameters of a model, by a table of names.
+"""Published arrays into the parameters of a model, and back, by a table of names.
 
 A table says for every published name which parameters its array holds, and in which layout. `*` in a name stands for
 the number of a layer:
 
-    {"transformer.h.*.ln_1.weight": [To("layers.*.branches.0.norm.scale")]}
+    {"transformer.h.*.attn.c_proj.weight": Row("layers.*.branches.0.module.out.kernel")}
 
 Paths are attributes of the model. Layers of a `Transformer` are counted through all of its runs, as `layers.3`.
 """
@@ -19,94 +19,138 @@ from flax import nnx
 
 from jaxattn.models.transformer import Transformer
 
-Layout = Callable[[np.ndarray], np.ndarray]
+
+@dataclass(frozen=True)
+class Layout:
+    """How a published array holds parameters.
+
+    Attributes:
+        read: From the array to its parameters.
+        write: From the parameters to the array, the inverse.
+    """
+
+    read: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    write: Callable[..., np.ndarray]
+
+
+PLAIN = Layout(lambda x: (x,), lambda x: x)
+"""The array is the parameter."""
+
+TRANSPOSED = Layout(lambda x: (x.T,), lambda x: x.T)
+"""A map that is published as [out, in]."""
+
+FIRST_ROW = Layout(lambda x: (x[0],), lambda x: x[None])
+"""The array has one more axis, of size 1, before those of the parameter."""
+
+CONVOLUTION = Layout(lambda x: (x.transpose(2, 1, 0),), lambda x: x.transpose(2, 1, 0))
+"""A convolution over a line that is published as [out, in, width]."""
+
+
+def columns(count: int) -> Layout:
+    """The array has `count` parameters side by side in its last axis."""
+    return Layout(lambda x: tuple(np.split(x, count, -1)), lambda *parts: np.concatenate(parts, -1))
 
 
 @dataclass(frozen=True)
-class To:
-    """The place that an array goes to.
+class Row:
+    """Where an array goes.
 
     Attributes:
-        path: The parameter, such as `layers.*.branches.0.module.query.kernel`.
-        layout: The function from the published array to that of the parameter.
+        paths: The parameters, such as `layers.*.branches.0.module.query.kernel`; one, or several in a tuple.
+        layout: How the array holds them.
     """
 
-    path: str
-    layout: Layout = np.asarray
+    paths: str | tuple[str, ...]
+    layout: Layout = PLAIN
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """The parameters in a tuple."""
+        return (self.paths,) if isinstance(self.paths, str) else self.paths
 
 
-Table = dict[str, list[To]]
+Table = dict[str, Row]
 
 
-def transposed(x: np.ndarray) -> np.ndarray:
-    """Returns an array [out, in] as [in, out]."""
-    return x.T
+def linear(name: str, path: str, *, bias: bool = False) -> Table:
+    """Returns the rows of a map whose published weight is [out, in]."""
+    rows = {f"{name}.weight": Row(f"{path}.kernel", TRANSPOSED)}
+    return rows | ({f"{name}.bias": Row(f"{path}.bias")} if bias else {})
 
 
-def part_of_columns(index: int, count: int) -> Layout:
-    """Returns the layout that takes one of `count` equal parts of the last axis."""
-    return lambda x: np.split(x, count, -1)[index]
-
-
-def linear(name: str, path: str, *, bias: bool = False) -> dict[str, list[To]]:
-    """Returns the rows of a table for a map whose published weight is [out, in]."""
-    rows = {f"{name}.weight": [To(f"{path}.kernel", transposed)]}
-    return rows | ({f"{name}.bias": [To(f"{path}.bias")]} if bias else {})
-
-
-def norm(name: str, path: str, *, bias: bool = False) -> dict[str, list[To]]:
-    """Returns the rows of a table for a norm."""
-    rows = {f"{name}.weight": [To(f"{path}.scale")]}
-    return rows | ({f"{name}.bias": [To(f"{path}.bias")]} if bias else {})
+def norm(name: str, path: str, *, bias: bool = False) -> Table:
+    """Returns the rows of a norm."""
+    rows = {f"{name}.weight": Row(f"{path}.scale")}
+    return rows | ({f"{name}.bias": Row(f"{path}.bias")} if bias else {})
 
 
 def assign(model: nnx.Module, weights: Mapping[str, Any], table: Table, ignored: Iterable[str] = ()) -> None:
     """Puts published arrays into the parameters of the model, in the dtypes of the parameters.
 
+    Arrays are taken from `weights` one parameter after the other, so a mapping that reads a file holds few at a time.
+
     Args:
         model: The model, which is changed.
         weights: Published name -> array.
-        table: Published name -> the places of the array.
+        table: Where each goes.
         ignored: Patterns of published names that are no parameters, such as buffers.
 
     Raises:
-        ValueError: The table lacks a name, no name fills a parameter, or an array has another shape.
+        ValueError: There are names that the table does not have, parameters that no name fills, or arrays of another
+            shape.
     """
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    unfilled = set(_paths(model, params))
-    found: dict[str, np.ndarray] = {}
-    unknown, wrong = [], []
-    for name, array in weights.items():
+    by_layer = {path: _layers_of(model, ".".join(map(str, path))) for path in params}
+    sources: dict[str, tuple[str, int, Layout]] = {}
+    unused = []
+    for name in weights:
         if any(_match(pattern, name) is not None for pattern in ignored):
             continue
-        rows = [(each, number) for pattern, each in table.items() if (number := _match(pattern, name)) is not None]
+        rows = [(row, number) for pattern, row in table.items() if (number := _match(pattern, name)) is not None]
         if not rows:
-            unknown.append(name)
-        for each, number in rows:
-            for to in each:
-                path = to.path.replace("*", number)
-                found[path] = to.layout(np.asarray(array))
-    shapes = _paths(model, params)
-    for path, array in found.items():
-        if path not in shapes:
-            wrong.append(f"{path}: the model has no such parameter")
-        elif shapes[path] != array.shape:
-            wrong.append(f"{path}: {array.shape} was published, but the model has {shapes[path]}")
-        unfilled.discard(path)
-    if unknown or unfilled or wrong:
+            unused.append(name)
+        for row, number in rows:
+            for index, path in enumerate(row.all):
+                sources[path.replace("*", number)] = (name, index, row.layout)
+    there = {path for paths in by_layer.values() for path in paths}
+    unused += sorted({name for path, (name, *_) in sources.items() if path not in there})
+    if unused or there - set(sources):
         raise ValueError(
-            f"the weights do not fit the model: unused names {sorted(unknown)}; parameters without weights "
-            f"{sorted(unfilled)}; other shapes {sorted(wrong)}"
+            f"the weights do not fit the model: unused names {sorted(unused)}; parameters without weights "
+            f"{sorted(there - set(sources))}"
         )
+
+    def value(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        name, index, layout = sources[path]
+        array = layout.read(np.asarray(weights[name]))[index]
+        if array.shape != shape:
+            raise ValueError(
+                f"the weights do not fit the model: {name} makes {array.shape} of {path}, which is {shape} in the model"
+            )
+        return array
+
     for keys, param in params.items():
-        name = ".".join(map(str, keys))
-        layers = _layers_of(model, name)
-        if layers is None:
-            value: Any = found[name]
+        layers = by_layer[keys]
+        if "runs" in keys:
+            param[...] = jnp.asarray(np.stack([value(each, param.shape[1:]) for each in layers]), param.dtype)
         else:
-            value = np.stack([found[each] for each in layers])
-        param[...] = jnp.asarray(value, param.dtype)
+            param[...] = jnp.asarray(value(layers[0], param.shape), param.dtype)
     nnx.update(model, nnx.from_flat_state(params))
+
+
+def published(model: nnx.Module, table: Table) -> dict[str, np.ndarray]:
+    """Returns published name -> array of the parameters of a model: the inverse of `assign`."""
+    params: dict[str, np.ndarray] = {}
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        layers, array = _layers_of(model, ".".join(map(str, path))), np.asarray(param[...])
+        params |= dict(zip(layers, array, strict=True)) if "runs" in path else {layers[0]: array}
+    arrays = {}
+    for pattern, row in table.items():
+        numbers = {_match(row.all[0], path) for path in params} - {None}
+        for number in sorted(numbers, key=str):
+            parts = [params[path.replace("*", str(number))] for path in row.all]
+            arrays[pattern.replace("*", str(number))] = row.layout.write(*parts)
+    return arrays
 
 
 def _match(pattern: str, name: str) -> str | None:
@@ -115,27 +159,14 @@ def _match(pattern: str, name: str) -> str | None:
     return None if found is None else "".join(found.groups())
 
 
-def _layers_of(model: Any, name: str) -> list[str] | None:
-    """Returns the names by layer of a parameter of a run of layers."""
+def _layers_of(model: Any, name: str) -> list[str]:
+    """Returns the names by layer of a parameter of a run of layers; of another parameter its name."""
     found = re.fullmatch(r"((?:\w+\.)*?)runs\.(\d+)\.(.*)", name)
     if found is None:
-        return None
+        return [name]
     owner, run, rest = found.groups()
     transformer: Transformer = model
     for attribute in filter(None, owner.split(".")):
         transformer = getattr(transformer, attribute)
     first = sum(transformer.lengths[: int(run)])
     return [f"{owner}layers.{first + i}.{rest}" for i in range(transformer.lengths[int(run)])]
-
-
-def _paths(model: Any, params: Mapping[Any, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns name -> shape of all parameters, by layer."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, param in params.items():
-        name = ".".join(map(str, path))
-        layers = _layers_of(model, name)
-        if layers is None:
-            shapes[name] = param.shape
-        else:
-            shapes |= dict.fromkeys(layers, param.shape[1:])
-    return shapes

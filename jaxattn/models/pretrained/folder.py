@@ -1,0 +1,240 @@
+"""Published models in folders, as Hugging Face's: config.json, weights as safetensors, tokenizer.json."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxattn.models.config import TransformerConfig
+from jaxattn.models.encoder_decoder import EncoderDecoder
+from jaxattn.models.pretrained import decoders, encoders
+from jaxattn.models.pretrained.weights import Table, assign, published
+from jaxattn.models.transformer import Transformer
+
+Configs = TransformerConfig | tuple[TransformerConfig, TransformerConfig]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What there is to know of a published architecture.
+
+    Attributes:
+        configs: From the numbers of config.json to a config, or to those of an encoder and a decoder.
+        table: From the same numbers to the table of names.
+        ignored: Patterns of published names that are no parameters.
+        prefix: What stands before the names of the table, and is left out in some files.
+        share_embedding: Whether encoder and decoder share their embedding.
+    """
+
+    configs: Callable[[Mapping[str, Any]], Configs]
+    table: Callable[[Mapping[str, Any]], Table]
+    ignored: tuple[str, ...] = ()
+    prefix: str = ""
+    share_embedding: bool = False
+
+
+FAMILIES = {
+    "gpt2": Family(
+        decoders.gpt2,
+        decoders.gpt2_table,
+        ("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias", "lm_head.weight"),
+        "transformer.",
+    ),
+    "llama": Family(decoders.llama, decoders.llama_table, ("model.layers.*.self_attn.rotary_emb.inv_freq",), "model."),
+    "qwen3": Family(decoders.qwen3, decoders.qwen3_table, (), "model."),
+    "gemma2": Family(decoders.gemma2, decoders.gemma2_table, (), "model."),
+    "gpt_neox": Family(
+        decoders.gpt_neox,
+        decoders.gpt_neox_table,
+        tuple(f"gpt_neox.layers.*.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")),
+        "gpt_neox.",
+    ),
+    "bert": Family(
+        encoders.bert,
+        encoders.bert_table,
+        (
+            "bert.embeddings.position_ids",
+            "cls.predictions.bias",
+            "cls.predictions.decoder.bias",
+            "cls.predictions.decoder.weight",
+            *(f"cls.predictions.transform.{name}" for name in ("dense.weight", "dense.bias")),
+            *(f"cls.predictions.transform.LayerNorm.{name}" for name in ("weight", "bias")),
+            "cls.seq_relationship.weight",
+            "cls.seq_relationship.bias",
+        ),
+        "bert.",
+    ),
+    "vit": Family(encoders.vit, encoders.vit_table, (), "vit."),
+    "t5": Family(
+        encoders.t5,
+        encoders.t5_table,
+        (
+            "encoder.embed_tokens.weight",
+            "decoder.embed_tokens.weight",
+            "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+        ),
+        share_embedding=True,
+    ),
+    "whisper": Family(encoders.whisper, encoders.whisper_table, ("proj_out.weight",), "model."),
+}
+"""The `model_type` of config.json -> its family."""
+
+
+@dataclass
+class Pretrained:
+    """What `load_pretrained` returns.
+
+    Attributes:
+        model: The model, in evaluation mode.
+        tokenizer: The tokenizer of the folder (a `tokenizers.Tokenizer`), or None if there is none.
+        config: The numbers of config.json, as they were published.
+    """
+
+    model: Any
+    tokenizer: Any = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+class _Files(Mapping[str, np.ndarray]):
+    """Arrays of safetensors files by name, read when they are asked for."""
+
+    def __init__(self, files: list[Path]):
+        from safetensors import safe_open
+
+        self.open = [safe_open(file, framework="np") for file in files]
+        self.where = {name: file for file in self.open for name in file.keys()}  # noqa: SIM118, no mapping
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.where[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+
+class _Renamed(Mapping[str, np.ndarray]):
+    """Arrays under other names."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], names: Mapping[str, str]):
+        self.arrays, self.names = arrays, names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def load_pretrained(folder: str | Path, *, dtype: Literal["float32", "bfloat16", "float64"] = "float32") -> Pretrained:
+    """Returns the published model in a folder, with its tokenizer.
+
+    The weights stay as they were published: nothing is folded into a norm, scaled, or re-ordered beyond the layout of
+    a map. They are read from the files one parameter after the other.
+
+    Args:
+        folder: A folder with config.json, and one or several safetensors files; with tokenizer.json for a tokenizer.
+        dtype: Of the computation; parameters are float32, or float64 with "float64".
+
+    Raises:
+        ValueError: There is no config.json, its `model_type` or an option of it is not known, the weights are in a
+            format that runs code when it is read, or names or shapes do not fit: all of them are listed.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"folder is {str(folder)!r}, which has no config.json: need the folder of a published model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    family = family_of(config)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        hint = (
+            f": {pickles[0]} may run code when it is read; convert it where torch is installed, by safetensors.torch."
+            f"save_file(torch.load({pickles[0]!r}, weights_only=True), 'model.safetensors')"
+            if pickles
+            else ""
+        )
+        raise ValueError(f"folder {str(folder)!r} has no safetensors files{hint}")
+    model = build(config, dtype)
+    table = family.table(config)
+    weights = _Files(files)
+    assign(model, _Renamed(weights, _full_names(weights, family)), table, family.ignored)
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Pretrained(model, tokenizer, config)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Returns the family of a published config.
+
+    Raises:
+        ValueError: Its `model_type` is not known.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"config has model_type={kind!r}: need one of {sorted(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def build(config: Mapping[str, Any], dtype: Literal["float32", "bfloat16", "float64"] = "float32") -> Any:
+    """Returns the model of a published config with random parameters, in evaluation mode.
+
+    Args:
+        config: The numbers of config.json.
+        dtype: Of the computation; parameters are float32, or float64 with "float64".
+
+    Raises:
+        ValueError: The `model_type` or an option of the config is not known.
+    """
+    family = family_of(config)
+    said = family.configs(config)
+    rngs = nnx.Rngs(0)
+    if isinstance(said, tuple):
+        encoder, decoder = (replace(each, dtype=dtype) for each in said)
+        model: Any = EncoderDecoder(encoder, decoder, share_embedding=family.share_embedding, rngs=rngs)
+    else:
+        model = Transformer(replace(said, dtype=dtype), rngs=rngs)
+    if dtype == "float64":
+        nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(model, nnx.Param)))
+    model.eval()
+    return model
+
+
+def save_pretrained(loaded: Pretrained, folder: str | Path) -> None:
+    """Writes a folder as Hugging Face's: what `load_pretrained` reads.
+
+    Weights that were float32 come back bit for bit.
+
+    Args:
+        loaded: A model with its published config, such as `load_pretrained` returns; its parameters may have changed.
+        folder: The folder to write; it is made if it does not exist.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = published(loaded.model, family_of(loaded.config).table(loaded.config))
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(loaded.config, indent=2) + "\n", encoding="utf-8")
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _full_names(weights: Mapping[str, Any], family: Family) -> dict[str, str]:
+    """Returns the name in the table -> the name in the files, which may lack the prefix of the family."""
+    bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in weights)
+    return {family.prefix + name if bare else name: name for name in weights}

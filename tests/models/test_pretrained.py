@@ -1,0 +1,100 @@
+"""Folders of published models: what is written is read, bit for bit, and what is not understood is refused."""
+
+import json
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from published import GEMMA2, GPT2, LLAMA, NEOX, QWEN3
+from published_more import BERT, T5, VIT, WHISPER
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from jaxattn.models import generate, load_pretrained, save_pretrained
+
+PUBLISHED = (GPT2, LLAMA, QWEN3, GEMMA2, NEOX, BERT, VIT, T5, WHISPER)
+FAMILIES = {family.config["model_type"]: family for family in PUBLISHED}
+
+
+def written(folder, family, *, dtype=np.float32, prefix="", files=1, **config):
+    """The family's random weights as a folder."""
+    weights = {name.removeprefix(prefix): x.astype(dtype) for name, x in family.weights(0).items()}
+    names = sorted(weights)
+    for i in range(files):
+        part = {name: np.ascontiguousarray(weights[name]) for name in names[i::files]}
+        save_file(part, folder / f"model-{i + 1:05}-of-{files:05}.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(family.config | config))
+    return weights
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folder_that_was_read_is_written_back(name, tmp_path):
+    weights = written(tmp_path, FAMILIES[name], files=2)
+    loaded = load_pretrained(tmp_path)
+    assert loaded.config == FAMILIES[name].config
+    save_pretrained(loaded, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == weights.keys()
+    for each, x in weights.items():
+        np.testing.assert_array_equal(again[each], x)
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == loaded.config
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_narrow_weights_are_read_as_they_are(dtype, tmp_path):
+    weights = written(tmp_path, GPT2, dtype=dtype)
+    table = load_pretrained(tmp_path).model.embed.table[...]
+    assert table.dtype == jnp.float32
+    np.testing.assert_array_equal(table, weights["transformer.wte.weight"].astype(np.float32))
+
+
+def test_names_without_their_prefix_and_buffers_are_read(tmp_path):
+    """As in the file of GPT-2 itself."""
+    written(tmp_path, GPT2, prefix="transformer.")
+    file = tmp_path / "model-00001-of-00001.safetensors"
+    save_file(load_file(file) | {"h.0.attn.bias": np.ones((1, 1, 3, 3), np.float32)}, file)
+    loaded = load_pretrained(tmp_path)
+    drawn = generate(loaded.model, np.array([[1, 2, 3]]), max_new_tokens=3, temperature=0.0)
+    ids = np.array([[1, 2, 3]])
+    for _ in range(3):
+        logits = GPT2.forward(GPT2.weights(0), GPT2.config, input_ids=ids)["logits"]
+        ids = np.concatenate([ids, logits[:, -1:].argmax(-1)], 1)
+    np.testing.assert_array_equal(drawn.tokens, ids[:, 3:])
+
+
+def test_a_tokenizer_goes_with_its_model(tmp_path):
+    words = Tokenizer(models.WordLevel({"the": 0, "cat": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    written(tmp_path, GPT2)
+    words.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_pretrained(tmp_path)
+    assert loaded.tokenizer.encode("the cat sat").ids == [0, 1, 2]
+    save_pretrained(loaded, tmp_path / "again")
+    assert load_pretrained(tmp_path / "again").tokenizer.encode("cat").ids == [1]
+
+
+def test_what_is_not_understood_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"which has no config\.json"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
+    with pytest.raises(ValueError, match="model_type='bloom': need one of"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(GPT2.config))
+    with pytest.raises(ValueError, match=r"has no safetensors files$"):
+        load_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin may run code when it is read; convert it where torch is"):
+        load_pretrained(tmp_path)
+    written(tmp_path, GPT2, scale_attn_weights=False)
+    with pytest.raises(ValueError, match="config has scale_attn_weights=False: need True"):
+        load_pretrained(tmp_path)
+    written(tmp_path, GPT2, n_layer=5)
+    with pytest.raises(ValueError, match=r"parameters without weights \['layers\.4\.branches\.0\.module\.key\.bias'"):
+        load_pretrained(tmp_path)
+    written(tmp_path, GPT2, n_layer=3)
+    with pytest.raises(ValueError, match=r"unused names \['transformer\.h\.3\.attn\.c_attn\.bias'"):
+        load_pretrained(tmp_path)
+    written(tmp_path, GPT2, n_positions=9)
+    with pytest.raises(ValueError, match=r"transformer\.wpe\.weight makes \(515, 54\) of positions\.table, which is"):
+        load_pretrained(tmp_path)
