@@ -33,6 +33,8 @@ def linearize(model: Transformer, kind: Literal["softmax", "exp"] = "softmax") -
         ValueError: There is no causal attention, or one that features cannot stand for: with a null logit, ALiBi,
             another normaliser, or keys of another layer.
     """
+    if model.config.bias is not None:
+        raise ValueError("model has a bias that all layers share, which features cannot stand for: need bias=None")
     found = []
 
     def change(layer: int, mixer: Spec) -> Spec:
@@ -70,10 +72,18 @@ def matching_loss(
         A pair (parameters, loss), as `fit` and `make_step` take them.
 
     Raises:
-        ValueError: The decoder has meta tokens.
+        ValueError: The decoder has meta tokens or cross-attention, or a linearised mixer that is not the first branch
+            of its layer.
     """
     if teacher.config.meta_tokens:
         raise ValueError(f"teacher has {teacher.config.meta_tokens} meta tokens: maps are matched without them only")
+    if teacher.crosses:
+        raise ValueError("teacher has cross-attention, for which a batch holds no context: need a decoder without")
+    for run in student.runs:
+        if any(isinstance(getattr(mixer, "mechanism", None), nn.Linearized) for mixer in run.mixers):
+            first = run.branches[0]
+            if not (first.mixes and isinstance(getattr(first.module, "mechanism", None), nn.Linearized)):
+                raise ValueError("student has a linearised mixer behind another branch of its layer: need it first")
     maps = nnx.All(nnx.Param, nnx.PathContains(_FEATURE_MAP))
     graph, *states = nnx.split(student, maps, ...)
     params, rest = states

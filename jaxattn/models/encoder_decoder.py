@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxattn import nn
+from jaxattn.core.attend.mask import Causal, Documents, anded, as_mask
 from jaxattn.models.config import TransformerConfig
 from jaxattn.models.transformer import Transformer
 
@@ -68,6 +69,12 @@ class EncoderDecoder(nnx.Module):
             edits: As of `Transformer`.
             record: As of `Transformer`.
         """
+        for term in anded(as_mask(mask)):
+            if not isinstance(term, Documents | Causal):
+                raise ValueError(
+                    f"mask is {type(term).__name__}, by which the decoder could not tell padding: need positions of −1 "
+                    "for padding, and Documents(ids) for packed texts"
+                )
         x, _, records = self.encoder(inputs, positions=positions, mask=mask, edits=edits, record=record)
         return nn.Context(x, nn.Tokens.of(x, positions=positions, mask=mask)), records
 

@@ -39,7 +39,8 @@ class Residual(nnx.Module):
         sizes: dict[str, Any] = {"features": features, "dtype": dtype, "rngs": rngs}
         self.norm = built(spec.norm, **sizes)
         self.module: Any = as_mixer(spec.module, **sizes)
-        self.norm_after, self.norm_sum = built(spec.norm_after, **sizes), built(spec.norm_sum, **sizes)
+        self.norm_after = built(spec.norm_after, **sizes)
+        self.norm_sum = built(spec.norm_sum, features=features, rngs=rngs)  # in the dtype of the residual stream
         self.scale = None if spec.scale is None else undecayed(jnp.full(features, float(spec.scale)))
         self.name = spec.name
 
@@ -60,15 +61,15 @@ class Residual(nnx.Module):
     @property
     def inside(self) -> tuple[str, ...]:
         """The sites of the module, without that of its result."""
-        own = self.module.sites if self.mixes else ("mlp_pre", "mlp_post")
-        return tuple(site for site in own if site != "attn_out")
+        known = self.mixes or isinstance(self.module, nn.FeedForward)
+        return tuple(site for site in self.module.sites if site != "attn_out") if known else ()
 
     @property
     def sites(self) -> tuple[str, ...]:
         """The sites of the branch, in the order in which it comes to them."""
-        norm, after = ((self._scale,), ()) if self.norm is not None else ((), (self._scale,))
-        after = after if self.norm_sum is not None else ()
-        return (*norm, *map(self.site, self.inside), self.adds, *after)
+        before = (self._scale,) if _tells(self.norm) else ()
+        after = (self._scale,) if self.norm is None and _tells(self.norm_sum) else ()
+        return (*before, *map(self.site, self.inside), self.adds, *after)
 
     @property
     def recorded_only(self) -> tuple[str, ...]:
@@ -91,12 +92,12 @@ class Residual(nnx.Module):
             give: A dict that takes the keys for layers without their own, or None.
         """
         inside = tap.renamed({self.site(name): name for name in self.inside})
-        y = x if self.norm is None else self.norm(x, tap, self._scale)
+        y = x if self.norm is None else _normed(self.norm, x, tap, self._scale)
         if self.mixes:
             more = {} if give is None else {"give": give}
             y, state = self.module(y, tokens, inside, state, context, **more)
         else:
-            y = self.module(y, inside)
+            y = self.module(y, inside) if isinstance(self.module, nn.FeedForward) else self.module(y)
         y = y if self.norm_after is None else self.norm_after(y)
         return tap(self.adds, y if self.scale is None else self.scale[...] * y), state
 
@@ -104,7 +105,16 @@ class Residual(nnx.Module):
         """Returns the sum as the next branch reads it."""
         if self.norm_sum is None:
             return x
-        return self.norm_sum(x, tap, self._scale) if self.norm is None else self.norm_sum(x)
+        return _normed(self.norm_sum, x, tap, self._scale) if self.norm is None else self.norm_sum(x)
+
+
+def _tells(norm: Any) -> bool:
+    """Returns whether a norm says what it divides by."""
+    return isinstance(norm, nn.RMSNorm | nn.LayerNorm)
+
+
+def _normed(norm: Any, x: Array, tap: Tap, site: str) -> Array:
+    return norm(x, tap, site) if _tells(norm) else norm(x)
 
 
 class Block(nnx.Module):
@@ -129,6 +139,9 @@ class Block(nnx.Module):
                     f"branches have the site {site!r} {self.sites.count(site)} times: need Branch(..., name=...) for "
                     "all but one of them"
                 )
+        kinds = [mixer.keys_from for mixer in self.mixers]
+        if "layer" in kinds and "self" in kinds:
+            raise ValueError("a layer that reads the keys of another has keys of its own too: need one or the other")
 
     @property
     def mixers(self) -> list[Any]:
@@ -153,7 +166,8 @@ class Block(nnx.Module):
 
     def keeps(self, site: str, reducer: Any) -> bool:
         """Returns whether this layer has such a record. Measures are of the weights of attention."""
-        scores = site.removesuffix("weights") + "scores"
+        branch, dot, _ = site.rpartition(".")
+        scores = f"{branch}{dot}scores"
         return site in self.sites and (scores in self.sites or not isinstance(reducer, Measure))
 
     def __call__(self, x, tokens, tap, states, shared, give, context):
@@ -185,6 +199,8 @@ def _across(tokens: Tokens, context: Any) -> Tokens:
     """Returns the tokens as cross-attention sees them: of their mask only the document of each."""
     other = getattr(context, "tokens", None)
     ids, others = documents_of(tokens.mask), None if other is None else documents_of(other.mask)
+    if context is None and ids is not None:
+        raise ValueError("mask has documents but context is None: need the context, with its documents, in every call")
     if context is not None and (ids is None) != (others is None):
         raise ValueError("mask has documents on one side of cross-attention only: need them on both sides, or on none")
     mask = None if ids is None or others is None else Documents(ids, others)
@@ -225,6 +241,14 @@ class Transformer(nnx.Module):
             if "layer" in kind and not before & {"self", "layer"}:
                 first = sum(self.lengths[:number])
                 raise ValueError(f"layers[{first}] shares the keys of the layer before it, which has none")
+            if "layer" in kind and [mixer.keys_from for mixer in self.runs[number - 1].mixers].count("self") > 1:
+                raise ValueError("a layer shares its keys, but has several mixers with keys: need one")
+        self.crosses = any("context" in kind for kind in kinds)
+        if self.crosses and config.meta_tokens:
+            raise ValueError(
+                f"meta_tokens is {config.meta_tokens} in a model with cross-attention, which they would read before "
+                "there is a context: need 0"
+            )
         meta = (config.meta_tokens, config.width)
         self.meta = undecayed(jax.random.normal(rngs.params(), meta) * 0.02) if config.meta_tokens else None
         self.norm: Any = built(config.norm, **sizes)
@@ -273,6 +297,10 @@ class Transformer(nnx.Module):
                 layer does not exist.
         """
         check_array("inputs", inputs)
+        if not (context is None or hasattr(context, "dtype") or isinstance(context, nn.Context)):
+            raise TypeError(f"context must be an array [batch, length, channels], or nn.Context, got {context!r}")
+        if context is not None and not self.crosses:
+            raise ValueError("context is given, but no layer reads it: need a branch with keys_from='context'")
         if 0 in inputs.shape:
             raise ValueError(f"inputs has shape {inputs.shape}: need at least one row of at least one token")
         changes, asked = as_edits(edits, sum(self.lengths)), as_records(record)
@@ -280,7 +308,11 @@ class Transformer(nnx.Module):
         row = self.tokens(x, positions=positions, mask=mask, state=state)
         of_model = {site: each for site, each in changes.items() if site in OF_MODEL}
         tap = Tap(of_model, {name: each for name, each in asked.items() if each[0] in OF_MODEL}).at(row)
-        x = x if self.positions is None else x + self.positions(row.positions)
+        said = row
+        table = self.positions.table.shape[0] if isinstance(self.positions, nn.PositionEmbedding) else row.length
+        if row.in_order and row.documents is None and row.length > table:
+            raise ValueError(f"there are {row.length} tokens: need at most {table}, the learned positions")
+        x = x if self.positions is None else x + self.positions(row.places)
         x = tap("embed", x if self.embed_norm is None else self.embed_norm(x))
         strip: Callable[[Array], Array] = lambda y: y  # noqa: E731
         if self.meta is not None and state is None:
@@ -291,8 +323,8 @@ class Transformer(nnx.Module):
         changes = {site: each for site, each in changes.items() if site not in OF_MODEL}
         x, state, records = self.layers(x, row, state=state, context=context, edits=changes, record=asked)
         x = strip(x)
-        x = tap("final_norm", x if self.norm is None else self.norm(x, tap, "final_norm_scale"))
-        logits = tap("logits", x if self.head is None else self.head(x, self.embed))
+        x = tap("final_norm", x if self.norm is None else _normed(self.norm, x, tap, "final_norm_scale"))
+        logits = tap("logits", x if self.head is None else self.head(x, self.embed, said))
         return logits, state, tap.records | records
 
     def tokens(self, x: Float[Array, "b t d"], *, positions: Any = None, mask: Any = None, state: Any = None) -> Tokens:
@@ -304,7 +336,7 @@ class Transformer(nnx.Module):
             mask: As of the model.
             state: As of the model.
         """
-        after = None if state is None else self.reached(state)
+        after = None if state is None or positions is not None else self.reached(state)
         mask = as_mask(mask)
         if self.config.causal and not any(isinstance(term, Causal) for term in anded(mask)):
             mask = Causal() if mask is None else Causal() & mask
@@ -313,11 +345,13 @@ class Transformer(nnx.Module):
 
     def reached(self, state: Any) -> Int[Array, " b"]:
         """Returns the position after the last token that a state holds, not counting meta tokens."""
-        graph, arrays = nnx.split(self.runs[0])
-        mixers = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixers
-        pairs = zip(mixers, state[0], strict=True)
-        mixer, held = next(((each, held) for each, held in pairs if each.keys_from not in ("layer", "context")))
-        return mixer.reached(jax.tree.map(lambda x: x[0], held)) - self.config.meta_tokens
+        for run, held in zip(self.runs, state, strict=True):
+            graph, arrays = nnx.split(run)
+            mixers = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixers
+            for mixer, each in zip(mixers, held, strict=True):
+                if mixer.keys_from not in ("layer", "context"):
+                    return mixer.reached(jax.tree.map(lambda x: x[0], each)) - self.config.meta_tokens
+        raise ValueError("state holds no positions, as no mixer has any of its own: need positions=")
 
     def layers(
         self,
@@ -349,6 +383,8 @@ class Transformer(nnx.Module):
         check_room(state, tokens.positions)  # here, since the layers are traced
         changes, asked = as_edits(edits, sum(self.lengths)), as_records(record)
         self._check_sites(changes, asked)
+        # The residual stream, which the scan carries: at least float32, and as wide as what is added to it.
+        x = x.astype(jnp.promote_types(jnp.promote_types(x.dtype, jnp.float32), self.config.dtype))
         states, recorded = [], []
         shared: nn.KeyValue | None = None
         first = 0
@@ -390,7 +426,7 @@ class Transformer(nnx.Module):
     def sites(self) -> tuple[str, ...]:
         """The sites of the model, in the order in which it comes to them."""
         of_layers = dict.fromkeys(site for run in self.runs for site in run.sites)
-        of_norm = () if self.norm is None else ("final_norm_scale",)
+        of_norm = ("final_norm_scale",) if _tells(self.norm) else ()
         return ("embed", *of_layers, *of_norm, "final_norm", "logits")
 
     def _check_sites(self, edits: Mapping[str, Any], record: Mapping[str, Any]) -> None:

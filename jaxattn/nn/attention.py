@@ -301,6 +301,12 @@ class MultiHeadAttention(Mixer):
                 raise ValueError("context is None: cross-attention needs another sequence, [batch, length, channels]")
         elif (self.keys_from == "layer") != isinstance(context, KeyValue):
             raise ValueError("context must be the KeyValue of another layer where keys_from='layer', and only there")
+        elif isinstance(context, KeyValue) and context.key.shape[-2:] != (self.key_heads, self.head_dim):
+            heads, width = context.key.shape[-2:]
+            raise ValueError(
+                f"context has {heads} key heads of {width} channels, but this layer reads {self.key_heads} of "
+                f"{self.head_dim}: need the same"
+            )
         elif isinstance(context, Context) and (state is not None or self.position is not None):
             raise ValueError("cross-attention takes no state and no positions: need keys_from='context'")
         elif context is not None and self.convolution:

@@ -192,11 +192,8 @@ class PositionEmbedding(nnx.Module):
         Raises:
             ValueError: There are more tokens than the table has positions.
         """
-        length = self.table.shape[0]
-        if positions.shape[-1] > length:
-            raise ValueError(f"there are {positions.shape[-1]} tokens: need at most {length}, the learned positions")
         x = LearnedPositions(self.table[...])(positions)
-        return jnp.where((positions >= length)[..., None], jnp.nan, x)
+        return jnp.where((positions >= self.table.shape[0])[..., None], jnp.nan, x)
 
 
 class SinusoidalEmbedding(nnx.Module):
@@ -248,12 +245,15 @@ class Head(nnx.Module):
         self.map = None if tied else linear_map(features, vocabulary, None, rngs, role="decayed")
         self.bias = undecayed(jnp.zeros(vocabulary)) if use_bias else None
 
-    def __call__(self, x: Float[Array, "b t d"], embed: Any) -> Float[Array, "b t vocabulary"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], embed: Any, tokens: Tokens | None = None
+    ) -> Float[Array, "b t vocabulary"]:
         """Returns the logits.
 
         Args:
             x: [B, T, D].
             embed: The embedding of the model, whose table a tied head uses.
+            tokens: Not used.
         """
         x = x if self.scale == 1 else x * self.scale
         logits: Any = jnp.einsum("...d,vd->...v", x, embed.table[...]) if self.map is None else self.map(x)
@@ -272,9 +272,16 @@ class Pooler(nnx.Module):
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         self.map = linear_map(features, features, None, rngs, use_bias=True)
 
-    def __call__(self, x: Float[Array, "b t d"], embed: Any) -> Float[Array, "b d"]:
-        """Returns the vector of each row."""
-        return jnp.tanh(self.map(x[:, 0]))
+    def __call__(self, x: Float[Array, "b t d"], embed: Any, tokens: Tokens | None = None) -> Float[Array, "b d"]:
+        """Returns the vector of each row.
+
+        Args:
+            x: [B, T, D].
+            embed: Not used.
+            tokens: The tokens of the row, whose first is the first that is no padding.
+        """
+        first = jnp.zeros(len(x), int) if tokens is None else tokens.seen(len(x)).argmax(1)
+        return jnp.tanh(self.map(jnp.take_along_axis(x, first[:, None, None], 1)[:, 0]))
 
 
 def _small(rngs: nnx.Rngs, *shape: int) -> Array:

@@ -1,6 +1,6 @@
 """The position-wise feed-forward block."""
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ class FeedForward(nnx.Module):
     Raises:
         ValueError: `activation` is unknown, or `hidden` is below 1.
     """
+
+    sites: ClassVar[tuple[str, ...]] = ("mlp_pre", "mlp_post")
 
     def __init__(
         self,

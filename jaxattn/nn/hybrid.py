@@ -60,6 +60,8 @@ class Parallel(Mixer):
         channels = features if channels is None else channels
         sizes = {"features": features, "dtype": dtype, "rngs": rngs}
         self.mixers, self.fuse = nnx.List([as_mixer(mixer, **sizes) for mixer in mixers]), fuse
+        if any(mixer.keys_from == "context" for mixer in self.mixers):
+            raise ValueError("mixers holds cross-attention, which needs a branch of its own in a layer")
         self.norms = nnx.List([RMSNorm(channels, eps=eps, dtype=dtype) for _ in mixers])
         self.out = linear_map(channels, features, dtype, rngs, use_bias=use_bias) if channels != features else None
 

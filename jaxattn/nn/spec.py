@@ -1,9 +1,12 @@
 """A class or constructor with arguments, as data: a config holds specs, and modules build them when sizes are known."""
 
+import dataclasses
 import difflib
 import inspect
 import pkgutil
+import types
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,6 +43,11 @@ class Spec:
                 near = difflib.get_close_matches(name, names, 1)
                 hint = f": did you mean {near[0]!r}?" if near else f": need some of {names}"
                 raise TypeError(f"Spec of {path} has an unknown argument {name!r}{hint}")
+            if _holds_function(value):
+                raise TypeError(
+                    f"Spec of {path}: {name} holds a function or a class, which cannot be written as data: {value!r}; "
+                    "need a part, or a Spec"
+                )
             if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value)):
                 raise TypeError(f"Spec of {path}: {name} holds an array, and a config holds none: {value!r}")
         object.__setattr__(self, "target", target)
@@ -185,6 +193,15 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return tuple(_frozen(each) for each in value) if isinstance(value, list | tuple) else value
+
+
+def _holds_function(value: Any) -> bool:
+    """Returns whether there is a function or a class in a value, or in the fields of a part."""
+    if isinstance(value, tuple):
+        return any(map(_holds_function, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return any(_holds_function(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return isinstance(value, type | types.FunctionType | types.MethodType | types.BuiltinFunctionType | partial)
 
 
 def _remake(target: Callable[..., Any], arguments: dict[str, Any]) -> Spec:

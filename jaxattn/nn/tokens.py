@@ -109,6 +109,16 @@ class Tokens:
         """The positions, or None where they are known to be 0..T−1, the form that suits `attend` best."""
         return None if self.in_order else self.positions
 
+    @property
+    def places(self) -> Int[Array, "#b t"]:
+        """The place of each token in its document, or in the row where nothing is packed; −1 for padding."""
+        ids = documents_of(self.mask)
+        if ids is None:
+            return self.positions
+        places = jnp.asarray(places_in_documents(ids))
+        found = take(places.reshape(-1, places.shape[-1]), self.positions, grid=1, fill=-1)
+        return jnp.where(self.seen(len(found)), found, -1)
+
     def seen(self, batch: int) -> Bool[Array, "b t"]:
         """Returns which tokens are there, and no padding."""
         there = self.positions >= 0 if self.documents is None else (self.positions >= 0) & (self.documents >= 0)

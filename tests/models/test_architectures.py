@@ -19,6 +19,7 @@ from jaxattn.models.pretrained import decoders, encoders
 from jaxattn.models.pretrained.weights import assign
 
 B, LENGTH = 2, 512
+slow = pytest.mark.slow
 CAUSAL = {
     "GPT-2": (GPT2, decoders.gpt2, decoders.gpt2_table),
     "Llama 3": (LLAMA, decoders.llama, decoders.llama_table),
@@ -81,7 +82,16 @@ def assert_equal(actual, expected, shown=None):
     np.testing.assert_allclose(actual[where], expected[where], rtol=0, atol=1e-8 * abs(expected).max())
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+SEEN_ELSEWHERE = ("Llama, tied", "Qwen 3, tied", "GPT-NeoX, sequential", "T5 1.1")  # what differs is in another
+
+
+def by_name(names):
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=slow) if name in SEEN_ELSEWHERE else name for name in names]
+    )
+
+
+@by_name(CAUSAL)
 def test_decoders(name):
     """The whole text at once, and the last tokens one by one behind the first."""
     family, config, table = CAUSAL[name]
@@ -125,7 +135,7 @@ def test_vit():
     assert_equal(logits[:, 0], expected)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@by_name(BOTH)
 def test_encoder_decoders(name):
     """All at once, and token by token with the keys of the encoder's vectors computed once."""
     family, config, table = BOTH[name]
@@ -185,3 +195,21 @@ def test_names_that_do_not_fit_are_refused():
         config(family.config | {"scale_attn_by_inverse_layer_idx": True})
     with pytest.raises(ValueError, match="need rope_type 'default' or 'llama3'"):
         decoders.llama(LLAMA.config | {"rope_scaling": {"rope_type": "yarn"}})
+    with pytest.raises(ValueError, match="config has sliding_window=4: need None"):
+        decoders.llama(LLAMA.config | {"sliding_window": 4})
+    with pytest.raises(ValueError, match=r"config has layer_types=\['full_attention'\]: need 3 of"):
+        decoders.gemma2(GEMMA2.config | {"layer_types": ["full_attention"]})
+
+
+def test_rotary_positions_are_read_in_both_forms():
+    """transformers 4 has rope_theta beside rope_scaling, and 5 has both in rope_parameters."""
+    old = LLAMA.config
+    new = {name: value for name, value in old.items() if name not in ("rope_theta", "rope_scaling")}
+    new["rope_parameters"] = old["rope_scaling"] | {"rope_theta": old["rope_theta"]}
+    assert decoders.llama(new) == decoders.llama(old)
+    with pytest.raises(ValueError, match="config has neither rope_theta nor rope_parameters"):
+        decoders.llama(new | {"rope_parameters": None})
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    layers = decoders.gemma2(GEMMA2.config | {"layer_types": kinds}).layers
+    masks = [layer.branches[0].module.arguments.get("mask") for layer in layers]
+    assert [mask is None for mask in masks] == [True, False, True]

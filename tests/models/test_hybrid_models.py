@@ -96,7 +96,7 @@ def test_meta_tokens_are_tokens_in_front():
     plain, model = build(layers), build(layers, 3)
     front = jnp.array([4, 0, 7])
     graph, params, rest = nnx.split(plain, nnx.Param, ...)
-    model.meta[...] = plain.embed(front)
+    model.meta[...] = plain.embed(front[None])[0]
     nnx.update(model, params)
     longer = jnp.concatenate([jnp.broadcast_to(front, (B, 3)), TOKENS], 1)
     assert_close(run(model, TOKENS)[0], run(nnx.merge(graph, params, rest), longer)[0][:, 3:])
@@ -105,8 +105,8 @@ def test_meta_tokens_are_tokens_in_front():
 def test_shared_keys_are_those_of_the_layer_before():
     """The second layer as attention with the projections of the first, on what the first was given."""
     own, shares = (
-        Spec(nn.MultiHeadAttention, heads=2, key_heads=1),
-        Spec(nn.MultiHeadAttention, heads=2, key_heads=1, keys_from="layer"),
+        Spec(nn.MultiHeadAttention, heads=2, key_heads=1, mask=Causal()),
+        Spec(nn.MultiHeadAttention, heads=2, key_heads=1, mask=Causal(), keys_from="layer"),
     )
     model = build([pre_norm(own, FEED), pre_norm(shares, FEED)])
     _, _, records = run(model, TOKENS, record=("resid", "attn_out", "q"))

@@ -93,7 +93,7 @@ def test_the_gradient_reaches_every_parameter_of_every_layer(tied):
     gradient = jax.jit(jax.grad(lambda params: loss(params, batch(), None)[0]))(params)
     flat = {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(gradient)}
     assert sum(name.endswith("null_logit") for name in flat) == (not tied)
-    assert ("head/kernel" in flat) == (not tied)
+    assert ("head/map/kernel" in flat) == (not tied)
     for name, leaf in flat.items():
         layers = leaf if name.startswith("runs") else leaf[None]
         assert (abs(layers).reshape(len(layers), -1).max(-1) > 0).all(), name

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxattn import Alibi, Causal, Documents, Explicit, Window, attend, models, nn, trace
+from jaxattn import Alibi, Causal, Documents, Entropy, Explicit, Lengths, Window, attend, models, nn, trace
 from jaxattn.core.attend.position import sinusoidal
 from jaxattn.models import Branch, EncoderDecoder, Layer, Spec, Transformer, TransformerConfig, pre_norm
 
@@ -328,5 +328,150 @@ def test_what_a_new_mixer_takes_is_said():
     ],
 )
 def test_what_makes_no_model_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("norms", [{"norm": None, "norm_sum": Spec(nn.LayerNorm)}, {}], ids=["post-norm", "pre-norm"])
+def test_the_residual_stream_is_float32_whatever_is_narrow(norms):
+    """Computation in bfloat16, and parameters in bfloat16; decoding does the same."""
+    layer = Layer([Branch(ATTENTION, **norms), Branch(BLOCK, **norms)])
+    config = TransformerConfig(V, T, D, [layer] * 2, dtype="bfloat16")
+    model, x = built(config), ids(T)
+    wide = built(dataclasses.replace(config, dtype="float32"))
+    narrow = built(dataclasses.replace(config, dtype="float32"))
+    params = nnx.state(narrow, nnx.Param)
+    nnx.update(narrow, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+    expected = wide(x)[0]
+    for each in (model, narrow):
+        logits, _, seen = each(x, record=("resid",))
+        assert seen["resid"].dtype == jnp.float32
+        np.testing.assert_allclose(logits, expected, atol=0.1 * abs(np.asarray(expected)).max())
+    state, said = model.init_state(B, T), []
+    for t in range(T):
+        one, state, _ = model(x[:, t : t + 1], state=state)
+        said.append(one)
+    np.testing.assert_allclose(jnp.concatenate(said, 1), model(x)[0], atol=0.1 * abs(np.asarray(expected)).max())
+
+
+def test_learned_positions_begin_anew_in_every_document():
+    plain = Spec(nn.MultiHeadAttention, heads=N, position=None)
+    model = built(TransformerConfig(V, T, D, [pre_norm(plain, BLOCK)], positions=Spec(nn.PositionEmbedding)))
+    rows = np.concatenate([ids(3, 1, 1), ids(4, 2, 1)], 1)  # longer than the table, but no document is
+    packed = model(rows, mask=Documents(jnp.array([[0, 0, 0, 1, 1, 1, 1]])))[0]
+    close(packed[:, :3], model(rows[:, :3])[0])
+    close(packed[:, 3:], model(rows[:, 3:])[0])
+
+
+def test_a_vector_of_a_text_is_that_of_its_first_token():
+    config = TransformerConfig(V, T, D, [pre_norm(ATTENTION, BLOCK)], causal=False, head=Spec(nn.Pooler))
+    model, x = built(config), ids(T)
+    positions = np.array([[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]])
+    pooled = model(x, positions=positions)[0]
+    close(pooled[0], model(x[:1, 2:])[0][0])
+    close(pooled[1], model(x[1:])[0][0])
+
+
+def test_measures_at_scores_and_sites_that_a_module_has():
+    """Also behind the name of a branch; a module without sites has none."""
+    model = built(
+        TransformerConfig(
+            V,
+            T,
+            D,
+            [Layer([Branch(ATTENTION, name="a"), Branch(Spec(nnx.Linear, in_features=D, out_features=D), name="b")])],
+        )
+    )
+    x = ids(T)
+    record = {"scores": ("a.scores", Entropy()), "weights": ("a.weights", Entropy())}
+    seen = model(x, record=record)[2]
+    np.testing.assert_array_equal(seen["scores"], seen["weights"])
+    assert "b.mlp_out" in model.sites
+    assert "b.mlp_pre" not in model.sites
+    with pytest.raises(ValueError, match=r"record 'b\.mlp_pre' is of 'b\.mlp_pre', which no layer has"):
+        model(x, record=("b.mlp_pre",))
+
+
+def test_a_state_is_followed_from_the_first_mixer_that_holds_positions():
+    """Behind a layer that only reads the context, and behind one that has no mixer at all."""
+    context = jnp.asarray(np.random.default_rng(0).standard_normal((B, S, D)), jnp.float32)
+    for first in (Layer([Branch(CROSS, name="cross")]), Layer([Branch(BLOCK)])):
+        model, x = built(TransformerConfig(V, T, D, [first, pre_norm(ATTENTION, BLOCK)])), ids(T)
+        options = {"context": context} if model.crosses else {}
+        whole = model(x, **options)[0]
+        state = model.init_state(B, T)
+        one, state, _ = model(x[:, :3], state=state, **options)
+        two, state, _ = model(x[:, 3:], state=state)
+        close(jnp.concatenate([one, two], 1), whole)
+        if model.crosses:
+            drawn = models.generate(model, x[:, :2], max_new_tokens=2, temperature=0.0, context=context)
+            np.testing.assert_array_equal(drawn.tokens[:, 0], model(x[:, :2], context=context)[0][:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: built(dataclasses.replace(DECODER, meta_tokens=2)),
+            ValueError,
+            "meta_tokens is 2 in a model with cross-attention",
+        ),
+        (
+            lambda: built(TransformerConfig(V, T, D, [pre_norm(Spec(nn.Parallel, mixers=(CROSS, ATTENTION)))])),
+            ValueError,
+            "mixers holds cross-attention, which needs a branch of its own",
+        ),
+        (
+            lambda: built(TransformerConfig(V, T, D))(ids(T), context=jnp.zeros((B, S, D))),
+            ValueError,
+            "no layer reads it",
+        ),
+        (lambda: built(DECODER)(ids(T), context=(jnp.zeros((B, S, D)), {})), TypeError, "context must be an array"),
+        (
+            lambda: built(DECODER)(
+                ids(T), mask=Documents(jnp.zeros((1, T), int)), state=built(DECODER).init_state(B, T)
+            ),
+            ValueError,
+            "mask has documents but context is None",
+        ),
+        (
+            lambda: built(
+                TransformerConfig(
+                    V,
+                    T,
+                    D,
+                    [
+                        pre_norm(ATTENTION),
+                        Layer([Branch(ATTENTION.replace(keys_from="layer"), name="a"), Branch(ATTENTION)]),
+                    ],
+                )
+            ),
+            ValueError,
+            "a layer that reads the keys of another has keys of its own too",
+        ),
+        (
+            lambda: built(
+                TransformerConfig(
+                    V, T, D, [pre_norm(ATTENTION.replace(key_heads=1)), pre_norm(ATTENTION.replace(keys_from="layer"))]
+                )
+            )(ids(T)),
+            ValueError,
+            "context has 1 key heads of 8 channels, but this layer reads 2 of 8",
+        ),
+        (
+            lambda: EncoderDecoder(ENCODER, DECODER, rngs=nnx.Rngs(0)).encode(ids(S), mask=Lengths(jnp.array([5, 5]))),
+            ValueError,
+            "mask is Lengths, by which the decoder could not tell padding",
+        ),
+        (
+            lambda: models.linearize(built(TransformerConfig(V, T, D, bias=Spec(nn.RelativePositionBias, heads=4)))),
+            ValueError,
+            "model has a bias that all layers share",
+        ),
+        (lambda: ATTENTION.replace(mask=ids), TypeError, "mask holds a function or a class, which cannot be written"),
+        (lambda: ATTENTION.replace(dtype=jnp.bfloat16), TypeError, "dtype holds a function or a class"),
+    ],
+)
+def test_what_would_be_wrong_in_silence_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()

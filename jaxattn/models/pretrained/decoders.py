@@ -8,7 +8,7 @@ import numpy as np
 from jaxattn import nn
 from jaxattn.core.attend.maps import SoftCap
 from jaxattn.core.attend.mask import Window
-from jaxattn.core.attend.position import Llama3, Rotary, RotaryScaling
+from jaxattn.core.attend.position import Llama3, Rotary
 from jaxattn.core.attend.score import Dot
 from jaxattn.models.config import Branch, Layer, TransformerConfig, pre_norm
 from jaxattn.models.pretrained.weights import TRANSPOSED, Layout, Row, Table, columns, linear, norm
@@ -94,23 +94,24 @@ def gpt2_table(config: Published) -> Table:
     )
 
 
-def rotary_scaling(config: Published) -> RotaryScaling | None:
-    """Returns the scaling of positions beyond those of training that a config names.
+def rotary_of(config: Published, fraction: float = 1.0) -> Rotary:
+    """Returns the rotary position that a config names, in the form of transformers 4 or 5.
 
     Raises:
-        ValueError: The kind is not known.
+        ValueError: The kind of scaling is not known, or there is no base.
     """
-    said = config.get("rope_scaling") or {}
+    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = said.get("rope_theta", config.get("rope_theta"))
+    if base is None:
+        raise ValueError("config has neither rope_theta nor rope_parameters with one: need the base of the rotation")
     kind = said.get("rope_type", said.get("type", "default"))
     if kind == "default":
-        return None
+        return Rotary(float(base), fraction)
     if kind != "llama3":
-        raise ValueError(f"config has rope_scaling={said}: need rope_type 'default' or 'llama3'")
-    return Llama3(
-        said["factor"],
-        said["original_max_position_embeddings"],
-        said["low_freq_factor"],
-        said["high_freq_factor"],
+        raise ValueError(f"config scales its rotary positions by {said}: need rope_type 'default' or 'llama3'")
+    length = said["original_max_position_embeddings"]
+    return Rotary(
+        float(base), fraction, Llama3(said["factor"], length, said["low_freq_factor"], said["high_freq_factor"])
     )
 
 
@@ -119,7 +120,7 @@ def llama(config: Published) -> TransformerConfig:
 
     The model has RMSNorm before each block, rotary positions, grouped heads, gated blocks, and no biases.
     """
-    refuse(config, attention_bias=False, mlp_bias=False)
+    refuse(config, attention_bias=False, mlp_bias=False, sliding_window=None)
     return _llama_like(config)
 
 
@@ -144,7 +145,7 @@ def _llama_like(config: Published, **options: Any) -> TransformerConfig:
         width=config["hidden_size"],
         layers=[pre_norm(attention, block, around)] * config["num_hidden_layers"],
         norm=around,
-        head=Spec(nn.Head, tied=config["tie_word_embeddings"]),
+        head=Spec(nn.Head, tied=config.get("tie_word_embeddings", False)),
     )
 
 
@@ -155,13 +156,13 @@ def _heads(config: Published) -> dict[str, Any]:
         "heads": heads,
         "key_heads": config["num_key_value_heads"],
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "position": Rotary(float(config["rope_theta"]), scaling=rotary_scaling(config)),
+        "position": rotary_of(config),
     }
 
 
 def llama_table(config: Published) -> Table:
     """Returns the names of Llama."""
-    return _llama_names(config) | _norms_before()
+    return _llama_names(config.get("tie_word_embeddings", False)) | _norms_before()
 
 
 def qwen3_table(config: Published) -> Table:
@@ -174,18 +175,18 @@ def qwen3_table(config: Published) -> Table:
     )
 
 
-def _llama_names(config: Published) -> dict[str, Any]:
+def _llama_names(tied: bool) -> Table:
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     blocks = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-    table: dict[str, Any] = {"model.embed_tokens.weight": Row("embed.table")} | norm("model.norm", "norm")
+    table: Table = {"model.embed_tokens.weight": Row("embed.table")} | norm("model.norm", "norm")
     for ours, name in names.items():
         table |= linear(f"model.layers.*.self_attn.{name}", f"{MIXER}.module.{ours}")
     for ours, name in blocks.items():
         table |= linear(f"model.layers.*.mlp.{name}", f"{BLOCK}.module.{ours}")
-    return table if config.get("tie_word_embeddings", True) else table | linear("lm_head", "head.map")
+    return table if tied else table | linear("lm_head", "head.map")
 
 
-def _norms_before() -> dict[str, Any]:
+def _norms_before() -> Table:
     return norm("model.layers.*.input_layernorm", f"{MIXER}.norm") | norm(
         "model.layers.*.post_attention_layernorm", f"{BLOCK}.norm"
     )
@@ -213,6 +214,11 @@ def gemma2(config: Published) -> TransformerConfig:
         gated=True,
     )
     near = attention.replace(mask=Window(config["sliding_window"] - 1))
+    count = config["num_hidden_layers"]
+    alternating = [("sliding_attention", "full_attention")[number % 2] for number in range(count)]
+    kinds = config.get("layer_types") or alternating
+    if len(kinds) != count or not set(kinds) <= set(alternating):
+        raise ValueError(f"config has layer_types={kinds}: need {count} of 'sliding_attention' and 'full_attention'")
 
     def layer(mixer: Spec) -> Layer:
         return Layer([Branch(each, around, norm_after=around) for each in (mixer, block)])
@@ -221,7 +227,7 @@ def gemma2(config: Published) -> TransformerConfig:
         vocabulary=config["vocab_size"],
         length=config["max_position_embeddings"],
         width=config["hidden_size"],
-        layers=[layer(attention if number % 2 else near) for number in range(config["num_hidden_layers"])],
+        layers=[layer({"sliding_attention": near, "full_attention": attention}[kind]) for kind in kinds],
         embed=Spec(nn.TokenEmbedding, scale=config["hidden_size"] ** 0.5),
         norm=around,
         head=Spec(nn.Head, tied=True, cap=config["final_logit_softcapping"]),
@@ -232,7 +238,7 @@ def gemma2_table(config: Published) -> Table:
     """Returns the names of Gemma 2: those of Llama, with four norms in each layer."""
     layer = "model.layers.*"
     return (
-        _llama_names(config)
+        _llama_names(tied=True)
         | norm(f"{layer}.input_layernorm", f"{MIXER}.norm")
         | norm(f"{layer}.post_attention_layernorm", f"{MIXER}.norm_after")
         | norm(f"{layer}.pre_feedforward_layernorm", f"{BLOCK}.norm")
@@ -245,7 +251,7 @@ def gpt_neox(config: Published) -> TransformerConfig:
 
     Attention and feed-forward block are in parallel, and part of the channels is rotated.
     """
-    refuse(config, attention_bias=True, rope_scaling=None)
+    refuse(config, attention_bias=True, rope_scaling=None, rope_parameters=None)
     around = Spec(nn.LayerNorm, eps=config["layer_norm_eps"])
     attention = Spec(
         nn.MultiHeadAttention,
@@ -267,7 +273,7 @@ def gpt_neox(config: Published) -> TransformerConfig:
         width=config["hidden_size"],
         layers=[layer] * config["num_hidden_layers"],
         norm=around,
-        head=Spec(nn.Head, tied=config["tie_word_embeddings"]),
+        head=Spec(nn.Head, tied=config.get("tie_word_embeddings", False)),
     )
 
 
@@ -296,4 +302,8 @@ def gpt_neox_table(config: Published) -> Table:
         | linear(f"{layer}.mlp.dense_h_to_4h", f"{BLOCK}.module.up", bias=True)
         | linear(f"{layer}.mlp.dense_4h_to_h", f"{BLOCK}.module.down", bias=True)
     )
-    return table if config["tie_word_embeddings"] else table | {"embed_out.weight": Row("head.map.kernel", TRANSPOSED)}
+    return (
+        table
+        if config.get("tie_word_embeddings", False)
+        else table | {"embed_out.weight": Row("head.map.kernel", TRANSPOSED)}
+    )
