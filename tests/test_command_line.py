@@ -112,7 +112,7 @@ def test_help_documents_every_field(capsys):
         main(["train", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for words in (
-        "Number of positions it is trained for",
+        "number of positions that the model is trained for",
         "Share of the documents",
         "peak learning rate",
         "micro-batch",

@@ -149,6 +149,8 @@ class MultiHeadAttention(Mixer):
             position.check(head_dim)
             if keys_from == "context" or context_features is not None:
                 raise ValueError(f"position is {position} for keys of another sequence: need position=None")
+        if not (qk_norm is None or isinstance(qk_norm, Spec)):
+            raise TypeError(f"qk_norm must be a spec such as Spec(nn.RMSNorm), or None, got {qk_norm!r}")
         own_keys = keys_from != "layer"
         if convolution and keys_from != "self":
             raise ValueError(f"convolution is {convolution} but keys_from is {keys_from!r}: need keys of x, or 0")

@@ -265,3 +265,8 @@ def test_arrays_and_functions_stand_in_the_slots_of_mask_and_bias(shape):
     places = jnp.arange(T)
     apart = places[:, None] - places
     assert_close(near, build(mask=Explicit(abs(apart) < 2), bias=Bias(0.1 * apart))(x)[0])
+
+
+def test_a_norm_of_queries_and_keys_is_a_spec():
+    with pytest.raises(TypeError, match=r"qk_norm must be a spec such as Spec\(nn\.RMSNorm\), or None, got True"):
+        MultiHeadAttention(D, 4, qk_norm=True, rngs=nnx.Rngs(0))

@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 from multi_head import assert_close, randomise
 
-from jaxattn import Alibi, Causal, Dot, SoftCap
+from jaxattn import Alibi, Causal, Dot, SoftCap, nn
 from jaxattn.nn import BilinearScore, HeadMixing, MultiHeadAttention, NeuralScore, NullSoftmax
 
 D, T = 16, 5
-OPTIONS = {"key_heads": 2, "qk_norm": True, "gate": True, "mask": Causal()}
+OPTIONS = {"key_heads": 2, "qk_norm": nn.Spec(nn.RMSNorm), "gate": True, "mask": Causal()}
 
 
 def build(seed=0):
