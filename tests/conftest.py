@@ -7,10 +7,12 @@ from importlib.metadata import version
 
 # Nearly all time is compiling: so programs are compiled sooner, and run slower. What is set already holds.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen_split_count=1"]
-if version("jaxlib").startswith("0.10."):  # XLA stops at a flag that it does not know, as later ones do not know this
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
+# XLA stops at a flag that it does not know: the versions after 0.10 do not know the last.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1 "
+    + ("--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith("0.10.") else "")
+    + os.environ.get("XLA_FLAGS", "")
+)
 
 import jax
 import pytest
