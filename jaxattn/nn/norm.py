@@ -38,7 +38,7 @@ class RMSNorm(nnx.Module):
         """
         wide = _wide(x)
         gain: Any = self.scale[...] + self.offset
-        return _cast(wide / _root(wide, self.eps, tap, site) * gain, x, self.dtype)
+        return _cast(wide * (1 / _root(wide, self.eps, tap, site)) * gain, x, self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -72,7 +72,7 @@ class LayerNorm(nnx.Module):
         """
         wide = _wide(x)
         centred = wide - wide.mean(-1, keepdims=True)
-        y: Any = centred / _root(centred, self.eps, tap, site)
+        y: Any = centred * (1 / _root(centred, self.eps, tap, site))
         y = y if self.scale is None else y * self.scale[...]
         return _cast(y if self.bias is None else y + self.bias[...], x, self.dtype)
 
