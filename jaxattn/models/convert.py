@@ -54,6 +54,10 @@ def linearize(model: Transformer, kind: Literal["softmax", "exp"] = "softmax") -
     return converted
 
 
+def _is_linearized(module: Any) -> bool:
+    return isinstance(module, nn.Recurrent) and isinstance(module.mechanism, nn.Linearized)
+
+
 def matching_loss(
     student: Transformer, teacher: Transformer
 ) -> tuple[Any, Callable[..., tuple[Array, dict[str, Array]]]]:
@@ -80,10 +84,8 @@ def matching_loss(
     if teacher.crosses:
         raise ValueError("teacher has cross-attention, for which a batch holds no context: need a decoder without")
     for run in student.runs:
-        if any(isinstance(getattr(mixer, "mechanism", None), nn.Linearized) for mixer in run.mixers):
-            first = run.branches[0]
-            if not (first.mixes and isinstance(getattr(first.module, "mechanism", None), nn.Linearized)):
-                raise ValueError("student has a linearised mixer behind another branch of its layer: need it first")
+        if any(map(_is_linearized, run.mixers)) and not _is_linearized(run.branches[0].module):
+            raise ValueError("student has a linearised mixer behind another branch of its layer: need it first")
     maps = nnx.All(nnx.Param, nnx.PathContains(_FEATURE_MAP))
     graph, *states = nnx.split(student, maps, ...)
     params, rest = states
@@ -96,7 +98,7 @@ def matching_loss(
         first = 0
         model = nnx.merge(graph, params, rest)
         for run, length in zip(model.runs, model.lengths, strict=True):
-            if isinstance(getattr(run.branches[0].module, "mechanism", None), nn.Linearized):
+            if _is_linearized(run.branches[0].module):
                 form, arrays = nnx.split(run)
 
                 def divergence(layer, form=form):

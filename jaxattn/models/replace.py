@@ -77,9 +77,9 @@ def replace_mixers(
             for old, branch, said, says in zip(
                 old_layers[number].branches, block.branches, of_old, of_new, strict=True
             ):
-                kept = {"module": None} if said.module != says.module else {}
-                _update(branch, old, kept)
-                if kept:
+                changed = said.module != says.module
+                _update(branch, old, norms_only=changed)
+                if changed:
                     take(branch.module, old.module)
             made.append(nnx.state(block))
         nnx.update(run, jax.tree.map(lambda *x: jnp.stack(x), *made))
@@ -89,10 +89,10 @@ def replace_mixers(
     return new
 
 
-def _update(branch: Any, old: Any, without: dict[str, Any]) -> None:
-    """Takes over the state of a branch, but that of the attributes `without`."""
-    for name in ("norm", "module", "norm_after", "norm_sum"):
-        if name not in without and getattr(branch, name) is not None:
+def _update(branch: Any, old: Any, *, norms_only: bool) -> None:
+    """Takes over the state of a branch; that of its module unless `norms_only`."""
+    for name in ("norm", "norm_after", "norm_sum", *(() if norms_only else ("module",))):
+        if getattr(branch, name) is not None:
             nnx.update(getattr(branch, name), nnx.state(getattr(old, name)))
     if branch.scale is not None:
         branch.scale[...] = old.scale[...]

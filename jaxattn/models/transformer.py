@@ -253,7 +253,7 @@ class Transformer(nnx.Module):
         self.meta = undecayed(jax.random.normal(rngs.params(), meta) * 0.02) if config.meta_tokens else None
         self.norm: Any = built(config.norm, **sizes)
         self.head: Any = built(config.head, **sizes)
-        if getattr(self.head, "tied", False) and not isinstance(self.embed, nn.TokenEmbedding):
+        if isinstance(self.head, nn.Head) and self.head.tied and not isinstance(self.embed, nn.TokenEmbedding):
             raise ValueError(f"head is {config.head} but embed is {config.embed}: need tied=False without token ids")
 
     def __call__(
@@ -308,7 +308,7 @@ class Transformer(nnx.Module):
         row = self.tokens(x, positions=positions, mask=mask, state=state)
         of_model = {site: each for site, each in changes.items() if site in OF_MODEL}
         tap = Tap(of_model, {name: each for name, each in asked.items() if each[0] in OF_MODEL}).at(row)
-        said = row
+        of_inputs = row  # without meta tokens
         table = self.positions.table.shape[0] if isinstance(self.positions, nn.PositionEmbedding) else row.length
         if row.in_order and row.documents is None and row.length > table:
             raise ValueError(f"there are {row.length} tokens: need at most {table}, the learned positions")
@@ -324,7 +324,7 @@ class Transformer(nnx.Module):
         x, state, records = self.layers(x, row, state=state, context=context, edits=changes, record=asked)
         x = strip(x)
         x = tap("final_norm", x if self.norm is None else _normed(self.norm, x, tap, "final_norm_scale"))
-        logits = tap("logits", x if self.head is None else self.head(x, self.embed, said))
+        logits = tap("logits", x if self.head is None else self.head(x, self.embed, of_inputs))
         return logits, state, tap.records | records
 
     def tokens(self, x: Float[Array, "b t d"], *, positions: Any = None, mask: Any = None, state: Any = None) -> Tokens:

@@ -47,6 +47,11 @@ def refuse(config: Published, **expected: Any) -> None:
             raise ValueError(f"config has {name}={config[name]!r}: need {value!r}")
 
 
+def biased_block(hidden: int, activation: str) -> Spec:
+    """Returns the feed-forward block with biases and without a gate, from the published name of its activation."""
+    return Spec(nn.FeedForward, hidden=hidden, activation=activation_of(activation), gated=False, use_bias=True)
+
+
 def gpt2(config: Published) -> TransformerConfig:
     """Returns the config of GPT-2 (Radford et al., 2019).
 
@@ -55,13 +60,7 @@ def gpt2(config: Published) -> TransformerConfig:
     refuse(config, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
     around = Spec(nn.LayerNorm, eps=config["layer_norm_epsilon"])
     attention = Spec(nn.MultiHeadAttention, heads=config["n_head"], position=None, use_bias=True)
-    block = Spec(
-        nn.FeedForward,
-        hidden=config.get("n_inner") or 4 * config["n_embd"],
-        activation=activation_of(config["activation_function"]),
-        gated=False,
-        use_bias=True,
-    )
+    block = biased_block(config.get("n_inner") or 4 * config["n_embd"], config["activation_function"])
     return TransformerConfig(
         vocabulary=config["vocab_size"],
         length=config["n_positions"],
@@ -259,13 +258,7 @@ def gpt_neox(config: Published) -> TransformerConfig:
         position=Rotary(float(config["rotary_emb_base"]), config["rotary_pct"]),
         use_bias=True,
     )
-    block = Spec(
-        nn.FeedForward,
-        hidden=config["intermediate_size"],
-        activation=activation_of(config["hidden_act"]),
-        gated=False,
-        use_bias=True,
-    )
+    block = biased_block(config["intermediate_size"], config["hidden_act"])
     layer = Layer([Branch(attention, around), Branch(block, around)], parallel=config["use_parallel_residual"])
     return TransformerConfig(
         vocabulary=config["vocab_size"],

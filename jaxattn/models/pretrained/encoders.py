@@ -7,7 +7,7 @@ import numpy as np
 from jaxattn import nn
 from jaxattn.core.attend.score import Dot
 from jaxattn.models.config import Branch, Layer, TransformerConfig, pre_norm
-from jaxattn.models.pretrained.decoders import BLOCK, MIXER, Published, activation_of, refuse
+from jaxattn.models.pretrained.decoders import BLOCK, MIXER, QKV, Published, biased_block, refuse
 from jaxattn.models.pretrained.weights import CONVOLUTION, FIRST_ROW, TRANSPOSED, Layout, Row, Table, linear, norm
 from jaxattn.nn.spec import Spec
 
@@ -39,12 +39,19 @@ def _plain(config: Published, use_bias: Any = True) -> tuple[Spec, Spec]:
     """Returns attention without positions, and a feed-forward block, with biases."""
     heads = config["num_attention_heads"]
     attention = Spec(nn.MultiHeadAttention, heads=heads, position=None, use_bias=use_bias)
-    return attention, Spec(
-        nn.FeedForward,
-        hidden=config["intermediate_size"],
-        activation=activation_of(config["hidden_act"]),
-        gated=False,
-        use_bias=True,
+    return attention, biased_block(config["intermediate_size"], config["hidden_act"])
+
+
+def _plain_table(layer: str, attention: str, *, biased: bool = True) -> Table:
+    """Returns the names of both, with those of queries, keys and values behind `attention`."""
+    table: Table = {}
+    for name in QKV:
+        table |= linear(f"{layer}.{attention}.{name}", f"{MIXER}.module.{name}", bias=biased)
+    return (
+        table
+        | linear(f"{layer}.attention.output.dense", f"{MIXER}.module.out", bias=True)
+        | linear(f"{layer}.intermediate.dense", f"{BLOCK}.module.up", bias=True)
+        | linear(f"{layer}.output.dense", f"{BLOCK}.module.down", bias=True)
     )
 
 
@@ -57,14 +64,10 @@ def bert_table(config: Published) -> Table:
         f"{embeddings}.token_type_embeddings.weight": Row("embed.types"),
     }
     table |= norm(f"{embeddings}.LayerNorm", "embed_norm", bias=True)
-    for name in ("query", "key", "value"):
-        table |= linear(f"{layer}.attention.self.{name}", f"{MIXER}.module.{name}", bias=True)
     return (
         table
-        | linear(f"{layer}.attention.output.dense", f"{MIXER}.module.out", bias=True)
+        | _plain_table(layer, "attention.self")
         | norm(f"{layer}.attention.output.LayerNorm", f"{MIXER}.norm_sum", bias=True)
-        | linear(f"{layer}.intermediate.dense", f"{BLOCK}.module.up", bias=True)
-        | linear(f"{layer}.output.dense", f"{BLOCK}.module.down", bias=True)
         | norm(f"{layer}.output.LayerNorm", f"{BLOCK}.norm_sum", bias=True)
         | linear("bert.pooler.dense", "head.map", bias=True)
     )
@@ -112,15 +115,11 @@ def vit_table(config: Published) -> Table:
         "classifier.weight": Row("head.map.kernel", TRANSPOSED),
         "classifier.bias": Row("head.bias"),
     }
-    for name in ("query", "key", "value"):
-        table |= linear(f"{layer}.attention.attention.{name}", f"{MIXER}.module.{name}", bias=biased)
     return (
         table
+        | _plain_table(layer, "attention.attention", biased=biased)
         | norm(f"{layer}.layernorm_before", f"{MIXER}.norm", bias=True)
-        | linear(f"{layer}.attention.output.dense", f"{MIXER}.module.out", bias=True)
         | norm(f"{layer}.layernorm_after", f"{BLOCK}.norm", bias=True)
-        | linear(f"{layer}.intermediate.dense", f"{BLOCK}.module.up", bias=True)
-        | linear(f"{layer}.output.dense", f"{BLOCK}.module.down", bias=True)
         | norm("vit.layernorm", "norm", bias=True)
     )
 
@@ -203,7 +202,7 @@ def whisper(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
     The models read log-mel frames. They have LayerNorm before each block, and keys without bias.
     """
     refuse(config, scale_embedding=False)
-    around, kind = Spec(nn.LayerNorm, eps=1e-5), activation_of(config["activation_function"])
+    around = Spec(nn.LayerNorm, eps=1e-5)
 
     def parts(stack: str) -> tuple[Spec, Spec]:
         attention = Spec(
@@ -212,8 +211,7 @@ def whisper(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
             position=None,
             use_bias=("query", "value", "out"),
         )
-        hidden = config[f"{stack}_ffn_dim"]
-        return attention, Spec(nn.FeedForward, hidden=hidden, activation=kind, gated=False, use_bias=True)
+        return attention, biased_block(config[f"{stack}_ffn_dim"], config["activation_function"])
 
     encoder = TransformerConfig(
         vocabulary=config["vocab_size"],
