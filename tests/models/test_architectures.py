@@ -16,7 +16,7 @@ from published_more import BERT, T5, T5_GATED, VIT, WHISPER
 
 from jaxattn.models import EncoderDecoder, Transformer, from_plain, generate, to_plain
 from jaxattn.models.pretrained import decoders, encoders
-from jaxattn.models.pretrained.weights import assign
+from jaxattn.models.pretrained.weights import assign, published
 
 B, LENGTH = 2, 512
 slow = pytest.mark.slow
@@ -189,6 +189,9 @@ def test_names_that_do_not_fit_are_refused():
     assign(model, weights | {"transformer.h.1.attn.mask": np.zeros(3)}, names, ignored=["transformer.h.*.attn.mask"])
     with pytest.raises(ValueError, match=r"transformer\.wpe\.weight makes \(3, 3\) of positions\.table"):
         assign(model, weights | {"transformer.wpe.weight": np.zeros((3, 3))}, names)
+    without = {name: row for name, row in names.items() if name != "transformer.wpe.weight"}
+    with pytest.raises(ValueError, match=r"the table has no names for the parameters \['positions\.table'\]"):
+        published(model, without)
     with pytest.raises(ValueError, match="the activation 'mish' is not known"):
         config(family.config | {"activation_function": "mish"})
     with pytest.raises(ValueError, match="config has scale_attn_by_inverse_layer_idx=True: need False"):

@@ -139,17 +139,24 @@ def assign(model: nnx.Module, weights: Mapping[str, Any], table: Table, ignored:
 
 
 def published(model: nnx.Module, table: Table) -> dict[str, np.ndarray]:
-    """Returns published name -> array of the parameters of a model: the inverse of `assign`."""
+    """Returns published name -> array of the parameters of a model: the inverse of `assign`.
+
+    Raises:
+        ValueError: A parameter has no row in the table, so that it would be lost.
+    """
     params: dict[str, np.ndarray] = {}
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         layers, array = _layers_of(model, ".".join(map(str, path))), np.asarray(param[...])
         params |= dict(zip(layers, array, strict=True)) if "runs" in path else {layers[0]: array}
-    arrays = {}
+    arrays, written = {}, set()
     for pattern, row in table.items():
         numbers = {_match(row.all[0], path) for path in params} - {None}
         for number in sorted(numbers, key=str):
-            parts = [params[path.replace("*", str(number))] for path in row.all]
-            arrays[pattern.replace("*", str(number))] = row.layout.write(*parts)
+            paths = [path.replace("*", str(number)) for path in row.all]
+            arrays[pattern.replace("*", str(number))] = row.layout.write(*(params[path] for path in paths))
+            written.update(paths)
+    if lost := sorted(set(params) - written):
+        raise ValueError(f"the table has no names for the parameters {lost}")
     return arrays
 
 
