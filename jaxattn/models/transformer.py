@@ -267,6 +267,7 @@ class Transformer(nnx.Module):
         context: Any = None,
         edits: Mapping[str, Any] = {},
         record: Any = (),
+        start: tuple[Int[Array, ""] | int, Float[Array, "b s d"]] | None = None,
     ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Any]]:
         """Runs the model.
 
@@ -287,6 +288,8 @@ class Transformer(nnx.Module):
                 edit} acts in single layers. Sites of a branch with a name are `name.site`.
             record: Names of sites, each kept whole; or name -> (site, reducer). Records of layers have a leading layer
                 axis; they are a list by layer, with None for layers without the site, where shapes differ.
+            start: A pair (layer, its `resid_pre`) from which the run begins, where earlier layers are as in a run
+                before. They cost nothing then, their edits do nothing, and their records are NaN (integers: −1).
 
         Returns:
             A triple (logits, state, records).
@@ -321,7 +324,17 @@ class Transformer(nnx.Module):
             row = nn.behind_prefix(row, len(x), self.config.meta_tokens)
         asked = {name: each for name, each in asked.items() if each[0] not in OF_MODEL}
         changes = {site: each for site, each in changes.items() if site not in OF_MODEL}
-        x, state, records = self.layers(x, row, state=state, context=context, edits=changes, record=asked)
+        from_layer: Any = 0
+        if start is not None:
+            from_layer, resid = start
+            if jnp.shape(resid) != x.shape:
+                raise ValueError(f"start has a residual stream of shape {jnp.shape(resid)}: need {x.shape}")
+            if tap.sites & {"embed"}:
+                raise ValueError("start leaves the embedding out, but there is an edit or a record of the site 'embed'")
+            x = jnp.asarray(resid)
+        x, state, records = self.layers(
+            x, row, state=state, context=context, edits=changes, record=asked, start=from_layer
+        )
         x = strip(x)
         x = tap("final_norm", x if self.norm is None else _normed(self.norm, x, tap, "final_norm_scale"))
         logits = tap("logits", x if self.head is None else self.head(x, self.embed, of_inputs))
@@ -362,6 +375,8 @@ class Transformer(nnx.Module):
         context: Any = None,
         edits: Mapping[str, Any] = {},
         record: Any = (),
+        start: Int[Array, ""] | int = 0,
+        stop: Int[Array, ""] | int | None = None,
     ) -> tuple[Float[Array, "b t d"], Any, dict[str, Any]]:
         """Runs the model between embedding and final norm, without its meta tokens.
 
@@ -372,10 +387,26 @@ class Transformer(nnx.Module):
             context: As of the model.
             edits: As of the model, at sites of layers.
             record: As of the model, at sites of layers.
+            start: The first layer that runs, and reads x. Layers that do not run cost nothing, and their records are
+                NaN (integers: −1). It may be traced, so that one program serves all layers.
+            stop: The layer before which the run ends; None for after the last.
 
         Returns:
-            A triple (x after all layers, state, records).
+            A triple (x after the last of the layers that run, state, records).
+
+        Raises:
+            ValueError: Layers are left out where there is a state, or where a layer reads the keys of another.
         """
+        count = sum(self.lengths)
+        runs_all = isinstance(start, int) and start == 0 and stop is None
+        if not runs_all:
+            if state is not None:
+                raise ValueError("start or stop leaves layers out, but there is a state, which needs all of them")
+            if any(self.reads):
+                raise ValueError("start or stop leaves layers out, but a layer reads the keys of another")
+            for name, end in (("start", start), ("stop", stop)):
+                if isinstance(end, int) and not 0 <= end <= count:
+                    raise ValueError(f"{name} is {end}: need a layer from 0 to {count}")
         if tokens is None:
             tokens = self.tokens(x, state=state)
             tokens = tokens if state is None else tokens.moved(tokens.positions + self.config.meta_tokens)
@@ -399,7 +430,7 @@ class Transformer(nnx.Module):
 
             def layer(carry, slices, graph=graph, given=given, of_run=of_run, edits_of=edits_of, gives=gives):
                 x, keys = carry
-                arrays, state, edits = slices
+                arrays, state, edits, _ = slices
                 block = nnx.merge(graph, arrays)
                 tap = Tap(edits_of(edits), of_run).at(tokens)
                 give: dict[str, Any] | None = {} if gives else None
@@ -407,13 +438,15 @@ class Transformer(nnx.Module):
                 keys = keys if give is None else give["keys"]
                 return (x, keys), (state, tap.records, nnx.state(block, nnx.RngCount))
 
-            own = arrays, None if state is None else state[number], sliced
+            numbers = jnp.arange(first, first + length)
+            own = arrays, None if state is None else state[number], sliced, numbers
             keys = None
             if gives:  # what the carry begins with has the shapes of what the first layer gives
                 one = jax.tree.map(lambda x: x[0], own)
                 shapes = jax.eval_shape(lambda x, one, layer=layer: layer((x, None), one)[0][1], x, one)
                 keys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            (x, keys), (new_state, records, counts) = jax.lax.scan(layer, (x, keys), own)
+            some = layer if runs_all else _between(layer, graph, start, count if stop is None else stop)
+            (x, keys), (new_state, records, counts) = jax.lax.scan(some, (x, keys), own)
             shared = keys if gives else shared  # several runs may read the same keys
             first += length
             if not run.deterministic:
@@ -465,6 +498,28 @@ class Transformer(nnx.Module):
             return state
         meta = jnp.broadcast_to(self.meta[...], (batch, *self.meta.shape))
         return self.layers(meta, state=state)[1]
+
+
+def _between(layer: Callable[..., Any], graph: Any, start: Any, stop: Any) -> Callable[..., Any]:
+    """Returns the body of a scan that leaves out the layers before `start` and from `stop` on."""
+
+    def left_out(carry, slices):
+        _, (_, records, _) = jax.eval_shape(layer, carry, slices)
+        records = jax.tree.map(lambda x: jnp.full(x.shape, _nothing(x.dtype), x.dtype), records)
+        return carry, (None, records, nnx.state(nnx.merge(graph, slices[0]), nnx.RngCount))
+
+    def some(carry, slices):
+        number = slices[-1]
+        return jax.lax.cond((number >= start) & (number < stop), layer, left_out, carry, slices)
+
+    return some
+
+
+def _nothing(dtype: Any) -> float | int:
+    """Returns the value that stands for no record."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.nan
+    return -1 if jnp.issubdtype(dtype, jnp.signedinteger) else 0
 
 
 def _stack(spec: Layer, length: int, config: TransformerConfig, rngs: nnx.Rngs) -> Block:
