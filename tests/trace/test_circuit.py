@@ -1,0 +1,114 @@
+"""Edges: their scores add up to the gradient of the writer, and circuits of all and of no edges are the two runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from looked_at import D, K, L, N, last, model, prompts
+
+from jaxattn import trace
+
+CLOSE = {"rtol": 1e-8, "atol": 1e-11}
+KINDS = ["sequential", "parallel", "sandwich"]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def full(value, writers=1 + L * N + L):
+    shapes = ((L, N), (L, K), (L, K), (L,), ())
+    return trace.Circuit(*(jnp.full((writers, *shape), value) for shape in shapes))
+
+
+def total(scores):
+    """The sum over all readers, by writer."""
+    return sum(x.reshape(len(x), -1).sum(1) for x in jax.tree.leaves(scores))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_edges_of_a_writer_add_up_to_its_gradient(kind):
+    made = model(kind)
+    base, source = prompts()
+    scores = trace.edge_attribution(made, base, source, last)
+    whole = trace.attribution(made, base, source, last, ("embed", "z", "mlp_out"))
+    expected = [whole["embed"].sum()[None], whole["z"].sum((1, 2)).reshape(-1), whole["mlp_out"].sum((1, 2))]
+    np.testing.assert_allclose(total(scores), np.concatenate(expected), **CLOSE)
+    # A head reads what is before its layer only, a block also the heads of its own layer if it stands behind them.
+    heads = np.abs(scores.query[1 : 1 + L * N]).reshape(L, N, L, N).sum((1, 3)) > 0
+    np.testing.assert_array_equal(heads, np.triu(np.ones((L, L), bool), 1))
+    blocks = np.abs(scores.mlp[1 : 1 + L * N]).reshape(L, N, L).sum(1) > 0
+    np.testing.assert_array_equal(blocks, np.triu(np.ones((L, L), bool), 1 if kind == "parallel" else 0))
+    assert scores.names()[:3] == ["embed", "0.0", "0.1"]
+    assert len(scores.names()) == len(scores.output)
+
+
+def test_along_the_path_of_embeddings_the_edges_of_the_embedding_are_complete():
+    base, source = prompts()
+    scores = trace.edge_attribution(model(), base, source, last, steps=32)
+    gap = last(model()(source)[0]) - last(model()(base)[0])
+    np.testing.assert_allclose(total(scores)[0], gap, rtol=2e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_edges_are_the_base_and_none_the_source(kind):
+    made = model(kind)
+    base, source = prompts()
+    for value, tokens in ((True, base), (False, source)):
+        logits = trace.with_edges(made, base, source, full(value))
+        np.testing.assert_allclose(logits, made(tokens)[0], **CLOSE)
+
+
+def test_the_edge_of_a_head_to_the_output_is_its_direct_path():
+    """Without one edge to the output the logits move as the frozen path says, but that the norm is not frozen: so both
+    are computed with the last stream."""
+    made = model()
+    base, source = prompts()
+    kept = full(True)
+    kept = trace.Circuit(kept.query, kept.key, kept.value, kept.mlp, kept.output.at[1 + N + 2].set(False))
+    logits = trace.with_edges(made, base, source, kept)
+    z, other = (made(x, record=("z",))[2]["z"] for x in (base, source))
+    out = made.runs[0].branches[0].module.out.kernel[...].reshape(L, N, -1, D)[1, 2]
+    change = (other - z)[1, :, :, 2] @ out
+    expected = made(base, edits={"resid": {L - 1: trace.Add(change)}})[0]
+    np.testing.assert_allclose(logits, expected, **CLOSE)
+
+
+def test_the_edge_of_a_head_to_a_key_is_its_path():
+    """The same with keys: as `path` from head 2 of layer 0 to key head 1 of layer 1."""
+    made = model()
+    base, source = prompts()
+    kept = full(True)
+    key = kept.key.at[1 + 2, 1, 1].set(False)
+    logits = trace.with_edges(made, base, source, trace.Circuit(kept.query, key, kept.value, kept.mlp, kept.output))
+    receivers = {"k": jnp.zeros((L, K), bool).at[1, 1].set(True)}
+    expected = trace.path(made, base, source, lambda x: x, trace.heads(made), receivers).metric[0, 2]
+    np.testing.assert_allclose(logits, expected, **CLOSE)
+
+
+def test_circuits_of_growing_size():
+    made = model()
+    base, source = prompts()
+    scores = trace.edge_attribution(made, base, source, last, steps=4)
+    found = trace.faithfulness(made, base, source, last, scores, [0, 20, scores.count], key=jax.random.key(0))
+    np.testing.assert_allclose(found.kept[jnp.array([0, 2])], [0, 1], **CLOSE)
+    np.testing.assert_allclose(found.random[jnp.array([0, 2])], [0, 1], **CLOSE)
+    top = trace.largest(scores, 20)
+    assert top.count == 20
+    flat = jnp.abs(jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(scores)]))
+    on = jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(top)])
+    assert flat[on].min() >= flat[~on].max()
+    alone = (last(trace.with_edges(made, base, source, top)) - last(made(source)[0])) / (
+        last(made(base)[0]) - last(made(source)[0])
+    )
+    np.testing.assert_allclose(found.kept[1], alone, **CLOSE)
+
+
+def test_bad_input_says_what_is_wrong():
+    base, source = prompts()
+    with pytest.raises(ValueError, match="the same number of tokens"):
+        trace.edge_attribution(model(), base, source[:, :5], last)
+    with pytest.raises(ValueError, match="steps is 0"):
+        trace.edge_attribution(model(), base, source, last, steps=0)
