@@ -34,6 +34,7 @@ from jaxattn.core.attend.mask import (
 )
 from jaxattn.core.attend.measure import (
     ArgMax,
+    AtLags,
     Distance,
     Entropy,
     LagProfile,
@@ -91,6 +92,7 @@ __all__ = [
     "Alibi",
     "Ancestors",
     "ArgMax",
+    "AtLags",
     "Bias",
     "Bilinear",
     "BlockIndex",

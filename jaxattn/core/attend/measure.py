@@ -240,6 +240,24 @@ class LagProfile(Measure):
 
 
 @part
+class AtLags(Measure):
+    """The weights of the keys some tokens back, w_{i, i−d} by positions, 0 where there is none. [..., T, N, lags]
+
+    Lag 0 is the query's own token and lag 1 the one before. Where tokens repeat with period P, induction heads look at
+    lag P − 1.
+
+    Attributes:
+        lags: Integers [lags].
+    """
+
+    lags: Int[Array, " lags"] | tuple[int, ...]
+
+    def __call__(self, view, tile):
+        here = ((tile.query - tile.key)[..., None, :] == jnp.asarray(self.lags)[:, None]) & tile.visible[..., None, :]
+        return jnp.where(here, view.weights[..., None, :], 0).sum(-1)
+
+
+@part
 class RowsOf(Measure):
     """All weights of the queries at a few positions, [..., N, R, S]. Rows are zeros where no query stands.
 
