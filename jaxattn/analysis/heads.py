@@ -1,9 +1,19 @@
-"""Per-head statistics of recorded attention weights."""
+"""What heads do: statistics of their weights, and scores that tell previous-token and induction heads.
 
+Nothing of size T x T is held, so contexts may be long; only `head_statistics` takes weights that were recorded whole.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from jaxattn.core.attend.measure import AtLags, Distance, Entropy, Mass, Measure
 from jaxattn.core.part import part
+from jaxattn.trace import run
+from jaxattn.trace.patching import as_inputs
 
 
 @part
@@ -38,3 +48,136 @@ def head_statistics(weights: Float[Array, "*layers b n t s"]) -> HeadStatistics:
         return (rows * seen).sum((-3, -1)) / jnp.maximum(seen.sum((-3, -1)), 1)
 
     return HeadStatistics(mean(entropy), mean(p[..., 0]))
+
+
+USUAL: dict[str, Measure] = {
+    "entropy": Entropy(),
+    "first": Mass(jnp.zeros(1, jnp.int32), 1),
+    "previous": AtLags((1,)),
+    "distance": Distance(),
+}
+"""The measures of `statistics`: the entropy in nats, the weight of the first token (sinks) and of the token before, and
+the mean distance in tokens."""
+
+
+def statistics(
+    model: Any, inputs: Any, measures: Mapping[str, Measure] = USUAL, **options: Any
+) -> dict[str, Float[Array, "layers n ..."]]:
+    """Returns measures of the weights of every head, each a mean over all tokens that are no padding.
+
+    Measures of whole calls, such as `Received` and `LagProfile`, are a mean over the batch.
+
+    Args:
+        model: The model.
+        inputs: Its inputs: tokens, or a tuple of inputs.
+        measures: Name -> measure.
+        options: Other arguments of the model. Padding has position −1 in `positions`.
+
+    Returns:
+        Name -> [L, N], with further axes if the measure has them; a list by layer where layers differ.
+    """
+    inputs = as_inputs("inputs", inputs)
+    record = {name: ("weights", measure) for name, measure in measures.items()}
+    _, records = run(model, *inputs, record=record, **options)
+    places = options.get("positions")
+    seen = jnp.asarray(True) if places is None else jnp.atleast_2d(jnp.asarray(places)) >= 0
+
+    def mean(name: str, x: Array, axis: int) -> Array:
+        if measures[name].over == "sum":
+            return x.mean(axis)
+        on = jnp.broadcast_to(seen, x.shape[axis : axis + 2])
+        on = on.reshape(*on.shape, *(1,) * (x.ndim - axis - 2))
+        return jnp.where(on, x, 0).sum((axis, axis + 1)) / jnp.maximum(on.sum(), 1)
+
+    def of(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [None if each is None else jax.tree.map(lambda x: mean(name, x, 0), each) for each in value]
+        return jax.tree.map(lambda x: mean(name, x, 1), value)
+
+    return {name: of(name, value) for name, value in records.items()}
+
+
+def between_classes(
+    model: Any, inputs: Any, classes: Int[Array, "b t"], size: int, **options: Any
+) -> Float[Array, "layers n from to"]:
+    """Returns how much the tokens of one class read from those of another, [L, N, G, G], each row a mean over queries.
+
+    Args:
+        model: The model.
+        inputs: Its inputs.
+        classes: [B, T], the class of the token at each position, 0 .. size − 1; −1 for tokens that are left out.
+        size: G.
+        options: As of `statistics`.
+    """
+    groups = jnp.asarray(classes)
+    record = {"mass": ("weights", Mass(groups, size))}
+    _, records = run(model, *as_inputs("inputs", inputs), record=record, **options)
+    reading = jax.nn.one_hot(groups, size, dtype=records["mass"].dtype)  # [B, T, G]
+    total = jnp.einsum("btf,lbtng->lnfg", reading, records["mass"])
+    return total / jnp.maximum(reading.sum((0, 1)), 1)[:, None]
+
+
+def repeated_tokens(
+    key: Array, batch: int, period: int, vocabulary: int, *, first: int | None = None
+) -> Int[Array, "b t"]:
+    """Returns random tokens that come twice, [B, 2 P], behind the token `first` if it is given.
+
+    Args:
+        key: The key.
+        batch: B.
+        period: P.
+        vocabulary: Tokens are from 0 .. vocabulary − 1.
+        first: A token that every text begins with.
+    """
+    tokens = jnp.tile(jax.random.randint(key, (batch, period), 0, vocabulary), (1, 2))
+    return tokens if first is None else jnp.concatenate([jnp.full((batch, 1), first), tokens], 1)
+
+
+class HeadScores(NamedTuple):
+    """How much heads look at certain tokens while random tokens come for the second time: means of weights, 0 to 1.
+
+    Attributes:
+        previous: [L, N], the token before: previous-token heads.
+        duplicate: [L, N], the same token in the first copy: duplicate-token heads.
+        induction: [L, N], the token behind the same token in the first copy: induction heads (Olsson et al., 2022).
+        first: [L, N], the first token: sinks.
+        chance: The mean of each of them if all visible tokens had the same weight.
+    """
+
+    previous: Array
+    duplicate: Array
+    induction: Array
+    first: Array
+    chance: float
+
+
+def head_scores(
+    model: Any,
+    key: Array,
+    *,
+    vocabulary: int | None = None,
+    batch: int = 4,
+    period: int = 50,
+    first: int | None = None,
+    **options: Any,
+) -> HeadScores:
+    """Returns the scores of all heads on random tokens that come twice.
+
+    Args:
+        model: A decoder, at least 2 P tokens long.
+        key: The key of the tokens.
+        vocabulary: The number of tokens that are drawn from; by default those of the model.
+        batch: How many texts.
+        period: P, how many tokens are repeated.
+        first: A token that every text begins with, such as the one by which texts begin in training.
+        options: Other arguments of the model.
+    """
+    vocabulary = model.config.vocabulary if vocabulary is None else vocabulary
+    tokens = repeated_tokens(key, batch, period, vocabulary, first=first)
+    lags = {"lags": ("weights", AtLags((1, period, period - 1))), "first": ("weights", USUAL["first"])}
+    _, records = run(model, tokens, record=lags, **options)
+    second = slice(tokens.shape[1] - period, None)
+    previous, duplicate, induction = jnp.moveaxis(records["lags"][:, :, second].mean((1, 2)), -1, 0)
+    counts = jnp.arange(tokens.shape[1])[second] + 1
+    sink = records["first"][:, :, second, :, 0].mean((1, 2))
+    return HeadScores(previous, duplicate, induction, sink, float((1 / counts).mean()))
