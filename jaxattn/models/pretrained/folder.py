@@ -1,4 +1,4 @@
-"""Published models in folders, as Hugging Face's: config.json, weights as safetensors, tokenizer.json."""
+"""Published models in GGUF files, and in folders as Hugging Face's: config.json, safetensors, tokenizer.json."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,8 @@ from flax import nnx
 
 from jaxattn.models.config import TransformerConfig
 from jaxattn.models.encoder_decoder import EncoderDecoder
-from jaxattn.models.pretrained import decoders, encoders
+from jaxattn.models.pretrained import decoders, encoders, tokenizer
+from jaxattn.models.pretrained.gguf_file import GgufFile
 from jaxattn.models.pretrained.weights import Table, assign, published
 from jaxattn.models.transformer import Transformer
 
@@ -92,13 +93,15 @@ class Pretrained:
 
     Attributes:
         model: The model, in evaluation mode.
-        tokenizer: The tokenizer of the folder (a `tokenizers.Tokenizer`), or None if there is none.
+        tokenizer: The tokenizer (a `tokenizers.Tokenizer`), or None if there is none.
         config: The numbers of config.json, as they were published.
+        chat_template: The Jinja template that turns messages into a prompt, as text, or None if there is none.
     """
 
     model: Any
     tokenizer: Any = None
     config: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
 
 
 class _Files(Mapping[str, np.ndarray]):
@@ -136,45 +139,61 @@ class _Renamed(Mapping[str, np.ndarray]):
         return len(self.names)
 
 
-def load_pretrained(folder: str | Path, *, dtype: Literal["float32", "bfloat16", "float64"] = "float32") -> Pretrained:
-    """Returns the published model in a folder, with its tokenizer.
+def load_pretrained(path: str | Path, *, dtype: Literal["float32", "bfloat16", "float64"] = "float32") -> Pretrained:
+    """Returns the published model in a folder or in a GGUF file, with its tokenizer.
 
     The weights stay as they were published: nothing is folded into a norm, scaled, or re-ordered beyond the layout of
-    a map. They are read from the files one parameter after the other.
+    a map. They are read from the files one parameter after the other. Weights that a GGUF file has in blocks of a few
+    bits are computed with in full.
 
     Args:
-        folder: A folder with config.json, and one or several safetensors files; with tokenizer.json for a tokenizer.
+        path: A folder with config.json, and one or several safetensors files; with tokenizer.json for a tokenizer. Or
+            a GGUF file, which has all of it.
         dtype: Of the computation; parameters are float32, or float64 with "float64".
 
     Raises:
         ValueError: There is no config.json, its `model_type` or an option of it is not known, the weights are in a
-            format that runs code when it is read, or names or shapes do not fit: all of them are listed.
+            format that runs code when it is read, names or shapes do not fit (all of them are listed), or a GGUF file
+            has a tokenizer of an unknown kind.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"folder is {str(folder)!r}, which has no config.json: need the folder of a published model")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    family = family_of(config)
-    files = sorted(folder.glob("*.safetensors"))
+    path = Path(path)
+    if path.is_file():
+        weights = GgufFile(path)
+        words, template = tokenizer.of_metadata(weights.vocabulary), weights.vocabulary.get("chat_template")
+        return Pretrained(_filled(weights.config, weights, dtype), words, weights.config, template)
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"path is {str(path)!r}, which has no config.json and is no file: need the folder of a published model, or "
+            "a GGUF file"
+        )
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    family_of(config)
+    files = sorted(path.glob("*.safetensors"))
     if not files:
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         hint = (
             f": {pickles[0]} may run code when it is read; convert it where torch is installed, by safetensors.torch."
             f"save_file(torch.load({pickles[0]!r}, weights_only=True), 'model.safetensors')"
             if pickles
             else ""
         )
-        raise ValueError(f"folder {str(folder)!r} has no safetensors files{hint}")
-    model = build(config, dtype)
-    table = family.table(config)
-    weights = _Files(files)
-    assign(model, _Renamed(weights, _full_names(weights, family)), table, family.ignored)
-    tokenizer = None
-    if (folder / "tokenizer.json").is_file():
+        raise ValueError(f"folder {str(path)!r} has no safetensors files{hint}")
+    words, template = None, None
+    if (path / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return Pretrained(model, tokenizer, config)
+        words = Tokenizer.from_file(str(path / "tokenizer.json"))
+    if (path / "chat_template.jinja").is_file():
+        template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    return Pretrained(_filled(config, _Files(files), dtype), words, config, template)
+
+
+def _filled(config: Mapping[str, Any], weights: Mapping[str, np.ndarray], dtype: Any) -> Any:
+    """Returns the model of a published config with published weights."""
+    family = family_of(config)
+    model = build(config, dtype)
+    assign(model, _Renamed(weights, _full_names(weights, family)), family.table(config), family.ignored)
+    return model
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -214,7 +233,7 @@ def build(config: Mapping[str, Any], dtype: Literal["float32", "bfloat16", "floa
 
 
 def save_pretrained(loaded: Pretrained, folder: str | Path) -> None:
-    """Writes a folder as Hugging Face's: what `load_pretrained` reads.
+    """Writes a folder as Hugging Face's: what `load_pretrained` reads, also where it came from a GGUF file.
 
     Weights that were float32 come back bit for bit.
 
@@ -232,6 +251,8 @@ def save_pretrained(loaded: Pretrained, folder: str | Path) -> None:
     (folder / "config.json").write_text(json.dumps(loaded.config, indent=2) + "\n", encoding="utf-8")
     if loaded.tokenizer is not None:
         loaded.tokenizer.save(str(folder / "tokenizer.json"))
+    if loaded.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(loaded.chat_template, encoding="utf-8")
 
 
 def _full_names(weights: Mapping[str, Any], family: Family) -> dict[str, str]:

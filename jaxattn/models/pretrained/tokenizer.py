@@ -1,0 +1,91 @@
+"""Tokenizers from vocabularies: byte-level merges, as GPT-2 and its successors have them, from GGUF metadata."""
+
+from collections.abc import Mapping
+from typing import Any
+
+ENGLISH = r"'s|'t|'re|'ve|'m|'ll|'d"
+# The expressions of two publications, which are part of what their vocabularies mean: contractions, words, numbers of
+# at most three digits or of one, signs, line ends, spaces.
+CUT = r"(?i:{english})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3, QWEN2 = (CUT.format(english=ENGLISH, digits=digits) for digits in (r"\p{N}{1,3}", r"\p{N}"))
+
+KINDS = {
+    "gpt-2": "gpt-2",
+    "smollm": "single digits",
+    "starcoder": "single digits",
+    "refact": "single digits",
+    "command-r": "single digits",
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "qwen2": QWEN2,
+}
+"""`tokenizer.ggml.pre` -> how text is cut before merging: as GPT-2, so with single digits, or by an expression."""
+
+CONTROL, USER = 3, 4  # of tokenizer.ggml.token_type: a special token, and text that is never cut
+
+
+def of_metadata(metadata: Mapping[str, Any]) -> Any:
+    """Returns the `tokenizers.Tokenizer` of a GGUF file, or None if it has none.
+
+    Args:
+        metadata: What the file says behind `tokenizer.`.
+
+    Raises:
+        ValueError: The kind of the vocabulary, or of the cuts before merging, is not known.
+    """
+    from tokenizers import AddedToken
+
+    kind = metadata.get("ggml.model", "no_vocab")
+    if kind == "no_vocab":
+        return None
+    if kind != "gpt2":
+        raise ValueError(f"the file has tokenizer.ggml.model={kind!r}: need 'gpt2', merges of bytes")
+    cut = metadata.get("ggml.pre")
+    if cut not in KINDS:
+        raise ValueError(f"the file has tokenizer.ggml.pre={cut!r}: need one of {sorted(KINDS)}")
+    tokens = metadata["ggml.tokens"]
+    merges = [(left, right) for left, right in (merge.split(" ") for merge in metadata["ggml.merges"])]
+    tokenizer = byte_level({token: number for number, token in enumerate(tokens)}, merges, KINDS[cut])
+    kinds = metadata.get("ggml.token_type", [])
+    for wanted in (CONTROL, USER):
+        chosen = [token for token, each in zip(tokens, kinds, strict=False) if each == wanted]
+        tokenizer.add_tokens([AddedToken(token, special=wanted == CONTROL, normalized=False) for token in chosen])
+    if metadata.get("ggml.add_bos_token", KINDS[cut] == LLAMA3):
+        _begin_with(tokenizer, tokens[metadata["ggml.bos_token_id"]])
+    return tokenizer
+
+
+def byte_level(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], cut: str = "gpt-2") -> Any:
+    """Returns a `tokenizers.Tokenizer` that merges bytes (GPT-2; Radford et al., 2019).
+
+    Args:
+        vocabulary: Token -> its number. Bytes are written as GPT-2 writes them.
+        merges: Pairs of tokens, the first to be merged first.
+        cut: How text is cut before: a value of `KINDS`.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    whole = cut == LLAMA3  # a word that is a token is taken without merging
+    tokenizer = Tokenizer(models.BPE(dict(vocabulary), merges, ignore_merges=whole))
+    if cut == QWEN2:
+        tokenizer.normalizer = normalizers.NFC()
+    if cut in ("gpt-2", "single digits"):
+        first: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut == "single digits" else []
+        last = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        first = [pre_tokenizers.Split(Regex(cut), "isolated")]
+        last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, last])
+    tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def _begin_with(tokenizer: Any, token: str) -> None:
+    """Makes every text begin with a token."""
+    from tokenizers import processors
+
+    number = tokenizer.token_to_id(token)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, number)]
+    )
