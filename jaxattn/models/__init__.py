@@ -16,7 +16,7 @@ from jaxattn.models.generate import (
 )
 from jaxattn.models.load import from_plain, load_model, register_specs, to_plain
 from jaxattn.models.patterns import based, hymba, pattern
-from jaxattn.models.pretrained import load_pretrained, save_pretrained
+from jaxattn.models.pretrained import fetch_weights, load_pretrained, save_pretrained
 from jaxattn.models.replace import map_mixers, replace_mixers
 from jaxattn.models.transformer import Transformer
 from jaxattn.nn.spec import Spec
@@ -36,6 +36,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "based",
+    "fetch_weights",
     "from_plain",
     "generate",
     "hymba",
