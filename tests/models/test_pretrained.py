@@ -1,17 +1,20 @@
 """Folders of published models: what is written is read, bit for bit, and what is not understood is refused."""
 
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from published import GEMMA2, GPT2, LLAMA, NEOX, QWEN3
+from published import GEMMA2, GPT2, LLAMA, LLAMA_TIED, NEOX, QWEN3
 from published_more import BERT, T5, VIT, WHISPER
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxattn.models import generate, load_pretrained, save_pretrained
+from jaxattn.models.pretrained import folder as folder_module
 
 PUBLISHED = (GPT2, LLAMA, QWEN3, GEMMA2, NEOX, BERT, VIT, T5, WHISPER)
 FAMILIES = {family.config["model_type"]: family for family in PUBLISHED}
@@ -98,3 +101,80 @@ def test_what_is_not_understood_is_refused(tmp_path):
     written(tmp_path, GPT2, n_positions=9)
     with pytest.raises(ValueError, match=r"transformer\.wpe\.weight makes \(515, 54\) of positions\.table, which is"):
         load_pretrained(tmp_path)
+
+
+def test_a_broken_folder_says_what_is_broken(tmp_path):
+    written(tmp_path, GPT2, files=3)
+    first, second, third = sorted(tmp_path.glob("*.safetensors"))
+    names = {name: file.name for file in (first, second, third) for name in load_file(file)}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    save_file({"transformer.wte.weight": np.zeros((1, 1), np.float32)}, tmp_path / "other.safetensors")
+    load_pretrained(tmp_path)  # the index does not name the other file
+    content = second.read_bytes()
+    second.write_bytes(content[:-4])
+    with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors' is no complete safetensors file"):
+        load_pretrained(tmp_path)
+    second.unlink()
+    with pytest.raises(
+        ValueError, match=r"lacks \['model-00002-of-00003\.safetensors'\], which model\.safetensors\.index"
+    ):
+        load_pretrained(tmp_path)
+    index.write_text("{")
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json' is no JSON: "):
+        load_pretrained(tmp_path)
+    index.unlink()
+    (tmp_path / "other.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has 2 of 3 safetensors files: need all of them"):
+        load_pretrained(tmp_path)
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(ValueError, match=r"both have \['transformer\.h\.0\.attn\.c_proj\.bias'"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json' holds list: need an object of names and values"):
+        load_pretrained(tmp_path)
+
+
+def test_a_model_without_room_says_how_much_it_needs(tmp_path, monkeypatch):
+    weights = written(tmp_path, GPT2)
+    needed = 4 * sum(x.size for x in weights.values())
+    for dtype, factor in (("float32", 1), ("bfloat16", 1)):
+        monkeypatch.setattr(folder_module, "available_memory", lambda factor=factor: factor * needed)
+        load_pretrained(tmp_path, dtype=dtype)
+        monkeypatch.setattr(folder_module, "available_memory", lambda factor=factor: factor * needed - 1)
+        with pytest.raises(MemoryError, match=r"need 0\.00 GiB, but 0\.00 GiB of memory are available"):
+            load_pretrained(tmp_path, dtype=dtype)
+    monkeypatch.undo()
+    assert 2**20 < folder_module.available_memory() < 2**60
+
+
+MEASURE = r"""
+import re, sys
+from jaxattn.models import load_pretrained
+def peak():
+    return int(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1]) * 1024
+small, large = sys.argv[1:]
+load_pretrained(small)
+before = peak()
+loaded = load_pretrained(large)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as Linux says it")
+@pytest.mark.parametrize("vocab_size", [101, 60_000])
+def test_loading_takes_little_more_memory_than_the_file_has(vocab_size, tmp_path):
+    """At most 1.3 times as much, where layers have most of the parameters, and where one table has most of them."""
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 20, "vocab_size": vocab_size}
+    folders = [tmp_path / name for name in ("small", "large")]
+    for each, more in zip(folders, ({}, sizes), strict=True):
+        each.mkdir()
+        written(each, LLAMA_TIED.changed(**more))
+    size = sum(file.stat().st_size for file in folders[1].glob("*.safetensors"))
+    assert size > 120e6
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, folders)], capture_output=True, text=True, check=True
+    )
+    taken = int(done.stdout)
+    assert size < taken < 1.3 * size

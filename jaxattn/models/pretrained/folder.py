@@ -1,6 +1,9 @@
 """Published models in GGUF files, and in folders as Hugging Face's: config.json, safetensors, tokenizer.json."""
 
 import json
+import math
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -108,13 +111,27 @@ class _Files(Mapping[str, np.ndarray]):
     """Arrays of safetensors files by name, read when they are asked for."""
 
     def __init__(self, files: list[Path]):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        self.open = [safe_open(file, framework="np") for file in files]
-        self.where = {name: file for file in self.open for name in file.keys()}  # noqa: SIM118, no mapping
+        self.where: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="np") as opened:
+                    names = list(opened.keys())
+            except SafetensorError as error:
+                raise ValueError(f"file {str(file)!r} is no complete safetensors file: {error}") from error
+            if twice := sorted(set(names) & set(self.where)):
+                raise ValueError(
+                    f"{str(self.where[twice[0]])!r} and {str(file)!r} both have {twice}: need each name once"
+                )
+            self.where |= dict.fromkeys(names, file)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.where[name].get_tensor(name)
+        from safetensors import safe_open
+
+        # Opened anew: the pages of a file that stays open stay in memory beside the arrays that were read from it.
+        with safe_open(self.where[name], framework="np") as opened:
+            return opened.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)
@@ -143,8 +160,8 @@ def load_pretrained(path: str | Path, *, dtype: Literal["float32", "bfloat16", "
     """Returns the published model in a folder or in a GGUF file, with its tokenizer.
 
     The weights stay as they were published: nothing is folded into a norm, scaled, or re-ordered beyond the layout of
-    a map. They are read from the files one parameter after the other. Weights that a GGUF file has in blocks of a few
-    bits are computed with in full.
+    a map. They are read one array after the other into the memory of the parameters, and little more than that is
+    taken. Weights that a GGUF file has in blocks of a few bits are computed with in full.
 
     Args:
         path: A folder with config.json, and one or several safetensors files; with tokenizer.json for a tokenizer. Or
@@ -152,9 +169,10 @@ def load_pretrained(path: str | Path, *, dtype: Literal["float32", "bfloat16", "
         dtype: Of the computation; parameters are float32, or float64 with "float64".
 
     Raises:
-        ValueError: There is no config.json, its `model_type` or an option of it is not known, the weights are in a
-            format that runs code when it is read, names or shapes do not fit (all of them are listed), or a GGUF file
-            has a tokenizer of an unknown kind.
+        ValueError: There is no config.json, its `model_type` or an option of it is not known, a file is missing or
+            broken, the weights are in a format that runs code when it is read, names or shapes do not fit (all of them
+            are listed), or a GGUF file has a tokenizer of an unknown kind.
+        MemoryError: The parameters need more memory than there is. Nothing was read then.
     """
     path = Path(path)
     if path.is_file():
@@ -166,18 +184,9 @@ def load_pretrained(path: str | Path, *, dtype: Literal["float32", "bfloat16", "
             f"path is {str(path)!r}, which has no config.json and is no file: need the folder of a published model, or "
             "a GGUF file"
         )
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = _json(path / "config.json")
     family_of(config)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
-        hint = (
-            f": {pickles[0]} may run code when it is read; convert it where torch is installed, by safetensors.torch."
-            f"save_file(torch.load({pickles[0]!r}, weights_only=True), 'model.safetensors')"
-            if pickles
-            else ""
-        )
-        raise ValueError(f"folder {str(path)!r} has no safetensors files{hint}")
+    files = _weight_files(path)
     words, template = None, None
     if (path / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
@@ -188,12 +197,70 @@ def load_pretrained(path: str | Path, *, dtype: Literal["float32", "bfloat16", "
     return Pretrained(_filled(config, _Files(files), dtype), words, config, template)
 
 
+def _json(file: Path) -> dict[str, Any]:
+    """Returns what a JSON file says."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"file {str(file)!r} is no JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"file {str(file)!r} holds {type(said).__name__}: need an object of names and values")
+    return said
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a folder: those of its index, or the only one, or all."""
+    index, one = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        files = sorted({folder / Path(name).name for name in _json(index).get("weight_map", {}).values()})
+    else:
+        files = [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
+        of = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)\.safetensors$", file.name))}
+        if len(of) == 1 and len(files) != max(of):
+            raise ValueError(
+                f"folder {str(folder)!r} has {len(files)} of {max(of)} safetensors files: need all of them"
+            )
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"folder {str(folder)!r} lacks {missing}, which {index.name} names: need all of them")
+    if not files:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        hint = (
+            f": {pickles[0]} may run code when it is read; convert it where torch is installed, by safetensors.torch."
+            f"save_file(torch.load({pickles[0]!r}, weights_only=True), 'model.safetensors')"
+            if pickles
+            else ""
+        )
+        raise ValueError(f"folder {str(folder)!r} has no safetensors files{hint}")
+    return files
+
+
 def _filled(config: Mapping[str, Any], weights: Mapping[str, np.ndarray], dtype: Any) -> Any:
     """Returns the model of a published config with published weights."""
     family = family_of(config)
     model = build(config, dtype)
+    needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    room = available_memory()
+    if room is not None and needed > room:
+        raise MemoryError(
+            f"the parameters of the model need {needed / 2**30:.2f} GiB, but {room / 2**30:.2f} GiB of memory are "
+            "available: need a smaller model or more memory"
+        )
     assign(model, _Renamed(weights, _full_names(weights, family)), family.table(config), family.ignored)
     return model
+
+
+def available_memory() -> int | None:
+    """Returns the bytes that JAX's default device has left for arrays, or None where the system does not say."""
+    stats = jax.devices()[0].memory_stats()
+    if stats is not None and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -209,7 +276,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def build(config: Mapping[str, Any], dtype: Literal["float32", "bfloat16", "float64"] = "float32") -> Any:
-    """Returns the model of a published config with random parameters, in evaluation mode.
+    """Returns the model of a published config in evaluation mode, without numbers: only shapes, for `assign` to fill.
 
     Args:
         config: The numbers of config.json.
@@ -220,14 +287,18 @@ def build(config: Mapping[str, Any], dtype: Literal["float32", "bfloat16", "floa
     """
     family = family_of(config)
     said = family.configs(config)
-    rngs = nnx.Rngs(0)
-    if isinstance(said, tuple):
-        encoder, decoder = (replace(each, dtype=dtype) for each in said)
-        model: Any = EncoderDecoder(encoder, decoder, share_embedding=family.share_embedding, rngs=rngs)
-    else:
-        model = Transformer(replace(said, dtype=dtype), rngs=rngs)
+
+    def make() -> Any:
+        rngs = nnx.Rngs(0)
+        if isinstance(said, tuple):
+            encoder, decoder = (replace(each, dtype=dtype) for each in said)
+            return EncoderDecoder(encoder, decoder, share_embedding=family.share_embedding, rngs=rngs)
+        return Transformer(replace(said, dtype=dtype), rngs=rngs)
+
+    model = nnx.eval_shape(make)
     if dtype == "float64":
-        nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(model, nnx.Param)))
+        wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float64), nnx.state(model, nnx.Param))
+        nnx.update(model, wide)
     model.eval()
     return model
 

@@ -4,6 +4,7 @@ A GGUF file has the weights of a model, often in blocks of 4 to 8 bits with a co
 vocabulary. Blocks are turned into float32 one array at a time.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -92,6 +93,21 @@ ARCHITECTURES = {
 """`general.architecture`, which is also the `model_type` of config.json -> how its files are read."""
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Where an array is in a file, as bytes of blocks or as numbers."""
+
+    name: str
+    kind: Any
+    offset: int
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @classmethod
+    def of(cls, tensor: Any) -> "_Stored":
+        return cls(tensor.name, tensor.tensor_type, tensor.data_offset, tensor.data.shape, tensor.data.dtype)
+
+
 class GgufFile(Mapping[str, np.ndarray]):
     """The arrays of a GGUF file under their published names, in float32, read when they are asked for.
 
@@ -120,8 +136,8 @@ class GgufFile(Mapping[str, np.ndarray]):
             raise ValueError(
                 f"file {str(path)!r} has general.architecture={name!r}: need one of {sorted(ARCHITECTURES)}"
             )
-        self.architecture = ARCHITECTURES[name]
-        self.arrays = {self._published(each.name): each for each in reader.tensors}
+        self.path, self.architecture = path, ARCHITECTURES[name]
+        self.arrays = {self._published(each.name): _Stored.of(each) for each in reader.tensors}
         numbers = {key.removeprefix(f"{name}."): field for key, field in fields.items() if key.startswith(f"{name}.")}
         self.vocabulary = {
             key.removeprefix("tokenizer."): field for key, field in fields.items() if key.startswith("tokenizer.")
@@ -134,10 +150,12 @@ class GgufFile(Mapping[str, np.ndarray]):
         from gguf import dequantize
 
         stored = self.arrays[name]
+        # Not from the mapped file of the reader, whose pages would stay in memory beside the result.
+        raw = np.fromfile(self.path, stored.dtype, math.prod(stored.shape), offset=stored.offset).reshape(stored.shape)
         try:
-            array = dequantize(np.asarray(stored.data), stored.tensor_type)
+            array = dequantize(raw, stored.kind)
         except NotImplementedError as error:
-            raise ValueError(f"{stored.name} is stored as {stored.tensor_type.name}, which is not known") from error
+            raise ValueError(f"{stored.name} is stored as {stored.kind.name}, which is not known") from error
         if self.architecture.interleaved and (kind := re.search(r"\.([qk])_proj\.", name)):
             heads = self.config["num_attention_heads" if kind[1] == "q" else "num_key_value_heads"]
             array = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
@@ -172,7 +190,7 @@ class GgufFile(Mapping[str, np.ndarray]):
         if table is None:
             raise ValueError("the file has no array token_embd.weight: need the table of tokens")
         config = {
-            "vocab_size": int(table.shape[-1]),
+            "vocab_size": table.shape[0],
             "hidden_size": width,
             "intermediate_size": _taken(numbers, "feed_forward_length"),
             "num_hidden_layers": _taken(numbers, "block_count"),

@@ -8,12 +8,13 @@ the number of a layer:
 Paths are attributes of the model. Layers of a `Transformer` are counted through all of its runs, as `layers.3`.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
@@ -87,10 +88,11 @@ def norm(name: str, path: str, *, bias: bool = False) -> Table:
 def assign(model: nnx.Module, weights: Mapping[str, Any], table: Table, ignored: Iterable[str] = ()) -> None:
     """Puts published arrays into the parameters of the model, in the dtypes of the parameters.
 
-    Arrays are taken from `weights` one parameter after the other, so a mapping that reads a file holds few at a time.
+    Arrays are taken from `weights` one after the other and written where their parameter lies, so that beside the
+    parameters there are only a few copies of one array, when `weights` reads files.
 
     Args:
-        model: The model, which is changed.
+        model: The model, which is changed. It may be without numbers yet, as `nnx.eval_shape` makes one.
         weights: Published name -> array.
         table: Where each goes.
         ignored: Patterns of published names that are no parameters, such as buffers.
@@ -129,13 +131,24 @@ def assign(model: nnx.Module, weights: Mapping[str, Any], table: Table, ignored:
             )
         return array
 
-    for keys, param in params.items():
-        layers = by_layer[keys]
+    # The largest first, while there is room for the copies that are made when one is read.
+    for keys, param in sorted(params.items(), key=lambda item: -math.prod(item[1].shape)):
+        layers, filled = by_layer[keys], _empty(param.shape, param.dtype)
         if "runs" in keys:
-            param[...] = jnp.asarray(np.stack([value(each, param.shape[1:]) for each in layers]), param.dtype)
+            for layer, each in enumerate(layers):
+                filled[layer] = value(each, param.shape[1:])
         else:
-            param[...] = jnp.asarray(value(layers[0], param.shape), param.dtype)
+            filled[...] = value(layers[0], param.shape)
+        param.set_value(jax.device_put(filled))
     nnx.update(model, nnx.from_flat_state(params))
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Returns an array without numbers, which begins where a CPU takes it over without a copy: at 64 bytes."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
 def published(model: nnx.Module, table: Table) -> dict[str, np.ndarray]:
