@@ -1,6 +1,7 @@
 """Published models: from their folders and back, their configs, and the names of their weights."""
 
-from jaxattn.models.pretrained.folder import FAMILIES, Family, Pretrained, load_pretrained, save_pretrained
+from jaxattn.models.pretrained.folder import FAMILIES, Family, load_pretrained, save_pretrained
+from jaxattn.models.pretrained.loaded import Pretrained
 from jaxattn.models.pretrained.packaged import PACKAGED, Archive, Packaged, fetch_weights, fetched, weights_folder
 from jaxattn.models.pretrained.weights import Layout, Row, assign, published
 

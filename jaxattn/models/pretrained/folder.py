@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from jaxattn.models.config import TransformerConfig
 from jaxattn.models.encoder_decoder import EncoderDecoder
 from jaxattn.models.pretrained import decoders, encoders, tokenizer
 from jaxattn.models.pretrained.gguf_file import GgufFile
+from jaxattn.models.pretrained.loaded import Pretrained
 from jaxattn.models.pretrained.weights import Table, assign, published
 from jaxattn.models.transformer import Transformer
 
@@ -90,23 +91,6 @@ FAMILIES = {
 """The `model_type` of config.json -> its family."""
 
 
-@dataclass
-class Pretrained:
-    """What `load_pretrained` returns.
-
-    Attributes:
-        model: The model, in evaluation mode.
-        tokenizer: The tokenizer (a `tokenizers.Tokenizer`), or None if there is none.
-        config: The numbers of config.json, as they were published.
-        chat_template: The Jinja template that turns messages into a prompt, as text, or None if there is none.
-    """
-
-    model: Any
-    tokenizer: Any = None
-    config: dict[str, Any] = field(default_factory=dict)
-    chat_template: str | None = None
-
-
 class _Files(Mapping[str, np.ndarray]):
     """Arrays of safetensors files by name, read when they are asked for."""
 
@@ -164,8 +148,8 @@ def load_pretrained(path: str | Path, *, dtype: Literal["float32", "bfloat16", "
     taken. Weights that a GGUF file has in blocks of a few bits are computed with in full.
 
     Args:
-        path: A folder with config.json, and one or several safetensors files; with tokenizer.json for a tokenizer. Or
-            a GGUF file, which has all of it.
+        path: A folder with config.json, and one or several safetensors files; with tokenizer.json for a tokenizer, or
+            for BERT with vocab.txt, for GPT-2 with vocab.json and merges.txt. Or a GGUF file, which has all of it.
         dtype: Of the computation; parameters are float32, or float64 with "float64".
 
     Raises:
@@ -187,14 +171,13 @@ def load_pretrained(path: str | Path, *, dtype: Literal["float32", "bfloat16", "
     config = _json(path / "config.json")
     family_of(config)
     files = _weight_files(path)
-    words, template = None, None
-    if (path / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        words = Tokenizer.from_file(str(path / "tokenizer.json"))
-    if (path / "chat_template.jinja").is_file():
-        template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-    return Pretrained(_filled(config, _Files(files), dtype), words, config, template)
+    said, template = path / "tokenizer_config.json", path / "chat_template.jinja"
+    settings = _json(said) if said.is_file() else {}
+    words = tokenizer.of_folder(path, config["model_type"], settings)
+    chat = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
+    if isinstance(chat, list):  # several by name
+        chat = {each["name"]: each["template"] for each in chat}.get("default")
+    return Pretrained(_filled(config, _Files(files), dtype), words, config, chat)
 
 
 def _json(file: Path) -> dict[str, Any]:

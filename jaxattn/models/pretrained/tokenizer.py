@@ -1,6 +1,8 @@
-"""Tokenizers from vocabularies: byte-level merges, as GPT-2 and its successors have them, from GGUF metadata."""
+"""Tokenizers from files of a folder and from GGUF metadata: merges of bytes (GPT-2), and pieces of words (BERT)."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 ENGLISH = r"'s|'t|'re|'ve|'m|'ll|'d"
@@ -23,6 +25,83 @@ KINDS = {
 """`tokenizer.ggml.pre` -> how text is cut before merging: as GPT-2, so with single digits, or by an expression."""
 
 CONTROL, USER = 3, 4  # of tokenizer.ggml.token_type: a special token, and text that is never cut
+
+
+def of_folder(folder: Path, kind: str, settings: Mapping[str, Any]) -> Any:
+    """Returns the `tokenizers.Tokenizer` of a folder, which neither pads nor cuts texts off; None if it has none.
+
+    Args:
+        folder: With tokenizer.json; or with vocab.txt (BERT), or with vocab.json and merges.txt (GPT-2).
+        kind: The `model_type` of config.json.
+        settings: What tokenizer_config.json says.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    if (folder / "tokenizer.json").is_file():
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises no narrower one
+            raise ValueError(f"file {str(folder / 'tokenizer.json')!r} is no tokenizer: {error}") from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+    if kind == "bert" and (folder / "vocab.txt").is_file():
+        words = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return word_pieces({word.rstrip("\r"): number for number, word in enumerate(words)}, settings)
+    if kind == "gpt2" and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        tokenizer = byte_level(vocabulary, [(left, right) for left, right in pairs])
+        end = "<|endoftext|>"
+        tokenizer.add_special_tokens([AddedToken(end, special=True, normalized=False)] if end in vocabulary else [])
+        return tokenizer
+    return None
+
+
+def word_pieces(vocabulary: Mapping[str, int], settings: Mapping[str, Any]) -> Any:
+    """Returns a `tokenizers.Tokenizer` that takes the longest pieces of each word (BERT; Devlin et al., 2019).
+
+    Args:
+        vocabulary: Piece -> its number. Pieces that go on within a word begin with ##.
+        settings: What tokenizer_config.json says: `do_lower_case` (by default True), `strip_accents` (by default as
+            letters are lowered), `tokenize_chinese_chars`.
+
+    Raises:
+        ValueError: The vocabulary lacks a special token.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    special = [settings.get(f"{name.lower()}_token", f"[{name}]") for name in ("UNK", "CLS", "SEP", "PAD", "MASK")]
+    if missing := [token for token in special if token not in vocabulary]:
+        raise ValueError(f"the vocabulary has no {missing}: need the special tokens of BERT")
+    unknown, first, last, *_ = special
+    tokenizer = Tokenizer(models.WordPiece(dict(vocabulary), unk_token=unknown, max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {last} $B:1 {last}:1",
+        special_tokens=[(token, vocabulary[token]) for token in (first, last)],
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return tokenizer
+
+
+def bytes_of(token: str) -> bytes:
+    """Returns the bytes of a token that is written as GPT-2 writes bytes.
+
+    Visible characters of Latin-1 stand for themselves; the others are the characters from 256 on, in order. A special
+    token stands for itself.
+    """
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    number = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    return bytes(number[char] for char in token) if set(token) <= set(number) else token.encode()
 
 
 def of_metadata(metadata: Mapping[str, Any]) -> Any:
