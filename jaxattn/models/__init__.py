@@ -3,6 +3,7 @@
 from jaxattn.models.config import Branch, Layer, TransformerConfig, pre_norm
 from jaxattn.models.convert import linearize, matching_loss
 from jaxattn.models.encoder_decoder import EncoderDecoder
+from jaxattn.models.fold import centre_writes, fold_norms
 from jaxattn.models.folded import FoldedDecoder
 from jaxattn.models.generate import (
     Combine,
@@ -36,7 +37,9 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "based",
+    "centre_writes",
     "fetch_weights",
+    "fold_norms",
     "from_plain",
     "generate",
     "hymba",
