@@ -5,9 +5,10 @@ Each command is a plain function; its dataclass arguments are the config files.
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -113,32 +114,50 @@ def generate(
     top_p: float | None = 0.95,
     seed: int = 0,
     folder: str = DEFAULT_FOLDER,
+    model: str | None = None,
+    chat: bool = False,
 ):
     """Continue a text with a trained model.
 
     Args:
         prompt: The text to continue; empty for the start of a document.
-        max_new_tokens: Number of bytes to add at most; up to the model's context if not given.
+        max_new_tokens: Number of bytes to add at most, with `model` of tokens; if not given, up to the model's context,
+            and with `model` 256 at most.
         temperature: Divides the logits; 0 always takes the likeliest byte.
         top_k: Draw from this many likeliest bytes only.
         top_p: Draw from the fewest likeliest bytes that have this probability together.
         seed: Seed of the draw.
         folder: Output folder of the training run.
+        model: A published model in place of one that was trained here: a folder with config.json, or a GGUF file.
+        chat: Whether the prompt is a message that a published model answers.
     """
-    model, _ = models.load_model(folder)
-    tokens = begin(prompt)[None]
-    room = model.config.length - tokens.shape[1]
+    end: int | None
+    read: Callable[[Any], str]
+    if model is None:
+        if chat:
+            raise ValueError("chat is True without model: need a published model, which knows conversations")
+        decoder, _ = models.load_model(folder)
+        tokens, end, limit, read = begin(prompt), EOS, decoder.config.length, decode
+    else:
+        loaded = models.load_pretrained(model)
+        decoder, end, limit, read = loaded.model, loaded.end_token, 256, loaded.decode
+        if not (isinstance(decoder, models.Transformer) and decoder.config.causal):
+            raise ValueError(f"model {model!r} is of kind {loaded.config['model_type']!r}: need a decoder of text")
+        tokens = loaded.chat([{"role": "user", "content": prompt}]) if chat else loaded.encode(prompt)
+        if not len(tokens):
+            raise ValueError("prompt is empty, and this model has no token that begins a text: need a prompt")
+    room = min(decoder.config.length - len(tokens), limit)
     drawn = models.generate(
-        model,
-        tokens,
+        decoder,
+        tokens[None],
         max_new_tokens=max(room, 1) if max_new_tokens is None else max_new_tokens,
         key=jax.random.key(seed),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        end_token=EOS,
+        end_token=end,
     )
-    text = prompt + decode(np.asarray(drawn.tokens[0, : drawn.lengths[0]]))
+    text = ("" if chat else prompt) + read(np.asarray(drawn.tokens[0, : drawn.lengths[0]]))
     print(text)
     return text
 
@@ -243,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     models.register_specs()
     try:
         auto_cli(commands, args=arguments, prog="jaxattn", set_defaults=defaults)
-    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+    except (ValueError, OSError, NotImplementedError, FloatingPointError, MemoryError) as error:
         print(f"jaxattn: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -6,8 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 import yaml
+from flax import nnx
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from jaxattn import Causal, Sigmoid, Window, models, nn
 from jaxattn.__main__ import main
@@ -83,6 +88,32 @@ def test_generate_continues_the_prompt_the_same_way_for_the_same_seed(run, capsy
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("line")
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_continues_with_a_published_model(tmp_path, capsys):
+    """Greedy: the model has one layer that adds nothing, and a head that says which token follows which."""
+    published = {"model_type": "llama", "hidden_act": "silu", "hidden_size": 8, "intermediate_size": 8}
+    published |= {"max_position_embeddings": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "rms_norm_eps": 1e-5}
+    published |= {"num_key_value_heads": 2, "rope_theta": 1e4, "vocab_size": 5, "eos_token_id": 4}
+    model = models.Transformer(models.pretrained.decoders.llama(published), rngs=nnx.Rngs(0))
+    for branch in model.runs[0].branches:
+        last = branch.module.out if branch.mixes else branch.module.down
+        last.kernel[...] = jnp.zeros_like(last.kernel[...])
+    model.embed.table[...] = jnp.eye(5, 8)
+    model.head.map.kernel[...] = jnp.eye(8)[:, jnp.array([7, 0, 1, 2, 3])]  # token t is followed by t + 1
+    words = Tokenizer(WordLevel({"one": 0, "two": 1, "three": 2, "four": 3, "<end>": 4}))
+    words.pre_tokenizer = Whitespace()
+    words.add_special_tokens(["<end>"])
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    models.save_pretrained(models.pretrained.Pretrained(model, words, published, template), tmp_path)
+    asked = ["generate", "--model", str(tmp_path), "--temperature", "0", "--prompt"]
+    main([*asked, "one "])
+    assert capsys.readouterr().out == "one two three four\n"
+    main([*asked, "two", "--chat", "true"])
+    assert capsys.readouterr().out == "three four\n"
+    assert "prompt is empty" in fails(capsys, *asked, "")
+    assert "chat is True without model" in fails(capsys, "generate", "--chat", "true")
+    assert "is no file: need the folder of a published model" in fails(capsys, "generate", "--model", tmp_path / "none")
 
 
 def test_inspect_draws_every_head(run, tmp_path, capsys):
