@@ -52,7 +52,7 @@ from jaxattn.nn.mechanisms import (
 )
 from jaxattn.nn.merged import MergedLinearAttention, MergedSoftmaxHeads
 from jaxattn.nn.mixer import Mixer
-from jaxattn.nn.norm import LayerNorm, RMSNorm
+from jaxattn.nn.norm import AcrossHeads, LayerNorm, RMSNorm
 from jaxattn.nn.prefix import Prefixed, after_prefix, behind_prefix, with_prefix
 from jaxattn.nn.recurrent import (
     LearningInputs,
@@ -78,6 +78,7 @@ __all__ = [
     "S6",
     "SITES",
     "TTT",
+    "AcrossHeads",
     "AdditiveScore",
     "AudioEmbedding",
     "BilinearScore",

@@ -77,7 +77,8 @@ class MultiHeadAttention(Mixer):
         context_features: The channels of `context`; by default D.
         position: The way in which queries and keys are told where they stand, such as `Rotary(10000.0)`; None for not
             at all.
-        qk_norm: A norm of queries and keys over H, before they are turned, such as `Spec(nn.RMSNorm)`.
+        qk_norm: A norm of queries and keys over H, before they are turned, such as `Spec(nn.RMSNorm)`; over all heads
+            together with `Spec(nn.AcrossHeads)`.
         gate: Whether z is multiplied by σ(W_g x) before W_o.
         project: Whether there is W_o; y has N·H channels without.
         dropout: The rate of dropout on the attention weights, active unless `deterministic` (see `nnx.Module.train` and
@@ -193,8 +194,8 @@ class MultiHeadAttention(Mixer):
         )
         self.gate = linear("gate", features, heads * head_dim) if gate else None
         norm_sizes = {"features": head_dim, "dtype": dtype, "rngs": rngs}
-        self.query_norm = built(qk_norm, **norm_sizes)
-        self.key_norm = built(qk_norm, **norm_sizes) if own_keys else None
+        self.query_norm = built(qk_norm, heads=heads, **norm_sizes)
+        self.key_norm = built(qk_norm, heads=key_heads, **norm_sizes) if own_keys else None
         if dropout and "dropout" not in rngs and "default" not in rngs:
             raise ValueError(
                 f"dropout is {dropout} but rngs has no such stream: need nnx.Rngs(0) or nnx.Rngs(dropout=0)"

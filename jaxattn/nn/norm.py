@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxattn.nn.parameter import undecayed
+from jaxattn.nn.spec import Spec
 from jaxattn.nn.tap import Tap
 
 
@@ -75,6 +76,25 @@ class LayerNorm(nnx.Module):
         y: Any = centred * (1 / _root(centred, self.eps, tap, site))
         y = y if self.scale is None else y * self.scale[...]
         return _cast(y if self.bias is None else y + self.bias[...], x, self.dtype)
+
+
+class AcrossHeads(nnx.Module):
+    """A norm of all heads of a token together, over N·H channels, such as that of queries and keys in OLMo 2 (2025).
+
+    Args:
+        features: H, the channels of a head.
+        heads: N, the number of heads.
+        norm: The norm.
+        dtype: The dtype of the result.
+        rngs: Streams for the initial parameters.
+    """
+
+    def __init__(self, features: int, heads: int, *, norm: Spec = Spec(RMSNorm), dtype: Any = None, rngs: nnx.Rngs):
+        self.norm = norm.build(features=features * heads, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*b n h"]) -> Float[Array, "*b n h"]:
+        """Returns the normed x [..., N, H]."""
+        return self.norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
 def _wide(x: Array) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from published import GEMMA2, GPT2, LLAMA, LLAMA_TIED, NEOX, NEOX_SEQUENTIAL, QWEN3, QWEN3_TIED
+from published_decoders import GEMMA, GEMMA3, MISTRAL, OLMO2, QWEN2
 from published_more import BERT, T5, T5_GATED, VIT, WHISPER
 
 from jaxattn.models import EncoderDecoder, Transformer, from_plain, generate, to_plain
@@ -24,8 +25,13 @@ CAUSAL = {
     "GPT-2": (GPT2, decoders.gpt2, decoders.gpt2_table),
     "Llama 3": (LLAMA, decoders.llama, decoders.llama_table),
     "Llama, tied": (LLAMA_TIED, decoders.llama, decoders.llama_table),
+    "Mistral": (MISTRAL, decoders.mistral, decoders.llama_table),
+    "Qwen 2": (QWEN2, decoders.qwen2, decoders.qwen2_table),
     "Qwen 3": (QWEN3, decoders.qwen3, decoders.qwen3_table),
     "Qwen 3, tied": (QWEN3_TIED, decoders.qwen3, decoders.qwen3_table),
+    "OLMo 2": (OLMO2, decoders.olmo2, decoders.olmo2_table),
+    "Gemma": (GEMMA, decoders.gemma, decoders.gemma_table),
+    "Gemma 3": (GEMMA3, decoders.gemma3_text, decoders.gemma3_table),
     "Gemma 2": (GEMMA2, decoders.gemma2, decoders.gemma2_table),
     "GPT-NeoX": (NEOX, decoders.gpt_neox, decoders.gpt_neox_table),
     "GPT-NeoX, sequential": (NEOX_SEQUENTIAL, decoders.gpt_neox, decoders.gpt_neox_table),
@@ -82,7 +88,8 @@ def assert_equal(actual, expected, shown=None):
     np.testing.assert_allclose(actual[where], expected[where], rtol=0, atol=1e-8 * abs(expected).max())
 
 
-SEEN_ELSEWHERE = ("Llama, tied", "Qwen 3, tied", "GPT-NeoX, sequential", "T5 1.1")  # what differs is in another
+# What differs in these is in another.
+SEEN_ELSEWHERE = ("Llama, tied", "Mistral", "Qwen 3, tied", "Gemma", "GPT-NeoX, sequential", "T5 1.1")
 
 
 def by_name(names):
@@ -196,23 +203,3 @@ def test_names_that_do_not_fit_are_refused():
         config(family.config | {"activation_function": "mish"})
     with pytest.raises(ValueError, match="config has scale_attn_by_inverse_layer_idx=True: need False"):
         config(family.config | {"scale_attn_by_inverse_layer_idx": True})
-    with pytest.raises(ValueError, match="need rope_type 'default' or 'llama3'"):
-        decoders.llama(LLAMA.config | {"rope_scaling": {"rope_type": "yarn"}})
-    with pytest.raises(ValueError, match="config has sliding_window=4: need None"):
-        decoders.llama(LLAMA.config | {"sliding_window": 4})
-    with pytest.raises(ValueError, match=r"config has layer_types=\['full_attention'\]: need 3 of"):
-        decoders.gemma2(GEMMA2.config | {"layer_types": ["full_attention"]})
-
-
-def test_rotary_positions_are_read_in_both_forms():
-    """transformers 4 has rope_theta beside rope_scaling, and 5 has both in rope_parameters."""
-    old = LLAMA.config
-    new = {name: value for name, value in old.items() if name not in ("rope_theta", "rope_scaling")}
-    new["rope_parameters"] = old["rope_scaling"] | {"rope_theta": old["rope_theta"]}
-    assert decoders.llama(new) == decoders.llama(old)
-    with pytest.raises(ValueError, match="config has neither rope_theta nor rope_parameters"):
-        decoders.llama(new | {"rope_parameters": None})
-    kinds = ["full_attention", "sliding_attention", "full_attention"]
-    layers = decoders.gemma2(GEMMA2.config | {"layer_types": kinds}).layers
-    masks = [layer.branches[0].module.arguments.get("mask") for layer in layers]
-    assert [mask is None for mask in masks] == [True, False, True]

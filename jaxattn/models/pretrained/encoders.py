@@ -7,11 +7,15 @@ import numpy as np
 from jaxattn import nn
 from jaxattn.core.attend.score import Dot
 from jaxattn.models.config import Branch, Layer, TransformerConfig, pre_norm
-from jaxattn.models.pretrained.decoders import BLOCK, MIXER, QKV, Published, biased_block, refuse
+from jaxattn.models.pretrained.decoders import BLOCK, MIXER, QKV, Published, biased_block, of_published, refuse
 from jaxattn.models.pretrained.weights import CONVOLUTION, FIRST_ROW, TRANSPOSED, Layout, Row, Table, linear, norm
 from jaxattn.nn.spec import Spec
 
+SHARED = Row("decoder.embed.table", copy=True)
+"""A second name of the embedding of the decoder."""
 
+
+@of_published
 def bert(config: Published) -> TransformerConfig:
     """Returns the config of BERT (Devlin et al., 2019).
 
@@ -58,7 +62,7 @@ def _plain_table(layer: str, attention: str, *, biased: bool = True) -> Table:
 def bert_table(config: Published) -> Table:
     """Returns the names of BERT."""
     embeddings, layer = "bert.embeddings", "bert.encoder.layer.*"
-    table: dict[str, Any] = {
+    table: Table = {
         f"{embeddings}.word_embeddings.weight": Row("embed.table"),
         f"{embeddings}.position_embeddings.weight": Row("positions.table"),
         f"{embeddings}.token_type_embeddings.weight": Row("embed.types"),
@@ -73,6 +77,7 @@ def bert_table(config: Published) -> Table:
     )
 
 
+@of_published
 def vit(config: Published) -> TransformerConfig:
     """Returns the config of ViT (Dosovitskiy et al., 2021): patches behind a class token.
 
@@ -107,7 +112,7 @@ def vit_table(config: Published) -> Table:
 
     patches = f"{embeddings}.patch_embeddings.projection"
     biased = config.get("qkv_bias", True)
-    table: dict[str, Any] = {
+    table: Table = {
         f"{embeddings}.cls_token": Row("embed.class_token", FIRST_ROW),
         f"{embeddings}.position_embeddings": Row("positions.table", FIRST_ROW),
         f"{patches}.weight": Row("embed.map.kernel", Layout(rows, convolution)),
@@ -124,6 +129,7 @@ def vit_table(config: Published) -> Table:
     )
 
 
+@of_published
 def t5(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
     """Returns the pair (encoder, decoder) of T5 (Raffel et al., 2020), which share their embedding.
 
@@ -177,7 +183,7 @@ def t5(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
 
 def t5_table(config: Published) -> Table:
     """Returns the names of T5."""
-    table: dict[str, Any] = {"shared.weight": Row("decoder.embed.table")}
+    table: Table = {"shared.weight": Row("decoder.embed.table")}
     names = {"query": "q", "key": "k", "value": "v", "out": "o"}
     for stack, kinds in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
         layer, ours = f"{stack}.block.*.layer", f"{stack}.layers.*.branches"
@@ -193,9 +199,12 @@ def t5_table(config: Published) -> Table:
             table |= linear(f"{layer}.{last}.DenseReluDense.{published}", f"{ours}.{last}.module.{name}")
         first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         table |= {first: Row(f"{stack}.bias.table", TRANSPOSED)} | norm(f"{stack}.final_layer_norm", f"{stack}.norm")
-    return table if config["tie_word_embeddings"] else table | linear("lm_head", "decoder.head.map")
+    copies = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), SHARED)
+    copies |= {"lm_head.weight": SHARED} if config["tie_word_embeddings"] else linear("lm_head", "decoder.head.map")
+    return table | copies
 
 
+@of_published
 def whisper(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
     """Returns the pair (encoder, decoder) of Whisper (Radford et al., 2023).
 
@@ -239,7 +248,7 @@ def whisper(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
 
 def whisper_table(config: Published) -> Table:
     """Returns the names of Whisper. Its convolutions are published as [out, in, width]."""
-    table: dict[str, Any] = {"model.decoder.embed_tokens.weight": Row("decoder.embed.table")}
+    table: Table = {"model.decoder.embed_tokens.weight": Row("decoder.embed.table"), "proj_out.weight": SHARED}
     for name, ours in (("conv1", "first"), ("conv2", "second")):
         table |= {f"model.encoder.{name}.weight": Row(f"encoder.embed.{ours}.kernel", CONVOLUTION)}
         table |= {f"model.encoder.{name}.bias": Row(f"encoder.embed.{ours}.bias")}

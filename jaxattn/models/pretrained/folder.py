@@ -48,12 +48,17 @@ FAMILIES = {
     "gpt2": Family(
         decoders.gpt2,
         decoders.gpt2_table,
-        ("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias", "lm_head.weight"),
+        ("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"),
         "transformer.",
     ),
     "llama": Family(decoders.llama, decoders.llama_table, ("model.layers.*.self_attn.rotary_emb.inv_freq",), "model."),
+    "mistral": Family(decoders.mistral, decoders.llama_table, (), "model."),
+    "qwen2": Family(decoders.qwen2, decoders.qwen2_table, (), "model."),
     "qwen3": Family(decoders.qwen3, decoders.qwen3_table, (), "model."),
+    "olmo2": Family(decoders.olmo2, decoders.olmo2_table, (), "model."),
+    "gemma": Family(decoders.gemma, decoders.gemma_table, (), "model."),
     "gemma2": Family(decoders.gemma2, decoders.gemma2_table, (), "model."),
+    "gemma3_text": Family(decoders.gemma3_text, decoders.gemma3_table, (), "model."),
     "gpt_neox": Family(
         decoders.gpt_neox,
         decoders.gpt_neox_table,
@@ -79,14 +84,10 @@ FAMILIES = {
     "t5": Family(
         encoders.t5,
         encoders.t5_table,
-        (
-            "encoder.embed_tokens.weight",
-            "decoder.embed_tokens.weight",
-            "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-        ),
+        ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
         share_embedding=True,
     ),
-    "whisper": Family(encoders.whisper, encoders.whisper_table, ("proj_out.weight",), "model."),
+    "whisper": Family(encoders.whisper, encoders.whisper_table, (), "model."),
 }
 """The `model_type` of config.json -> its family."""
 

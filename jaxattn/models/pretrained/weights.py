@@ -59,10 +59,13 @@ class Row:
     Attributes:
         paths: The parameters, such as `layers.*.branches.0.module.query.kernel`; one, or several in a tuple.
         layout: How the array holds them.
+        copy: Whether another row has the same parameters, as that of a tied embedding. A file may hold either name, or
+            both with the same numbers; the name of the copy is not written.
     """
 
     paths: str | tuple[str, ...]
     layout: Layout = PLAIN
+    copy: bool = False
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -95,27 +98,27 @@ def assign(model: nnx.Module, weights: Mapping[str, Any], table: Table, ignored:
         model: The model, which is changed. It may be without numbers yet, as `nnx.eval_shape` makes one.
         weights: Published name -> array.
         table: Where each goes.
-        ignored: Patterns of published names that are no parameters, such as buffers.
+        ignored: Patterns of published names that are no parameters, such as buffers; names of the table are used all
+            the same.
 
     Raises:
-        ValueError: There are names that the table does not have, parameters that no name fills, or arrays of another
-            shape.
+        ValueError: There are names that the table does not have, parameters that no name fills, arrays of another
+            shape, or copies that differ.
     """
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    by_layer = {path: _layers_of(model, ".".join(map(str, path))) for path in params}
-    sources: dict[str, tuple[str, int, Layout]] = {}
+    by_layer = {path: _names_of(model, path, param.shape) for path, param in params.items()}
+    sources: dict[str, list[tuple[bool, str, int, Layout]]] = {}  # of each parameter; copies come last
     unused = []
     for name in weights:
-        if any(_match(pattern, name) is not None for pattern in ignored):
-            continue
         rows = [(row, number) for pattern, row in table.items() if (number := _match(pattern, name)) is not None]
-        if not rows:
+        if not rows and all(_match(pattern, name) is None for pattern in ignored):
             unused.append(name)
         for row, number in rows:
             for index, path in enumerate(row.all):
-                sources[path.replace("*", number)] = (name, index, row.layout)
+                found = sources.setdefault(path.replace("*", number), [])
+                found.insert(len(found) if row.copy else 0, (row.copy, name, index, row.layout))
     there = {path for paths in by_layer.values() for path in paths}
-    unused += sorted({name for path, (name, *_) in sources.items() if path not in there})
+    unused += sorted({name for path, found in sources.items() if path not in there for _, name, *_ in found})
     if unused or there - set(sources):
         raise ValueError(
             f"the weights do not fit the model: unused names {sorted(unused)}; parameters without weights "
@@ -123,22 +126,29 @@ def assign(model: nnx.Module, weights: Mapping[str, Any], table: Table, ignored:
         )
 
     def value(path: str, shape: tuple[int, ...]) -> np.ndarray:
-        name, index, layout = sources[path]
-        array = layout.read(np.asarray(weights[name]))[index]
-        if array.shape != shape:
+        arrays = [layout.read(np.asarray(weights[name]))[index] for _, name, index, layout in sources[path]]
+        names = [name for _, name, *_ in sources[path]]
+        if arrays[0].shape != shape:
             raise ValueError(
-                f"the weights do not fit the model: {name} makes {array.shape} of {path}, which is {shape} in the model"
+                f"the weights do not fit the model: {names[0]} makes {arrays[0].shape} of {path}, which is {shape} in "
+                "the model"
             )
-        return array
+        for name, array in zip(names, arrays, strict=True):
+            if not np.array_equal(array, arrays[0]):
+                raise ValueError(
+                    f"the weights do not fit the model: {name} differs from {names[0]}, but by the config both are "
+                    f"{path} (tied)"
+                )
+        return arrays[0]
 
     # The largest first, while there is room for the copies that are made when one is read.
     for keys, param in sorted(params.items(), key=lambda item: -math.prod(item[1].shape)):
-        layers, filled = by_layer[keys], _empty(param.shape, param.dtype)
-        if "runs" in keys:
-            for layer, each in enumerate(layers):
-                filled[layer] = value(each, param.shape[1:])
+        names, filled = by_layer[keys], _empty(param.shape, param.dtype)
+        if names == [_joined(keys)]:
+            filled[...] = value(names[0], param.shape)
         else:
-            filled[...] = value(layers[0], param.shape)
+            for layer, each in enumerate(names):
+                filled[layer] = value(each, param.shape[1:])
         param.set_value(jax.device_put(filled))
     nnx.update(model, nnx.from_flat_state(params))
 
@@ -159,10 +169,12 @@ def published(model: nnx.Module, table: Table) -> dict[str, np.ndarray]:
     """
     params: dict[str, np.ndarray] = {}
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        layers, array = _layers_of(model, ".".join(map(str, path))), np.asarray(param[...])
-        params |= dict(zip(layers, array, strict=True)) if "runs" in path else {layers[0]: array}
+        names, array = _names_of(model, path, param.shape), np.asarray(param[...])
+        params |= {names[0]: array} if names == [_joined(path)] else dict(zip(names, array, strict=True))
     arrays, written = {}, set()
     for pattern, row in table.items():
+        if row.copy:
+            continue
         numbers = {_match(row.all[0], path) for path in params} - {None}
         for number in sorted(numbers, key=str):
             paths = [path.replace("*", str(number)) for path in row.all]
@@ -179,14 +191,17 @@ def _match(pattern: str, name: str) -> str | None:
     return None if found is None else "".join(found.groups())
 
 
-def _layers_of(model: Any, name: str) -> list[str]:
+def _names_of(model: Any, path: tuple[Any, ...], shape: tuple[int, ...]) -> list[str]:
     """Returns the names by layer of a parameter of a run of layers; of another parameter its name."""
-    found = re.fullmatch(r"((?:\w+\.)*?)runs\.(\d+)\.(.*)", name)
-    if found is None:
-        return [name]
-    owner, run, rest = found.groups()
-    transformer: Transformer = model
-    for attribute in filter(None, owner.split(".")):
-        transformer = getattr(transformer, attribute)
-    first = sum(transformer.lengths[: int(run)])
-    return [f"{owner}layers.{first + i}.{rest}" for i in range(transformer.lengths[int(run)])]
+    module = model
+    for place, key in enumerate(path):
+        if isinstance(module, Transformer) and key == "runs":
+            run, *rest = path[place + 1 :]
+            first = sum(module.lengths[:run])
+            return [_joined((*path[:place], "layers", first + i, *rest)) for i in range(shape[0])]
+        module = getattr(module, key) if isinstance(key, str) and hasattr(module, key) else module[key]
+    return [_joined(path)]
+
+
+def _joined(path: Iterable[Any]) -> str:
+    return ".".join(map(str, path))

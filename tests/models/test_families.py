@@ -1,0 +1,142 @@
+"""Configs of published families: both forms of config.json, tied names, and what is refused by name."""
+
+import numpy as np
+import pytest
+from flax import nnx
+from published import GEMMA2, GPT2, LLAMA, NEOX, QWEN3
+from published_decoders import GEMMA, GEMMA3, MISTRAL, OLMO2, QWEN2
+from published_more import BERT, T5, VIT, WHISPER
+
+from jaxattn import Rotary, Window, Yarn
+from jaxattn.core.attend import Interpolate
+from jaxattn.models import Transformer
+from jaxattn.models.pretrained import FAMILIES, assign, decoders, published
+
+FULL, NEAR = "full_attention", "sliding_attention"
+
+
+def attentions(config):
+    """The arguments of the attention of each layer."""
+    return [layer.branches[0].module.arguments for layer in config.layers]
+
+
+def test_rotary_positions_are_read_in_both_forms():
+    """transformers 4 has rope_theta beside rope_scaling, and 5 has both in rope_parameters."""
+    old = LLAMA.config
+    new = {name: value for name, value in old.items() if name not in ("rope_theta", "rope_scaling")}
+    new["rope_parameters"] = old["rope_scaling"] | {"rope_theta": old["rope_theta"]}
+    assert decoders.llama(new) == decoders.llama(old)
+    with pytest.raises(ValueError, match="config has neither rope_theta nor rope_parameters"):
+        decoders.qwen3({name: x for name, x in QWEN3.config.items() if name != "rope_theta"})
+
+    old = GEMMA3.config
+    new = {name: value for name, value in old.items() if not name.startswith("rope") and "pattern" not in name}
+    new["rope_parameters"] = {
+        FULL: old["rope_scaling"] | {"rope_theta": old["rope_theta"]},
+        NEAR: {"rope_type": "default", "rope_theta": old["rope_local_base_freq"]},
+    }
+    new["layer_types"] = [NEAR] * 5 + [FULL, NEAR]
+    assert decoders.gemma3_text(new) == decoders.gemma3_text(old)
+    positions = [each["position"] for each in attentions(decoders.gemma3_text(old))]
+    assert positions[4:6] == [Rotary(1000.0), Rotary(50000.0, scaling=Interpolate(8.0))]
+    with pytest.raises(ValueError, match=r"config has rope_parameters=.*need those of 'sliding_attention'"):
+        decoders.gemma3_text(new | {"rope_parameters": {"rope_theta": 10.0}})
+
+
+def test_scalings_of_rotary_positions():
+    def read(**said):
+        return decoders.rotary_of({"rope_theta": 500.0} | said)
+
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
+    assert read(**yarn) == Rotary(500.0, scaling=Yarn(4.0, 64, truncate=False))
+    assert read(type="linear", factor=2.0) == Rotary(500.0, scaling=Interpolate(2.0))
+    assert read(rope_type="default") == Rotary(500.0)
+    with pytest.raises(ValueError, match="rope_type='dynamic' for its rotary positions: need one of"):
+        read(rope_type="dynamic", factor=2.0)
+    with pytest.raises(ValueError, match=r"with \['attention_factor'\] missing or not known"):
+        read(**yarn, attention_factor=1.5)
+    with pytest.raises(ValueError, match=r"with \['original_max_position_embeddings'\] missing or not known"):
+        read(rope_type="yarn", factor=2.0)
+
+
+def test_old_files_of_llama_leave_out_what_came_later():
+    """Llama 1 and 2 have no base of the rotation, and Llama 1 no number of key heads."""
+    new = ("rope_theta", "rope_scaling", "num_key_value_heads", "attention_bias", "mlp_bias")
+    old = {name: x for name, x in LLAMA.config.items() if name not in new}
+    every = attentions(decoders.llama(old))
+    assert all(each["key_heads"] == each["heads"] and each["position"] == Rotary(10000.0) for each in every)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "windows"),
+    [
+        (decoders.mistral, MISTRAL.config, [10, 10]),
+        (decoders.mistral, MISTRAL.config | {"sliding_window": None}, [None, None]),
+        (decoders.qwen2, QWEN2.config, [None, 12, 12]),
+        (decoders.qwen2, QWEN2.config | {"use_sliding_window": False}, [None] * 3),
+        (decoders.qwen2, QWEN2.config | {"layer_types": [NEAR, FULL, NEAR]}, [12, None, 12]),
+        (decoders.qwen3, QWEN3.config | {"use_sliding_window": True, "sliding_window": 5}, [None, None]),
+        (decoders.gemma2, GEMMA2.config, [6, None, 6]),
+        (decoders.gemma2, GEMMA2.config | {"layer_types": [FULL, NEAR, FULL]}, [None, 6, None]),
+        (decoders.gemma3_text, GEMMA3.config, [8] * 5 + [None, 8]),
+    ],
+)
+def test_windows(make, config, windows):
+    """A window of W keys counts the query itself."""
+    masks = [each.get("mask") for each in attentions(make(config))]
+    assert masks == [None if left is None else Window(left) for left in windows]
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "message"),
+    [
+        (decoders.llama, LLAMA.config | {"rope_scaling": {"rope_type": "longrope"}}, "rope_type='longrope'"),
+        (decoders.llama, LLAMA.config | {"sliding_window": 4}, "config has sliding_window=4: need None"),
+        (decoders.mistral, MISTRAL.config | {"layer_types": [NEAR] * 2}, "config has layer_types="),
+        (
+            decoders.qwen2,
+            QWEN2.config | {"use_sliding_window": False, "layer_types": [NEAR] * 3},
+            "with use_sliding_window=False and sliding_window=13: need a window",
+        ),
+        (decoders.olmo2, OLMO2.config | {"attention_bias": True}, "config has attention_bias=True: need False"),
+        (decoders.gemma, GEMMA.config | {"hidden_activation": "mish"}, "the activation 'mish' is not known"),
+        (decoders.gemma2, GEMMA2.config | {"layer_types": [FULL]}, r"layer_types=\['full_attention'\]: need 3 of"),
+        (
+            decoders.gemma3_text,
+            GEMMA3.config | {"use_bidirectional_attention": True},
+            "config has use_bidirectional_attention=True: need False",
+        ),
+    ],
+)
+def test_options_that_no_model_has_are_refused(make, config, message):
+    with pytest.raises(ValueError, match=message):
+        make(config)
+
+
+@pytest.mark.parametrize("family", [GPT2, LLAMA, QWEN2, GEMMA3, OLMO2, NEOX, BERT, VIT, T5, WHISPER])
+def test_a_missing_number_is_named_with_its_family(family):
+    kind = family.config["model_type"]
+    names = ("n_layer", "num_hidden_layers", "num_layers", "encoder_layers")
+    (name,) = (each for each in names if each in family.config)
+    config = {each: x for each, x in family.config.items() if each != name}
+    with pytest.raises(ValueError, match=f"config of model_type='{kind}' has no '{name}'"):
+        FAMILIES[kind].configs(config)
+
+
+def test_a_tied_head_may_stand_under_either_name():
+    """A file holds the embedding, the head, or both with the same numbers; two that differ are a contradiction."""
+    table = decoders.qwen2_table(QWEN2.config)
+    model = Transformer(decoders.qwen2(QWEN2.config), rngs=nnx.Rngs(0))
+    weights = {name: x.astype(np.float32) for name, x in QWEN2.weights(0).items()}
+    embedding = weights.pop("model.embed_tokens.weight")
+    for given in ("model.embed_tokens.weight",), ("lm_head.weight",), ("lm_head.weight", "model.embed_tokens.weight"):
+        assign(model, weights | dict.fromkeys(given, embedding), table)
+        np.testing.assert_array_equal(model.embed.table[...], embedding)
+    assert "lm_head.weight" not in published(model, table)
+    both = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding + 1}
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight, but by the config"
+    ):
+        assign(model, weights | both, table)
+    with pytest.raises(ValueError, match=r"parameters without weights \['embed\.table'\]"):
+        assign(model, weights, table)
