@@ -82,12 +82,16 @@ class TransformerConfig:
         length: The number of positions that the model is trained for and may generate to.
         width: D, the width of the residual stream.
         layers: The layers; equal neighbours are compiled once and scanned.
+        shared: Whether equal neighbours have one set of parameters (ALBERT, Lan et al., 2020). They are layers of their
+            own all the same in records, edits and states.
         causal: Whether no token sees a later one, whatever the masks of the layers say: True for decoders.
         embed: The module that makes vectors of the inputs: `nn.TokenEmbedding`, `nn.VectorEmbedding`,
             `nn.PatchEmbedding`, `nn.AudioEmbedding` or your own.
         positions: The module whose vectors are added to those of the inputs by position, such as
             `Spec(nn.PositionEmbedding)`.
         embed_norm: The norm of the sum of both (BERT).
+        embed_width: The width of the embedding, its positions and its norm, from which a map with a bias leads to D
+            (ALBERT, Lan et al., 2020); None for D itself.
         bias: The bias that all layers of attention add to their scores (T5), such as
             `Spec(nn.RelativePositionBias, heads=4)` of as many heads as they have.
         norm: The norm after the layers.
@@ -107,10 +111,12 @@ class TransformerConfig:
     length: int = 256
     width: int = 128
     layers: list[Layer] = field(default_factory=lambda: [Layer()] * 4)
+    shared: bool = False
     causal: bool = True
     embed: Spec = Spec(nn.TokenEmbedding)
     positions: Spec | None = None
     embed_norm: Spec | None = None
+    embed_width: int | None = None
     bias: Spec | None = None
     norm: Spec | None = Spec(nn.RMSNorm)
     head: Spec | None = Spec(nn.Head, tied=True)
@@ -119,8 +125,8 @@ class TransformerConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))  # hashable, also when it came as a list
-        for name in ("vocabulary", "length", "width"):
-            if getattr(self, name) < 1:
+        for name in ("vocabulary", "length", "width", "embed_width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.meta_tokens < 0:
             raise ValueError(f"meta_tokens must be at least 0, got {self.meta_tokens}")

@@ -76,13 +76,15 @@ def matching_loss(
         A pair (parameters, loss), as `fit` and `make_step` take them.
 
     Raises:
-        ValueError: The decoder has meta tokens or cross-attention, or a linearised mixer that is not the first branch
-            of its layer.
+        ValueError: The decoder has meta tokens, cross-attention or shared layers, or a linearised mixer that is not the
+            first branch of its layer.
     """
     if teacher.config.meta_tokens:
         raise ValueError(f"teacher has {teacher.config.meta_tokens} meta tokens: maps are matched without them only")
     if teacher.crosses:
         raise ValueError("teacher has cross-attention, for which a batch holds no context: need a decoder without")
+    if teacher.config.shared:
+        raise ValueError("teacher has shared layers, whose maps are matched one by one: need shared=False")
     for run in student.runs:
         if any(map(_is_linearized, run.mixers)) and not _is_linearized(run.branches[0].module):
             raise ValueError("student has a linearised mixer behind another branch of its layer: need it first")

@@ -73,10 +73,11 @@ class FoldedDecoder(nnx.Module):
             raise ValueError(f"condense is {condense!r}: need one of {', '.join(get_args(Condense))}")
         if condense == "fold" and carry != segment:
             raise ValueError(f"carry is {carry}: condense='fold' carries as many states as a segment has, {segment}")
-        if config.embed.target is not nn.TokenEmbedding or config.positions is not None or not config.causal:
+        plain = config.positions is None and config.embed_norm is None and config.embed_width is None
+        if config.embed.target is not nn.TokenEmbedding or not plain or not config.causal:
             raise ValueError(
                 "config must be of a causal model of tokens without added positions: need a TokenEmbedding, "
-                "positions=None and causal=True"
+                "positions=None, embed_norm=None, embed_width=None and causal=True"
             )
         if config.meta_tokens:
             raise ValueError("config has meta tokens: the carry is what stands before a segment")

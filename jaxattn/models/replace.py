@@ -63,7 +63,7 @@ def replace_mixers(
     take = _all if take is None else take
     config = map_mixers(model.config, change)
     new = Transformer(config, rngs=nnx.Rngs(0) if rngs is None else rngs)
-    for name in ("embed", "positions", "embed_norm", "bias", "norm", "head"):
+    for name in ("embed", "positions", "embed_norm", "embed_map", "bias", "norm", "head"):
         if isinstance(getattr(new, name), nnx.Module):
             nnx.update(getattr(new, name), nnx.state(getattr(model, name)))
     if new.meta is not None and model.meta is not None:
@@ -82,6 +82,7 @@ def replace_mixers(
                 if changed:
                     take(branch.module, old.module)
             made.append(nnx.state(block))
+        made = made[:1] if config.shared else made
         nnx.update(run, jax.tree.map(lambda *x: jnp.stack(x), *made))
         first += length
     if model.runs[0].deterministic:
@@ -115,4 +116,5 @@ def _layers(model: Transformer) -> list[Block]:
 
 def _blocks(run: Any, length: int) -> list[Block]:
     graph, arrays = nnx.split(run)
-    return [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], arrays)) for i in range(length)]
+    # Shared parameters have a layer axis of 1.
+    return [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[min(i, len(x) - 1)], arrays)) for i in range(length)]

@@ -16,7 +16,7 @@ from jaxattn.core.attend.mask import Causal, Documents, anded, as_mask, document
 from jaxattn.core.attend.measure import Measure
 from jaxattn.core.checks import check_array
 from jaxattn.models.config import Branch, Layer, TransformerConfig
-from jaxattn.nn.parameter import undecayed
+from jaxattn.nn.parameter import linear_map, undecayed
 from jaxattn.nn.recurrent import as_mixer
 from jaxattn.nn.spec import built, owned, part_of
 from jaxattn.nn.tap import OF_MODEL, At, Tap, as_edits, as_records, scanned
@@ -228,9 +228,13 @@ class Transformer(nnx.Module):
             )
         self.config = config
         sizes: dict[str, Any] = {"vocabulary": config.vocabulary, "length": config.length, "rngs": rngs}
-        sizes |= {"features": config.width}
+        inner = config.width if config.embed_width is None else config.embed_width
+        sizes |= {"features": inner}
         self.embed: Any = built(config.embed, **sizes)
         self.positions, self.embed_norm = built(config.positions, **sizes), built(config.embed_norm, **sizes)
+        up = config.embed_width is not None
+        self.embed_map = linear_map(inner, config.width, None, rngs, use_bias=True, role="decayed") if up else None
+        sizes |= {"features": config.width}
         self.bias = owned(built(config.bias, **sizes))
         runs = [(spec, len(list(run))) for spec, run in itertools.groupby(config.layers)]
         self.lengths = tuple(length for _, length in runs)
@@ -253,8 +257,12 @@ class Transformer(nnx.Module):
         self.meta = undecayed(jax.random.normal(rngs.params(), meta) * 0.02) if config.meta_tokens else None
         self.norm: Any = built(config.norm, **sizes)
         self.head: Any = built(config.head, **sizes)
-        if isinstance(self.head, nn.Head) and self.head.tied and not isinstance(self.embed, nn.TokenEmbedding):
+        tied = isinstance(self.head, nn.Head | nn.MaskedTokenHead) and self.head.tied
+        if tied and not isinstance(self.embed, nn.TokenEmbedding):
             raise ValueError(f"head is {config.head} but embed is {config.embed}: need tied=False without token ids")
+        reads = self.head.map.out_features if isinstance(self.head, nn.MaskedTokenHead) else config.width
+        if tied and reads != inner:
+            raise ValueError(f"head is {config.head}, tied to an embedding of {inner} channels, but has {reads}")
 
     def __call__(
         self,
@@ -312,11 +320,12 @@ class Transformer(nnx.Module):
         of_model = {site: each for site, each in changes.items() if site in OF_MODEL}
         tap = Tap(of_model, {name: each for name, each in asked.items() if each[0] in OF_MODEL}).at(row)
         of_inputs = row  # without meta tokens
-        table = self.positions.table.shape[0] if isinstance(self.positions, nn.PositionEmbedding) else row.length
+        table = self.positions.length if isinstance(self.positions, nn.PositionEmbedding) else row.length
         if row.in_order and row.documents is None and row.length > table:
             raise ValueError(f"there are {row.length} tokens: need at most {table}, the learned positions")
         x = x if self.positions is None else x + self.positions(row.places)
-        x = tap("embed", x if self.embed_norm is None else self.embed_norm(x))
+        x = x if self.embed_norm is None else self.embed_norm(x)
+        x = tap("embed", x if self.embed_map is None else self.embed_map(x))
         strip: Callable[[Array], Array] = lambda y: y  # noqa: E731
         if self.meta is not None and state is None:
             x, row, strip = nn.with_prefix(self.meta[...], x, row, DOCUMENTS)
@@ -426,12 +435,16 @@ class Transformer(nnx.Module):
             sliced, edits_of = scanned(changes, first, length, run.edited)
 
             # Scanned as plain arrays: unlike `nnx.scan` this also works where the model is a constant of a JAX loop.
-            graph, arrays = nnx.split(run)
+            graph, *split = nnx.split(run, nnx.Param, ...)
+            params, rest = split
+            every = jax.tree.map(lambda x: x[0], params) if self.config.shared else None
 
-            def layer(carry, slices, graph=graph, given=given, of_run=of_run, edits_of=edits_of, gives=gives):
+            def layer(
+                carry, slices, graph=graph, every=every, given=given, of_run=of_run, edits_of=edits_of, gives=gives
+            ):
                 x, keys = carry
-                arrays, state, edits, _ = slices
-                block = nnx.merge(graph, arrays)
+                params, rest, state, edits, _ = slices
+                block = nnx.merge(graph, params if every is None else every, rest)
                 tap = Tap(edits_of(edits), of_run).at(tokens)
                 give: dict[str, Any] | None = {} if gives else None
                 x, state = block(x, tokens, tap, state, given, give, context)
@@ -439,13 +452,14 @@ class Transformer(nnx.Module):
                 return (x, keys), (state, tap.records, nnx.state(block, nnx.RngCount))
 
             numbers = jnp.arange(first, first + length)
-            own = arrays, None if state is None else state[number], sliced, numbers
+            held = None if state is None else state[number]
+            own = (params if every is None else None), rest, held, sliced, numbers
             keys = None
             if gives:  # what the carry begins with has the shapes of what the first layer gives
                 one = jax.tree.map(lambda x: x[0], own)
                 shapes = jax.eval_shape(lambda x, one, layer=layer: layer((x, None), one)[0][1], x, one)
                 keys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            some = layer if runs_all else _between(layer, graph, start, count if stop is None else stop)
+            some = layer if runs_all else _between(layer, start, count if stop is None else stop)
             (x, keys), (new_state, records, counts) = jax.lax.scan(some, (x, keys), own)
             shared = keys if gives else shared  # several runs may read the same keys
             first += length
@@ -500,13 +514,13 @@ class Transformer(nnx.Module):
         return self.layers(meta, state=state)[1]
 
 
-def _between(layer: Callable[..., Any], graph: Any, start: Any, stop: Any) -> Callable[..., Any]:
+def _between(layer: Callable[..., Any], start: Any, stop: Any) -> Callable[..., Any]:
     """Returns the body of a scan that leaves out the layers before `start` and from `stop` on."""
 
     def left_out(carry, slices):
         _, (_, records, _) = jax.eval_shape(layer, carry, slices)
         records = jax.tree.map(lambda x: jnp.full(x.shape, _nothing(x.dtype), x.dtype), records)
-        return carry, (None, records, nnx.state(nnx.merge(graph, slices[0]), nnx.RngCount))
+        return carry, (None, records, nnx.filter_state(slices[1], nnx.RngCount))
 
     def some(carry, slices):
         number = slices[-1]
@@ -523,14 +537,17 @@ def _nothing(dtype: Any) -> float | int:
 
 
 def _stack(spec: Layer, length: int, config: TransformerConfig, rngs: nnx.Rngs) -> Block:
-    """Makes `length` layers of one spec as one module, every array with a leading layer axis."""
+    """Makes `length` layers of one spec as one module, every array with a leading layer axis: of 1 where shared."""
 
     @nnx.split_rngs(splits=length)
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(rngs: nnx.Rngs) -> Block:
         return Block(spec, config.width, jnp.dtype(config.dtype), rngs)
 
-    return create(rngs)
+    block = create(rngs)
+    if config.shared:
+        nnx.update(block, jax.tree.map(lambda x: x[:1], nnx.state(block, nnx.Param)))
+    return block
 
 
 def _join(recorded: list[dict[str, Any]], lengths: tuple[int, ...]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jaxattn.nn.attention import Context, KeyValue, MultiHeadAttention
 from jaxattn.nn.embedding import (
     AudioEmbedding,
     Head,
+    MaskedTokenHead,
     PatchEmbedding,
     Pooler,
     PositionEmbedding,
@@ -104,6 +105,7 @@ __all__ = [
     "Linearized",
     "LowRank",
     "Mamba2",
+    "MaskedTokenHead",
     "Mechanism",
     "MemoryAsContext",
     "MemoryInputs",

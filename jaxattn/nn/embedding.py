@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.core.attend.position import LearnedPositions, sinusoidal
 from jaxattn.core.checks import as_ids, check_array
+from jaxattn.nn.feed_forward import Activation, activated
+from jaxattn.nn.norm import LayerNorm
 from jaxattn.nn.parameter import decayed, linear_map, undecayed
 from jaxattn.nn.tokens import Tokens
 
@@ -103,6 +105,7 @@ class PatchEmbedding(nnx.Module):
         patch: The height and the width of a patch, in pixels.
         channels: The channels of the image.
         class_token: Whether a learned token c stands before the patches.
+        size: The height and the width that an image must have, where positions were learned for it; None for any.
         rngs: Streams for the initial parameters.
 
     Raises:
@@ -116,11 +119,12 @@ class PatchEmbedding(nnx.Module):
         patch: Sequence[int] = (16, 16),
         channels: int = 3,
         class_token: bool = True,
+        size: Sequence[int] | None = None,
         rngs: nnx.Rngs,
     ):
         if len(patch) != 2 or min(patch) < 1:
             raise ValueError(f"patch is {patch}: need the height and the width of a patch, from 1 on")
-        self.patch, self.channels = tuple(patch), channels
+        self.patch, self.channels, self.size = tuple(patch), channels, None if size is None else tuple(size)
         self.map = linear_map(patch[0] * patch[1] * channels, features, None, rngs, use_bias=True, role="decayed")
         self.class_token = decayed(_small(rngs, 1, features)) if class_token else None
 
@@ -129,7 +133,8 @@ class PatchEmbedding(nnx.Module):
 
         Raises:
             TypeError: `inputs` is not such an array.
-            ValueError: The patches do not fill the image, or there are types, which patches do not have.
+            ValueError: The image has another size, the patches do not fill it, or there are types, which patches do not
+                have.
         """
         check_array("inputs", inputs)
         _check_inputs(inputs, 4, self.channels, "images [batch, height, width, {}]", types)
@@ -137,6 +142,10 @@ class PatchEmbedding(nnx.Module):
         high, wide = self.patch
         if height % high or width % wide:
             raise ValueError(f"inputs are images of {height} by {width}: need multiples of the patch, {high} by {wide}")
+        if self.size not in (None, (height, width)):
+            raise ValueError(
+                f"inputs are images of {height} by {width}: need {self.size}, for which there are positions"
+            )
         patches = inputs.reshape(batch, height // high, high, width // wide, wide, self.channels).swapaxes(2, 3)
         x = self.map(patches.reshape(batch, (height // high) * (width // wide), -1))
         if self.class_token is None:
@@ -180,11 +189,13 @@ class PositionEmbedding(nnx.Module):
     Args:
         length: The number of positions.
         features: D, the channels.
+        offset: The number of rows of the table before that of position 0, which no token reads (2 in RoBERTa).
         rngs: Streams for the initial parameters.
     """
 
-    def __init__(self, length: int, features: int, *, rngs: nnx.Rngs):
-        self.table = decayed(_small(rngs, length, features))
+    def __init__(self, length: int, features: int, *, offset: int = 0, rngs: nnx.Rngs):
+        self.length, self.offset = length, offset
+        self.table = decayed(_small(rngs, offset + length, features))
 
     def __call__(self, positions: Int[Array, "#b t"]) -> Float[Array, "#b t d"]:
         """Returns the vectors to add at these positions: 0 at −1 (padding), and NaN beyond the table.
@@ -192,8 +203,8 @@ class PositionEmbedding(nnx.Module):
         Raises:
             ValueError: There are more tokens than the table has positions.
         """
-        x = LearnedPositions(self.table[...])(positions)
-        return jnp.where((positions >= self.table.shape[0])[..., None], jnp.nan, x)
+        x = LearnedPositions(self.table[self.offset :])(positions)
+        return jnp.where((positions >= self.length)[..., None], jnp.nan, x)
 
 
 class SinusoidalEmbedding(nnx.Module):
@@ -261,19 +272,67 @@ class Head(nnx.Module):
         return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
 
 
-class Pooler(nnx.Module):
-    """tanh(W x_0 + b) of the first token: the vector [B, D] that BERT makes of a text (Devlin et al., 2019).
+class MaskedTokenHead(nnx.Module):
+    """logits = E norm(f(W x + b)) + c with the table E of the `TokenEmbedding`: BERT's guess of each token (2019).
 
     Args:
-        features: D, the channels.
+        features: D, the channels of x.
+        vocabulary: The number of outputs.
+        inner: The channels of E, D if not given.
+        activation: f, as of `FeedForward`.
+        eps: The eps of the LayerNorm.
         rngs: Streams for the initial parameters.
     """
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs):
+    tied = True
+
+    def __init__(
+        self,
+        features: int,
+        vocabulary: int,
+        *,
+        inner: int | None = None,
+        activation: Activation = "gelu",
+        eps: float = 1e-12,
+        rngs: nnx.Rngs,
+    ):
+        inner = features if inner is None else inner
+        self.activation: Activation = activation
+        self.map = linear_map(features, inner, None, rngs, use_bias=True)
+        self.norm = LayerNorm(inner, eps=eps)
+        self.bias = undecayed(jnp.zeros(vocabulary))
+
+    def __call__(
+        self, x: Float[Array, "b t d"], embed: Any, tokens: Tokens | None = None
+    ) -> Float[Array, "b t vocabulary"]:
+        """Returns the logits.
+
+        Args:
+            x: [B, T, D].
+            embed: The embedding of the model, whose table is E.
+            tokens: Not used.
+        """
+        guess = self.norm(activated(self.map(x), self.activation))
+        return jnp.einsum("...d,vd->...v", guess, embed.table[...]) + self.bias[...]
+
+
+class Pooler(nnx.Module):
+    """h = tanh(W x_0 + b) of the first token: the vector [B, D] that BERT makes of a text (Devlin et al., 2019).
+
+    With `classes` the result is V h + c, one logit per class [B, classes], as in models that rank or sort texts.
+
+    Args:
+        features: D, the channels.
+        classes: The number of classes; None for h itself.
+        rngs: Streams for the initial parameters.
+    """
+
+    def __init__(self, features: int, *, classes: int | None = None, rngs: nnx.Rngs):
         self.map = linear_map(features, features, None, rngs, use_bias=True)
+        self.classes = linear_map(features, classes, None, rngs, use_bias=True, role="decayed") if classes else None
 
     def __call__(self, x: Float[Array, "b t d"], embed: Any, tokens: Tokens | None = None) -> Float[Array, "b d"]:
-        """Returns the vector of each row.
+        """Returns the vector, or the logits, of each row.
 
         Args:
             x: [B, T, D].
@@ -281,7 +340,8 @@ class Pooler(nnx.Module):
             tokens: The tokens of the row, whose first is the first that is no padding.
         """
         first = jnp.zeros(len(x), int) if tokens is None else tokens.seen(len(x)).argmax(1)
-        return jnp.tanh(self.map(jnp.take_along_axis(x, first[:, None, None], 1)[:, 0]))
+        pooled = jnp.tanh(self.map(jnp.take_along_axis(x, first[:, None, None], 1)[:, 0]))
+        return pooled if self.classes is None else self.classes(pooled)
 
 
 def _small(rngs: nnx.Rngs, *shape: int) -> Array:

@@ -68,11 +68,12 @@ class FeedForward(nnx.Module):
         """
         tap = Tap() if tap is None else tap
         before = tap("mlp_pre", self.up(x) if self.gate is None else self.gate(x))
-        hidden = _activated(before, self.activation)
+        hidden = activated(before, self.activation)
         return self.down(tap("mlp_post", hidden if self.gate is None else hidden * self.up(x)))
 
 
-def _activated(x: Array, activation: Activation) -> Array:
+def activated(x: Float[Array, "*b d"], activation: Activation) -> Float[Array, "*b d"]:
+    """Returns the nonlinearity of that name, of x."""
     if activation == "silu":
         return jax.nn.silu(x)
     if activation == "relu":

@@ -1,4 +1,9 @@
-"""More forward passes of published transformers in plain NumPy: BERT, ViT, T5 and Whisper. See `published.py`."""
+"""More forward passes of published transformers in plain NumPy. See `published.py`.
+
+These are BERT, RoBERTa, ALBERT, ViT, DINOv2, T5 and Whisper.
+"""
+
+from typing import Any
 
 import numpy as np
 from published import (
@@ -24,13 +29,14 @@ def example_mask(generator: np.random.Generator, length: int, batch: int) -> np.
 
 
 def draw_bert(config: Config, draws: Draws) -> None:
-    width, hidden = config["hidden_size"], config["intermediate_size"]
-    draws.normal("bert.embeddings.word_embeddings.weight", config["vocab_size"], width)
-    draws.normal("bert.embeddings.position_embeddings.weight", config["max_position_embeddings"], width)
-    draws.normal("bert.embeddings.token_type_embeddings.weight", config["type_vocab_size"], width)
-    draws.norm("bert.embeddings.LayerNorm", width, bias=True)
+    """BERT's names, which are RoBERTa's with another beginning."""
+    width, hidden, model = config["hidden_size"], config["intermediate_size"], config["model_type"]
+    draws.normal(f"{model}.embeddings.word_embeddings.weight", config["vocab_size"], width)
+    draws.normal(f"{model}.embeddings.position_embeddings.weight", config["max_position_embeddings"], width)
+    draws.normal(f"{model}.embeddings.token_type_embeddings.weight", config["type_vocab_size"], width)
+    draws.norm(f"{model}.embeddings.LayerNorm", width, bias=True)
     for layer in range(config["num_hidden_layers"]):
-        block = f"bert.encoder.layer.{layer}"
+        block = f"{model}.encoder.layer.{layer}"
         draws.linear(f"{block}.attention.self.query", width, width, scale=1.5, bias=True)
         draws.linear(f"{block}.attention.self.key", width, width, scale=1.5, bias=True)
         draws.linear(f"{block}.attention.self.value", width, width, bias=True)
@@ -39,48 +45,122 @@ def draw_bert(config: Config, draws: Draws) -> None:
         draws.linear(f"{block}.intermediate.dense", hidden, width, bias=True)
         draws.linear(f"{block}.output.dense", width, hidden, bias=True)
         draws.norm(f"{block}.output.LayerNorm", width, bias=True)
-    draws.linear("bert.pooler.dense", width, width, bias=True)
+    draw_outputs(config, draws)
+
+
+OUTPUTS = {
+    "bert": {
+        "pooler": "bert.pooler.dense",
+        "first": "bert.pooler.dense",
+        "classes": "classifier",
+        "guess": "cls.predictions.transform.dense",
+        "norm": "cls.predictions.transform.LayerNorm",
+        "bias": "cls.predictions.bias",
+    },
+    "roberta": {
+        "pooler": "roberta.pooler.dense",
+        "first": "classifier.dense",
+        "classes": "classifier.out_proj",
+        "guess": "lm_head.dense",
+        "norm": "lm_head.layer_norm",
+        "bias": "lm_head.bias",
+    },
+    "albert": {
+        "pooler": "albert.pooler",
+        "first": "albert.pooler",
+        "classes": "classifier",
+        "guess": "predictions.dense",
+        "norm": "predictions.LayerNorm",
+        "bias": "predictions.bias",
+    },
+}
+
+
+def draw_outputs(config: Config, draws: Draws) -> None:
+    """What comes after the layers: a pooler, classes behind one, or guesses of masked tokens."""
+    width, names = config["hidden_size"], OUTPUTS[config["model_type"]]
+    if config["architectures"][0].endswith("Model"):
+        draws.linear(names["pooler"], width, width, bias=True)
+    elif config["architectures"][0].endswith("ForSequenceClassification"):
+        draws.linear(names["first"], width, width, bias=True)
+        draws.linear(names["classes"], len(config["id2label"]), width, bias=True)
+    else:
+        inner = config.get("embedding_size", width)
+        draws.linear(names["guess"], inner, width, bias=True)
+        draws.norm(names["norm"], inner, bias=True)
+        draws.normal(names["bias"], config["vocab_size"], scale=0.4)
+
+
+def outputs(weights: Weights, config: Config, x: np.ndarray) -> dict[str, np.ndarray]:
+    """Pooled and classes are of the first token; guesses are products with the embedding of the tokens."""
+    names = OUTPUTS[config["model_type"]]
+    if config["architectures"][0].endswith("Model"):
+        return {"pooler_output": np.tanh(linear(weights, names["pooler"], x[:, 0]))}
+    if config["architectures"][0].endswith("ForSequenceClassification"):
+        return {"logits": linear(weights, names["classes"], np.tanh(linear(weights, names["first"], x[:, 0])))}
+    # RoBERTa has the exact gelu here, whatever its layers have.
+    activation = ACTIVATIONS["gelu" if config["model_type"] == "roberta" else config["hidden_act"]]
+    hidden = layer_norm(
+        weights, names["norm"], activation(linear(weights, names["guess"], x)), config["layer_norm_eps"]
+    )
+    table = weights[f"{config['model_type']}.embeddings.word_embeddings.weight"]
+    return {"logits": hidden @ table.T + weights[names["bias"]]}
 
 
 def example_bert(config: Config, generator: np.random.Generator, length: int, batch: int) -> dict[str, np.ndarray]:
-    return {
-        "input_ids": generator.integers(config["vocab_size"], size=(batch, length)),
-        "attention_mask": example_mask(generator, length, batch),
-        "token_type_ids": generator.integers(config["type_vocab_size"], size=(batch, length)),
-    }
+    """Texts with padding, which in RoBERTa is a token that stands nowhere else."""
+    ids = generator.integers(config["vocab_size"], size=(batch, length))
+    mask = example_mask(generator, length, batch)
+    if config["model_type"] == "roberta":
+        ids = np.where(mask == 1, np.maximum(ids, config["pad_token_id"] + 1), config["pad_token_id"])
+    kinds = generator.integers(config["type_vocab_size"], size=(batch, length))
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}
+
+
+def embedded(weights: Weights, config: Config, input_ids: np.ndarray, token_type_ids: np.ndarray) -> np.ndarray:
+    """The normed sum of words, places and kinds. RoBERTa's first place comes behind that of padding."""
+    name, length = f"{config['model_type']}.embeddings", input_ids.shape[1]
+    first = config["pad_token_id"] + 1 if config["model_type"] == "roberta" else 0
+    word = weights[f"{name}.word_embeddings.weight"][input_ids]
+    position = weights[f"{name}.position_embeddings.weight"][first : first + length]
+    kind = weights[f"{name}.token_type_embeddings.weight"][token_type_ids]
+    return layer_norm(weights, f"{name}.LayerNorm", word + position + kind, config["layer_norm_eps"])
+
+
+def bert_layer(weights: Weights, config: Config, names: dict[str, str], x: np.ndarray, visible: Any) -> np.ndarray:
+    """Attention and feed-forward with a norm after each sum."""
+    epsilon, heads = config["layer_norm_eps"], config["num_attention_heads"]
+    query, key, value = (split(linear(weights, names[each], x), heads) for each in ("query", "key", "value"))
+    seen = attend(query, key, value, visible, (config["hidden_size"] // heads) ** -0.5)
+    x = layer_norm(weights, names["norm"], x + linear(weights, names["out"], merge(seen)), epsilon)
+    fed = linear(weights, names["down"], ACTIVATIONS[config["hidden_act"]](linear(weights, names["up"], x)))
+    return layer_norm(weights, names["norm after"], x + fed, epsilon)
 
 
 def bert(
     weights: Weights, config: Config, input_ids: np.ndarray, attention_mask: np.ndarray, token_type_ids: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Devlin et al., 2018: norms after each sum, no causal mask; the pooler reads the first token.
+    """Devlin et al., 2018, and Liu et al., 2019: norms after each sum, no causal mask.
 
     Keys where the mask is 0 are hidden.
     """
-    epsilon, heads = config["layer_norm_eps"], config["num_attention_heads"]
-    scale = (config["hidden_size"] // heads) ** -0.5
-    activation = ACTIVATIONS[config["hidden_act"]]
-    visible_Bx1x1xS = attention_mask[:, None, None, :] == 1
-    word = weights["bert.embeddings.word_embeddings.weight"][input_ids]
-    position = weights["bert.embeddings.position_embeddings.weight"][: input_ids.shape[1]]
-    kind = weights["bert.embeddings.token_type_embeddings.weight"][token_type_ids]
-    x = layer_norm(weights, "bert.embeddings.LayerNorm", word + position + kind, epsilon)
+    x = embedded(weights, config, input_ids, token_type_ids)
     for layer in range(config["num_hidden_layers"]):
-        block = f"bert.encoder.layer.{layer}"
-        query = split(linear(weights, f"{block}.attention.self.query", x), heads)
-        key = split(linear(weights, f"{block}.attention.self.key", x), heads)
-        value = split(linear(weights, f"{block}.attention.self.value", x), heads)
-        seen = attend(query, key, value, visible_Bx1x1xS, scale)
-        attended = linear(weights, f"{block}.attention.output.dense", merge(seen))
-        x = layer_norm(weights, f"{block}.attention.output.LayerNorm", x + attended, epsilon)
-        fed = linear(weights, f"{block}.output.dense", activation(linear(weights, f"{block}.intermediate.dense", x)))
-        x = layer_norm(weights, f"{block}.output.LayerNorm", x + fed, epsilon)
-    return {"last_hidden_state": x, "pooler_output": np.tanh(linear(weights, "bert.pooler.dense", x[:, 0]))}
+        block = f"{config['model_type']}.encoder.layer.{layer}"
+        names = {each: f"{block}.attention.self.{each}" for each in ("query", "key", "value")} | {
+            "out": f"{block}.attention.output.dense",
+            "norm": f"{block}.attention.output.LayerNorm",
+            "up": f"{block}.intermediate.dense",
+            "down": f"{block}.output.dense",
+            "norm after": f"{block}.output.LayerNorm",
+        }
+        x = bert_layer(weights, config, names, x, attention_mask[:, None, None, :] == 1)
+    return {"last_hidden_state": x} | outputs(weights, config, x)
 
 
 BERT = Family(
     {
-        "architectures": ["BertForMaskedLM"],
+        "architectures": ["BertModel"],
         "model_type": "bert",
         "hidden_act": "gelu",
         "hidden_size": 63,
@@ -98,16 +178,119 @@ BERT = Family(
     example_bert,
     bert,
 )
+CLASSES = {"id2label": {str(index): f"class {index}" for index in range(5)}}
+BERT_CLASSES = BERT.changed(architectures=["BertForSequenceClassification"], num_hidden_layers=1, **CLASSES)
+BERT_MASKED = BERT.changed(architectures=["BertForMaskedLM"], num_hidden_layers=1, hidden_act="gelu_new")
+
+ROBERTA = Family(
+    BERT.config
+    | {
+        "architectures": ["RobertaForMaskedLM"],
+        "model_type": "roberta",
+        "hidden_act": "relu",
+        "max_position_embeddings": 516,
+        "num_hidden_layers": 1,
+        "pad_token_id": 1,
+        "type_vocab_size": 1,
+    },
+    draw_bert,
+    example_bert,
+    bert,
+)
+ROBERTA_CLASSES = ROBERTA.changed(architectures=["RobertaForSequenceClassification"], **CLASSES)
+
+
+def draw_albert(config: Config, draws: Draws) -> None:
+    width, hidden, inner = config["hidden_size"], config["intermediate_size"], config["embedding_size"]
+    draws.normal("albert.embeddings.word_embeddings.weight", config["vocab_size"], inner)
+    draws.normal("albert.embeddings.position_embeddings.weight", config["max_position_embeddings"], inner)
+    draws.normal("albert.embeddings.token_type_embeddings.weight", config["type_vocab_size"], inner)
+    draws.norm("albert.embeddings.LayerNorm", inner, bias=True)
+    draws.linear("albert.encoder.embedding_hidden_mapping_in", width, inner, bias=True)
+    block = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    draws.linear(f"{block}.attention.query", width, width, scale=1.5, bias=True)
+    draws.linear(f"{block}.attention.key", width, width, scale=1.5, bias=True)
+    draws.linear(f"{block}.attention.value", width, width, bias=True)
+    draws.linear(f"{block}.attention.dense", width, width, bias=True)
+    draws.norm(f"{block}.attention.LayerNorm", width, bias=True)
+    draws.linear(f"{block}.ffn", hidden, width, bias=True)
+    draws.linear(f"{block}.ffn_output", width, hidden, bias=True)
+    draws.norm(f"{block}.full_layer_layer_norm", width, bias=True)
+    draw_outputs(config, draws)
+
+
+def albert(
+    weights: Weights, config: Config, input_ids: np.ndarray, attention_mask: np.ndarray, token_type_ids: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Lan et al., 2020: BERT with a narrow embedding and a map from it, and one layer that is run again and again."""
+    x = embedded(weights, config, input_ids, token_type_ids)
+    x = linear(weights, "albert.encoder.embedding_hidden_mapping_in", x)
+    block = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    names = {each: f"{block}.attention.{each}" for each in ("query", "key", "value")} | {
+        "out": f"{block}.attention.dense",
+        "norm": f"{block}.attention.LayerNorm",
+        "up": f"{block}.ffn",
+        "down": f"{block}.ffn_output",
+        "norm after": f"{block}.full_layer_layer_norm",
+    }
+    for _ in range(config["num_hidden_layers"]):
+        x = bert_layer(weights, config, names, x, attention_mask[:, None, None, :] == 1)
+    return {"last_hidden_state": x} | outputs(weights, config, x)
+
+
+ALBERT = Family(
+    {
+        "architectures": ["AlbertForMaskedLM"],
+        "model_type": "albert",
+        "embedding_size": 37,
+        "hidden_act": "gelu_new",
+        "hidden_size": 66,
+        "inner_group_num": 1,
+        "intermediate_size": 95,
+        "layer_norm_eps": 0.01,
+        "max_position_embeddings": 519,
+        "num_attention_heads": 6,
+        "num_hidden_groups": 1,
+        "num_hidden_layers": 3,
+        "pad_token_id": 0,
+        "position_embedding_type": "absolute",
+        "type_vocab_size": 2,
+        "vocab_size": 117,
+    },
+    draw_albert,
+    example_bert,
+    albert,
+)
+ALBERT_MODEL = ALBERT.changed(architectures=["AlbertModel"])
+
+
+def draw_patches(config: Config, draws: Draws, name: str) -> None:
+    width, patch = config["hidden_size"], config["patch_size"]
+    kernel = (width, config["num_channels"], patch, patch)
+    draws.normal(f"{name}.cls_token", 1, 1, width)
+    draws.normal(f"{name}.position_embeddings", 1, 1 + (config["image_size"] // patch) ** 2, width)
+    draws.normal(f"{name}.patch_embeddings.projection.weight", *kernel, scale=np.prod(kernel[1:]) ** -0.5)
+    draws.normal(f"{name}.patch_embeddings.projection.bias", width, scale=0.4)
+
+
+def patches(weights: Weights, config: Config, name: str, pixel_values: np.ndarray) -> np.ndarray:
+    """One token per patch after a class token, at learned places.
+
+    A convolution whose stride is its width is one product per patch; patches are counted row by row.
+    """
+    batch, channels, height, width = pixel_values.shape
+    patch = config["patch_size"]
+    tiles = pixel_values.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    flat = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+    kernel = weights[f"{name}.patch_embeddings.projection.weight"].reshape(config["hidden_size"], -1)
+    tokens = flat @ kernel.T + weights[f"{name}.patch_embeddings.projection.bias"]
+    first = np.broadcast_to(weights[f"{name}.cls_token"], (batch, 1, config["hidden_size"]))
+    return np.concatenate([first, tokens], axis=1) + weights[f"{name}.position_embeddings"]
 
 
 def draw_vit(config: Config, draws: Draws) -> None:
-    width, hidden, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
-    kernel = (width, config["num_channels"], patch, patch)
-    patches = (config["image_size"] // patch) ** 2
-    draws.normal("vit.embeddings.cls_token", 1, 1, width)
-    draws.normal("vit.embeddings.position_embeddings", 1, 1 + patches, width)
-    draws.normal("vit.embeddings.patch_embeddings.projection.weight", *kernel, scale=np.prod(kernel[1:]) ** -0.5)
-    draws.normal("vit.embeddings.patch_embeddings.projection.bias", width, scale=0.4)
+    width, hidden = config["hidden_size"], config["intermediate_size"]
+    draw_patches(config, draws, "vit.embeddings")
     for layer in range(config["num_hidden_layers"]):
         block = f"vit.encoder.layer.{layer}"
         draws.norm(f"{block}.layernorm_before", width, bias=True)
@@ -119,7 +302,10 @@ def draw_vit(config: Config, draws: Draws) -> None:
         draws.linear(f"{block}.intermediate.dense", hidden, width, bias=True)
         draws.linear(f"{block}.output.dense", width, hidden, bias=True)
     draws.norm("vit.layernorm", width, bias=True)
-    draws.linear("classifier", len(config["id2label"]), width, bias=True)
+    if config["architectures"] == ["ViTModel"]:
+        draws.linear("vit.pooler.dense", width, width, bias=True)
+    else:
+        draws.linear("classifier", len(config["id2label"]), width, bias=True)
 
 
 def example_vit(config: Config, generator: np.random.Generator, length: int, batch: int) -> dict[str, np.ndarray]:
@@ -130,17 +316,10 @@ def example_vit(config: Config, generator: np.random.Generator, length: int, bat
 
 def vit(weights: Weights, config: Config, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
     """Dosovitskiy et al., 2020: one token per patch after a class token, norms before, classes from the class token."""
-    epsilon, heads, patch = config["layer_norm_eps"], config["num_attention_heads"], config["patch_size"]
+    epsilon, heads = config["layer_norm_eps"], config["num_attention_heads"]
     scale = (config["hidden_size"] // heads) ** -0.5
     activation = ACTIVATIONS[config["hidden_act"]]
-    batch, channels, height, width = pixel_values.shape
-    # A convolution whose stride is its width is one product per patch; patches are counted row by row.
-    tiles = pixel_values.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    patches = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
-    kernel = weights["vit.embeddings.patch_embeddings.projection.weight"].reshape(config["hidden_size"], -1)
-    tokens = patches @ kernel.T + weights["vit.embeddings.patch_embeddings.projection.bias"]
-    first = np.broadcast_to(weights["vit.embeddings.cls_token"], (batch, 1, config["hidden_size"]))
-    x = np.concatenate([first, tokens], axis=1) + weights["vit.embeddings.position_embeddings"]
+    x = patches(weights, config, "vit.embeddings", pixel_values)
     for layer in range(config["num_hidden_layers"]):
         block = f"vit.encoder.layer.{layer}"
         normed = layer_norm(weights, f"{block}.layernorm_before", x, epsilon)
@@ -153,6 +332,8 @@ def vit(weights: Weights, config: Config, pixel_values: np.ndarray) -> dict[str,
         hidden = activation(linear(weights, f"{block}.intermediate.dense", normed))
         x = x + linear(weights, f"{block}.output.dense", hidden)
     x = layer_norm(weights, "vit.layernorm", x, epsilon)
+    if config["architectures"] == ["ViTModel"]:
+        return {"pooler_output": np.tanh(linear(weights, "vit.pooler.dense", x[:, 0]))}
     return {"logits": linear(weights, "classifier", x[:, 0])}
 
 
@@ -178,6 +359,81 @@ VIT = Family(
     example_vit,
     vit,
 )
+
+
+VIT_MODEL = VIT.changed(architectures=["ViTModel"])
+
+
+def draw_dinov2(config: Config, draws: Draws) -> None:
+    width, hidden = config["hidden_size"], int(config["hidden_size"] * config["mlp_ratio"])
+    draw_patches(config, draws, "embeddings")
+    for layer in range(config["num_hidden_layers"]):
+        block = f"encoder.layer.{layer}"
+        draws.linear(f"{block}.attention.attention.query", width, width, scale=1.5, bias=config["qkv_bias"])
+        draws.linear(f"{block}.attention.attention.key", width, width, scale=1.5, bias=config["qkv_bias"])
+        draws.linear(f"{block}.attention.attention.value", width, width, bias=config["qkv_bias"])
+        draws.linear(f"{block}.attention.output.dense", width, width, bias=True)
+        for number in (1, 2):
+            draws.norm(f"{block}.norm{number}", width, bias=True)
+            draws.normal(f"{block}.layer_scale{number}.lambda1", width, mean=0.5, scale=0.3)
+        if config["use_swiglu_ffn"]:
+            hidden = (int(int(width * config["mlp_ratio"]) * 2 / 3) + 7) // 8 * 8
+            draws.linear(f"{block}.mlp.weights_in", 2 * hidden, width, bias=True)
+            draws.linear(f"{block}.mlp.weights_out", width, hidden, bias=True)
+        else:
+            draws.linear(f"{block}.mlp.fc1", hidden, width, bias=True)
+            draws.linear(f"{block}.mlp.fc2", width, hidden, bias=True)
+    draws.norm("layernorm", width, bias=True)
+
+
+def dinov2(weights: Weights, config: Config, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
+    """Oquab et al., 2024: ViT with gains per channel of what each block adds, and in large models gated blocks."""
+    epsilon, heads = config["layer_norm_eps"], config["num_attention_heads"]
+    scale = (config["hidden_size"] // heads) ** -0.5
+    x = patches(weights, config, "embeddings", pixel_values)
+    for layer in range(config["num_hidden_layers"]):
+        block = f"encoder.layer.{layer}"
+        normed = layer_norm(weights, f"{block}.norm1", x, epsilon)
+        query, key, value = (
+            split(linear(weights, f"{block}.attention.attention.{each}", normed), heads)
+            for each in ("query", "key", "value")
+        )
+        attended = linear(weights, f"{block}.attention.output.dense", merge(attend(query, key, value, True, scale)))
+        x = x + weights[f"{block}.layer_scale1.lambda1"] * attended
+        normed = layer_norm(weights, f"{block}.norm2", x, epsilon)
+        if config["use_swiglu_ffn"]:
+            gate, up = np.split(linear(weights, f"{block}.mlp.weights_in", normed), 2, axis=-1)
+            fed = linear(weights, f"{block}.mlp.weights_out", ACTIVATIONS["silu"](gate) * up)
+        else:
+            hidden = ACTIVATIONS[config["hidden_act"]](linear(weights, f"{block}.mlp.fc1", normed))
+            fed = linear(weights, f"{block}.mlp.fc2", hidden)
+        x = x + weights[f"{block}.layer_scale2.lambda1"] * fed
+    return {"last_hidden_state": layer_norm(weights, "layernorm", x, epsilon)}
+
+
+# 529 patches and the class token.
+DINOV2 = Family(
+    {
+        "architectures": ["Dinov2Model"],
+        "model_type": "dinov2",
+        "hidden_act": "gelu",
+        "hidden_size": 45,
+        "image_size": 92,
+        "layer_norm_eps": 0.01,
+        "layerscale_value": 1.0,
+        "mlp_ratio": 2,
+        "num_attention_heads": 3,
+        "num_channels": 2,
+        "num_hidden_layers": 2,
+        "patch_size": 4,
+        "qkv_bias": True,
+        "use_swiglu_ffn": False,
+    },
+    draw_dinov2,
+    example_vit,
+    dinov2,
+)
+DINOV2_GATED = DINOV2.changed(use_swiglu_ffn=True, qkv_bias=False)
 
 
 def t5_buckets(distance: np.ndarray, two_sided: bool, buckets: int, max_distance: int) -> np.ndarray:

@@ -13,7 +13,22 @@ import pytest
 from flax import nnx
 from published import GEMMA2, GPT2, LLAMA, LLAMA_TIED, NEOX, NEOX_SEQUENTIAL, QWEN3, QWEN3_TIED
 from published_decoders import GEMMA, GEMMA3, MISTRAL, OLMO2, QWEN2
-from published_more import BERT, T5, T5_GATED, VIT, WHISPER
+from published_more import (
+    ALBERT,
+    ALBERT_MODEL,
+    BERT,
+    BERT_CLASSES,
+    BERT_MASKED,
+    DINOV2,
+    DINOV2_GATED,
+    ROBERTA,
+    ROBERTA_CLASSES,
+    T5,
+    T5_GATED,
+    VIT,
+    VIT_MODEL,
+    WHISPER,
+)
 
 from jaxattn.models import EncoderDecoder, Transformer, from_plain, generate, to_plain
 from jaxattn.models.pretrained import decoders, encoders
@@ -36,7 +51,21 @@ CAUSAL = {
     "GPT-NeoX": (NEOX, decoders.gpt_neox, decoders.gpt_neox_table),
     "GPT-NeoX, sequential": (NEOX_SEQUENTIAL, decoders.gpt_neox, decoders.gpt_neox_table),
 }
-ENCODERS = {"BERT": (BERT, encoders.bert, encoders.bert_table), "ViT": (VIT, encoders.vit, encoders.vit_table)}
+TEXTS = {
+    "BERT": (BERT, encoders.bert, encoders.bert_table),
+    "BERT with classes": (BERT_CLASSES, encoders.bert, encoders.bert_table),
+    "BERT of masked tokens": (BERT_MASKED, encoders.bert, encoders.bert_table),
+    "RoBERTa of masked tokens": (ROBERTA, encoders.roberta, encoders.roberta_table),
+    "RoBERTa with classes": (ROBERTA_CLASSES, encoders.roberta, encoders.roberta_table),
+    "ALBERT of masked tokens": (ALBERT, encoders.albert, encoders.albert_table),
+    "ALBERT": (ALBERT_MODEL, encoders.albert, encoders.albert_table),
+}
+IMAGES = {
+    "ViT": (VIT, encoders.vit, encoders.vit_table),
+    "ViT, plain": (VIT_MODEL, encoders.vit, encoders.vit_table),
+    "DINOv2": (DINOV2, encoders.dinov2, encoders.dinov2_table),
+    "DINOv2, gated": (DINOV2_GATED, encoders.dinov2, encoders.dinov2_table),
+}
 BOTH = {
     "T5": (T5, encoders.t5, encoders.t5_table),
     "T5 1.1": (T5_GATED, encoders.t5, encoders.t5_table),
@@ -89,7 +118,10 @@ def assert_equal(actual, expected, shown=None):
 
 
 # What differs in these is in another.
-SEEN_ELSEWHERE = ("Llama, tied", "Mistral", "Qwen 3, tied", "Gemma", "GPT-NeoX, sequential", "T5 1.1")
+SEEN_ELSEWHERE = (
+    *("Llama, tied", "Mistral", "Qwen 3, tied", "Gemma", "GPT-NeoX, sequential", "T5 1.1"),
+    *("BERT of masked tokens", "RoBERTa with classes", "ALBERT", "ViT, plain"),
+)
 
 
 def by_name(names):
@@ -114,9 +146,10 @@ def test_decoders(name):
         assert_equal(logits[:, 0], expected[:, place])
 
 
-def test_bert():
+@by_name(TEXTS)
+def test_encoders_of_texts(name):
     """Two texts of different lengths, the second padded; hidden tokens reach nothing."""
-    family, config, table = ENCODERS["BERT"]
+    family, config, table = TEXTS[name]
     model, weights = loaded(family, config, table)
     inputs = family.inputs(2, LENGTH, B)
     shown = inputs["attention_mask"] == 1
@@ -125,21 +158,24 @@ def test_bert():
     positions = np.where(shown, np.arange(LENGTH), -1)
     options = {"positions": positions, "types": inputs["token_type_ids"]}
     graph, state = nnx.split(model)
-    pooled, _, records = jax.jit(
+    result, _, records = jax.jit(
         lambda state, ids, options: nnx.merge(graph, state)(ids, record=("final_norm",), **options)
     )(state, inputs["input_ids"], options)
-    assert_equal(pooled, expected["pooler_output"])
+    (of_head,) = expected.keys() - {"last_hidden_state"}
+    assert_equal(result, expected[of_head], shown if result.ndim == 3 else None)
     assert_equal(records["final_norm"], expected["last_hidden_state"], shown)
 
 
-def test_vit():
-    family, config, table = ENCODERS["ViT"]
+@by_name(IMAGES)
+def test_encoders_of_images(name):
+    family, config, table = IMAGES[name]
     model, weights = loaded(family, config, table)
     images = family.inputs(2, LENGTH, B)["pixel_values"]
-    expected = family.forward(weights, family.config, pixel_values=images)["logits"]
-    logits = run(model, images.transpose(0, 2, 3, 1))[0]
-    assert logits.shape[1] >= LENGTH
-    assert_equal(logits[:, 0], expected)
+    ((kind, expected),) = family.forward(weights, family.config, pixel_values=images).items()
+    result = run(model, images.transpose(0, 2, 3, 1))[0]
+    assert_equal(result[:, 0] if kind == "logits" else result, expected)
+    with pytest.raises(ValueError, match=r"for which there are positions"):
+        model(images.transpose(0, 2, 3, 1)[:, : 2 * family.config["patch_size"]])
 
 
 @by_name(BOTH)

@@ -5,12 +5,12 @@ import pytest
 from flax import nnx
 from published import GEMMA2, GPT2, LLAMA, NEOX, QWEN3
 from published_decoders import GEMMA, GEMMA3, MISTRAL, OLMO2, QWEN2
-from published_more import BERT, T5, VIT, WHISPER
+from published_more import ALBERT, BERT, BERT_MASKED, DINOV2, ROBERTA, T5, VIT, WHISPER
 
 from jaxattn import Rotary, Window, Yarn
 from jaxattn.core.attend import Interpolate
 from jaxattn.models import Transformer
-from jaxattn.models.pretrained import FAMILIES, assign, decoders, published
+from jaxattn.models.pretrained import FAMILIES, assign, decoders, encoders, published
 
 FULL, NEAR = "full_attention", "sliding_attention"
 
@@ -106,6 +106,23 @@ def test_windows(make, config, windows):
             GEMMA3.config | {"use_bidirectional_attention": True},
             "config has use_bidirectional_attention=True: need False",
         ),
+        (
+            encoders.bert,
+            BERT.config | {"architectures": ["BertForQuestionAnswering"]},
+            r"config has architectures=\['BertForQuestionAnswering'\]: need one of \['BertForMaskedLM', ",
+        ),
+        (
+            encoders.bert,
+            BERT_MASKED.config | {"tie_word_embeddings": False},
+            "config has tie_word_embeddings=False: need True",
+        ),
+        (encoders.roberta, ROBERTA.config | {"is_decoder": True}, "config has is_decoder=True: need False"),
+        (encoders.albert, ALBERT.config | {"num_hidden_groups": 2}, "config has num_hidden_groups=2: need 1"),
+        (
+            encoders.dinov2,
+            DINOV2.config | {"architectures": ["Dinov2ForImageClassification"]},
+            r"need one of \['Dinov2M",
+        ),
     ],
 )
 def test_options_that_no_model_has_are_refused(make, config, message):
@@ -113,7 +130,10 @@ def test_options_that_no_model_has_are_refused(make, config, message):
         make(config)
 
 
-@pytest.mark.parametrize("family", [GPT2, LLAMA, QWEN2, GEMMA3, OLMO2, NEOX, BERT, VIT, T5, WHISPER])
+@pytest.mark.parametrize(
+    "family",
+    [GPT2, LLAMA, QWEN2, GEMMA3, OLMO2, NEOX, BERT, ROBERTA, ALBERT, VIT, DINOV2, T5, WHISPER],
+)
 def test_a_missing_number_is_named_with_its_family(family):
     kind = family.config["model_type"]
     names = ("n_layer", "num_hidden_layers", "num_layers", "encoder_layers")

@@ -39,6 +39,11 @@ class Numbers(dict[str, Any]):
         raise ValueError(f"the config of model_type={self.get('model_type')!r} has no {name!r}: need a value for it")
 
 
+def changed(config: Published, **numbers: Any) -> Numbers:
+    """Returns the numbers of a config.json with others in place of these."""
+    return Numbers({**config, **numbers})
+
+
 def of_published(make: Callable[[Published], Made]) -> Callable[[Published], Made]:
     """Makes a function of the numbers of config.json name the one that it misses."""
     return functools.wraps(make)(lambda config: make(Numbers(config)))
@@ -250,7 +255,7 @@ def gemma(config: Published) -> TransformerConfig:
     """
     refuse(config, attention_bias=False, tie_word_embeddings=True, use_bidirectional_attention=None)
     if config["hidden_act"] == "gelu" and config.get("hidden_activation") is None:
-        config = Numbers({**config, "hidden_act": "gelu_pytorch_tanh"})
+        config = changed(config, hidden_act="gelu_pytorch_tanh")
     return _gemma(config)
 
 
@@ -297,7 +302,7 @@ def _gemma(
     scalar = config["query_pre_attn_scalar"] if sandwich else config["head_dim"]
     activation = config.get("hidden_activation") or config["hidden_act"]
     return _llama_like(
-        Numbers({**config, "hidden_act": activation, "tie_word_embeddings": True}),
+        changed(config, hidden_act=activation, tie_word_embeddings=True),
         kinds,
         layer=lambda *blocks: Layer([Branch(each, around, norm_after=after) for each in blocks]),
         of_model={"embed": Spec(nn.TokenEmbedding, scale=config["hidden_size"] ** 0.5), "norm": around},

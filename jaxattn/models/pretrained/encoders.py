@@ -7,35 +7,121 @@ import numpy as np
 from jaxattn import nn
 from jaxattn.core.attend.score import Dot
 from jaxattn.models.config import Branch, Layer, TransformerConfig, pre_norm
-from jaxattn.models.pretrained.decoders import BLOCK, MIXER, QKV, Published, biased_block, of_published, refuse
-from jaxattn.models.pretrained.weights import CONVOLUTION, FIRST_ROW, TRANSPOSED, Layout, Row, Table, linear, norm
+from jaxattn.models.pretrained.decoders import (
+    BLOCK,
+    MIXER,
+    QKV,
+    Published,
+    activation_of,
+    biased_block,
+    changed,
+    of_published,
+    refuse,
+)
+from jaxattn.models.pretrained.weights import (
+    CONVOLUTION,
+    FIRST_ROW,
+    TRANSPOSED,
+    Layout,
+    Row,
+    Table,
+    linear,
+    norm,
+    stacked,
+)
 from jaxattn.nn.spec import Spec
+
+HEADS = ("ForPreTraining", "ForMaskedLM", "ForSequenceClassification")
+"""What BERT and its kin are for, besides vectors. Of the first the guesses of masked tokens are kept."""
 
 SHARED = Row("decoder.embed.table", copy=True)
 """A second name of the embedding of the decoder."""
 
 
+def purpose_of(config: Published, family: str, *more: str) -> str:
+    """Returns what a model is for, from the name of its class in `architectures`: "Model" is the plain one.
+
+    Args:
+        config: The numbers of config.json.
+        family: What the name of the class begins with.
+        more: The other purposes of the family that there are here.
+
+    Raises:
+        ValueError: The class is another.
+    """
+    given = config.get("architectures") or [f"{family}Model"]
+    purposes = {f"{family}{purpose}": purpose for purpose in ("Model", *more)}
+    if len(given) != 1 or given[0] not in purposes:
+        raise ValueError(f"config has architectures={given}: need one of {sorted(purposes)}")
+    return purposes[given[0]]
+
+
+def classes_of(config: Published) -> int:
+    """Returns the number of classes. A file leaves out their names where there are two without any."""
+    return len(config.get("id2label") or range(2))
+
+
 @of_published
 def bert(config: Published) -> TransformerConfig:
-    """Returns the config of BERT (Devlin et al., 2019).
+    """Returns the config of BERT (Devlin et al., 2019), of MiniLM, and of rankers made of them (cross-encoders).
 
-    The model has norms of the sums, learned positions and token types. Its output is that of the pooler; the vectors of
-    all tokens are at the site `final_norm`.
+    The model has norms of the sums, learned positions and token types. Its output is that of the pooler, classes made
+    of that, or guesses of masked tokens, as `architectures` says. The vectors of all tokens are at the site
+    `final_norm`.
     """
     refuse(config, position_embedding_type="absolute", is_decoder=False)
+    return _bert_like(config, _head(config, "Bert"))
+
+
+@of_published
+def roberta(config: Published) -> TransformerConfig:
+    """Returns the config of RoBERTa (Liu et al., 2019): BERT, with positions that begin behind that of padding."""
+    refuse(config, position_embedding_type="absolute", is_decoder=False)
+    offset = config["pad_token_id"] + 1
+    head = _head(changed(config, hidden_act="gelu"), "Roberta")
+    return _bert_like(
+        config,
+        head,
+        length=config["max_position_embeddings"] - offset,
+        positions=Spec(nn.PositionEmbedding, offset=offset),
+    )
+
+
+@of_published
+def albert(config: Published) -> TransformerConfig:
+    """Returns the config of ALBERT (Lan et al., 2020): BERT with a narrow embedding, and one layer that runs again and
+    again.
+    """
+    refuse(config, position_embedding_type="absolute", num_hidden_groups=1, inner_group_num=1)
+    inner = config["embedding_size"]
+    return _bert_like(config, _head(config, "Albert", inner=inner), embed_width=inner, shared=True)
+
+
+def _head(config: Published, family: str, **options: Any) -> Spec:
+    purpose = purpose_of(config, family, *HEADS)
+    if purpose == "Model":
+        return Spec(nn.Pooler)
+    if purpose == "ForSequenceClassification":
+        return Spec(nn.Pooler, classes=classes_of(config))
+    refuse(config, tie_word_embeddings=True)
+    activation = activation_of(config["hidden_act"])
+    return Spec(nn.MaskedTokenHead, activation=activation, eps=config["layer_norm_eps"], **options)
+
+
+def _bert_like(config: Published, head: Spec, **options: Any) -> TransformerConfig:
     around = Spec(nn.LayerNorm, eps=config["layer_norm_eps"])
     layer = Layer([Branch(each, None, norm_sum=around) for each in _plain(config)])
+    said: dict[str, Any] = {"length": config["max_position_embeddings"], "positions": Spec(nn.PositionEmbedding)}
     return TransformerConfig(
         vocabulary=config["vocab_size"],
-        length=config["max_position_embeddings"],
         width=config["hidden_size"],
         layers=[layer] * config["num_hidden_layers"],
         causal=False,
         embed=Spec(nn.TokenEmbedding, types=config["type_vocab_size"]),
-        positions=Spec(nn.PositionEmbedding),
         embed_norm=around,
         norm=None,
-        head=Spec(nn.Pooler),
+        head=head,
+        **(said | options),
     )
 
 
@@ -61,19 +147,73 @@ def _plain_table(layer: str, attention: str, *, biased: bool = True) -> Table:
 
 def bert_table(config: Published) -> Table:
     """Returns the names of BERT."""
-    embeddings, layer = "bert.embeddings", "bert.encoder.layer.*"
-    table: Table = {
-        f"{embeddings}.word_embeddings.weight": Row("embed.table"),
-        f"{embeddings}.position_embeddings.weight": Row("positions.table"),
-        f"{embeddings}.token_type_embeddings.weight": Row("embed.types"),
+    guess = "cls.predictions"
+    masked = _guesses(f"{guess}.transform.dense", f"{guess}.transform.LayerNorm", guess)
+    of_head = _head_table(config, "Bert", "bert.pooler.dense", ("bert.pooler.dense", "classifier"), masked)
+    return _embeddings("bert") | _layers_of_bert("bert") | of_head
+
+
+def roberta_table(config: Published) -> Table:
+    """Returns the names of RoBERTa."""
+    masked = _guesses("lm_head.dense", "lm_head.layer_norm", "lm_head")
+    classifier = ("classifier.dense", "classifier.out_proj")
+    of_head = _head_table(config, "Roberta", "roberta.pooler.dense", classifier, masked)
+    return _embeddings("roberta") | _layers_of_bert("roberta") | of_head
+
+
+def albert_table(config: Published) -> Table:
+    """Returns the names of ALBERT, whose layers have one set of parameters."""
+    layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    mixer, block = (name.replace("*", "0") for name in (MIXER, BLOCK))
+    table = _embeddings("albert") | linear("albert.encoder.embedding_hidden_mapping_in", "embed_map", bias=True)
+    names = {**{name: name for name in QKV}, "out": "dense"}
+    for ours, name in names.items():
+        table |= linear(f"{layer}.attention.{name}", f"{mixer}.module.{ours}", bias=True)
+    table |= norm(f"{layer}.attention.LayerNorm", f"{mixer}.norm_sum", bias=True)
+    table |= linear(f"{layer}.ffn", f"{block}.module.up", bias=True)
+    table |= linear(f"{layer}.ffn_output", f"{block}.module.down", bias=True)
+    table |= norm(f"{layer}.full_layer_layer_norm", f"{block}.norm_sum", bias=True)
+    masked = _guesses("predictions.dense", "predictions.LayerNorm", "predictions")
+    return table | _head_table(config, "Albert", "albert.pooler", ("albert.pooler", "classifier"), masked)
+
+
+def _embeddings(prefix: str) -> Table:
+    name = f"{prefix}.embeddings"
+    table = {
+        f"{name}.word_embeddings.weight": Row("embed.table"),
+        f"{name}.position_embeddings.weight": Row("positions.table"),
+        f"{name}.token_type_embeddings.weight": Row("embed.types"),
     }
-    table |= norm(f"{embeddings}.LayerNorm", "embed_norm", bias=True)
+    return table | norm(f"{name}.LayerNorm", "embed_norm", bias=True)
+
+
+def _layers_of_bert(prefix: str) -> Table:
+    layer = f"{prefix}.encoder.layer.*"
     return (
-        table
-        | _plain_table(layer, "attention.self")
+        _plain_table(layer, "attention.self")
         | norm(f"{layer}.attention.output.LayerNorm", f"{MIXER}.norm_sum", bias=True)
         | norm(f"{layer}.output.LayerNorm", f"{BLOCK}.norm_sum", bias=True)
-        | linear("bert.pooler.dense", "head.map", bias=True)
+    )
+
+
+def _head_table(config: Published, family: str, pooler: str, classifier: tuple[str, str], masked: Table) -> Table:
+    """Returns the names of the head that the class of the model has, from those of all its kinds."""
+    purpose = purpose_of(config, family, *HEADS)
+    if purpose == "Model":
+        return linear(pooler, "head.map", bias=True)
+    first, second = classifier
+    classes = linear(first, "head.map", bias=True) | linear(second, "head.classes", bias=True)
+    return classes if purpose == "ForSequenceClassification" else masked
+
+
+def _guesses(dense: str, around: str, decoder: str) -> Table:
+    """Returns the names of a head for masked tokens, with second names of the embedding and the bias."""
+    return (
+        linear(dense, "head.map", bias=True)
+        | norm(around, "head.norm", bias=True)
+        | {f"{decoder}.bias": Row("head.bias")}
+        | {f"{decoder}.decoder.bias": Row("head.bias", copy=True)}
+        | {f"{decoder}.decoder.weight": Row("embed.table", copy=True)}
     )
 
 
@@ -81,28 +221,95 @@ def bert_table(config: Published) -> Table:
 def vit(config: Published) -> TransformerConfig:
     """Returns the config of ViT (Dosovitskiy et al., 2021): patches behind a class token.
 
-    The classes are the logits of the class token.
+    The classes are the logits of the class token; a plain model has the pooler's output instead.
     """
+    refuse(config, pooler_act="tanh")
+    plain = purpose_of(config, "ViT", "ForImageClassification") == "Model"
     around = Spec(nn.LayerNorm, eps=config["layer_norm_eps"])
+    layer = pre_norm(*_plain(config, _biased(config)), around)
+    head = Spec(nn.Pooler) if plain else Spec(nn.Head, use_bias=True)
+    return _of_patches(config, layer, head, 1 if plain else classes_of(config))
+
+
+@of_published
+def dinov2(config: Published) -> TransformerConfig:
+    """Returns the config of DINOv2 (Oquab et al., 2024): ViT with learned gains of what each block adds (LayerScale).
+
+    The outputs are the normed vectors of the class token and of the patches.
+    """
+    purpose_of(config, "Dinov2")
+    around = Spec(nn.LayerNorm, eps=config["layer_norm_eps"])
+    width = config["hidden_size"]
+    attention, block = _plain(changed(config, intermediate_size=int(width * config["mlp_ratio"])), _biased(config))
+    if config["use_swiglu_ffn"]:
+        block = Spec(nn.FeedForward, hidden=_gated_size(config), activation="silu", gated=True, use_bias=True)
+    layer = Layer([Branch(each, around, scale=1.0) for each in (attention, block)])
+    return _of_patches(config, layer, None)
+
+
+def _gated_size(config: Published) -> int:
+    return -(-int(int(config["hidden_size"] * config["mlp_ratio"]) * 2 / 3) // 8) * 8
+
+
+def _biased(config: Published) -> tuple[str, ...]:
+    return (*QKV, "out") if config.get("qkv_bias", True) else ("out",)
+
+
+def _of_patches(config: Published, layer: Layer, head: Spec | None, classes: int = 1) -> TransformerConfig:
     size, patch = config["image_size"], config["patch_size"]
-    biased = ("query", "key", "value", "out") if config.get("qkv_bias", True) else ("out",)
     return TransformerConfig(
-        vocabulary=len(config["id2label"]),
+        vocabulary=classes,
         length=(size // patch) ** 2 + 1,
         width=config["hidden_size"],
-        layers=[pre_norm(*_plain(config, biased), around)] * config["num_hidden_layers"],
+        layers=[layer] * config["num_hidden_layers"],
         causal=False,
-        embed=Spec(nn.PatchEmbedding, patch=(patch, patch), channels=config["num_channels"]),
+        embed=Spec(nn.PatchEmbedding, patch=(patch, patch), channels=config["num_channels"], size=(size, size)),
         positions=Spec(nn.PositionEmbedding),
-        norm=around,
-        head=Spec(nn.Head, use_bias=True),
+        norm=Spec(nn.LayerNorm, eps=config["layer_norm_eps"]),
+        head=head,
     )
 
 
 def vit_table(config: Published) -> Table:
-    """Returns the names of ViT. The map of patches is published as a convolution, [out, channels, height, width]."""
-    embeddings, layer, width = "vit.embeddings", "vit.encoder.layer.*", config["hidden_size"]
-    size, channels = config["patch_size"], config["num_channels"]
+    """Returns the names of ViT."""
+    layer = "vit.encoder.layer.*"
+    plain = purpose_of(config, "ViT", "ForImageClassification") == "Model"
+    classes: Table = {"classifier.weight": Row("head.map.kernel", TRANSPOSED), "classifier.bias": Row("head.bias")}
+    return (
+        _patches("vit.embeddings", config)
+        | _plain_table(layer, "attention.attention", biased=config.get("qkv_bias", True))
+        | norm(f"{layer}.layernorm_before", f"{MIXER}.norm", bias=True)
+        | norm(f"{layer}.layernorm_after", f"{BLOCK}.norm", bias=True)
+        | norm("vit.layernorm", "norm", bias=True)
+        | (linear("vit.pooler.dense", "head.map", bias=True) if plain else classes)
+    )
+
+
+def dinov2_table(config: Published) -> Table:
+    """Returns the names of DINOv2. The two inner maps of a gated block are published as one."""
+    layer, block = "encoder.layer.*", f"{BLOCK}.module"
+    attention = f"{layer}.attention"
+    table = _patches("embeddings", config) | linear(f"{attention}.output.dense", f"{MIXER}.module.out", bias=True)
+    for name in QKV:
+        biased = config.get("qkv_bias", True)
+        table |= linear(f"{attention}.attention.{name}", f"{MIXER}.module.{name}", bias=biased)
+    if config["use_swiglu_ffn"]:
+        for kind, published in (("kernel", "weight"), ("bias", "bias")):
+            both = tuple(f"{block}.{name}.{kind}" for name in ("gate", "up"))
+            table |= {f"{layer}.mlp.weights_in.{published}": Row(both, stacked(*[_gated_size(config)] * 2))}
+        table |= linear(f"{layer}.mlp.weights_out", f"{block}.down", bias=True)
+    else:
+        table |= linear(f"{layer}.mlp.fc1", f"{block}.up", bias=True)
+        table |= linear(f"{layer}.mlp.fc2", f"{block}.down", bias=True)
+    for number, branch in ((1, MIXER), (2, BLOCK)):
+        table |= norm(f"{layer}.norm{number}", f"{branch}.norm", bias=True)
+        table |= {f"{layer}.layer_scale{number}.lambda1": Row(f"{branch}.scale")}
+    return table | norm("layernorm", "norm", bias=True)
+
+
+def _patches(name: str, config: Published) -> Table:
+    """Returns the names of patches, whose map is published as a convolution, [out, channels, height, width]."""
+    size, channels, width = config["patch_size"], config["num_channels"], config["hidden_size"]
 
     def rows(x: np.ndarray) -> tuple[np.ndarray]:
         return (x.transpose(2, 3, 1, 0).reshape(-1, width),)
@@ -110,23 +317,12 @@ def vit_table(config: Published) -> Table:
     def convolution(x: np.ndarray) -> np.ndarray:
         return x.reshape(size, size, channels, width).transpose(3, 2, 0, 1)
 
-    patches = f"{embeddings}.patch_embeddings.projection"
-    biased = config.get("qkv_bias", True)
-    table: Table = {
-        f"{embeddings}.cls_token": Row("embed.class_token", FIRST_ROW),
-        f"{embeddings}.position_embeddings": Row("positions.table", FIRST_ROW),
-        f"{patches}.weight": Row("embed.map.kernel", Layout(rows, convolution)),
-        f"{patches}.bias": Row("embed.map.bias"),
-        "classifier.weight": Row("head.map.kernel", TRANSPOSED),
-        "classifier.bias": Row("head.bias"),
+    return {
+        f"{name}.cls_token": Row("embed.class_token", FIRST_ROW),
+        f"{name}.position_embeddings": Row("positions.table", FIRST_ROW),
+        f"{name}.patch_embeddings.projection.weight": Row("embed.map.kernel", Layout(rows, convolution)),
+        f"{name}.patch_embeddings.projection.bias": Row("embed.map.bias"),
     }
-    return (
-        table
-        | _plain_table(layer, "attention.attention", biased=biased)
-        | norm(f"{layer}.layernorm_before", f"{MIXER}.norm", bias=True)
-        | norm(f"{layer}.layernorm_after", f"{BLOCK}.norm", bias=True)
-        | norm("vit.layernorm", "norm", bias=True)
-    )
 
 
 @of_published

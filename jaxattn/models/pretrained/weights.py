@@ -52,6 +52,14 @@ def columns(count: int) -> Layout:
     return Layout(lambda x: tuple(np.split(x, count, -1)), lambda *parts: np.concatenate(parts, -1))
 
 
+def stacked(*sizes: int) -> Layout:
+    """The array has maps or biases of these sizes one below the other in its first axis; maps are [out, in]."""
+    places = np.cumsum(sizes)[:-1]
+    return Layout(
+        lambda x: tuple(part.T for part in np.split(x, places)), lambda *parts: np.concatenate([x.T for x in parts])
+    )
+
+
 @dataclass(frozen=True)
 class Row:
     """Where an array goes.
