@@ -1,4 +1,7 @@
-"""More published decoders in plain NumPy: Mistral, Qwen 2, OLMo 2, Gemma 1 and Gemma 3. See `published.py`."""
+"""More published decoders in plain NumPy. See `published.py`.
+
+These are Mistral, Qwen 2, OLMo 2, Gemma 1 and 3, the attention of gpt-oss, and Mamba-2.
+"""
 
 from collections.abc import Callable
 
@@ -21,6 +24,7 @@ from published import (
     rotate,
     split,
 )
+from scipy.special import expit, log_softmax
 
 
 def head_dim_of(config: Config) -> int:
@@ -333,4 +337,174 @@ OLMO2 = Family(
     draw_olmo2,
     example_ids,
     olmo2,
+)
+
+
+def draw_gpt_oss(config: Config, draws: Draws) -> None:
+    """The weights of its attention, and of the norms around."""
+    width, head_dim = config["hidden_size"], config["head_dim"]
+    draws.normal("model.embed_tokens.weight", config["vocab_size"], width)
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        draws.norm(f"{block}.input_layernorm", width)
+        draw_grouped(draws, f"{block}.self_attn", config, head_dim, scale=1.5)
+        for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"), ("v", "num_key_value_heads")):
+            draws.normal(f"{block}.self_attn.{name}_proj.bias", config[heads] * head_dim, scale=0.4)
+        draws.normal(f"{block}.self_attn.o_proj.bias", width, scale=0.4)
+        draws.normal(f"{block}.self_attn.sinks", config["num_attention_heads"], mean=1)
+    draws.norm("model.norm", width)
+
+
+def yarn_frequencies(plain: np.ndarray, base: float, scaling: Config) -> np.ndarray:
+    """The frequencies of YaRN (Peng et al., 2023): fast pairs are kept, slow ones divided, those between mixed.
+
+    The mix goes linearly with the number of the pair. Its ends are the numbers at which a pair would turn beta_fast and
+    beta_slow times in the original context.
+    """
+    features, length = 2 * len(plain), scaling["original_max_position_embeddings"]
+
+    def number(turns: float) -> float:
+        return features * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(base))
+
+    low, high = number(scaling["beta_fast"]), number(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low, high = np.floor(low), np.ceil(high)
+    divided = np.clip((np.arange(len(plain)) - low) / (high - low), 0, 1)
+    return (1 - divided) * plain + divided * plain / scaling["factor"]
+
+
+def gpt_oss(weights: Weights, config: Config, input_ids: np.ndarray) -> dict[str, np.ndarray]:
+    """OpenAI, 2025, without its experts: a sink per head, biases, windows in every other layer, YaRN.
+
+    The sink of a head is one more score for the softmax, whose weight reads nothing. Queries and keys are multiplied by
+    0.1·log(factor) + 1 each.
+    """
+    heads, key_heads, length = config["num_attention_heads"], config["num_key_value_heads"], input_ids.shape[1]
+    scaling = config["rope_scaling"]
+    radians = yarn_frequencies(frequencies(config["head_dim"], config["rope_theta"]), config["rope_theta"], scaling)
+    larger = 0.1 * np.log(scaling["factor"]) + 1
+    x = weights["model.embed_tokens.weight"][input_ids]
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}.self_attn"
+        normed = rms_norm(x, weights[f"model.layers.{layer}.input_layernorm.weight"], config["rms_norm_eps"])
+        query = larger * rotate(split(linear(weights, f"{name}.q_proj", normed), heads), radians)
+        key = larger * rotate(split(linear(weights, f"{name}.k_proj", normed), key_heads), radians)
+        value = split(linear(weights, f"{name}.v_proj", normed), key_heads)
+        key, value = (np.repeat(each, heads // key_heads, axis=1) for each in (key, value))
+        scores = query @ key.swapaxes(-1, -2) * config["head_dim"] ** -0.5
+        scores = np.where(visible_in(config, length, layer % 2 == 0), scores, -np.inf)
+        sinks = np.broadcast_to(weights[f"{name}.sinks"][None, :, None, None], (*scores.shape[:-1], 1))
+        shares = np.exp(log_softmax(np.concatenate([scores, sinks], axis=-1), axis=-1))[..., :-1]
+        x = x + linear(weights, f"{name}.o_proj", merge(shares @ value))
+    return {"last_hidden_state": rms_norm(x, weights["model.norm.weight"], config["rms_norm_eps"])}
+
+
+# Of 8 pairs the first is kept, those from number 5 on are divided; the ends of the mix are 1.1 and 4.3.
+GPT_OSS = Family(
+    {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "attention_bias": True,
+        "head_dim": 16,
+        "hidden_size": 58,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "max_position_embeddings": 640,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 0.01,
+        "rope_scaling": {
+            "beta_fast": 3.0,
+            "beta_slow": 0.1,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 5000.0,
+        "sliding_window": 9,
+        "vocab_size": 85,
+    },
+    draw_gpt_oss,
+    example_ids,
+    gpt_oss,
+)
+
+
+def draw_mamba2(config: Config, draws: Draws) -> None:
+    width, heads, state = config["hidden_size"], config["num_heads"], config["state_size"]
+    inner = config["expand"] * width
+    draws.normal("backbone.embeddings.weight", config["vocab_size"], width)
+    for layer in range(config["num_hidden_layers"]):
+        mixer = f"backbone.layers.{layer}.mixer"
+        draws.norm(f"backbone.layers.{layer}.norm", width)
+        draws.linear(f"{mixer}.in_proj", 2 * inner + 2 * state + heads, width)
+        draws.normal(f"{mixer}.conv1d.weight", inner + 2 * state, 1, config["conv_kernel"], scale=0.6)
+        draws.normal(f"{mixer}.conv1d.bias", inner + 2 * state, scale=0.4)
+        draws.normal(f"{mixer}.A_log", heads)
+        draws.normal(f"{mixer}.D", heads)
+        # Small steps: what is remembered fades over some ten tokens.
+        draws.normal(f"{mixer}.dt_bias", heads, mean=-2)
+        draws.norm(f"{mixer}.norm", inner)
+        draws.linear(f"{mixer}.out_proj", width, inner)
+    draws.norm("backbone.norm_f", width)
+    draws.linear("lm_head", config["vocab_size"], width, scale=2)
+
+
+def mamba2(weights: Weights, config: Config, input_ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Dao and Gu, 2024: a state [heads, head_dim, state_size] per sequence that fades and is written token by token.
+
+    state ← e^(−e^a·step)·state + step·(signal ⊗ key), and what is read is state·query + D·signal.
+    """
+    width, heads, size = config["hidden_size"], config["num_heads"], config["state_size"]
+    inner, kernel, epsilon = config["expand"] * width, config["conv_kernel"], config["layer_norm_epsilon"]
+    batch, length = input_ids.shape
+    x = weights["backbone.embeddings.weight"][input_ids]
+    for layer in range(config["num_hidden_layers"]):
+        mixer = f"backbone.layers.{layer}.mixer"
+        normed = rms_norm(x, weights[f"backbone.layers.{layer}.norm.weight"], epsilon)
+        gate, mixed, step = np.split(linear(weights, f"{mixer}.in_proj", normed), [inner, 2 * inner + 2 * size], -1)
+        padded = np.concatenate([np.zeros((batch, kernel - 1, mixed.shape[-1])), mixed], axis=1)
+        filters = weights[f"{mixer}.conv1d.weight"][:, 0]
+        convolved = sum(padded[:, place : place + length] * filters[:, place] for place in range(kernel))
+        convolved = convolved + weights[f"{mixer}.conv1d.bias"]
+        signal, key, query = np.split(convolved * expit(convolved), [inner, inner + size], -1)
+        signal = signal.reshape(batch, length, heads, -1)
+        step = np.logaddexp(0, step + weights[f"{mixer}.dt_bias"])
+        fading = np.exp(-np.exp(weights[f"{mixer}.A_log"]) * step)
+        state, read = np.zeros((batch, heads, inner // heads, size)), []
+        for t in range(length):
+            written = step[:, t, :, None, None] * signal[:, t, :, :, None] * key[:, t, None, None, :]
+            state = fading[:, t, :, None, None] * state + written
+            read.append((state @ query[:, t, None, :, None])[..., 0])
+        y = np.stack(read, axis=1) + weights[f"{mixer}.D"][:, None] * signal
+        y = y.reshape(batch, length, inner) * gate * expit(gate)
+        x = x + linear(weights, f"{mixer}.out_proj", rms_norm(y, weights[f"{mixer}.norm.weight"], epsilon))
+    return {"logits": linear(weights, "lm_head", rms_norm(x, weights["backbone.norm_f.weight"], epsilon))}
+
+
+MAMBA2 = Family(
+    {
+        "architectures": ["Mamba2ForCausalLM"],
+        "model_type": "mamba2",
+        "conv_kernel": 4,
+        "expand": 2,
+        "head_dim": 12,
+        "hidden_act": "silu",
+        "hidden_size": 30,
+        "layer_norm_epsilon": 0.01,
+        "n_groups": 1,
+        "num_heads": 5,
+        "num_hidden_layers": 2,
+        "rms_norm": True,
+        "state_size": 9,
+        "tie_word_embeddings": False,
+        "time_step_limit": [0.0, float("inf")],
+        "use_bias": False,
+        "use_conv_bias": True,
+        "vocab_size": 93,
+    },
+    draw_mamba2,
+    example_ids,
+    mamba2,
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from published import GEMMA2, GPT2, LLAMA, LLAMA_TIED, NEOX, NEOX_SEQUENTIAL, QWEN3, QWEN3_TIED
-from published_decoders import GEMMA, GEMMA3, MISTRAL, OLMO2, QWEN2
+from published_decoders import GEMMA, GEMMA3, GPT_OSS, MAMBA2, MISTRAL, OLMO2, QWEN2
 from published_more import (
     ALBERT,
     ALBERT_MODEL,
@@ -30,12 +30,43 @@ from published_more import (
     WHISPER,
 )
 
-from jaxattn.models import EncoderDecoder, Transformer, from_plain, generate, to_plain
-from jaxattn.models.pretrained import decoders, encoders
-from jaxattn.models.pretrained.weights import assign, published
+from jaxattn import nn
+from jaxattn.models import (
+    EncoderDecoder,
+    Spec,
+    Transformer,
+    TransformerConfig,
+    from_plain,
+    generate,
+    pre_norm,
+    to_plain,
+)
+from jaxattn.models.pretrained import Row, decoders, encoders, recurrences
+from jaxattn.models.pretrained.weights import assign, norm, published
 
 B, LENGTH = 2, 512
 slow = pytest.mark.slow
+
+
+def gpt_oss(config):
+    """The attention of gpt-oss in a decoder without other blocks."""
+    around = Spec(nn.RMSNorm, eps=config["rms_norm_eps"])
+    count = config["num_hidden_layers"]
+    return TransformerConfig(
+        vocabulary=config["vocab_size"],
+        length=config["max_position_embeddings"],
+        width=config["hidden_size"],
+        layers=[pre_norm(decoders.gpt_oss_attention(config, layer), None, around) for layer in range(count)],
+        norm=around,
+        head=None,
+    )
+
+
+def gpt_oss_table(config):
+    around = norm("model.layers.*.input_layernorm", "layers.*.branches.0.norm") | norm("model.norm", "norm")
+    return decoders.gpt_oss_table(config) | around | {"model.embed_tokens.weight": Row("embed.table")}
+
+
 CAUSAL = {
     "GPT-2": (GPT2, decoders.gpt2, decoders.gpt2_table),
     "Llama 3": (LLAMA, decoders.llama, decoders.llama_table),
@@ -48,6 +79,8 @@ CAUSAL = {
     "Gemma": (GEMMA, decoders.gemma, decoders.gemma_table),
     "Gemma 3": (GEMMA3, decoders.gemma3_text, decoders.gemma3_table),
     "Gemma 2": (GEMMA2, decoders.gemma2, decoders.gemma2_table),
+    "gpt-oss, its attention": (GPT_OSS, gpt_oss, gpt_oss_table),
+    "Mamba-2": (MAMBA2, recurrences.mamba2, recurrences.mamba2_table),
     "GPT-NeoX": (NEOX, decoders.gpt_neox, decoders.gpt_neox_table),
     "GPT-NeoX, sequential": (NEOX_SEQUENTIAL, decoders.gpt_neox, decoders.gpt_neox_table),
 }
@@ -137,7 +170,7 @@ def test_decoders(name):
     model, weights = loaded(family, config, table)
     inputs = family.inputs(2, LENGTH, B)
     ids = inputs["input_ids"]
-    expected = family.forward(weights, family.config, **inputs)["logits"]
+    (expected,) = family.forward(weights, family.config, **inputs).values()
     assert_equal(run(model, ids)[0], expected)
     state = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, model.init_state(B, LENGTH))
     _, state, _ = run(model, ids[:, :-2], state=state)

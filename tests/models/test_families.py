@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from published import GEMMA2, GPT2, LLAMA, NEOX, QWEN3
-from published_decoders import GEMMA, GEMMA3, MISTRAL, OLMO2, QWEN2
+from published_decoders import GEMMA, GEMMA3, GPT_OSS, MAMBA2, MISTRAL, OLMO2, QWEN2
 from published_more import ALBERT, BERT, BERT_MASKED, DINOV2, ROBERTA, T5, VIT, WHISPER
 
 from jaxattn import Rotary, Window, Yarn
 from jaxattn.core.attend import Interpolate
 from jaxattn.models import Transformer
-from jaxattn.models.pretrained import FAMILIES, assign, decoders, encoders, published
+from jaxattn.models.pretrained import FAMILIES, assign, decoders, encoders, published, recurrences
 
 FULL, NEAR = "full_attention", "sliding_attention"
 
@@ -55,6 +55,8 @@ def test_scalings_of_rotary_positions():
         read(rope_type="dynamic", factor=2.0)
     with pytest.raises(ValueError, match=r"with \['attention_factor'\] missing or not known"):
         read(**yarn, attention_factor=1.5)
+    with pytest.raises(ValueError, match="need both of mscale and mscale_all_dim, or none"):
+        read(**yarn, mscale=0.7)
     with pytest.raises(ValueError, match=r"with \['original_max_position_embeddings'\] missing or not known"):
         read(rope_type="yarn", factor=2.0)
 
@@ -116,6 +118,10 @@ def test_windows(make, config, windows):
             BERT_MASKED.config | {"tie_word_embeddings": False},
             "config has tie_word_embeddings=False: need True",
         ),
+        (lambda config: decoders.gpt_oss_attention(config, 0), GPT_OSS.config | {"attention_bias": False}, "need True"),
+        (recurrences.mamba2, MAMBA2.config | {"n_groups": 8}, "config has n_groups=8: need 1"),
+        (recurrences.mamba2, MAMBA2.config | {"time_step_limit": [0.0, 0.1]}, r"need \[0.0, inf\], no limit"),
+        (recurrences.mamba2, MAMBA2.config | {"head_dim": 13}, "config has 5 heads of head_dim=13: need 60 channels"),
         (encoders.roberta, ROBERTA.config | {"is_decoder": True}, "config has is_decoder=True: need False"),
         (encoders.albert, ALBERT.config | {"num_hidden_groups": 2}, "config has num_hidden_groups=2: need 1"),
         (
@@ -132,7 +138,7 @@ def test_options_that_no_model_has_are_refused(make, config, message):
 
 @pytest.mark.parametrize(
     "family",
-    [GPT2, LLAMA, QWEN2, GEMMA3, OLMO2, NEOX, BERT, ROBERTA, ALBERT, VIT, DINOV2, T5, WHISPER],
+    [GPT2, LLAMA, QWEN2, GEMMA3, OLMO2, NEOX, MAMBA2, BERT, ROBERTA, ALBERT, VIT, DINOV2, T5, WHISPER],
 )
 def test_a_missing_number_is_named_with_its_family(family):
     kind = family.config["model_type"]

@@ -30,6 +30,7 @@ ACTIVATIONS = {
 SLIDING, FULL = "sliding_attention", "full_attention"
 MIXER, BLOCK = "layers.*.branches.0", "layers.*.branches.1"
 QKV = ("query", "key", "value")
+OF_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
 
 
 class Numbers(dict[str, Any]):
@@ -163,6 +164,8 @@ def rotary_of(said: Published, fraction: float = 1.0) -> Rotary:
     given = {name: x for name, x in said.items() if name not in ("rope_theta", "rope_type", "type") and x is not None}
     if kind == "default":  # a file may say where scaling would begin
         given.pop("original_max_position_embeddings", None)
+    if kind == "yarn" and ("mscale" in given) != ("mscale_all_dim" in given):
+        raise ValueError(f"config has {said} for its rotary positions: need both of mscale and mscale_all_dim, or none")
     if wrong := sorted((set(given) - set(needed) - set(more)) | (set(needed) - set(given))):
         raise ValueError(
             f"config has {said} for its rotary positions, with {wrong} missing or not known: need {needed}"
@@ -335,26 +338,14 @@ def _llama_like(
         options: Arguments of attention.
     """
     around = Spec(nn.RMSNorm, eps=config["rms_norm_eps"])
-    count, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    kinds = [FULL] * count if kinds is None else kinds
+    kinds = [FULL] * config["num_hidden_layers"] if kinds is None else kinds
     block = Spec(
         nn.FeedForward, hidden=config["intermediate_size"], activation=activation_of(config["hidden_act"]), gated=True
     )
 
-    def attention(kind: str) -> Spec:
-        near = {"mask": Window(config["sliding_window"] - 1)} if kind == SLIDING else {}
-        return Spec(
-            nn.MultiHeadAttention,
-            heads=heads,
-            key_heads=config["num_key_value_heads"],
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            position=rotary_of(rope_of(config) if ropes is None else ropes[kind]),
-            **near,
-            **options,
-        )
-
     def made(kind: str) -> Layer:
-        return pre_norm(attention(kind), block, around) if layer is None else layer(attention(kind), block)
+        attention = _attention(config, kind, rope_of(config) if ropes is None else ropes[kind], **options)
+        return pre_norm(attention, block, around) if layer is None else layer(attention, block)
 
     said: dict[str, Any] = {"norm": around} | dict(of_model)
     return TransformerConfig(
@@ -367,6 +358,52 @@ def _llama_like(
     )
 
 
+def _attention(config: Published, kind: str, rope: Published, **options: Any) -> Spec:
+    """Returns attention of grouped heads that are rotated, in a window where the kind says so."""
+    heads = config["num_attention_heads"]
+    near = {"mask": Window(config["sliding_window"] - 1)} if kind == SLIDING else {}
+    return Spec(
+        nn.MultiHeadAttention,
+        heads=heads,
+        key_heads=config["num_key_value_heads"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        position=rotary_of(rope),
+        **near,
+        **options,
+    )
+
+
+@of_published
+def gpt_oss(config: Published) -> TransformerConfig:
+    """Refuses gpt-oss (OpenAI, 2025), for which there is no mixture of experts here: see `gpt_oss_attention`."""
+    raise ValueError(
+        "config has model_type='gpt_oss', whose blocks are mixtures of experts, which there are none of here: need "
+        "another model, or gpt_oss_attention and gpt_oss_table for its attention alone"
+    )
+
+
+def gpt_oss_attention(config: Published, layer: int) -> Spec:
+    """Returns the attention of a layer of gpt-oss (OpenAI, 2025).
+
+    Each head has a learned logit that takes weight and reads nothing (a sink). The maps have biases. The positions are
+    rotated as YaRN says, and every other layer has a window, beginning with the first.
+    """
+    config = Numbers(config)
+    refuse(config, attention_bias=True)
+    alternating = [(SLIDING, FULL)[number % 2] for number in range(config["num_hidden_layers"])]
+    kind = kinds_of_layers(config, alternating)[layer]
+    return _attention(config, kind, rope_of(config), use_bias=True, normalize=Spec(nn.NullSoftmax))
+
+
+def gpt_oss_table(config: Published) -> Table:
+    """Returns the names of the attention of gpt-oss."""
+    name = "model.layers.*.self_attn"
+    table: Table = {f"{name}.sinks": Row(f"{MIXER}.module.normalize.null_logit")}
+    for ours, published in OF_ATTENTION.items():
+        table |= linear(f"{name}.{published}", f"{MIXER}.module.{ours}", bias=True)
+    return table
+
+
 def llama_table(config: Published) -> Table:
     """Returns the names of Llama and Mistral."""
     return _llama_names(config.get("tie_word_embeddings", False)) | _norms_before()
@@ -374,7 +411,8 @@ def llama_table(config: Published) -> Table:
 
 def qwen2_table(config: Published) -> Table:
     """Returns the names of Qwen 2: those of Llama, with biases."""
-    rows = {f"model.layers.*.self_attn.{name[0]}_proj.bias": Row(f"{MIXER}.module.{name}.bias") for name in QKV}
+    attention = "model.layers.*.self_attn"
+    rows = {f"{attention}.{OF_ATTENTION[name]}.bias": Row(f"{MIXER}.module.{name}.bias") for name in QKV}
     return llama_table(config) | rows
 
 
@@ -416,10 +454,9 @@ def head_table(*, tied: bool, name: str = "lm_head") -> Table:
 
 
 def _llama_names(tied: bool) -> Table:
-    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     blocks = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     table: Table = {"model.embed_tokens.weight": Row("embed.table")} | norm("model.norm", "norm")
-    for ours, name in names.items():
+    for ours, name in OF_ATTENTION.items():
         table |= linear(f"model.layers.*.self_attn.{name}", f"{MIXER}.module.{ours}")
     for ours, name in blocks.items():
         table |= linear(f"model.layers.*.mlp.{name}", f"{BLOCK}.module.{ours}")

@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxattn.models.config import TransformerConfig
 from jaxattn.models.encoder_decoder import EncoderDecoder
-from jaxattn.models.pretrained import decoders, encoders, tokenizer
+from jaxattn.models.pretrained import decoders, encoders, recurrences, tokenizer
 from jaxattn.models.pretrained.gguf_file import GgufFile
 from jaxattn.models.pretrained.loaded import Pretrained
 from jaxattn.models.pretrained.weights import Table, assign, published
@@ -65,6 +65,8 @@ FAMILIES = {
         tuple(f"gpt_neox.layers.*.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")),
         "gpt_neox.",
     ),
+    "gpt_oss": Family(decoders.gpt_oss, decoders.gpt_oss_table),
+    "mamba2": Family(recurrences.mamba2, recurrences.mamba2_table, (), "backbone."),
     "bert": Family(
         encoders.bert,
         encoders.bert_table,
