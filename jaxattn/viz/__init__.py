@@ -1,9 +1,25 @@
-"""Pictures: each function takes arrays (or a mask) and returns a matplotlib `Figure`; `save` writes it as PNG."""
+"""Pictures. They take arrays (or a mask), never models.
+
+Each `show_` function returns a matplotlib `Figure`, which `save` writes as PNG.
+"""
 
 from jaxattn.viz.attention import show_heads
-from jaxattn.viz.curves import show_curves, show_risks
+from jaxattn.viz.curves import show_by_layer, show_curves, show_lags, show_risks
 from jaxattn.viz.figure import save
 from jaxattn.viz.masks import show_mask
 from jaxattn.viz.scores import show_scores
+from jaxattn.viz.tables import show_grid, show_lens, show_patching
 
-__all__ = ["save", "show_curves", "show_heads", "show_mask", "show_risks", "show_scores"]
+__all__ = [
+    "save",
+    "show_by_layer",
+    "show_curves",
+    "show_grid",
+    "show_heads",
+    "show_lags",
+    "show_lens",
+    "show_mask",
+    "show_patching",
+    "show_risks",
+    "show_scores",
+]

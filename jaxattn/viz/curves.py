@@ -1,4 +1,4 @@
-"""Curves over training steps, and over the number of examples in a prompt."""
+"""Curves over training steps, over the number of examples in a prompt, over layers, and over distances."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
 from jaxattn.viz.figure import COLOURS, STYLES
 
@@ -63,6 +64,63 @@ def show_risks(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(axes)
     axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def show_by_layer(scores: Mapping[str, ArrayLike], label: str = "score") -> Figure:
+    """Draws a dot for the score of every head, by its layer, and a line through the means of the layers.
+
+    Args:
+        scores: [L, N] by name, a colour for each.
+        label: The name of the score.
+
+    Raises:
+        ValueError: Scores have another rank.
+    """
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, given) in enumerate(scores.items()):
+        values = np.asarray(given, np.float32)
+        if values.ndim != 2:
+            raise ValueError(f"scores[{name!r}] has shape {values.shape}: need [layers, heads]")
+        colour, layers = COLOURS[number % len(COLOURS)], np.arange(len(values))
+        axes.plot(np.repeat(layers, values.shape[1]), values.ravel(), "o", color=colour, markersize=4, alpha=0.5)
+        axes.plot(layers, values.mean(1), color=colour, linewidth=1.5, label=name)
+    axes.set(xlabel="layer", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _plain(axes)
+    figure.legend(frameon=False, title="dots: heads; line: mean of the layer", loc="outside upper center", ncols=4)
+    return figure
+
+
+def show_lags(profiles: Mapping[str, tuple[Any, Any]], label: str = "mean weight") -> Figure:
+    """Draws what queries give to keys d positions before them, with bars of two standard errors to either side.
+
+    Args:
+        profiles: (means, standard errors) by name, each of the lags d = 0, 1, ...
+        label: The name of the mean.
+    """
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, (given, error)) in enumerate(profiles.items()):
+        mean, error = np.asarray(given, np.float32), np.asarray(error, np.float32)
+        colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+        axes.errorbar(
+            np.arange(len(mean)),
+            mean,
+            2 * error,
+            color=colour,
+            linestyle=style,
+            marker="o",
+            markersize=3,
+            linewidth=1,
+            capsize=2,
+            label=name,
+        )
+    axes.set(xlabel="lag: query position − key position", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _plain(axes)
+    figure.legend(frameon=False, title="bars: two standard errors", loc="outside upper center", ncols=4)
     return figure
 
 

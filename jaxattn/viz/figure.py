@@ -15,6 +15,14 @@ WEIGHTS = "Blues"
 # Of signed numbers, the same shade for the same size: less than nothing is red, more is blue.
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#8f2d1a", COLOURS[1], "#f4f3ee", COLOURS[0], "#16324f"])
 MOST_COLUMNS = 4
+SHOWN = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+
+
+def visible(token: str) -> str:
+    """Returns a token as it can be read: with a sign for each space, end of line and other letter without a shape."""
+    return "".join(
+        SHOWN.get(letter) or (letter if letter.isprintable() else f"\\{ord(letter):02x}") for letter in token
+    )
 
 
 def panels(count: int, ratio: float = 1.0, beside: float = 0.0, columns: int | None = None) -> tuple[Figure, list[Any]]:

@@ -123,6 +123,78 @@ def test_weights_of_the_wrong_rank_raise():
         viz.show_heads({"a": np.ones((4, 4))})
 
 
+def test_some_layers_keep_their_numbers_and_tokens_are_visible():
+    panels = panels_of(viz.show_heads({"a": np.ones((2, 1, 2, 2))}, tokens=[" a", "\n"], layers=[3, 9]))
+    assert [axes.get_title() for axes in panels] == ["layer 3 head 0", "layer 9 head 0"]
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["␣a", "⏎"]
+    with pytest.raises(ValueError, match="layers has 1 numbers: need 2"):
+        viz.show_heads({"a": np.ones((2, 1, 2, 2))}, layers=[3])
+
+
+def test_a_score_of_few_heads_is_printed_and_signs_have_colours_of_their_own():
+    scores = np.arange(6.0).reshape(2, 3) - 1
+    axes = viz.show_grid(scores, "a score", layers=[4, 7]).axes[0]
+    np.testing.assert_array_equal(image(axes), scores)
+    assert axes.get_images()[0].get_clim() == (-4, 4)
+    assert [text.get_text() for text in axes.texts] == ["-1.00", "0.00", "1.00", "2.00", "3.00", "4.00"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["4", "7"]
+    assert axes.get_title() == "a score"
+    many = viz.show_grid(np.ones((9, 8))).axes[0]
+    assert not many.texts
+    assert many.get_images()[0].get_clim() == (0, 1)
+
+
+def test_scores_that_are_not_finite_are_no_number():
+    axes = viz.show_grid(np.array([[np.nan, 2.0], [-np.inf, 1.0]])).axes[0]
+    assert axes.get_images()[0].get_array().mask.tolist() == [[True, False], [True, False]]
+    assert axes.get_images()[0].get_clim() == (0, 2)
+
+
+def test_effects_of_patching_have_the_tokens_below():
+    effects = np.array([[0.0, 2.0, 0.5], [0.0, 1.0, 0.0]])
+    axes = viz.show_patching(effects, ["<s>", " a", "b"]).axes[0]
+    np.testing.assert_array_equal(image(axes), effects)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0 <s>", "1 ␣a", "2 b"]
+    assert axes.get_images()[0].get_clim() == (-2, 2)  # around 0 although none is below
+    with pytest.raises(ValueError, match="2 names for 3 columns"):
+        viz.show_patching(effects, ["a", "b"])
+    long = viz.show_patching(np.ones((2, 100)), ["x"] * 100).axes[0]
+    assert len(long.get_xticks()) <= 40
+
+
+def test_a_lens_has_a_token_in_each_cell():
+    probabilities = np.array([[0.1, 0.9], [0.2, 0.8]])
+    axes = viz.show_lens([[" a", "b"], ["c", "\n"]], probabilities, ["x", " y"], rows=["embed", "0"]).axes[0]
+    np.testing.assert_allclose(image(axes), probabilities)
+    assert [text.get_text() for text in axes.texts] == ["␣a", "b", "c", "⏎"]
+    assert axes.get_images()[0].get_clim() == (0, 1)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["embed", "0"]
+    with pytest.raises(ValueError, match=r"rows of \[2\]: need \(2, 2\)"):
+        viz.show_lens([["a", "b"]], probabilities, ["x", "y"])
+
+
+def test_what_is_no_table_is_refused():
+    for show in (viz.show_grid, lambda x: viz.show_patching(x, ["a"]), lambda x: viz.show_lens([["a"]], x, ["a"])):
+        with pytest.raises(ValueError, match=r"has shape \(2,\): need two axes"):
+            show(np.ones(2))
+    with pytest.raises(ValueError, match=r"scores\['a'\] has shape \(2,\): need \[layers, heads\]"):
+        viz.show_by_layer({"a": np.ones(2)})
+
+
+def test_scores_by_layer_are_dots_and_the_line_of_their_means():
+    scores = np.array([[1.0, 3.0], [4.0, 0.0], [5.0, 5.0]])
+    dots, line = viz.show_by_layer({"a": scores}).axes[0].get_lines()
+    assert dots.get_xydata().tolist() == [[0, 1], [0, 3], [1, 4], [1, 0], [2, 5], [2, 5]]
+    assert line.get_xydata().tolist() == [[0, 2], [1, 2], [2, 5]]
+
+
+def test_lags_have_bars_of_two_standard_errors():
+    axes = viz.show_lags({"a": ([0.5, 0.25], [0.125, 0.0])}).axes[0]
+    assert axes.get_lines()[0].get_xydata().tolist() == [[0, 0.5], [1, 0.25]]
+    bars = [segment.tolist() for segment in axes.collections[0].get_segments()]
+    assert bars == [[[0, 0.25], [0, 0.75]], [[1, 0.25], [1, 0.25]]]
+
+
 def test_curves_of_what_is_not_bytes_are_losses():
     """Bits per byte are of runs on text; beside others, only the loss is common to both."""
     text, drawn = [{"step": 1, "loss": 3.0, "bits_per_byte": 4.0}], [{"step": 1, "loss": 2.0, "validation_loss": 1.0}]
@@ -155,6 +227,15 @@ def test_risks_are_lines_in_bands_of_two_standard_errors():
 
 
 def test_equal_figures_are_equal_files(tmp_path):
-    files = [viz.save(viz.show_mask(Causal(), 8), tmp_path / "deep" / name) for name in ("a.png", "b.png")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    scores = np.array([[1.0, -2.0], [0.5, 0.0]])
+    for draw in (
+        lambda: viz.show_mask(Causal(), 8),
+        lambda: viz.show_grid(scores),
+        lambda: viz.show_patching(scores, ["a", "b"]),
+        lambda: viz.show_lens([["a", "b"]] * 2, abs(scores) / 2, ["x", "y"]),
+        lambda: viz.show_by_layer({"a": scores}),
+        lambda: viz.show_lags({"a": tuple(scores)}),
+    ):
+        files = [viz.save(draw(), tmp_path / "deep" / name) for name in ("a.png", "b.png")]
+        assert files[0].read_bytes() == files[1].read_bytes()
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["a.png", "b.png"]
