@@ -206,8 +206,8 @@ def test_the_files_are_read_when_they_are_asked_for():
     assert printed.split() == ["False", "0", str(len(PAPERS))]
 
 
-def test_the_catalogue_is_in_the_wheel(tmp_path):
-    """Also as a zip file, where no paper has a path of its own."""
+def test_the_catalogue_and_the_page_are_in_the_wheel(tmp_path):
+    """Also as a zip file, where no file has a path of its own."""
     pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
@@ -216,3 +216,5 @@ def test_the_catalogue_is_in_the_wheel(tmp_path):
     assert held == {f"jaxattn/papers/data/{name}.toml" for name in NAMES}
     printed = python("from jaxattn import papers; print(papers.__file__, papers.find('moba').cite())", wheel)
     assert printed == f"{wheel}/jaxattn/papers/__init__.py {papers.find('moba').cite()}\n"
+    code = "import numpy; from jaxattn import viz; print(viz.page({'a': viz.Example(['b'], numpy.ones((1, 1, 1, 1)))}))"
+    assert python(code, wheel).startswith("<!doctype html>")
