@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxattn import Causal, Sigmoid, Sinks, Window, models, nn, viz
-from jaxattn.__main__ import DataConfig, generate, read, token_labels, train
+from jaxattn import Causal, Sigmoid, Sinks, Window, analysis, models, nn, viz
+from jaxattn.__main__ import DataConfig, begin, generate, look, token_labels, train
 from jaxattn.train import OptimizerConfig, TrainConfig
 
 # Chosen by measuring the softmax decoder's validation bits per byte after about a minute on two cores (x86-64, jax
@@ -42,7 +43,7 @@ def main(folder: Path, steps: int) -> dict[str, float]:
     console, started = Console(), time.perf_counter()
     training = dataclasses.replace(TRAINING, steps=steps)
     optimizer = dataclasses.replace(OPTIMIZER, warmup_steps=min(OPTIMIZER.warmup_steps, steps // 2))
-    results, weights, captions = {}, {}, {}
+    results, weights, captions, tokens = {}, {}, {}, begin(TEXT[: CONTEXT - 1])
     for name, attention in ATTENTIONS.items():
         console.rule(f"training: {name}")
         config = models.TransformerConfig(length=CONTEXT, width=WIDTH, layers=[models.pre_norm(attention)] * LAYERS)
@@ -62,13 +63,15 @@ def main(folder: Path, steps: int) -> dict[str, float]:
     for name in ATTENTIONS:
         console.rule(f"generated: {name}")
         generate(PROMPT, max_new_tokens=CONTEXT - len(PROMPT) - 1, folder=str(folder / name))
-        tokens, weights[name], statistics = read(models.load_model(folder / name)[0], TEXT[: CONTEXT - 1])
+        seen = models.load_model(folder / name)[0](jnp.asarray(tokens)[None], record=("weights",))[2]["weights"]
+        weights[name], statistics = seen[:, 0], analysis.head_statistics(seen)
         captions[name] = np.vectorize("H {:.1f}  sink {:.2f}".format)(statistics.entropy, statistics.sink_mass)
 
     curves = viz.show_curves({name: result.history for name, result in results.items()})
     loss = viz.save(curves, folder / "loss.png")
     heads = viz.save(viz.show_heads(weights, captions, token_labels(tokens)), folder / "attention.png")
     console.rule()
+    look(TEXT[: CONTEXT - 1], str(folder / "softmax"), str(folder / "look.html"))
     console.print(f"figures: {loss} and {heads}; {time.perf_counter() - started:.0f} s in all", soft_wrap=True)
     return {name: result.metrics["validation_bits_per_byte"] for name, result in results.items()}
 

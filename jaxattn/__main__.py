@@ -1,4 +1,4 @@
-"""The command line: train, generate, inspect, explain, weights. `python -m jaxattn --help`.
+"""The command line: train, generate, look, explain, weights. `python -m jaxattn --help`.
 
 Each command is a plain function; its dataclass arguments are the config files.
 """
@@ -16,9 +16,10 @@ import numpy as np
 from flax import nnx
 
 import jaxattn
-from jaxattn import analysis, models
+from jaxattn import analysis, models, nn
 from jaxattn.core.attend.mask import Causal, Mask
 from jaxattn.core.attend.normalize import Normalize, Softmax
+from jaxattn.core.attend.score import Dot
 
 try:
     from jsonargparse import auto_cli
@@ -43,7 +44,8 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"the command line needs {error.name!r}, which is not installed: install jaxattn[train,viz]")
 
-DEFAULT_FOLDER = "runs/language-model"
+DEFAULT_FOLDER, DEMO = "runs/language-model", "runs/demo/softmax"
+LIKELIEST = 3  # tokens of each place in the logit lens
 
 
 @dataclass(frozen=True)
@@ -162,24 +164,27 @@ def generate(
     return text
 
 
-def inspect(text: str, output: str = "inspect.png", folder: str = DEFAULT_FOLDER):
-    """Draw the attention weights of every head on a text, with each head's entropy and sink mass.
+def look(text: str, model: str = DEMO, out: str = "look.html", layers: list[int] | None = None):
+    """Write a page that shows what attention does on a text: open it in a browser.
+
+    The page has the weights of every head with their entropy and their mass on the first token, queries and keys, and
+    what the residual stream after each layer would say if it were the output. It is one file, and fetches nothing.
 
     Args:
         text: The text to read; at most the model's context.
-        output: The PNG to write.
-        folder: Output folder of the training run.
+        model: A published model (a folder of Hugging Face's), or the output folder of a training run; by default the
+            first decoder of `make demo`.
+        out: The page to write.
+        layers: The numbers of the layers to show; all of them if not given.
     """
-    model, step = models.load_model(folder)
-    tokens, weights, statistics = read(model, text)
-    print("layer head  entropy (nats)  sink mass")
-    for (layer, head), entropy in np.ndenumerate(np.asarray(statistics.entropy)):
-        print(f"{layer:5d} {head:4d} {entropy:15.3f} {statistics.sink_mass[layer, head]:10.3f}")
-    captions = np.vectorize("entropy {:.2f}  sink {:.2f}".format)(statistics.entropy, statistics.sink_mass)
-    name = f"{Path(folder).name}, step {step}"
-    figure = viz.show_heads({name: weights}, {name: captions}, token_labels(tokens))
-    print(f"wrote {viz.save(figure, output)}")
-    return statistics
+    opened, tokens, strings = read(model, text)
+    example = seen(opened, tokens, strings, layers)
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(viz.page({text: example}, f"Attention of {Path(model).name}"), encoding="utf-8")
+    shape = np.shape(example.weights)
+    print(f"wrote {path}: {shape[0]} layers of {shape[1]} heads, {len(tokens)} tokens")
+    return path
 
 
 def explain(
@@ -237,16 +242,81 @@ def begin(text: str) -> np.ndarray:
     return np.concatenate([[BOS], encode(text)])
 
 
-def read(model: models.Transformer, text: str) -> tuple[np.ndarray, jax.Array, analysis.HeadStatistics]:
-    """The tokens [T] of a text, and the weights [L, N, T, T] and the statistics of every head of a model that reads it.
+def read(path: str, text: str) -> tuple[Any, np.ndarray, Callable[[Any], list[str]]]:
+    """A model, the tokens [T] of a text for it, and what turns tokens into strings."""
+    if (Path(path) / "checkpoints").is_dir():
+        return models.load_model(path)[0], begin(text), token_labels
+    if not Path(path).exists():
+        hint = ": run `make demo` first, or give --model" if path == DEMO else ""
+        raise ValueError(f"model is {path!r}, which does not exist{hint}")
+    loaded = models.load_pretrained(path)
+    if loaded.tokenizer is None:
+        raise ValueError(f"model is {path!r}, which has no tokenizer.json: need one, to read a text")
 
-    Raises ValueError for a text longer than the model's context.
+    def strings(tokens: Any) -> list[str]:
+        return [loaded.tokenizer.decode([token], skip_special_tokens=False) for token in np.asarray(tokens).tolist()]
+
+    return loaded.model, np.asarray(loaded.tokenizer.encode(text).ids), strings
+
+
+def seen(model: Any, tokens: np.ndarray, strings: Callable[[Any], list[str]], layers: Any = None) -> viz.Example:
+    """What a page shows of a model that reads tokens [T].
+
+    Raises ValueError for a model that does not read tokens or has no attention, and for more tokens than its context.
     """
-    tokens, context = begin(text), model.config.length
-    if len(tokens) > context:
-        raise ValueError(f"text has {len(tokens) - 1} bytes: need at most {context - 1} (the context)")
-    _, _, records = model(jnp.asarray(tokens)[None], record=("weights",))
-    return tokens, records["weights"][:, 0], analysis.head_statistics(records["weights"])
+    if not isinstance(model, models.Transformer) or not isinstance(model.embed, nn.TokenEmbedding):
+        raise ValueError(f"the model is a {type(model).__name__} that does not read tokens alone: need a Transformer")
+    if not 0 < len(tokens) <= model.config.length:
+        raise ValueError(f"text has {len(tokens)} tokens: need 1 to {model.config.length} (the context)")
+    if "weights" not in model.sites:
+        raise ValueError("no layer of the model has attention weights: need a model with attention")
+    scores = [getattr(mixer, "score", None) for run in model.runs for mixer in run.mixers]
+    scales = {score.scale for score in scores if isinstance(score, Dot) and isinstance(score.scale, float | None)}
+    plain = len(scales) == 1 and all(isinstance(score, Dot) for score in scores)  # scores are q · k times one number
+    sites = ("weights", "resid", *(("q_rotated", "k_rotated") if plain else ()))
+    _, _, records = model(jnp.asarray(tokens)[None], record=sites)
+    held = [layer for layer, weights in enumerate(records["weights"]) if weights is not None]
+    if unknown := sorted(set(layers or ()) - set(held)):
+        raise ValueError(f"layers has {unknown}: need some of {held}, which have attention")
+    held = held if layers is None else layers
+
+    def of_heads(site: str) -> np.ndarray:
+        """[L, N, T, ...], heads before tokens."""
+        arrays = [np.asarray(records[site][layer][0], np.float32) for layer in held]
+        if len({array.shape for array in arrays}) > 1:
+            raise ValueError("layers have different numbers of heads: need --layers that agree")
+        return np.stack(arrays if site == "weights" else [array.swapaxes(0, 1) for array in arrays])
+
+    weights = of_heads("weights")
+    statistics = analysis.head_statistics(jnp.asarray(weights)[:, None])
+    names = [f"meta {n}" for n in range(model.config.meta_tokens)] + strings(tokens)
+    return viz.Example(
+        names,
+        weights,
+        statistics={"entropy (nats)": statistics.entropy, "mass on the first key": statistics.sink_mass},
+        lens=lens(model, records["resid"], strings),
+        queries=of_heads("q_rotated") if plain else None,
+        keys=of_heads("k_rotated") if plain else None,
+        scale=scales.pop() if plain else None,
+        layers=held,
+    )
+
+
+def lens(model: models.Transformer, resid: jax.Array, strings: Callable[[Any], list[str]]) -> viz.Lens | None:
+    """The likeliest tokens that the residual stream [L, 1, T, D] would give after each layer; None without logits."""
+    if not isinstance(model.head, nn.Head):
+        return None
+
+    def likeliest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model.head(x if model.norm is None else model.norm(x), model.embed)
+        probabilities, best = jax.lax.top_k(jax.nn.softmax(logits[0].astype(jnp.float32)), LIKELIEST)
+        return probabilities, best
+
+    probabilities, best = jax.lax.map(likeliest, resid)  # one layer at a time: vocabularies are large
+    known = dict(zip(found := np.unique(best), strings(found), strict=True))
+    tokens = [[[known[token] for token in place] for place in row] for row in np.asarray(best).tolist()]
+    rows = [f"layer {layer}" for layer in range(len(resid))]
+    return viz.Lens(tokens, probabilities, rows, ahead=int(model.config.causal))
 
 
 def token_labels(tokens: np.ndarray) -> list[str]:
@@ -257,7 +327,7 @@ def token_labels(tokens: np.ndarray) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command. Errors of the user's making are one line on stderr and exit status 2."""
-    commands: dict = {"train": train, "generate": generate, "inspect": inspect, "explain": explain, "weights": weights}
+    commands: dict = {"train": train, "generate": generate, "look": look, "explain": explain, "weights": weights}
     defaults = {"train.model": models.to_plain(models.TransformerConfig())}
     models.register_specs()
     try:

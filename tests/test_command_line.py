@@ -1,4 +1,4 @@
-"""The command line: train, resume, generate, inspect, explain; and one clear line for every mistake."""
+"""The command line: train, resume, generate, look, explain; and one clear line for every mistake."""
 
 import json
 import shutil
@@ -7,15 +7,18 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 from flax import nnx
+from html_pages import array, decoded, payload
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from jaxattn import Causal, Sigmoid, Window, models, nn
 from jaxattn.__main__ import main
+from jaxattn.train import BOS, encode
 
 MODEL = models.TransformerConfig(
     length=32,
@@ -116,12 +119,54 @@ def test_generate_continues_with_a_published_model(tmp_path, capsys):
     assert "is no file: need the folder of a published model" in fails(capsys, "generate", "--model", tmp_path / "none")
 
 
-def test_inspect_draws_every_head(run, tmp_path, capsys):
-    main(["inspect", "line 3 of", "--folder", str(run), "--output", str(tmp_path / "heads.png")])
-    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
-    assert [(layer, head) for layer, head, *_ in rows] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
-    assert all(float(entropy) >= 0 and 0 <= float(sink) <= 1 for _, _, entropy, sink in rows)
+def looked_at(capsys, out, *arguments):
+    """The only example of the page that `look` wrote."""
+    main(["look", *map(str, arguments), "--out", str(out)])
+    assert f"wrote {out}" in capsys.readouterr().out
+    (example,) = payload(out.read_text(encoding="utf-8"))
+    return example
+
+
+def test_look_writes_a_page_of_what_the_model_computes(run, tmp_path, capsys):
+    text = "line 3 of </script>"
+    model, _ = models.load_model(run)
+    tokens = jnp.asarray([[BOS, *encode(text)]])
+    logits, _, records = model(tokens, record=("weights", "q_rotated", "k_rotated"))
+    example = looked_at(capsys, tmp_path / "new" / "page.html", text, "--model", run)
+    assert example["tokens"][:6] == ["BOS", "l", "i", "n", "e", "␣"]
+    weights = np.asarray(records["weights"])[:, 0]
+    assert (abs(decoded(example["weights"]) - weights) <= weights.max(-1, keepdims=True) / 255).all()
+    for name, site in (("queries", "q_rotated"), ("keys", "k_rotated")):
+        given = np.asarray(records[site])[:, 0].swapaxes(1, 2)
+        np.testing.assert_allclose(array(example[name], "<f4").reshape(given.shape), given, rtol=1e-4, atol=1e-6)
+    p = weights / weights.sum(-1, keepdims=True)
+    entropy, sink = (each["values"] for each in example["statistics"])
+    np.testing.assert_allclose(entropy, -(p * np.log(np.where(p > 0, p, 1))).sum(-1).mean(-1), rtol=1e-3)
+    np.testing.assert_allclose(sink, p[..., 0].mean(-1), rtol=1e-3)
+    # After the last layer the lens is the output, and it predicts the next token.
+    exponential = np.exp(np.asarray(logits, float)[0] - np.max(logits))
+    likeliest = (exponential / exponential.sum(-1, keepdims=True)).max(-1)
+    np.testing.assert_allclose(np.asarray(example["lens"]["probabilities"])[-1, :, 0], likeliest, rtol=1e-3)
+    assert example["lens"]["ahead"] == 1
+    one = looked_at(capsys, tmp_path / "one.html", text, "--model", run, "--layers", "[1]")
+    assert one["layers"] == [1]
+    assert (abs(decoded(one["weights"]) - weights[1:]) <= weights[1:].max(-1, keepdims=True) / 255).all()
+
+
+def test_look_reads_a_published_model_with_its_tokenizer(tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    published = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_embd": 8}
+    published |= {"n_head": 2, "n_layer": 2, "n_positions": 16, "vocab_size": 5}
+    gpt2 = models.Transformer(models.pretrained.decoders.gpt2(published), rngs=nnx.Rngs(0))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 2, "d": 3, "?": 4}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    models.save_pretrained(models.pretrained.Pretrained(gpt2, words, published), tmp_path / "gpt2")
+    example = looked_at(capsys, tmp_path / "page.html", "a c b x", "--model", tmp_path / "gpt2")
+    assert example["tokens"] == ["a", "c", "b", "?"]
+    weights = np.asarray(gpt2(jnp.array([[0, 2, 1, 4]]), record=("weights",))[2]["weights"])[:, 0]
+    assert (abs(decoded(example["weights"]) - weights) <= weights.max(-1, keepdims=True) / 255).all()
+    (tmp_path / "gpt2" / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in fails(capsys, "look", "a", "--model", tmp_path / "gpt2")
 
 
 def test_explain_names_an_implementation(capsys):
@@ -179,7 +224,9 @@ def test_mistakes_get_one_line(run, config, corpus, tmp_path, capsys):
     assert "no room for new ones in the model's length of 32" in fails(
         capsys, "generate", "--folder", run, "--prompt", "x" * 40
     )
-    assert "at most 31 (the context)" in fails(capsys, "inspect", "x" * 40, "--folder", run)
+    assert "41 tokens: need 1 to 32 (the context)" in fails(capsys, "look", "x" * 40, "--model", run)
+    assert "layers has [2]: need some of [0, 1]" in fails(capsys, "look", "x", "--model", run, "--layers", "[2]")
+    assert "which does not exist" in fails(capsys, "look", "x", "--model", tmp_path / "none")
     assert "does not exist" in fails(capsys, "generate", "--folder", tmp_path / "none")
     train = ("train", "--config", config, "--folder", tmp_path / "new")
     assert "does not exist" in fails(capsys, *train, "--data.path", tmp_path / "none")
