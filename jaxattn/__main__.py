@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import jax
@@ -181,7 +182,8 @@ def look(text: str, model: str = DEMO, out: str = "look.html", layers: list[int]
     example = seen(opened, tokens, strings, layers)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(viz.page({text: example}, f"Attention of {Path(model).name}"), encoding="utf-8")
+    title = f"{Path(model).name}: {shorten(text, 80) or 'no text'}"
+    path.write_text(viz.page({text: example}, title), encoding="utf-8")
     shape = np.shape(example.weights)
     print(f"wrote {path}: {shape[0]} layers of {shape[1]} heads, {len(tokens)} tokens")
     return path

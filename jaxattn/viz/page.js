@@ -409,7 +409,7 @@ function drawTokens() {
   for (const i of from) for (let j = 0; j < columns; j++) {
     const x = values[i * columns + j], share = Math.abs(x) / most;
     if (!(share > 0.01) || (byKey && j !== key)) continue;
-    context.globalAlpha = share * (all ? 0.6 : 1);
+    context.globalAlpha = all ? 0.6 * share : Math.sqrt(share);
     context.strokeStyle = x < 0 ? (dark() ? "#ff9a7f" : "#c8553d") : accent();
     context.beginPath();
     context.moveTo(2, (i + 0.5) * height);
@@ -595,7 +595,7 @@ function choose(layer, head) {
 function open(number) {
   Object.assign(state, { example: number, query: null, key: null, pair: null, chosen: new Set() });
   const { layers, heads, notes, queries } = now();
-  queries ? at("lens").before(at("statistics")) : at("pair").after(at("statistics")); // where there is room
+  at(queries ? "columns" : "pair").after(at("statistics")); // where there is room
   state.layer = clamp(state.layer, 0, layers.length - 1);
   state.head = clamp(state.head, 0, heads.length - 1);
   for (const [id, names] of [["layer", layers], ["head", heads]]) {
@@ -648,7 +648,8 @@ function hide() {
 function pressed(event) {
   if (at("help").open || event.ctrlKey || event.metaKey || event.altKey || ["SELECT", "INPUT"].includes(event.target.tagName)) return;
   const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-  if (step) choose(state.layer + step[0], state.head + step[1]);
+  const scrolls = event.target.getAttribute?.("role") === "region"; // where arrows move what is seen
+  if (step && !scrolls) choose(state.layer + step[0], state.head + step[1]);
   else if (event.key === "?") at("help").showModal();
   else if (event.key === "d") turn();
   else if (event.key === "0") { at("hide").checked = !state.hide; hide(); }

@@ -172,7 +172,11 @@ def stripe(tmp_path_factory):
         matrices={"m": keys[0, 0]},
     )
     across = viz.Example(words, np.ones((1, 1, length, 3)) / 3, key_tokens=["u", "v", "w"], layers=[7], heads=[5])
-    (folder / "page.html").write_text(viz.page({"whole": whole, "across": across}, "Stripes & stars"), encoding="utf-8")
+    tiny = viz.Example(["a"], np.ones((1, 1, 1, 1)))
+    signed = np.array([[0.5, 0, 0], [-0.5, 1, 0], [np.nan, 0.25, -1]])
+    odd = viz.Example(["a", "", "c"], signed[None, None], statistics={"negative": [[-0.25]], "none": [[np.nan]]})
+    examples = {"whole": whole, "across": across, "tiny": tiny, "odd": odd}
+    (folder / "page.html").write_text(viz.page(examples, "Stripes & stars"), encoding="utf-8")
     return folder
 
 
@@ -244,6 +248,31 @@ def test_the_stripe_is_where_the_weights_are(stripe, box):
 
 
 @in_a_browser
+def test_the_small_picture_of_a_head_has_the_stripe_and_a_click_on_it_chooses_the_head(stripe):
+    script = """const box = page.document.getElementById("grid").getBoundingClientRect();
+    const { left, top, cell } = page.eval("grid"), x = box.left + left + 2 * cell, y = box.top + top + cell;
+    page.document.getElementById("grid").dispatchEvent(
+        new page.MouseEvent("click", { clientX: x + cell / 2, clientY: y + cell / 2, bubbles: true }));
+    return [[x, y, cell - 3, cell - 3], title()];"""
+    place, title = in_frame(stripe, script, "layer=0&head=0&theme=light", size=(1400, 1000))
+    assert title == "Layer 1, head 2"
+    small = panel_of(screenshot(stripe, "layer=0&head=0&theme=light"), place).mean(-1)
+    on = np.eye(16, k=-2, dtype=bool)
+    assert small[on].max() < 100 < 180 < small[~on][30:].min()
+
+
+@in_a_browser
+def test_the_read_out_names_the_pair_and_its_weight(stripe):
+    script = """const canvas = page.document.querySelector("#matrix canvas");
+    for (const key of [...Array(4).fill("ArrowDown"), "ArrowRight"]) press(key, canvas);
+    return [page.document.querySelector("#matrix .readout").textContent, title()];"""
+    said, title = in_frame(stripe, script, "layer=1&head=2")
+    assert title == "Layer 1, head 2"  # arrows in the matrix are of the matrix
+    number = float(re.fullmatch(r"query 3 “.*” → key 1 “␣the”: weight ([\d.]+); largest of the row .*", said)[1])
+    assert abs(number - 1.001 / 1.016) < 4e-3
+
+
+@in_a_browser
 def test_dark_mode_follows_the_system(stripe):
     # `preferredColorScheme` of the browser's settings: 0 is dark, 1 is light.
     shots = []
@@ -258,7 +287,7 @@ def test_dark_mode_follows_the_system(stripe):
 
 @in_a_browser
 def test_a_narrow_screen_does_not_scroll_sideways(stripe):
-    for where in ("layer=1&head=2", "text=across", "hide=1"):
+    for where in ("layer=1&head=2", "text=across", "text=tiny&hide=1", "text=odd&colours=row"):
         script = """const root = page.document.documentElement;
         return [root.scrollWidth, root.clientWidth, root.dataset.ready];"""
         width, seen, ready = in_frame(stripe, script, where)
@@ -282,6 +311,20 @@ def test_the_title_names_layer_and_head_and_what_is_hidden(stripe):
         "Layer 1, head 3 · first key hidden, rows renormalised",
     ]
     assert in_frame(stripe, "return title();", "text=across&layer=7&head=5") == "Layer 7, head 5"
+
+
+@in_a_browser
+def test_weights_of_both_signs_are_not_renormalised_and_nan_is_told(stripe):
+    script = """const values = [...page.eval("weightsNow()")].map(String);
+    page.eval("matrix.move([2, 0])");
+    return [title(), values, page.document.querySelector("#matrix .readout").textContent];"""
+    heading, values, said = in_frame(stripe, script, "text=odd")
+    assert heading == "Layer 0, head 0"
+    np.testing.assert_allclose(np.array(values, float), [0.5, 0, 0, -0.5, 1, 0, np.nan, 0.25, -1], atol=1.25 / 507)
+    assert "weight not finite" in said
+    heading, values, _ = in_frame(stripe, script, "text=odd&hide=1")
+    assert heading.endswith("first key hidden, rows as they were (weights have both signs)")
+    np.testing.assert_allclose(np.array(values, float), [0, 0, 0, 0, 1, 0, 0, 0.25, -1], atol=1.25 / 507)
 
 
 @in_a_browser
