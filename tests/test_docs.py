@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from html_pages import decoded, payload
 from pages import ROOT, run_page
 
 import jaxattn
-from jaxattn import BlockIndex, Causal, Explicit, attend, rotary
+from jaxattn import BlockIndex, Causal, Explicit, attend, rotary, viz
 from jaxattn.core.attend import NTK, PairSum
 
 PAGES = {file.name: file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
@@ -751,3 +752,14 @@ def test_the_page_on_models(page):
     first, second = (np.asarray(each(tokens)[0]) for each in (models.gpt2, models.again.model))
     np.testing.assert_array_equal(second, first)
     assert models.again.config == models.published
+
+
+def test_the_page_on_a_look_inside(page):
+    """The page of the page has its arrays, and every picture is in its table."""
+    look = page("look")
+    for number, example in enumerate(payload(look.page)):
+        weights = np.asarray(look.seen["weights"])[:, number]
+        assert (abs(decoded(example["weights"]) - weights) <= weights.max(-1, keepdims=True) / 507.9).all()
+        assert example["key_heads"] == 2
+    named = set(re.findall(r"viz\.(show_\w+)", PAGES["look.md"].split("## Pictures")[1]))
+    assert named == {name for name in viz.__all__ if name.startswith("show_")}
