@@ -74,9 +74,9 @@ def sheet(rows: list[list[Figure]], dpi: int = 110) -> Image.Image:
     width = max(sum(image.width for image in row) for row in images)
     heights = [max(image.height for image in row) for row in images]
     whole = Image.new("RGB", (width, sum(heights)), "white")
-    for number, row in enumerate(images):
-        for place, image in enumerate(row):
-            left, space = sum(each.width for each in row[:place]), heights[number] - image.height
+    for number, drawn in enumerate(images):
+        for place, image in enumerate(drawn):
+            left, space = sum(each.width for each in drawn[:place]), heights[number] - image.height
             whole.paste(image, (left, sum(heights[:number]) + space // 2))
     return whole
 
