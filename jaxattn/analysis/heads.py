@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.attend.measure import AtLags, Distance, Entropy, Mass, Measure
+from jaxattn.core.attend.measure import AtKeys, AtLags, Distance, Entropy, Mass, Measure
 from jaxattn.core.part import part
 from jaxattn.trace import run
 from jaxattn.trace.patching import as_inputs
@@ -52,7 +52,7 @@ def head_statistics(weights: Float[Array, "*layers b n t s"]) -> HeadStatistics:
 
 USUAL: dict[str, Measure] = {
     "entropy": Entropy(),
-    "first": Mass(jnp.zeros(1, jnp.int32), 1),
+    "first": AtKeys((0,)),
     "previous": AtLags((1,)),
     "distance": Distance(),
 }

@@ -1,9 +1,15 @@
 """Head statistics against their closed forms."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
 
-from jaxattn.analysis import head_statistics
+from jaxattn import Received, nn
+from jaxattn.analysis import between_classes, head_scores, head_statistics, repeated_tokens, statistics
+from jaxattn.core.attend import AtLags, LagProfile
+from jaxattn.models import Spec, Transformer, TransformerConfig, pre_norm
 
 
 def test_uniform_causal_attention_has_harmonic_sink_mass_and_log_entropy():
@@ -28,3 +34,69 @@ def test_layers_and_heads_keep_their_places():
     to_first, to_self = jnp.zeros((4, 4)).at[:, 0].set(1), jnp.eye(4)
     weights = jnp.stack([jnp.stack([to_first, to_self]), jnp.stack([to_self, to_self])])[:, None]  # [L, B, N, T, S]
     np.testing.assert_allclose(head_statistics(weights).sink_mass, [[1, 0.25], [0.25, 0.25]])
+
+
+L, N, V, B, T = 2, 4, 13, 2, 9
+
+
+def decoder():
+    layer = pre_norm(Spec(nn.MultiHeadAttention, heads=N, key_heads=2), Spec(nn.FeedForward, hidden=8))
+    model = Transformer(TransformerConfig(V, 40, 16, [layer] * L), rngs=nnx.Rngs(0))
+    noisy = lambda x: x + 0.5 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
+    nnx.update(model, jax.tree.map(noisy, nnx.state(model, nnx.Param)))
+    model.eval()
+    return model
+
+
+def test_statistics_are_means_over_tokens_that_are_no_padding():
+    model = decoder()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)))
+    places = np.stack([np.arange(T), np.maximum(np.arange(T) - 3, -1)])
+    more = {"lags": LagProfile(3), "received": Received(), "back": AtLags((1, 2))}
+    from jaxattn.analysis import USUAL
+
+    found = statistics(model, tokens, USUAL | more, positions=jnp.asarray(places))
+    w = np.asarray(model(tokens, positions=jnp.asarray(places), record=("weights",))[2]["weights"])  # [L, B, N, T, S]
+    seen = places >= 0
+    rows = lambda x: np.stack([x[:, b, :, t] for b, t in zip(*np.nonzero(seen), strict=True)]).mean(0)  # noqa: E731
+    logs = np.log(np.where(w > 0, w, 1))
+    np.testing.assert_allclose(found["entropy"], rows(-(w * logs).sum(-1)), rtol=1e-4, atol=1e-6)
+    apart = places[:, None, :, None] - places[:, None, None]
+    np.testing.assert_allclose(found["distance"], rows((w * apart).sum(-1)), rtol=1e-4, atol=1e-6)
+    first = np.where(places == 0, 1, 0)[:, None, None]
+    np.testing.assert_allclose(found["first"][..., 0], rows((w * first).sum(-1)), rtol=1e-4, atol=1e-6)
+    for name, lag, at in (("previous", 1, 0), ("back", 2, 1)):
+        expected = rows(np.where(apart == lag, w, 0).sum(-1))
+        np.testing.assert_allclose(found[name][..., at], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["received"].sum(1), np.full((L, N), seen.sum() / B), rtol=1e-5)
+    assert found["lags"].shape == (L, N, 3)
+
+
+def test_classes_read_from_each_other():
+    """Over all classes a row is 1; tokens of no class neither read nor are read."""
+    model = decoder()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)))
+    classes = np.random.default_rng(1).integers(-1, 3, (B, T))
+    found = between_classes(model, tokens, jnp.asarray(classes), 3)
+    w = np.asarray(model(tokens, record=("weights",))[2]["weights"])
+    for f, t in np.ndindex(3, 3):
+        mass = (w * (classes == t)[:, None, None]).sum(-1)  # [L, B, N, T]
+        on = (classes == f)[:, None]
+        np.testing.assert_allclose(found[:, :, f, t], (mass * on).sum((1, 3)) / on.sum(), rtol=1e-4, atol=1e-6)
+    whole = between_classes(model, tokens, jnp.asarray(classes % 3), 3)
+    np.testing.assert_allclose(whole.sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [None, 7])
+def test_scores_of_heads_are_weights_of_the_second_copy(first):
+    model, period = decoder(), 11
+    found = head_scores(model, jax.random.key(3), batch=B, period=period, first=first)
+    tokens = repeated_tokens(jax.random.key(3), B, period, V, first=first)
+    w = np.asarray(model(tokens, record=("weights",))[2]["weights"])
+    queries = np.arange(tokens.shape[1])[-period:]
+    for name, lag in (("previous", 1), ("duplicate", period), ("induction", period - 1)):
+        expected = w[:, :, :, queries, queries - lag].mean((1, 3))
+        np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-4, atol=1e-6)
+        assert (tokens[:, queries] == tokens[:, queries - period]).all()
+    np.testing.assert_allclose(found.first, w[:, :, :, queries, 0].mean((1, 3)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.chance, np.mean(1 / (queries + 1)), rtol=1e-6)

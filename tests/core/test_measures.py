@@ -62,6 +62,14 @@ def lookback(w, seen, p, r):
     return out
 
 
+def at_keys(w, r, places):
+    return np.stack([w[..., r == place].sum(-1) for place in places], -1)
+
+
+def at_lags(w, p, r, lags):
+    return np.stack([np.where(p[:, None] - r == lag, w, 0).sum(-1) for lag in lags], -1)
+
+
 def at(w, seen, p, r):
     out = np.zeros((*w.shape[:2], len(AT), w.shape[-1]))
     for i, place in enumerate(AT):
@@ -89,6 +97,11 @@ MEASURES = {
     "distance": (ja.Distance(), lambda w, seen, p, r: by_row((shares(w) * abs(p[:, None] - r)).sum(-1))),
     "place": (ja.MeanPosition(), lambda w, seen, p, r: by_row((shares(w) * np.maximum(r, 0)).sum(-1))),
     "lags": (ja.LagProfile(5), partial(lags, count=5)),
+    "at keys": (
+        ja.AtKeys((2, 0)),
+        lambda w, seen, p, r: by_row(at_keys(w, r, (2, 0))),
+    ),
+    "at lags": (ja.AtLags((3, 0, 1)), lambda w, seen, p, r: by_row(at_lags(w, p, r, (3, 0, 1)))),
     "rows": (ja.RowsOf(AT), at),
     "lookback": (ja.Lookback(SPLIT), lambda w, seen, p, r: by_row(lookback(w, seen, p, r))),
 }

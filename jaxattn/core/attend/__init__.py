@@ -34,6 +34,7 @@ from jaxattn.core.attend.mask import (
 )
 from jaxattn.core.attend.measure import (
     ArgMax,
+    AtKeys,
     AtLags,
     Distance,
     Entropy,
@@ -92,6 +93,7 @@ __all__ = [
     "Alibi",
     "Ancestors",
     "ArgMax",
+    "AtKeys",
     "AtLags",
     "Bias",
     "Bilinear",

@@ -73,6 +73,11 @@ class LinearMeasure(Measure):
         return self.finish(jnp.matmul(view.weights, columns, precision=jax.lax.Precision.HIGHEST))
 
 
+def _check_ints(owner: str, name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or not all(type(x) is int for x in value):
+        raise TypeError(f"{owner}: {name} must be a tuple of ints such as (1,), got {value!r}")
+
+
 def _shares(weights: Float[Array, "*b n t s"]) -> Float[Array, "*b n t s"]:
     """Divides rows by their totals; rows without weight stay 0."""
     return ratio(weights, weights.sum(-1, keepdims=True))
@@ -115,6 +120,28 @@ class Mass(LinearMeasure):
         groups = jnp.asarray(self.groups)[..., None, :]
         check_entries("Mass", "groups", groups, key)
         return take(groups, key, 2, fill=-1)[..., 0, :, None] == jnp.arange(self.size)
+
+
+@part
+class AtKeys(LinearMeasure):
+    """The weights of the keys at a few positions, 0 where no key stands. [..., T, N, positions]
+
+    Position 0 is the sink of many models.
+
+    Attributes:
+        positions: A tuple of whole numbers.
+
+    Raises:
+        TypeError: `positions` is no tuple of ints.
+    """
+
+    positions: tuple[int, ...]
+
+    def __post_init__(self):
+        _check_ints("AtKeys", "positions", self.positions)
+
+    def columns(self, key):
+        return (key[..., 0, :, None] == jnp.asarray(self.positions)) & (key[..., 0, :, None] >= 0)
 
 
 @part
@@ -247,10 +274,16 @@ class AtLags(Measure):
     lag P − 1.
 
     Attributes:
-        lags: Integers [lags].
+        lags: A tuple of whole numbers.
+
+    Raises:
+        TypeError: `lags` is no tuple of ints.
     """
 
-    lags: Int[Array, " lags"] | tuple[int, ...]
+    lags: tuple[int, ...]
+
+    def __post_init__(self):
+        _check_ints("AtLags", "lags", self.lags)
 
     def __call__(self, view, tile):
         here = ((tile.query - tile.key)[..., None, :] == jnp.asarray(self.lags)[:, None]) & tile.visible[..., None, :]
