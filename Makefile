@@ -12,9 +12,9 @@ demo: $(VENV)/installed
 
 # The laws, once for every mechanism, and the examples of the docs: some minutes.
 test: $(VENV)/installed
-	$(PYTEST) -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow and not weights" $(TESTS)
 
-# Every test: also those that are marked as slow, which pyproject.toml describes.
+# Every test: also those that are marked as slow, or as of trained weights, which pyproject.toml describes.
 test-all: $(VENV)/installed
 	$(PYTEST) $(TESTS)
 
