@@ -1,9 +1,12 @@
 """GGUF files: numbers, names, layouts and blocks come out as the published folder has them."""
 
+import itertools
+
 import gguf
 import numpy as np
 import pytest
 from published import GEMMA2, LLAMA, LLAMA_TIED, QWEN3
+from published_decoders import GEMMA3, QWEN2
 from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 
@@ -13,8 +16,22 @@ from jaxattn.models.pretrained import decoders as published_decoders
 # Of Llama 3.1: a file has only what it divides frequencies by. Of 7 pairs some are kept, one is mixed, one divided.
 PUBLISHED_SCALING = LLAMA.config["rope_scaling"] | {"original_max_position_embeddings": 8192}
 LLAMA3 = LLAMA.changed(rope_scaling=PUBLISHED_SCALING)
-FAMILIES = {"llama": LLAMA_TIED, "llama 3": LLAMA3, "qwen3": QWEN3, "gemma2": GEMMA2}
-CONFIGS = {"llama": published_decoders.llama, "qwen3": published_decoders.qwen3, "gemma2": published_decoders.gemma2}
+# Files of Gemma do not have what scores are divided by: the channels of a head, but in one size.
+FAMILIES = {
+    "llama": LLAMA_TIED,
+    "llama 3": LLAMA3,
+    "qwen2": QWEN2.changed(use_sliding_window=False),
+    "qwen3": QWEN3,
+    "gemma2": GEMMA2.changed(query_pre_attn_scalar=GEMMA2.config["head_dim"]),
+    "gemma3": GEMMA3.changed(query_pre_attn_scalar=GEMMA3.config["head_dim"], rope_local_base_freq=10000.0),
+}
+CONFIGS = {
+    "llama": published_decoders.llama,
+    "qwen2": published_decoders.qwen2,
+    "qwen3": published_decoders.qwen3,
+    "gemma2": published_decoders.gemma2,
+    "gemma3_text": published_decoders.gemma3_text,
+}
 NAMES = {  # written out, not read from the library
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -52,7 +69,7 @@ def side_by_side(rows, heads):
 def gguf_names(weights, config):
     """The arrays of a family as a GGUF file has them, by their names there."""
     kind, arrays = config["model_type"], {}
-    names = NAMES | NORMS[kind == "gemma2"]
+    names = NAMES | NORMS["gemma" in kind]
     for name, array in weights.items():
         body, kind_of_array = name.rsplit(".", 1)
         layer = ""
@@ -62,7 +79,7 @@ def gguf_names(weights, config):
         array = array.astype(np.float32)
         if kind == "llama" and body.endswith(("q_proj", "k_proj")):
             array = side_by_side(array, config["num_attention_heads" if "q_" in body else "num_key_value_heads"])
-        if kind == "gemma2" and body.endswith("norm"):
+        if "gemma" in kind and body.endswith("norm"):
             array = array + np.float32(1)
         arrays[f"{layer}{names[body]}.{kind_of_array}"] = array
     return arrays
@@ -71,7 +88,7 @@ def gguf_names(weights, config):
 def write(path, family, stored=gguf.GGMLQuantizationType.F32, tokens=None, **more):
     """The family's random weights as a GGUF file, maps in blocks of a kind; returns them by their names there."""
     config = family.config
-    kind, heads = config["model_type"], config["num_attention_heads"]
+    kind, heads = config["model_type"].removesuffix("_text"), config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer = gguf.GGUFWriter(path, kind)
     writer.add_embedding_length(config["hidden_size"])
@@ -88,12 +105,16 @@ def write(path, family, stored=gguf.GGMLQuantizationType.F32, tokens=None, **mor
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if "gemma" in kind:
         writer.add_sliding_window(config["sliding_window"])
     for name, value in more.items():
         name = name.replace("__", ".")
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
     arrays = gguf_names(family.weights(0), config)
-    if config.get("rope_scaling"):
+    if kind == "gemma3":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
+    elif config.get("rope_scaling"):
         base, scaling = config["rope_theta"], config["rope_scaling"]
         divisors = []
         for frequency in base ** (-np.arange(0, head_dim, 2) / head_dim):
@@ -119,8 +140,6 @@ def write(path, family, stored=gguf.GGMLQuantizationType.F32, tokens=None, **mor
 def test_a_file_is_the_published_folder(name, tmp_path):
     """All arrays and numbers, through a folder that is written from the file."""
     family = FAMILIES[name]
-    if name == "gemma2":  # whose file does not have it: models of 2B and 9B scale by the channels of a head
-        family = family.changed(query_pre_attn_scalar=family.config["head_dim"])
     write(tmp_path / "model.gguf", family)
     loaded = load_pretrained(tmp_path / "model.gguf")
     config = CONFIGS[family.config["model_type"]]
@@ -129,8 +148,8 @@ def test_a_file_is_the_published_folder(name, tmp_path):
     again, weights = load_file(tmp_path / "again" / "model.safetensors"), family.weights(0)
     assert again.keys() == weights.keys()
     for each, x in weights.items():
-        # Gains of Gemma 2 are stored with 1 added, and so rounded.
-        within = 2.0**-23 * (1 + abs(x)) if name == "gemma2" and each.endswith("norm.weight") else 0.0
+        # Gains of Gemma are stored with 1 added, and so rounded.
+        within = 2.0**-23 * (1 + abs(x)) if "gemma" in name and each.endswith("norm.weight") else 0.0
         assert np.all(abs(again[each] - x.astype(np.float32)) <= within), each
 
 
@@ -199,6 +218,51 @@ def test_the_tokenizer_cuts_as_the_kind_says(kind, numbers, tmp_path):
     assert again.config["bos_token_id"] == len(tokens) - 1
 
 
+def joined(text, scores):
+    """Joins the two neighbours with the best score, the first of them, until there are none."""
+    parts = list(text)
+    while True:
+        found = [(-scores[a + b], place) for place, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores]
+        if not found:
+            return parts
+        place = min(found)[1]
+        parts[place : place + 2] = ["".join(parts[place : place + 2])]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_pieces_with_scores_are_joined_from_the_best(prefix, tmp_path):
+    draw = np.random.default_rng(0)
+    pieces = sorted({"".join(draw.choice(list("abc▁"), size)) for size in (2, 2, 2, 3, 3, 4) for _ in range(12)})
+    scores = {piece: -float(number) for number, piece in enumerate(draw.permutation(pieces))}
+    scores |= dict.fromkeys("abc▁", -1000.0)
+    special, whole = ["<unk>", "<s>"], ["ccc"]
+    codes = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = [*special, *codes, *whole, *(piece for piece in scores if piece not in whole)]
+    kinds = [2, 3, *[6] * 256, 4, *[1] * (len(tokens) - 259)]
+
+    def add(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
+        writer.add_token_types(kinds)
+        writer.add_unk_token_id(0)
+        writer.add_bos_token_id(1)
+        if not prefix:
+            writer.add_add_space_prefix(False)
+
+    write(tmp_path / "model.gguf", LLAMA_TIED.changed(vocab_size=len(tokens)), tokens=add)
+    loaded = load_pretrained(tmp_path / "model.gguf")
+    for _ in range(200):
+        text = "".join(draw.choice(list("aabbc "), 12))
+        if "ccc" not in text:
+            found = loaded.tokenizer.encode(text, add_special_tokens=False).tokens
+            assert found == joined(("▁" if prefix else "") + text.replace(" ", "▁"), scores)
+            assert loaded.decode(loaded.encode(text)) == text
+    found = loaded.token_strings(loaded.encode("é"))
+    assert found == ["<s>", *["␣"] * prefix, "<0xC3>", "<0xA9>"]
+    assert "ccc" in loaded.token_strings(loaded.encode("acccb"))
+
+
 def test_texts_begin_with_a_token_where_the_file_says_so(tmp_path):
     for kind, more, begins in (("gpt-2", {"add_bos_token": True}, True), ("llama-bpe", {}, True), ("qwen2", {}, False)):
         add, _ = vocabulary(kind, **more)
@@ -217,11 +281,15 @@ def test_what_a_file_has_and_no_model_is_refused(tmp_path):
 
     refused(r"model\.gguf' has llama\.\['expert_count', 'expert_used_count'\], which no model here has",
             llama__expert_count=4, llama__expert_used_count=2)  # fmt: skip
-    refused("need rope_type 'default' or", llama__rope__scaling__type="unheard", llama__rope__scaling__factor=2)
+    refused(
+        "config has rope_type='unheard' for its rotary",
+        llama__rope__scaling__type="unheard",
+        llama__rope__scaling__factor=2,
+    )
     refused(r"config has sliding_window=4: need None", llama__attention__sliding_window=4)
     refused(r"divides the frequencies of its rotation by \[1\.0", LLAMA)
     refused(r"tokenizer\.ggml\.pre='poro-chat': need one of \['command-r', 'gpt-2'", tokens=vocabulary("poro-chat")[0])
-    refused(r"tokenizer\.ggml\.model='rwkv': need", tokens=vocabulary("gpt-2", model="rwkv")[0])
+    refused(r"tokenizer\.ggml\.model='rwkv': need 'gpt2' or", tokens=vocabulary("gpt-2", model="rwkv")[0])
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"model\.gguf' is no complete GGUF file"):
         load_pretrained(path)
@@ -233,5 +301,5 @@ def test_what_a_file_has_and_no_model_is_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"general\.architecture='rwkv6': need one of \['gemma2', 'llama'"):
+    with pytest.raises(ValueError, match=r"general\.architecture='rwkv6': need one of \['gemma2', 'gemma3', 'llama'"):
         load_pretrained(path)

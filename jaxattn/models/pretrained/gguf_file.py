@@ -38,7 +38,7 @@ NORMS_AROUND = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-"""The same, where norms stand before and after each block (Gemma 2)."""
+"""The same, where norms stand before and after each block (Gemma 2 and 3)."""
 
 FREQUENCIES = "rope_freqs.weight"
 """The array that divides the frequencies of the rotation."""
@@ -53,18 +53,29 @@ def _qwen(numbers: Numbers, config: Numbers) -> Numbers:
     return {"hidden_act": "silu"}
 
 
-def _gemma2(numbers: Numbers, config: Numbers) -> Numbers:
-    # No number of the file says what scores are divided by: the channels of a head, but of 27B (46 layers) width/heads.
-    scaled = config["head_dim"]
-    if config["num_hidden_layers"] == 46:
-        scaled = config["hidden_size"] // config["num_attention_heads"]
+def _gemma(numbers: Numbers, config: Numbers, of_width: int) -> Numbers:
+    # No number of the file says what scores are divided by: the channels of a head, but in one size width / heads.
+    width = config["hidden_size"] // config["num_attention_heads"]
     return {
-        "attn_logit_softcapping": _short(_taken(numbers, "attn_logit_softcapping")),
-        "final_logit_softcapping": _short(_taken(numbers, "final_logit_softcapping")),
         "sliding_window": _taken(numbers, "attention.sliding_window"),
-        "query_pre_attn_scalar": scaled,
+        "query_pre_attn_scalar": width if config["num_hidden_layers"] == of_width else config["head_dim"],
         "hidden_activation": "gelu_pytorch_tanh",
     }
+
+
+def _gemma2(numbers: Numbers, config: Numbers) -> Numbers:
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
+    return _gemma(numbers, config, of_width=46) | {name: _short(_taken(numbers, name)) for name in caps}
+
+
+def _gemma3(numbers: Numbers, config: Numbers) -> Numbers:
+    said = {
+        "model_type": "gemma3_text",
+        "sliding_window_pattern": numbers.pop("attention.sliding_window_pattern", 6),
+        "rope_local_base_freq": _short(numbers.pop("rope.freq_base_swa", 10000.0)),
+    }
+    caps = dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"))
+    return _gemma(numbers, config, of_width=62) | caps | said
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,9 @@ ARCHITECTURES = {
     "qwen2": Architecture(_qwen, BLOCK),
     "qwen3": Architecture(_qwen, BLOCK),
     "gemma2": Architecture(_gemma2, BLOCK | NORMS_AROUND, raised=True),
+    "gemma3": Architecture(_gemma3, BLOCK | NORMS_AROUND, raised=True),
 }
-"""`general.architecture`, which is also the `model_type` of config.json -> how its files are read."""
+"""`general.architecture`, which is the `model_type` of config.json if that is not said -> how its files are read."""
 
 
 @dataclass(frozen=True)

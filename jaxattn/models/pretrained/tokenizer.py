@@ -1,7 +1,8 @@
-"""Tokenizers from files of a folder and from GGUF metadata: merges of bytes (GPT-2), and pieces of words (BERT)."""
+"""Tokenizers from files of a folder and from GGUF metadata: merges of bytes (GPT-2), pieces of words (BERT), and pieces
+with scores (SentencePiece)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ KINDS = {
 }
 """`tokenizer.ggml.pre` -> how text is cut before merging: as GPT-2, so with single digits, or by an expression."""
 
-CONTROL, USER = 3, 4  # of tokenizer.ggml.token_type: a special token, and text that is never cut
+NORMAL, CONTROL, USER = 1, 3, 4  # of tokenizer.ggml.token_type: the last two are special, and text that is never cut
+SPACE = "▁"
 
 
 def of_folder(folder: Path, kind: str, settings: Mapping[str, Any]) -> Any:
@@ -118,20 +120,63 @@ def of_metadata(metadata: Mapping[str, Any]) -> Any:
     kind = metadata.get("ggml.model", "no_vocab")
     if kind == "no_vocab":
         return None
-    if kind != "gpt2":
-        raise ValueError(f"the file has tokenizer.ggml.model={kind!r}: need 'gpt2', merges of bytes")
-    cut = metadata.get("ggml.pre")
-    if cut not in KINDS:
-        raise ValueError(f"the file has tokenizer.ggml.pre={cut!r}: need one of {sorted(KINDS)}")
     tokens = metadata["ggml.tokens"]
-    merges = [(left, right) for left, right in (merge.split(" ") for merge in metadata["ggml.merges"])]
-    tokenizer = byte_level({token: number for number, token in enumerate(tokens)}, merges, KINDS[cut])
-    kinds = metadata.get("ggml.token_type", [])
+    kinds = metadata.get("ggml.token_type", [NORMAL] * len(tokens))
+    if kind == "gpt2":
+        cut = metadata.get("ggml.pre")
+        if cut not in KINDS:
+            raise ValueError(f"the file has tokenizer.ggml.pre={cut!r}: need one of {sorted(KINDS)}")
+        merges = [(left, right) for left, right in (merge.split(" ") for merge in metadata["ggml.merges"])]
+        tokenizer = byte_level({token: number for number, token in enumerate(tokens)}, merges, KINDS[cut])
+        begins, never_cut = KINDS[cut] == LLAMA3, tokens
+    elif kind == "llama":
+        merged = [token if each in (NORMAL, USER) else "" for token, each in zip(tokens, kinds, strict=True)]
+        prefix = metadata.get("ggml.add_space_prefix", True)
+        tokenizer = scored(tokens, metadata["ggml.scores"], merged, metadata["ggml.unknown_token_id"], prefix=prefix)
+        begins, never_cut = True, [token for token in tokens if SPACE not in token]  # others are found by merging
+    else:
+        raise ValueError(f"the file has tokenizer.ggml.model={kind!r}: need 'gpt2' or 'llama'")
+    whole = set(never_cut)
     for wanted in (CONTROL, USER):
-        chosen = [token for token, each in zip(tokens, kinds, strict=False) if each == wanted]
+        chosen = [token for token, each in zip(tokens, kinds, strict=True) if each == wanted and token in whole]
         tokenizer.add_tokens([AddedToken(token, special=wanted == CONTROL, normalized=False) for token in chosen])
-    if metadata.get("ggml.add_bos_token", KINDS[cut] == LLAMA3):
+    if metadata.get("ggml.add_bos_token", begins):
         _begin_with(tokenizer, tokens[metadata["ggml.bos_token_id"]])
+    return tokenizer
+
+
+def scored(tokens: Sequence[str], scores: Sequence[float], merged: Iterable[str], unknown: int, *, prefix: bool) -> Any:
+    """Returns a `tokenizers.Tokenizer` that joins the two neighbours with the best score, again and again, as
+    SentencePiece does (Kudo & Richardson, 2018).
+
+    Characters that are not in the vocabulary become tokens of their bytes, <0x00> to <0xFF>.
+
+    Args:
+        tokens: All tokens. A space is written ▁.
+        scores: The score of each.
+        merged: The tokens that neighbours may be joined to.
+        unknown: The number of the token for what is not known.
+        prefix: Whether a space is put before each text.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    pairs = [
+        (token[:place], token[place:])
+        for token in merged
+        for place in range(1, len(token))
+        if token[:place] in vocabulary and token[place:] in vocabulary
+    ]
+    pairs.sort(key=lambda pair: -scores[vocabulary["".join(pair)]])
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, pairs, unk_token=tokens[unknown], fuse_unk=True, byte_fallback="<0x00>" in vocabulary)
+    )
+    before: list[Any] = [normalizers.Prepend(SPACE)] if prefix else []
+    after: list[Any] = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )
     return tokenizer
 
 
