@@ -25,6 +25,7 @@ from jaxattn.core.linear.gate import (
 )
 from jaxattn.core.linear.recurrence import Delta, Erase
 from jaxattn.core.numeric import ratio
+from jaxattn.nn.feed_forward import FeedForward
 from jaxattn.nn.norm import LayerNorm, RMSNorm
 from jaxattn.nn.parameter import decayed, linear_map, undecayed
 from jaxattn.nn.recurrent import LinearInputs, Mechanism, Passed, Past
@@ -464,34 +465,60 @@ class RWKV7(Mechanism):
 
         log w = −e^{−1/2} σ(W₂ tanh(W₁ ·) + b),   a = σ(W₂ W₁ · + b),   gate = W₂ σ(W₁ ·)
 
-    Other than in the paper, the value is not mixed with that of the first layer, and the mixes, w and a start the same
-    in all channels and layers.
+    With keys_from="layer" the value is v + (v₁ − v) ⊙ σ(W₂ W₁ · + b), where v₁ is that of the layer before whose
+    keys_from is "self": the first one in the paper. Other than there, the mixes, w and a start the same in all channels
+    and layers.
 
     Args:
         features: D, the channels of x and y.
         heads: N, the number of heads.
         rank: The rank of the networks of low rank.
+        rate_rank: The rank of that of a, `rank` if not given.
+        value_rank: The rank of that of v, `rank` if not given.
+        gate_rank: The rank of that of the gate, `rank` if not given.
+        keys_from: "self", or "layer" for values that are mixed with those of an earlier layer.
         eps: The eps of the layer norm.
+        unit_eps: The number added to the square of the length of κ.
         dtype: The dtype of the computation; parameters are float32.
         rngs: Streams for the initial parameters.
 
     Raises:
-        ValueError: `heads` is no divisor of `features`, or `rank` is below 1.
+        ValueError: `heads` is no divisor of `features`, a rank is below 1, or `keys_from` is unknown.
     """
 
     def __init__(
-        self, features: int, heads: int, *, rank: int = 16, eps: float = 64e-5, dtype: Any = None, rngs: nnx.Rngs
+        self,
+        features: int,
+        heads: int,
+        *,
+        rank: int = 16,
+        rate_rank: int | None = None,
+        value_rank: int | None = None,
+        gate_rank: int | None = None,
+        keys_from: Literal["self", "layer"] = "self",
+        eps: float = 64e-5,
+        unit_eps: float = 1e-6,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
     ):
+        if keys_from not in ("self", "layer"):
+            raise ValueError(f"keys_from is {keys_from!r}: need 'self' or 'layer'")
         channels = head_dim_of(features, heads)
-        self.in_features, self.heads = features, heads
+        self.in_features, self.heads, self.keys_from, self.unit_eps = features, heads, keys_from, unit_eps
         names = ("receptance", "key", "value", "decay", "rate", "gate")
         self.mix = nnx.Dict({name: undecayed(jnp.full(features, 0.5)) for name in names})
         self.linear = nnx.Dict({name: linear_map(features, features, dtype, rngs) for name in names[:3]})
+
+        def low_rank(size: int | None, **options: Any) -> LowRank:
+            return LowRank(features, rank if size is None else size, features, **options, rngs=rngs)
+
         self.low_rank = nnx.Dict(
-            decay=LowRank(features, rank, features, inner=jnp.tanh, rngs=rngs),
-            rate=LowRank(features, rank, features, rngs=rngs),
-            gate=LowRank(features, rank, features, inner=nnx.sigmoid, bias=False, rngs=rngs),
+            decay=low_rank(rank, inner=jnp.tanh),
+            rate=low_rank(rate_rank),
+            gate=low_rank(gate_rank, inner=nnx.sigmoid, bias=False),
         )
+        if keys_from == "layer":
+            self.low_rank["value"] = low_rank(value_rank)
         self.removed = undecayed(jnp.full(features, 0.85))
         self.replaced = undecayed(jnp.ones(features))
         self.bonus = undecayed(jnp.zeros((heads, channels)))
@@ -503,6 +530,11 @@ class RWKV7(Mechanism):
         now, before = past.lags("x", x, 2)
         mixed = {name: now + (before - now) * mix[...].astype(x.dtype) for name, mix in self.mix.items()}
         receptance, key, value = (self.linear[name](mixed[name]) for name in ("receptance", "key", "value"))
+        past.given = value
+        if past.layer is not None:
+            if past.layer.shape != value.shape:
+                raise ValueError(f"context has shape {past.layer.shape}: need values of the same heads, {value.shape}")
+            value = value + (past.layer - value) * nnx.sigmoid(self.low_rank["value"](mixed["value"]))
         rate = nnx.sigmoid(self.low_rank["rate"](mixed["rate"]))
         log_decay = bounded_decay(self.low_rank["decay"](mixed["decay"]), -(2.718281828459045**-0.5))
         removed = key * self.removed[...]
@@ -510,7 +542,7 @@ class RWKV7(Mechanism):
         receptance, key, value, rate, log_decay, removed = (
             y.reshape(*y.shape[:-1], self.heads, -1) for y in (receptance, key, value, rate, log_decay, removed)
         )
-        removed = unit(removed)
+        removed = unit(removed, self.unit_eps)
         bonus = (receptance * self.bonus[...] * key).sum(-1, keepdims=True) * value
         gate = self.low_rank["gate"](mixed["gate"])
         erase = Erase(-removed, removed * rate)
@@ -520,6 +552,35 @@ class RWKV7(Mechanism):
         bonus, gate = rest
         y = self.norm(read) * self.scale[...] + self.shift[...] + bonus
         return self.out(y.reshape(gate.shape) * gate)
+
+
+class ChannelMix(Mechanism):
+    """y = W₂ max(W₁ (x_t + μ ⊙ (x_{t−1} − x_t)), 0)²: the feed-forward block of RWKV-7 (Peng et al., 2025).
+
+    The block reads the token and the one before in learned shares μ, so it has a state, as a mixer has.
+
+    Args:
+        features: D, the channels of x and y.
+        hidden: F, the hidden units, 4 D if not given.
+        dtype: The dtype of the computation; parameters are float32.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: `hidden` is below 1.
+    """
+
+    def __init__(self, features: int, hidden: int | None = None, *, dtype: Any = None, rngs: nnx.Rngs):
+        self.in_features = features
+        self.mix = undecayed(jnp.full(features, 0.5))
+        self.block = FeedForward(features, hidden, activation="relu_squared", gated=False, dtype=dtype, rngs=rngs)
+
+    def inputs(self, x, positions, past):
+        now, before = past.lags("x", x, 2)
+        y = self.block(now + (before - now) * self.mix[...].astype(x.dtype))
+        return Passed(y[..., None, :]), None
+
+    def output(self, read, rest):
+        return read[..., 0, :]
 
 
 class Latte(Mechanism):
@@ -682,9 +743,9 @@ def head_dim_of(features: int, heads: int) -> int:
     return features // heads
 
 
-def unit(x: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
-    """Returns x / |x|, with a derivative at 0."""
-    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
+def unit(x: Float[Array, "*b h"], eps: float = 1e-6) -> Float[Array, "*b h"]:
+    """Returns x / √(|x|² + eps), with a derivative at 0."""
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + eps)
 
 
 def step_bias(rngs: nnx.Rngs, size: int) -> Float[Array, " n"]:

@@ -226,6 +226,8 @@ class Past:
     Attributes:
         held: The arrays before this call.
         kept: The arrays after this call.
+        layer: What the layer before gave, in the same places, for mechanisms with keys_from="layer"; None for others.
+        given: What the mechanism gives to layers with keys_from="layer".
         seen: As given.
         segments: As given.
     """
@@ -240,6 +242,8 @@ class Past:
     ):
         self.held, self.seen, self.segments = held, seen, segments
         self.kept: dict[str, Array] = {}
+        self.layer: Array | None = None
+        self.given: Array | None = None
         # The place of each token among those that are there, if any may be missing before it.
         self._rank = jnp.cumsum(seen, -1) - 1 if padded and seen.shape[1] > 1 else None
         self._lost = None  # rows in which padding stands inside a document, where it may not
@@ -342,9 +346,12 @@ class Mechanism(nnx.Module):
 
     Attributes:
         in_features: The channels of its input x.
+        keys_from: As of `Mixer`. With "layer" the mechanism reads `Past.layer`, which one with "self" gave as
+            `Past.given`.
     """
 
     in_features: int
+    keys_from: str = "none"
 
     def inputs(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], past: Past) -> tuple[MemoryInputs, Any]:
         """Returns a pair: the inputs of the memory, and whatever else `output` needs.
@@ -391,30 +398,47 @@ class Recurrent(Mixer):
     def __init__(self, mechanism: Mechanism, *, chunk: int | None = None):
         self.mechanism, self.chunk = mechanism, chunk
 
+    @property
+    def keys_from(self) -> str:  # type: ignore[override]
+        """The `keys_from` of the mechanism."""
+        return self.mechanism.keys_from
+
     def __call__(
         self,
         x: Float[Array, "b t d"],
         tokens: Tokens | None = None,
         tap: Tap | None = None,
         state: dict[str, Any] | None = None,
-        context: None = None,
+        context: Array | None = None,
+        give: dict[str, Any] | None = None,
     ) -> tuple[Float[Array, "b t d"], dict[str, Any] | None]:
         """Mixes the tokens of x.
 
         The memory does not see padding, and in packed rows every document begins with an empty memory.
+
+        Args:
+            x: [B, T, D].
+            tokens: As of any mixer.
+            tap: As of any mixer.
+            state: As of any mixer.
+            context: What the layer before gave, for a mechanism with keys_from="layer"; None for others.
+            give: A dict that takes under "keys" what a mechanism with keys_from="self" gives to later layers.
 
         Returns:
             A pair (y, state), as of any mixer.
 
         Raises:
             ValueError: The mask of the tokens is other than `Documents(ids)` and `Causal()`, which is what a recurrence
-                is anyway. Or there is a context, or documents together with a state, or a mask or state for a mechanism
-                that reads all of a row; or an input has another width, a site is unknown, `weights` is edited, recorded
-                with a state, or recorded by a measure.
+                is anyway. Or there is a context that the mechanism does not read, or none for one that does, or
+                documents together with a state, or a mask or state for a mechanism that reads all of a row; or an input
+                has another width, a site is unknown, `weights` is edited, recorded with a state, or recorded by a
+                measure.
         """
         tokens, tap = self.started(x, tokens, tap, state)
-        if context is not None:
+        if self.keys_from != "layer" and context is not None:
             raise ValueError("context is given: a recurrent mixer sees only its own tokens")
+        if self.keys_from == "layer" and getattr(context, "shape", None) is None:
+            raise ValueError(f"context is {context!r}: need what the layer before gave, an array [batch, length, ...]")
         if x.ndim != 3 or x.shape[-1] != self.mechanism.in_features:
             raise ValueError(f"x has shape {x.shape}: need [batch, length, {self.mechanism.in_features}]")
         batch, length, _ = x.shape
@@ -425,10 +449,13 @@ class Recurrent(Mixer):
         x = tokens.clean(x)
 
         past = Past({} if state is None else state["past"], seen, segments, padded=tokens.padded)
+        past.layer = context
         inputs, rest = self.mechanism.inputs(x, past.places(positions), past)
         if getattr(inputs, "read", "post") == "all" and (tokens.mask is not None or state is not None):
             given = "mask" if state is None else "state"
             raise ValueError(f"{given} is given, but this mixer reads all of a row at once: need None")
+        if give is not None:
+            give["keys"] = past.given
         inputs = inputs.tapped(tap)
         segments = None if segments is None else in_order(segments)
         if tap.wants("weights") and state is not None:

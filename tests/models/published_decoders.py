@@ -1,6 +1,6 @@
 """More published decoders in plain NumPy. See `published.py`.
 
-These are Mistral, Qwen 2, OLMo 2, Gemma 1 and 3, the attention of gpt-oss, and Mamba-2.
+These are Mistral, Qwen 2, OLMo 2, Gemma 1 and 3, the attention of gpt-oss, Mamba-2 and RWKV-7.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from published import (
     example_ids,
     frequencies,
     gated,
+    layer_norm,
     linear,
     merge,
     rms_norm,
@@ -507,4 +508,121 @@ MAMBA2 = Family(
     draw_mamba2,
     example_ids,
     mamba2,
+)
+
+
+def draw_rwkv7(config: Config, draws: Draws) -> None:
+    width, heads = config["hidden_size"], config["hidden_size"] // config["head_dim"]
+    draws.normal("model.embeddings.weight", config["vocab_size"], width)
+    draws.norm("model.layers.0.pre_norm", width, bias=True)
+    ranks = {"w": "decay", "v": "v", "a": "a", "g": "gate"}
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        draws.norm(f"{block}.attn_norm", width, bias=True)
+        draws.norm(f"{block}.ffn_norm", width, bias=True)
+        for name in "rwkvag":
+            draws.normal(f"{block}.attn.x_{name}", 1, 1, width, mean=0.5, scale=0.3)
+        for name in "rkvo":
+            draws.linear(f"{block}.attn.{name}_proj", width, width)
+        for name, rank in ranks.items():
+            if layer or name != "v":  # the first layer has no other values to mix in
+                draws.linear(f"{block}.attn.{name}_lora.lora.0", config[f"{rank}_low_rank_dim"], width)
+                size = config[f"{rank}_low_rank_dim"]
+                draws.linear(f"{block}.attn.{name}_lora.lora.2", width, size, bias=name != "g")
+        draws.normal(f"{block}.attn.k_k", width, mean=0.85, scale=0.3)
+        draws.normal(f"{block}.attn.k_a", width, mean=1, scale=0.3)
+        draws.normal(f"{block}.attn.r_k", heads, config["head_dim"], scale=0.5)
+        draws.norm(f"{block}.attn.g_norm", width, bias=True)
+        draws.normal(f"{block}.ffn.x_k", width, mean=0.5, scale=0.3)
+        draws.linear(f"{block}.ffn.key", config["intermediate_size"], width)
+        draws.linear(f"{block}.ffn.value", width, config["intermediate_size"])
+    draws.norm("model.norm", width, bias=True)
+    draws.linear("lm_head", config["vocab_size"], width, scale=2)
+
+
+def rwkv7(weights: Weights, config: Config, input_ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Peng et al., 2025, as flash-linear-attention has it: a state [keys, values] per head, written token by token.
+
+    Each token first fades the state by channel, then takes what stands under its key in part away, then writes. Layers
+    after the first mix their values with those of the first.
+    """
+    epsilon, head_dim = config["norm_eps"], config["head_dim"]
+    heads, (batch, length) = config["hidden_size"] // head_dim, input_ids.shape
+
+    def moved(x: np.ndarray, share: np.ndarray) -> np.ndarray:
+        before = np.concatenate([np.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+        return x + (before - x) * share
+
+    x = layer_norm(weights, "model.layers.0.pre_norm", weights["model.embeddings.weight"][input_ids], epsilon)
+    first = None
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        name = f"{block}.attn"
+        normed = layer_norm(weights, f"{block}.attn_norm", x, epsilon)
+        of = {each: moved(normed, weights[f"{name}.x_{each}"]) for each in "rwkvag"}
+
+        def low_rank(letter: str, inner: Callable, name: str = name, of: dict = of) -> np.ndarray:
+            hidden = inner(linear(weights, f"{name}.{letter}_lora.lora.0", of[letter]))
+            return linear(weights, f"{name}.{letter}_lora.lora.2", hidden)
+
+        query, key, value = (linear(weights, f"{name}.{each}_proj", of[each]) for each in "rkv")
+        kept = np.exp(-np.exp(-0.5) * expit(low_rank("w", np.tanh)))
+        if first is None:
+            first = value
+        else:
+            value = value + (first - value) * expit(low_rank("v", lambda y: y))
+        rate, gate = expit(low_rank("a", lambda y: y)), low_rank("g", expit)
+        removed = (key * weights[f"{name}.k_k"]).reshape(batch, length, heads, head_dim)
+        squares = (removed**2).sum(-1, keepdims=True)
+        removed = removed / (np.sqrt(squares + 1e-6) if config["fuse_norm"] else np.maximum(np.sqrt(squares), 1e-12))
+        key = key * (1 + (rate - 1) * weights[f"{name}.k_a"])
+        query, key, value, kept, rate = (
+            each.reshape(batch, length, heads, head_dim) for each in (query, key, value, kept, rate)
+        )
+        state, read = np.zeros((batch, heads, head_dim, head_dim)), []
+        for t in range(length):
+            found = removed[:, t, :, None, :] @ state  # [B, N, 1, V]
+            state = kept[:, t, :, :, None] * state - (removed * rate)[:, t, :, :, None] * found
+            state = state + key[:, t, :, :, None] * value[:, t, :, None, :]
+            read.append((query[:, t, :, None, :] @ state)[:, :, 0])
+        y = np.stack(read, axis=1)
+        centred = y - y.mean(-1, keepdims=True)
+        y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + head_dim * epsilon)
+        y = y.reshape(batch, length, -1) * weights[f"{name}.g_norm.weight"] + weights[f"{name}.g_norm.bias"]
+        bonus = (query * key * weights[f"{name}.r_k"]).sum(-1, keepdims=True) * value
+        x = x + linear(weights, f"{name}.o_proj", (y + bonus.reshape(y.shape)) * gate)
+        mixed = moved(layer_norm(weights, f"{block}.ffn_norm", x, epsilon), weights[f"{block}.ffn.x_k"])
+        hidden = np.maximum(linear(weights, f"{block}.ffn.key", mixed), 0) ** 2
+        x = x + linear(weights, f"{block}.ffn.value", hidden)
+    return {"logits": linear(weights, "lm_head", layer_norm(weights, "model.norm", x, epsilon))}
+
+
+RWKV7 = Family(
+    {
+        "architectures": ["RWKV7ForCausalLM"],
+        "model_type": "rwkv7",
+        "a_low_rank_dim": 7,
+        "attn": None,
+        "decay_low_rank_dim": 11,
+        "fuse_norm": True,
+        "gate_low_rank_dim": 13,
+        "head_dim": 10,
+        "hidden_act": "sqrelu",
+        "hidden_ratio": 4,
+        "hidden_size": 40,
+        "intermediate_size": 66,
+        "max_position_embeddings": 650,
+        "norm_bias": True,
+        "norm_eps": 0.01,
+        "norm_first": True,
+        "num_heads": None,
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": False,
+        "v_low_rank_dim": 9,
+        "value_dim": [40, 40, 40],
+        "vocab_size": 95,
+    },
+    draw_rwkv7,
+    example_ids,
+    rwkv7,
 )

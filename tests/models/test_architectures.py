@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from published import GEMMA2, GPT2, LLAMA, LLAMA_TIED, NEOX, NEOX_SEQUENTIAL, QWEN3, QWEN3_TIED
-from published_decoders import GEMMA, GEMMA3, GPT_OSS, MAMBA2, MISTRAL, OLMO2, QWEN2
+from published_decoders import GEMMA, GEMMA3, GPT_OSS, MAMBA2, MISTRAL, OLMO2, QWEN2, RWKV7
 from published_more import (
     ALBERT,
     ALBERT_MODEL,
@@ -81,6 +81,7 @@ CAUSAL = {
     "Gemma 2": (GEMMA2, decoders.gemma2, decoders.gemma2_table),
     "gpt-oss, its attention": (GPT_OSS, gpt_oss, gpt_oss_table),
     "Mamba-2": (MAMBA2, recurrences.mamba2, recurrences.mamba2_table),
+    "RWKV-7": (RWKV7, recurrences.rwkv7, recurrences.rwkv7_table),
     "GPT-NeoX": (NEOX, decoders.gpt_neox, decoders.gpt_neox_table),
     "GPT-NeoX, sequential": (NEOX_SEQUENTIAL, decoders.gpt_neox, decoders.gpt_neox_table),
 }

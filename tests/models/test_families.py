@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from published import GEMMA2, GPT2, LLAMA, NEOX, QWEN3
-from published_decoders import GEMMA, GEMMA3, GPT_OSS, MAMBA2, MISTRAL, OLMO2, QWEN2
+from published_decoders import GEMMA, GEMMA3, GPT_OSS, MAMBA2, MISTRAL, OLMO2, QWEN2, RWKV7
 from published_more import ALBERT, BERT, BERT_MASKED, DINOV2, ROBERTA, T5, VIT, WHISPER
 
 from jaxattn import Rotary, Window, Yarn
@@ -89,6 +89,17 @@ def test_windows(make, config, windows):
     assert masks == [None if left is None else Window(left) for left in windows]
 
 
+def test_sizes_of_rwkv7_that_a_file_leaves_out():
+    """Hidden units are a multiple of 32, heads are counted or measured, and the eps goes with the channels of one."""
+    config = RWKV7.config | {"intermediate_size": None, "fuse_norm": False, "head_dim": None, "num_heads": 8}
+    mixer, block = (
+        branch.module.arguments for branch in recurrences.rwkv7(config | {"value_dim": 40}).layers[1].branches
+    )
+    assert (mixer["heads"], mixer["eps"], mixer["unit_eps"], mixer["keys_from"]) == (8, 0.05, 1e-24, "layer")
+    assert block["hidden"] == 160
+    assert recurrences.rwkv7(RWKV7.config).layers[0].branches[1].module.arguments["hidden"] == 66
+
+
 @pytest.mark.parametrize(
     ("make", "config", "message"),
     [
@@ -122,6 +133,8 @@ def test_windows(make, config, windows):
         (recurrences.mamba2, MAMBA2.config | {"n_groups": 8}, "config has n_groups=8: need 1"),
         (recurrences.mamba2, MAMBA2.config | {"time_step_limit": [0.0, 0.1]}, r"need \[0.0, inf\], no limit"),
         (recurrences.mamba2, MAMBA2.config | {"head_dim": 13}, "config has 5 heads of head_dim=13: need 60 channels"),
+        (recurrences.rwkv7, RWKV7.config | {"value_dim": 80}, "config has value_dim=80: need 40 in each layer"),
+        (recurrences.rwkv7, RWKV7.config | {"norm_first": False}, "config has norm_first=False: need True"),
         (encoders.roberta, ROBERTA.config | {"is_decoder": True}, "config has is_decoder=True: need False"),
         (encoders.albert, ALBERT.config | {"num_hidden_groups": 2}, "config has num_hidden_groups=2: need 1"),
         (
@@ -138,7 +151,7 @@ def test_options_that_no_model_has_are_refused(make, config, message):
 
 @pytest.mark.parametrize(
     "family",
-    [GPT2, LLAMA, QWEN2, GEMMA3, OLMO2, NEOX, MAMBA2, BERT, ROBERTA, ALBERT, VIT, DINOV2, T5, WHISPER],
+    [GPT2, LLAMA, QWEN2, GEMMA3, OLMO2, NEOX, MAMBA2, RWKV7, BERT, ROBERTA, ALBERT, VIT, DINOV2, T5, WHISPER],
 )
 def test_a_missing_number_is_named_with_its_family(family):
     kind = family.config["model_type"]

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from published import GEMMA2, GPT2, LLAMA, LLAMA_TIED, NEOX, QWEN3
-from published_decoders import GEMMA, GEMMA3, GPT_OSS, MAMBA2, MISTRAL, OLMO2, QWEN2
+from published_decoders import GEMMA, GEMMA3, GPT_OSS, MAMBA2, MISTRAL, OLMO2, QWEN2, RWKV7
 from published_more import ALBERT, BERT, DINOV2, ROBERTA, T5, VIT, WHISPER
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from jaxattn.models import generate, load_pretrained, save_pretrained
 from jaxattn.models.pretrained import folder as folder_module
 
-DECODERS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GEMMA2, GEMMA3, NEOX, MAMBA2)
+DECODERS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GEMMA2, GEMMA3, NEOX, MAMBA2, RWKV7)
 PUBLISHED = (*DECODERS, BERT, ROBERTA, ALBERT, VIT, DINOV2, T5, WHISPER)
 FAMILIES = {family.config["model_type"]: family for family in PUBLISHED}
 

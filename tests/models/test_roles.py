@@ -70,11 +70,13 @@ MIXERS = {
         | {f"project/convolution/{x}/bias" for x in ("query", "key", "value")},
     ),
     "rwkv7": (
-        models.Spec(nn.RWKV7, heads=N),
+        models.Spec(nn.RWKV7, heads=N, keys_from="layer"),
         set(),
-        {"bonus", "removed", "replaced", "scale", "shift", "low_rank/decay/up/bias", "low_rank/rate/up/bias"}
+        {"bonus", "removed", "replaced", "scale", "shift"}
+        | {f"low_rank/{x}/up/bias" for x in ("decay", "rate", "value")}
         | {f"mix/{x}" for x in ("receptance", "key", "value", "decay", "rate", "gate")},
     ),
+    "channel mix": (models.Spec(nn.ChannelMix, hidden=5), set(), {"mix"}),
     "latte": (models.Spec(nn.Latte, heads=N, window=3), set(), set()),
     "convolution": (models.Spec(nn.GatedConvolution), {"convolution/weight"}, {"up/bias", "gate/bias", "out/bias"}),
     "titans": (STILL, {"weights/0", "weights/1"}, MEMORY_UNDECAYED),

@@ -36,6 +36,7 @@ SPECS = {
     "mamba2": models.Spec(nn.Mamba2, heads=N, state=4),
     "mimetic": models.Spec(nn.Mamba2, heads=N, state=4, mimetic=True),
     "rwkv7": models.Spec(nn.RWKV7, heads=N, rank=2),
+    "channel mix": models.Spec(nn.ChannelMix, hidden=7),
     "latte": models.Spec(nn.Latte, heads=N, latents=3, convolution=3),
     "latte macchiato": models.Spec(nn.Latte, heads=N, latents=3, window=3, rotary_base=100.0),
     "s6": models.Spec(nn.S6, inner=12, state=3, norm=True),
@@ -88,6 +89,34 @@ def test_packed_documents_are_separate_runs_and_the_future_is_not_seen(name):
     changed = jnp.stack(alone(mixer, *X.at[:, 6:].multiply(-2)))
     np.testing.assert_array_equal(changed[:, :6], whole[:, :6])
     assert (changed[:, 6:] != whole[:, 6:]).any()
+
+
+def test_values_of_the_first_layer_reach_the_later_ones():
+    """Also in a packed row, behind padding, and in decoding: as if each document stood alone."""
+    first, later = (models.Spec(nn.RWKV7, heads=N, rank=2, keys_from=source) for source in ("self", "layer"))
+    layers = [models.pre_norm(each, None) for each in (first, later, later)]
+    config = models.TransformerConfig(vocabulary=7, length=T, width=D, layers=layers)
+    decoder = models.Transformer(config, rngs=nnx.Rngs(0))
+    assert decoder.lengths == (1, 2)
+    tokens = jnp.arange(2 * T).reshape(2, T) % 7
+    call = nnx.jit(lambda decoder, tokens, **options: decoder(tokens, **options)[:2])
+    places = jnp.arange(T)
+    whole, _ = call(decoder, tokens, positions=places[None], state=decoder.init_state(2, T))
+    begun = jnp.where(places < 6, places, -1)[None]
+    _, state = call(decoder, tokens, positions=begun, state=decoder.init_state(2, T))
+    rest = jnp.where(places < T - 6, places + 6, -1)[None]
+    decoded, _ = call(decoder, jnp.roll(tokens, -6, 1), positions=rest, state=state)
+    assert_close(decoded[:, : T - 6], whole[:, 6:])
+    packed = jnp.concatenate([tokens[:, :4], tokens[:, :7]], 1)
+    both, _ = call(decoder, packed, mask=Documents(jnp.array([[0] * 4 + [1] * 7] * 2)))
+    assert_close(both, jnp.concatenate([whole[:, :4], whole[:, :7]], 1))
+    mixer = build(later)
+    with pytest.raises(ValueError, match="context is None: need what the layer before gave"):
+        mixer(X)
+    with pytest.raises(ValueError, match=r"context has shape \(2, 11, 3\): need values of the same heads, \(2, 11, 16"):
+        mixer(X, context=X[..., :3])
+    with pytest.raises(ValueError, match="keys_from is 'context': need 'self' or 'layer'"):
+        build(later.replace(keys_from="context"))
 
 
 @pytest.mark.parametrize(
@@ -370,7 +399,7 @@ def test_specs_are_plain_data(name):
     spec = SPECS[name]
     config = models.TransformerConfig(layers=(models.pre_norm(spec), models.Layer()))
     assert models.from_plain(models.to_plain(config)) == config
-    size = {nn.S6: "state", nn.GatedConvolution: "width"}.get(spec.target, "heads")
+    size = {nn.S6: "state", nn.GatedConvolution: "width", nn.ChannelMix: "hidden"}.get(spec.target, "heads")
     assert hash(spec.replace(**{size: 9})) != hash(spec)
     assert isinstance(nn.as_mixer(spec, features=D, dtype=jnp.float32, rngs=nnx.Rngs(0)), Recurrent)
 

@@ -67,6 +67,7 @@ FAMILIES = {
     ),
     "gpt_oss": Family(decoders.gpt_oss, decoders.gpt_oss_table),
     "mamba2": Family(recurrences.mamba2, recurrences.mamba2_table, (), "backbone."),
+    "rwkv7": Family(recurrences.rwkv7, recurrences.rwkv7_table, (), "model."),
     "bert": Family(
         encoders.bert,
         encoders.bert_table,

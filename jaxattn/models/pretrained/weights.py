@@ -43,6 +43,12 @@ TRANSPOSED = Layout(lambda x: (x.T,), lambda x: x.T)
 FIRST_ROW = Layout(lambda x: (x[0],), lambda x: x[None])
 """The array has one more axis, of size 1, before those of the parameter."""
 
+
+def shaped(published: tuple[int, ...], ours: tuple[int, ...]) -> Layout:
+    """The array has the numbers of the parameter in another shape; of a third shape it stays, to be refused."""
+    return Layout(lambda x: (x.reshape(ours) if x.shape == published else x,), lambda x: x.reshape(published))
+
+
 CONVOLUTION = Layout(lambda x: (x.transpose(2, 1, 0),), lambda x: x.transpose(2, 1, 0))
 """A convolution over a line that is published as [out, in, width]."""
 
