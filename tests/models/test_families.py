@@ -43,6 +43,15 @@ def test_rotary_positions_are_read_in_both_forms():
         decoders.gemma3_text(new | {"rope_parameters": {"rope_theta": 10.0}})
 
 
+def test_part_of_the_channels_is_rotated_in_both_forms():
+    old = NEOX.config
+    new = {name: x for name, x in old.items() if not name.startswith("rotary")}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.25}
+    assert decoders.gpt_neox(new) == decoders.gpt_neox(old)
+    assert attentions(decoders.gpt_neox(old))[0]["position"] == Rotary(10000.0, 0.25)
+    assert attentions(decoders.llama(LLAMA.config | {"partial_rotary_factor": 0.5}))[0]["position"].fraction == 0.5
+
+
 def test_scalings_of_rotary_positions():
     def read(**said):
         return decoders.rotary_of({"rope_theta": 500.0} | said)
@@ -67,6 +76,14 @@ def test_old_files_of_llama_leave_out_what_came_later():
     old = {name: x for name, x in LLAMA.config.items() if name not in new}
     every = attentions(decoders.llama(old))
     assert all(each["key_heads"] == each["heads"] and each["position"] == Rotary(10000.0) for each in every)
+
+
+def test_old_files_of_t5_leave_out_what_came_later():
+    later = ("feed_forward_proj", "num_decoder_layers", "relative_attention_max_distance", "tie_word_embeddings")
+    config = T5.config | {"num_decoder_layers": 3, "relative_attention_max_distance": 128}
+    old = {name: x for name, x in config.items() if name not in later}
+    assert encoders.t5(old) == encoders.t5(config)
+    assert encoders.t5_table(old).keys() == encoders.t5_table(config).keys()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +121,7 @@ def test_sizes_of_rwkv7_that_a_file_leaves_out():
     ("make", "config", "message"),
     [
         (decoders.llama, LLAMA.config | {"rope_scaling": {"rope_type": "longrope"}}, "rope_type='longrope'"),
+        (decoders.llama, LLAMA.config | {"rope_interleaved": True}, "config has rope_interleaved=True: need False"),
         (decoders.llama, LLAMA.config | {"sliding_window": 4}, "config has sliding_window=4: need None"),
         (decoders.mistral, MISTRAL.config | {"layer_types": [NEAR] * 2}, "config has layer_types="),
         (

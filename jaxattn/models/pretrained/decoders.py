@@ -62,9 +62,12 @@ def activation_of(name: str) -> str:
 
 
 def refuse(config: Published, **expected: Any) -> None:
-    """Raises ValueError for options of a config that no model here has, rather than leaving them out."""
+    """Raises ValueError for options of a config that no model here has, rather than leaving them out.
+
+    An option that is null is one that is left out.
+    """
     for name, value in expected.items():
-        if config.get(name, value) != value:
+        if config.get(name) not in (None, value):
             raise ValueError(f"config has {name}={config[name]!r}: need {value!r}")
 
 
@@ -145,10 +148,11 @@ SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def rope_of(config: Published) -> dict[str, Any]:
     """Returns all that a config says of rotary positions: transformers 4 has a base beside the rest, 5 all in one."""
     said = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return {"rope_theta": config.get("rope_theta")} | said
+    beside = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config}
+    return {**beside, **said}
 
 
-def rotary_of(said: Published, fraction: float = 1.0) -> Rotary:
+def rotary_of(said: Published) -> Rotary:
     """Returns the rotary position with the numbers of `rope_of`.
 
     Raises:
@@ -161,7 +165,8 @@ def rotary_of(said: Published, fraction: float = 1.0) -> Rotary:
     if kind not in SCALINGS:
         raise ValueError(f"config has rope_type={kind!r} for its rotary positions: need one of {list(SCALINGS)}")
     needed, more = SCALINGS[kind]
-    given = {name: x for name, x in said.items() if name not in ("rope_theta", "rope_type", "type") and x is not None}
+    others = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+    given = {name: x for name, x in said.items() if name not in others and x is not None}
     if kind == "default":  # a file may say where scaling would begin
         given.pop("original_max_position_embeddings", None)
     if kind == "yarn" and ("mscale" in given) != ("mscale_all_dim" in given):
@@ -170,7 +175,8 @@ def rotary_of(said: Published, fraction: float = 1.0) -> Rotary:
         raise ValueError(
             f"config has {said} for its rotary positions, with {wrong} missing or not known: need {needed}"
         )
-    return Rotary(float(base), fraction, _scaling(kind, given))
+    fraction = said.get("partial_rotary_factor")
+    return Rotary(float(base), 1.0 if fraction is None else fraction, _scaling(kind, given))
 
 
 def _scaling(kind: str, given: dict[str, Any]) -> RotaryScaling | None:
@@ -189,7 +195,7 @@ def llama(config: Published) -> TransformerConfig:
     The model has RMSNorm before each block, rotary positions, grouped heads, gated blocks, and no biases. Files of
     Llama 1 and 2 do not say the base of the rotation, which is 10000.
     """
-    refuse(config, attention_bias=False, mlp_bias=False, sliding_window=None, partial_rotary_factor=1.0)
+    refuse(config, attention_bias=False, mlp_bias=False, sliding_window=None, rope_interleaved=False)
     return _llama_like(Numbers({"rope_theta": 10000.0, "num_key_value_heads": config["num_attention_heads"], **config}))
 
 
@@ -256,7 +262,7 @@ def gemma(config: Published) -> TransformerConfig:
     The layers are Llama's with gains 1 + g in the norms. The model multiplies embeddings by the root of the width. The
     first files name the exact gelu as `hidden_act`, but the model was trained with its approximation by tanh.
     """
-    refuse(config, attention_bias=False, tie_word_embeddings=True, use_bidirectional_attention=None)
+    refuse(config, attention_bias=False, tie_word_embeddings=True, use_bidirectional_attention=False)
     if config["hidden_act"] == "gelu" and config.get("hidden_activation") is None:
         config = changed(config, hidden_act="gelu_pytorch_tanh")
     return _gemma(config)
@@ -269,7 +275,7 @@ def gemma2(config: Published) -> TransformerConfig:
     The model is that of Gemma 1 with norms before and after each block, capped scores and logits, and a window in every
     other layer, beginning with the first.
     """
-    refuse(config, attention_bias=False, tie_word_embeddings=True, use_bidirectional_attention=None)
+    refuse(config, attention_bias=False, tie_word_embeddings=True, use_bidirectional_attention=False)
     alternating = [(SLIDING, FULL)[number % 2] for number in range(config["num_hidden_layers"])]
     return _gemma(config, kinds_of_layers(config, alternating), sandwich=True)
 
@@ -488,12 +494,15 @@ def gpt_neox(config: Published) -> TransformerConfig:
 
     Attention and feed-forward block are in parallel, and part of the channels is rotated.
     """
-    refuse(config, attention_bias=True, rope_scaling=None, rope_parameters=None)
+    refuse(config, attention_bias=True)
+    rope = rope_of(config)
+    if "rope_parameters" not in config:
+        rope |= {"rope_theta": config["rotary_emb_base"], "partial_rotary_factor": config["rotary_pct"]}
     around = Spec(nn.LayerNorm, eps=config["layer_norm_eps"])
     attention = Spec(
         nn.MultiHeadAttention,
         heads=config["num_attention_heads"],
-        position=Rotary(float(config["rotary_emb_base"]), config["rotary_pct"]),
+        position=rotary_of(rope),
         use_bias=True,
     )
     block = biased_block(config["intermediate_size"], config["hidden_act"])

@@ -11,6 +11,7 @@ from jaxattn.models.pretrained.decoders import (
     BLOCK,
     MIXER,
     QKV,
+    Numbers,
     Published,
     activation_of,
     biased_block,
@@ -330,11 +331,12 @@ def t5(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
     """Returns the pair (encoder, decoder) of T5 (Raffel et al., 2020), which share their embedding.
 
     The models have RMSNorm before each block, scores without a scale, and one table of biases by distance for all
-    self-attention of a stack.
+    self-attention of a stack. Files of the first T5 leave out what came later.
 
     Raises:
         ValueError: The kind of the feed-forward blocks is not known.
     """
+    config = _whole(config)
     kind = config["feed_forward_proj"]
     if kind not in ("relu", "gated-gelu"):
         raise ValueError(f"config has feed_forward_proj={kind!r}: need 'relu' or 'gated-gelu'")
@@ -377,8 +379,19 @@ def t5(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
     return encoder, decoder
 
 
+def _whole(config: Published) -> Numbers:
+    first = {
+        "feed_forward_proj": "relu",
+        "num_decoder_layers": config["num_layers"],
+        "relative_attention_max_distance": 128,
+        "tie_word_embeddings": True,
+    }
+    return Numbers({**first, **config})
+
+
 def t5_table(config: Published) -> Table:
     """Returns the names of T5."""
+    config = _whole(config)
     table: Table = {"shared.weight": Row("decoder.embed.table")}
     names = {"query": "q", "key": "k", "value": "v", "out": "o"}
     for stack, kinds in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
