@@ -182,7 +182,7 @@ def look(text: str, model: str = DEMO, out: str = "look.html", layers: list[int]
     example = seen(opened, tokens, strings, layers)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    title = f"{Path(model).name}: {shorten(text, 80) or 'no text'}"
+    title = f"{Path(model).name}: {shorten(text, 80, placeholder='…') or 'no text'}"
     path.write_text(viz.page({text: example}, title), encoding="utf-8")
     shape = np.shape(example.weights)
     print(f"wrote {path}: {shape[0]} layers of {shape[1]} heads, {len(tokens)} tokens")
@@ -322,9 +322,9 @@ def lens(model: models.Transformer, resid: jax.Array, strings: Callable[[Any], l
 
 
 def token_labels(tokens: np.ndarray) -> list[str]:
-    """One short visible label per byte token."""
-    names = {256: "BOS", 257: "EOS", ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥"}
-    return [names.get(token) or (chr(token) if 32 < token < 127 else f"{token:02x}") for token in tokens.tolist()]
+    """One short label per byte token."""
+    names = {BOS: "BOS", EOS: "EOS"}
+    return [names.get(token) or (chr(token) if token < 128 else f"{token:02x}") for token in tokens.tolist()]
 
 
 def main(arguments: list[str] | None = None) -> None:
