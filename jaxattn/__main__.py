@@ -173,8 +173,8 @@ def look(text: str, model: str = DEMO, out: str = "look.html", layers: list[int]
 
     Args:
         text: The text to read; at most the model's context.
-        model: A published model (a folder of Hugging Face's), or the output folder of a training run; by default the
-            first decoder of `make demo`.
+        model: A published model (a folder with config.json, or a GGUF file), or the output folder of a training run; by
+            default the first decoder of `make demo`.
         out: The page to write.
         layers: The numbers of the layers to show; all of them if not given.
     """
@@ -252,13 +252,14 @@ def read(path: str, text: str) -> tuple[Any, np.ndarray, Callable[[Any], list[st
         hint = ": run `make demo` first, or give --model" if path == DEMO else ""
         raise ValueError(f"model is {path!r}, which does not exist{hint}")
     loaded = models.load_pretrained(path)
-    if loaded.tokenizer is None:
-        raise ValueError(f"model is {path!r}, which has no tokenizer.json: need one, to read a text")
 
     def strings(tokens: Any) -> list[str]:
-        return [loaded.tokenizer.decode([token], skip_special_tokens=False) for token in np.asarray(tokens).tolist()]
+        named = [
+            loaded.tokenizer.id_to_token(token) is not None for token in tokens.tolist()
+        ]  # vocabularies are padded
+        return [loaded.token_strings([x])[0] if known else f"<{x}>" for x, known in zip(tokens, named, strict=True)]
 
-    return loaded.model, np.asarray(loaded.tokenizer.encode(text).ids), strings
+    return loaded.model, loaded.encode(text), strings
 
 
 def seen(model: Any, tokens: np.ndarray, strings: Callable[[Any], list[str]], layers: Any = None) -> viz.Example:
@@ -270,33 +271,41 @@ def seen(model: Any, tokens: np.ndarray, strings: Callable[[Any], list[str]], la
         raise ValueError(f"the model is a {type(model).__name__} that does not read tokens alone: need a Transformer")
     if not 0 < len(tokens) <= model.config.length:
         raise ValueError(f"text has {len(tokens)} tokens: need 1 to {model.config.length} (the context)")
-    if "weights" not in model.sites:
+    blocks = [run for run, length in zip(model.runs, model.lengths, strict=True) for _ in range(length)]
+    held = [layer for layer, block in enumerate(blocks) if "weights" in block.sites]
+    if not held:
         raise ValueError("no layer of the model has attention weights: need a model with attention")
-    scores = [getattr(mixer, "score", None) for run in model.runs for mixer in run.mixers]
+    if unknown := sorted(set(layers or ()) - set(held)):
+        raise ValueError(f"layers has {unknown}: need some of {held}, which have attention weights")
+    held = held if layers is None else layers
+    scores = [getattr(mixer, "score", None) for layer in held for mixer in blocks[layer].mixers]
     scales = {score.scale for score in scores if isinstance(score, Dot) and isinstance(score.scale, float | None)}
     plain = len(scales) == 1 and all(isinstance(score, Dot) for score in scores)  # scores are q · k times one number
-    sites = ("weights", "resid", *(("q_rotated", "k_rotated") if plain else ()))
-    _, _, records = model(jnp.asarray(tokens)[None], record=sites)
-    held = [layer for layer, weights in enumerate(records["weights"]) if weights is not None]
-    if unknown := sorted(set(layers or ()) - set(held)):
-        raise ValueError(f"layers has {unknown}: need some of {held}, which have attention")
-    held = held if layers is None else layers
+    sites = ("weights", *(("q_rotated", "k_rotated") if plain else ()))
+    logits, _, records = model(jnp.asarray(tokens)[None], record=sites)
+    counts = {layer: records["weights"][layer].shape[1] for layer in held}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"layers have different numbers of heads, {counts}: need --layers that have the same")
 
     def of_heads(site: str) -> np.ndarray:
         """[L, N, T, ...], heads before tokens."""
-        arrays = [np.asarray(records[site][layer][0], np.float32) for layer in held]
-        if len({array.shape for array in arrays}) > 1:
-            raise ValueError("layers have different numbers of heads: need --layers that agree")
-        return np.stack(arrays if site == "weights" else [array.swapaxes(0, 1) for array in arrays])
+        arrays = np.stack([np.asarray(records[site][layer][0], np.float32) for layer in held])
+        return arrays if site == "weights" else arrays.swapaxes(1, 2)
 
     weights = of_heads("weights")
     statistics = analysis.head_statistics(jnp.asarray(weights)[:, None])
+    before = np.trace(weights, -1, 2, 3) / max(weights.shape[2] - 1, 1)
+    speaks = model.head is not None and logits.shape == (1, len(tokens), model.config.vocabulary)  # of tokens
     names = [f"meta {n}" for n in range(model.config.meta_tokens)] + strings(tokens)
     return viz.Example(
         names,
         weights,
-        statistics={"entropy (nats)": statistics.entropy, "mass on the first key": statistics.sink_mass},
-        lens=lens(model, records["resid"], strings),
+        statistics={
+            "entropy (nats)": statistics.entropy,
+            "mass on the first key": statistics.sink_mass,
+            "weight of the token before": before,
+        },
+        lens=lens(model, tokens, strings) if speaks and not model.config.meta_tokens else None,
         queries=of_heads("q_rotated") if plain else None,
         keys=of_heads("k_rotated") if plain else None,
         scale=scales.pop() if plain else None,
@@ -304,21 +313,18 @@ def seen(model: Any, tokens: np.ndarray, strings: Callable[[Any], list[str]], la
     )
 
 
-def lens(model: models.Transformer, resid: jax.Array, strings: Callable[[Any], list[str]]) -> viz.Lens | None:
-    """The likeliest tokens that the residual stream [L, 1, T, D] would give after each layer; None without logits."""
-    if not isinstance(model.head, nn.Head):
-        return None
+def lens(model: models.Transformer, tokens: np.ndarray, strings: Callable[[Any], list[str]]) -> viz.Lens:
+    """The likeliest tokens if the model ended before each layer, and at its end."""
 
-    def likeliest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.head(x if model.norm is None else model.norm(x), model.embed)
-        probabilities, best = jax.lax.top_k(jax.nn.softmax(logits[0].astype(jnp.float32)), LIKELIEST)
-        return probabilities, best
+    def likeliest(logits: jax.Array) -> Any:
+        return jax.lax.top_k(jax.nn.softmax(logits[0].astype(jnp.float32)), LIKELIEST)
 
-    probabilities, best = jax.lax.map(likeliest, resid)  # one layer at a time: vocabularies are large
-    known = dict(zip(found := np.unique(best), strings(found), strict=True))
-    tokens = [[[known[token] for token in place] for place in row] for row in np.asarray(best).tolist()]
-    rows = [f"layer {layer}" for layer in range(len(resid))]
-    return viz.Lens(tokens, probabilities, rows, ahead=int(model.config.causal))
+    probabilities, best = analysis.lens(model, jnp.asarray(tokens)[None], likeliest)
+    found = np.unique(best)
+    known = dict(zip(found.tolist(), strings(found), strict=True))
+    words = [[[known[token] for token in place] for place in row] for row in np.asarray(best).tolist()]
+    rows = ["embed", *(f"layer {layer}" for layer in range(len(words) - 1))]
+    return viz.Lens(words, probabilities, rows, ahead=int(model.config.causal))
 
 
 def token_labels(tokens: np.ndarray) -> list[str]:

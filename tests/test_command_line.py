@@ -1,5 +1,6 @@
 """The command line: train, resume, generate, look, explain; and one clear line for every mistake."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,7 +18,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from jaxattn import Causal, Sigmoid, Window, models, nn
-from jaxattn.__main__ import main
+from jaxattn.__main__ import main, seen
+from jaxattn.core.attend import Dot
 from jaxattn.train import BOS, encode
 
 MODEL = models.TransformerConfig(
@@ -140,7 +142,8 @@ def test_look_writes_a_page_of_what_the_model_computes(run, tmp_path, capsys):
         given = np.asarray(records[site])[:, 0].swapaxes(1, 2)
         np.testing.assert_allclose(array(example[name], "<f4").reshape(given.shape), given, rtol=1e-4, atol=1e-6)
     p = weights / weights.sum(-1, keepdims=True)
-    entropy, sink = (each["values"] for each in example["statistics"])
+    entropy, sink, before = (each["values"] for each in example["statistics"])
+    np.testing.assert_allclose(before, weights[..., range(1, 20), range(19)].mean(-1), rtol=1e-3)
     np.testing.assert_allclose(entropy, -(p * np.log(np.where(p > 0, p, 1))).sum(-1).mean(-1), rtol=1e-3)
     np.testing.assert_allclose(sink, p[..., 0].mean(-1), rtol=1e-3)
     # After the last layer the lens is the output, and it predicts the next token.
@@ -148,6 +151,7 @@ def test_look_writes_a_page_of_what_the_model_computes(run, tmp_path, capsys):
     likeliest = (exponential / exponential.sum(-1, keepdims=True)).max(-1)
     np.testing.assert_allclose(np.asarray(example["lens"]["probabilities"])[-1, :, 0], likeliest, rtol=1e-3)
     assert example["lens"]["ahead"] == 1
+    assert example["lens"]["rows"] == ["embed", "layer 0", "layer 1"]
     one = looked_at(capsys, tmp_path / "one.html", text, "--model", run, "--layers", "[1]")
     assert one["layers"] == [1]
     assert (abs(decoded(one["weights"]) - weights[1:]) <= weights[1:].max(-1, keepdims=True) / 255).all()
@@ -156,7 +160,7 @@ def test_look_writes_a_page_of_what_the_model_computes(run, tmp_path, capsys):
 def test_look_reads_a_published_model_with_its_tokenizer(tmp_path, capsys):
     tokenizers = pytest.importorskip("tokenizers")
     published = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_embd": 8}
-    published |= {"n_head": 2, "n_layer": 2, "n_positions": 16, "vocab_size": 5}
+    published |= {"n_head": 2, "n_layer": 2, "n_positions": 16, "vocab_size": 9}
     gpt2 = models.Transformer(models.pretrained.decoders.gpt2(published), rngs=nnx.Rngs(0))
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 2, "d": 3, "?": 4}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -166,7 +170,38 @@ def test_look_reads_a_published_model_with_its_tokenizer(tmp_path, capsys):
     weights = np.asarray(gpt2(jnp.array([[0, 2, 1, 4]]), record=("weights",))[2]["weights"])[:, 0]
     assert (abs(decoded(example["weights"]) - weights) <= weights.max(-1, keepdims=True) / 255).all()
     (tmp_path / "gpt2" / "tokenizer.json").unlink()
-    assert "has no tokenizer.json" in fails(capsys, "look", "a", "--model", tmp_path / "gpt2")
+    names = {token for row in example["lens"]["tokens"] for place in row for token in place}
+    assert names <= {"a", "b", "c", "d", "?", "<5>", "<6>", "<7>", "<8>"}
+    assert names & {"<5>", "<6>", "<7>", "<8>"}  # the vocabulary of the model is padded
+    assert "there is no tokenizer" in fails(capsys, "look", "a", "--model", tmp_path / "gpt2")
+
+
+def test_a_look_at_a_hybrid_shows_layers_with_as_many_heads_and_meta_tokens():
+    layers = [
+        models.pre_norm(models.Spec(nn.GLA, heads=2)),
+        models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=4, key_heads=1, score=Dot(0.5))),
+    ]
+    config = models.TransformerConfig(vocabulary=9, length=8, width=16, layers=layers, meta_tokens=2)
+    hybrid, tokens = models.Transformer(config, rngs=nnx.Rngs(0)), np.array([3, 1, 4, 1])
+
+    def strings(tokens):
+        return [str(token) for token in tokens]
+
+    with pytest.raises(ValueError, match=r"different numbers of heads, \{0: 2, 1: 4\}"):
+        seen(hybrid, tokens, strings)
+    example = seen(hybrid, tokens, strings, [1])
+    assert example.tokens == ["meta 0", "meta 1", "3", "1", "4", "1"]
+    assert np.shape(example.weights) == (1, 4, 6, 6)
+    assert np.shape(example.keys) == (1, 1, 6, 4)
+    scores = example.scale * np.asarray(example.queries) @ np.swapaxes(example.keys, 2, 3)
+    exponential = np.tril(np.exp(scores.astype(float)))
+    np.testing.assert_allclose(example.weights, exponential / exponential.sum(-1, keepdims=True), rtol=1e-3, atol=1e-6)
+    example = seen(hybrid, tokens, strings, [0])  # weights that are implied, of which q · k says less
+    assert np.shape(example.weights) == (1, 2, 6, 6)
+    assert example.queries is None
+    nothing = dataclasses.replace(config, layers=[models.Layer([models.Branch(models.Spec(nn.FeedForward))])])
+    with pytest.raises(ValueError, match="no layer of the model has attention weights"):
+        seen(models.Transformer(nothing, rngs=nnx.Rngs(0)), tokens, strings)
 
 
 def test_explain_names_an_implementation(capsys):

@@ -332,9 +332,9 @@ class Matrix {
 // What the colours of a matrix mean: those from −high or 0 to high.
 function legendOf(high, kind) {
   const bar = made("canvas");
-  const context = prepared(bar, 120, 10);
-  for (let n = 0; n < 120; n++) {
-    context.fillStyle = css(colour(kind === "signed" ? (n / 119) * 2 - 1 : n / 119, 1, kind));
+  const context = prepared(bar, 100, 10);
+  for (let n = 0; n < 100; n++) {
+    context.fillStyle = css(colour(kind === "signed" ? (n / 99) * 2 - 1 : n / 99, 1, kind));
     context.fillRect(n, 0, 1, 10);
   }
   bar.setAttribute("aria-hidden", "true");
@@ -495,9 +495,9 @@ function drawStatistics() {
     box.append(made("h3", name));
     at("maps").append(box);
     const numbers = Float32Array.from(values.flat(), (x) => x ?? NaN), kind = numbers.some((x) => x < 0) ? "signed" : "even", size = sizeOf(numbers);
-    const map = new Matrix(box, { label: () => `${name} of each head`, cell: 26, tall: 460, kept: (layer, head) => choose(layer, head) });
+    const map = new Matrix(box, { label: () => `${name} of each head`, cell: 18, tall: 420, kept: (layer, head) => choose(layer, head) });
     map.show({
-      values: numbers, rows: layers.map((layer) => `layer ${layer}`), columns: heads.map(String), kind, mostOf: () => size,
+      values: numbers, rows: layers.map(String), columns: heads.map(String), kind, mostOf: () => size,
       space: Math.min(at("maps").clientWidth, 520),
       read: (i, j, x) => `layer ${layers[i]}, head ${heads[j]}: ${shown(x)}`,
       legend: legendOf(shown(size), kind),
@@ -513,7 +513,7 @@ function drawLens() {
   at("lens-about").textContent = (ahead
     ? `Each row reads the residual stream after a layer as if it were the output. Column t has read the tokens up to t and predicts the token at t+${ahead}. `
     : "Each row reads the residual stream after a layer as if it were the output. Column t names the token at t. ")
-    + "Darker is likelier. A red frame marks a prediction that is the token of the text.";
+    + "The stronger the colour, the likelier. A red frame marks a prediction that is the token of the text.";
   const table = at("table"), head = made("thead"), body = made("tbody");
   const wanted = tokens.map((_, t) => tokens[t + ahead]);
   const line = (title, texts) => {
