@@ -1,6 +1,6 @@
 """Pictures and pages. They take arrays (or a mask), never models.
 
-Each `show_` function returns a matplotlib `Figure`, which `save` writes as PNG; `page` returns HTML.
+Each `show_` function returns a matplotlib `Figure`, which `save` writes as PNG, SVG or PDF; `page` returns HTML.
 """
 
 from jaxattn.viz.attention import show_heads

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -60,11 +61,31 @@ def whole_ticks(axes: Any, both: bool = True) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
+# What says when or by which version a file was written, by format.
+UNDATED: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+
+
 def save(figure: Figure, path: str | Path) -> Path:
-    """Writes the figure as PNG, atomically and without a date, so equal figures are equal files. Returns the path."""
+    """Writes the figure atomically and without a date, so equal figures are equal files. Returns the path.
+
+    Args:
+        figure: The figure.
+        path: A file whose name ends with .png, .svg or .pdf, in that format.
+
+    Raises:
+        ValueError: The name ends in another way.
+    """
     path = Path(path)
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in UNDATED:
+        raise ValueError(f"path is {str(path)!r}: need a name that ends with .png, .svg or .pdf")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+    with rc_context({"svg.hashsalt": "jaxattn"}):  # or names inside the file are random
+        figure.savefig(temporary, format=kind, dpi=110, metadata=UNDATED[kind])
     os.replace(temporary, path)
     return path

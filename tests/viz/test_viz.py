@@ -236,6 +236,10 @@ def test_equal_figures_are_equal_files(tmp_path):
         lambda: viz.show_by_layer({"a": scores}),
         lambda: viz.show_lags({"a": tuple(scores)}),
     ):
-        files = [viz.save(draw(), tmp_path / "deep" / name) for name in ("a.png", "b.png")]
-        assert files[0].read_bytes() == files[1].read_bytes()
-    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["a.png", "b.png"]
+        for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+            files = [viz.save(draw(), tmp_path / "deep" / f"{name}.{kind}") for name in "ab"]
+            assert files[0].read_bytes() == files[1].read_bytes()
+            assert files[0].read_bytes().startswith(start)
+    with pytest.raises(ValueError, match=r"ends with \.png, \.svg or \.pdf"):
+        viz.save(viz.show_mask(Causal(), 8), tmp_path / "a.jpg")
+    assert not list((tmp_path / "deep").glob("*.tmp"))
