@@ -495,7 +495,7 @@ function drawStatistics() {
     box.append(made("h3", name));
     at("maps").append(box);
     const numbers = Float32Array.from(values.flat(), (x) => x ?? NaN), kind = numbers.some((x) => x < 0) ? "signed" : "even", size = sizeOf(numbers);
-    const map = new Matrix(box, { label: () => `${name} of each head`, cell: 18, tall: 420, kept: (layer, head) => choose(layer, head) });
+    const map = new Matrix(box, { label: () => `${name} of each head`, cell: heads.length > 6 ? 18 : 26, tall: 420, kept: (layer, head) => choose(layer, head) });
     map.show({
       values: numbers, rows: layers.map(String), columns: heads.map(String), kind, mostOf: () => size,
       space: Math.min(at("maps").clientWidth, 520),
