@@ -736,6 +736,19 @@ def test_the_counted_lines_are_those_of_the_pages():
     assert said["a mixer with a state"] <= 25
 
 
+def test_the_page_on_causes(page):
+    """The parts add up, runs that begin in the middle are the whole ones, and circuits end at the two runs."""
+    inside = page("inside")
+    np.testing.assert_allclose(inside.same, inside.ablated, rtol=1e-4, atol=1e-6)
+    assert np.ptp(np.asarray(inside.by_mean)) > 0
+    assert inside.by_place.share.shape == (3, 12)
+    np.testing.assert_allclose(inside.by_place.share[0, :3], 0, atol=1e-5)  # both runs are the same before token 3
+    np.testing.assert_allclose(inside.into_keys.share[2], 0, atol=1e-5)  # heads of layer 2 are too late for its keys
+    np.testing.assert_allclose(inside.parts.total(), inside.metric(inside.logits), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(inside.kept.kept[jnp.array([0, 3])], [0, 1], atol=1e-4)
+    assert inside.k_composition.shape == (3, 4, 3, 4)
+
+
 def test_the_page_on_models(page):
     """What it builds has the shapes it names; replaced mixers read what they say, and a folder comes back."""
     models = page("models")

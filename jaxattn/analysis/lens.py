@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxattn.core.part import part
 from jaxattn.trace import Put, run
 from jaxattn.trace.patching import as_inputs
+from jaxattn.trace.sweep import compiled
 
 
 @part
@@ -61,22 +61,17 @@ def lens(
     _, records = run(model, *inputs, record=("resid_pre", "resid"), **options)
     if isinstance(records["resid_pre"], list):
         raise ValueError("the layers have residual streams of different shapes")
-    return _read(model, inputs, records["resid_pre"], records["resid"][-1], read, tuned, options)
+    before, last = records["resid_pre"], records["resid"][-1]
 
-
-def _read(model, inputs, before, last, read, tuned, options):
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def all_layers(state: Any, before: Array, last: Array, tuned: Any) -> Any:
+    def all_layers(before: Array, last: Array, tuned: Any) -> Any:
         def one(x: Array) -> Any:
-            return read(nnx.merge(graph, state)(*inputs, start=(len(before), x), **options)[0])
+            return read(model(*inputs, start=(len(before), x), **options)[0])
 
         if tuned is not None:
             before = before + jnp.einsum("lbtd,lde->lbte", before, tuned.weight) + tuned.bias[:, None, None]
         return jax.lax.map(one, jnp.concatenate([before, last[None]]))
 
-    return all_layers(state, before, last, tuned)
+    return compiled(all_layers, before, last, tuned)
 
 
 def lens_loss(tuned: TunedLens, model: Any, inputs: Any, **options: Any) -> Float[Array, " layers"]:
@@ -161,7 +156,6 @@ def direct_attribution(
     def of_stream(x: Array) -> Array:
         return metric(model(*inputs, start=(layers, x), edits=edits, **options)[0])
 
-    @jax.jit
     def split(seen: Any) -> Any:
         constant, pull = jax.vjp(of_stream, zero)
         (direction,) = pull(jnp.ones_like(constant))  # [B, T, D]
@@ -187,7 +181,7 @@ def direct_attribution(
         mlp = (seen["mlp_out"] * direction).sum(-1) if "mlp_out" in seen else jnp.zeros((layers, *zero.shape[:2]))
         return Attribution((seen["embed"] * direction).sum(-1), heads, bias, mlp, constant, by_source)
 
-    found, value = split(seen), metric(logits)
+    found, value = compiled(split, seen), metric(logits)
     sizes = sum(abs(x).sum() for x in (found.embed, found.heads, found.attention_bias, found.mlp)) + abs(value)
     if not abs(found.total() - value) <= 100 * layers * jnp.finfo(value.dtype).eps * sizes:
         raise ValueError(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jaxattn.nn.tap import OF_MODEL, Layers, bare_site, site_of
 from jaxattn.trace.edits import Add, Pairs, Put
 from jaxattn.trace.patching import Metric, same_shapes
-from jaxattn.trace.sweep import run
+from jaxattn.trace.sweep import compiled, run
 
 
 def attribution(
@@ -78,7 +78,6 @@ def changes_and_gradients(
 
     nothing = {site: jnp.zeros_like(before[site]) for site in sites}
 
-    @jax.jit
     def gradients(before: Any, after: Any, nothing: Any) -> Any:
         if steps is None:
             return jax.grad(value)(nothing, None)
@@ -90,7 +89,7 @@ def changes_and_gradients(
 
         return jax.lax.scan(add, nothing, (jnp.arange(steps) + 0.5) / steps)[0]
 
-    found = gradients({k: before[k] for k in record}, {k: after[k] for k in record}, nothing)
+    found = compiled(gradients, {k: before[k] for k in record}, {k: after[k] for k in record}, nothing)
     change = {site: after[site] - before[site] for site in sites}
     if "scores" in map(bare_site, sites):
         change = {site: jnp.where(jnp.isfinite(x), x, 0) for site, x in change.items()}  # hidden pairs are −∞ in both
@@ -127,7 +126,6 @@ def integrated_gradients(F: Callable[[Any], Array], end: Any, start: Any = None,
     end = jax.tree.map(jnp.asarray, end)
     start = jax.tree.map(jnp.zeros_like, end) if start is None else jax.tree.map(jnp.asarray, start)
 
-    @jax.jit
     def mean(start: Any, end: Any) -> Any:
         def add(total: Any, share: Array) -> tuple[Any, None]:
             found = jax.grad(F)(jax.tree.map(lambda x, y: x + share * (y - x), start, end))
@@ -136,4 +134,4 @@ def integrated_gradients(F: Callable[[Any], Array], end: Any, start: Any = None,
         total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, end), (jnp.arange(steps) + 0.5) / steps)
         return jax.tree.map(lambda x, y, g: (y - x) * g, start, end, total)
 
-    return mean(start, end)
+    return compiled(mean, start, end)

@@ -17,7 +17,7 @@ from jaxattn.core.part import part
 from jaxattn.nn.tap import Layers
 from jaxattn.trace.edits import Add, Put
 from jaxattn.trace.patching import Metric, same_shapes
-from jaxattn.trace.sweep import run
+from jaxattn.trace.sweep import compiled, run
 
 RECORDED = ("embed", "resid_pre", "resid", "q", "k", "v", "z", "attn_out", "mlp_out")
 
@@ -190,7 +190,6 @@ def edge_attribution(
         q, k, v, mlp = (jnp.moveaxis(found[site], 0, 1) for site in ("q", "k", "v", "mlp_out"))
         return Circuit(q, k, v, mlp, jnp.einsum("wbtd,btd->w", change, gradient["resid"][-1]))
 
-    @jax.jit
     def mean(before: Any, after: Any) -> Circuit:
         change = written(before, after)
         if steps is None:
@@ -202,7 +201,7 @@ def edge_attribution(
             found = jax.tree.map(lambda x: x.mean(0), each)
         return jax.tree.map(lambda x, there: jnp.where(there, x, 0), found, _edges(parts))
 
-    return mean(at_base, at_source)
+    return compiled(mean, at_base, at_source)
 
 
 def _edges(parts: _Parts) -> Circuit:
@@ -266,7 +265,6 @@ def with_edges(model: Any, base: Any, source: Any, kept: Circuit, **options: Any
         place = 1 + parts.layers * parts.heads + number
         return jax.lax.dynamic_update_slice_in_dim(change, new[None], place, 0), None
 
-    @jax.jit
     def output(before: Any, after: Any, kept: Circuit) -> Array:
         kept = jax.tree.map(lambda x, there: jnp.asarray(x, bool) & there, kept, _edges(parts))
         change = jnp.zeros((len(kept.output), *before["embed"].shape), before["embed"].dtype)
@@ -277,7 +275,7 @@ def with_edges(model: Any, base: Any, source: Any, kept: Circuit, **options: Any
         resid = seen(kept.output, change, after["resid"][-1])
         return model(*ours, start=(parts.layers, resid), **options)[0]
 
-    return output(at_base, at_source, kept)
+    return compiled(output, at_base, at_source, kept)
 
 
 def largest(scores: Circuit, count: Any) -> Circuit:
@@ -348,5 +346,5 @@ def faithfulness(
         return jax.lax.map(lambda count: share(scores, count), counts)
 
     both = jax.tree.map(lambda *x: jnp.stack(x), scores, jax.tree.unflatten(structure, drawn))
-    kept, random = jax.jit(lambda both: jax.lax.map(of_scores, both))(both)
+    kept, random = compiled(lambda both: jax.lax.map(of_scores, both), both)
     return Faithfulness(counts, kept, random)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Bool, Int
 
 from jaxattn.core.part import part
@@ -47,6 +48,20 @@ def _run(graph: Any, structure: Any, others: Any, state: Any, numbers: Any) -> t
     inputs, options = jax.tree.unflatten(structure, leaves)
     output, _, records = nnx.merge(graph, state)(*inputs, **options)
     return output, records
+
+
+def compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns function(*arguments), from one program to which the arrays that the function closes over are arguments.
+
+    To `jax.jit` they would be constants: the weights of a model would be copied into the program, and folded there.
+    """
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+
+    def with_constants(constants: Any, leaves: Any) -> Any:
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, constants))(*leaves)
+
+    found = jax.jit(with_constants)(jaxpr.consts, jax.tree.leaves(arguments))
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
 class Grid(abc.ABC):
@@ -260,7 +275,7 @@ def sweep(F: Callable[..., Any], edits: Any, *, chunk: int = 1, resid_pre: Any =
             raise ValueError(f"edits has arrays with the leading axes {sorted(sizes)}: need one, the same in all")
         if resid_pre is not None:
             raise ValueError("resid_pre is given, but edits is no Grid, which says the layer of each run")
-        return jax.jit(lambda edits: _mapped(F, edits, chunk))(edits)
+        return compiled(lambda edits: _mapped(F, edits, chunk), edits)
 
     grid, count = edits, edits.shape[0]
     layers, cells = jnp.arange(count), jnp.arange(edits.there.shape[1])
@@ -270,7 +285,7 @@ def sweep(F: Callable[..., Any], edits: Any, *, chunk: int = 1, resid_pre: Any =
             pairs = jnp.repeat(layers, len(cells)), jnp.tile(cells, count)
             return _mapped(lambda pair: F(grid.at(*pair)), pairs, chunk)
 
-        found = jax.jit(every)(grid)
+        found = compiled(every, grid)
     else:
         if jnp.shape(resid_pre)[:1] != (count,):
             raise ValueError(f"resid_pre has shape {jnp.shape(resid_pre)}: need {count} layers first")
@@ -282,7 +297,7 @@ def sweep(F: Callable[..., Any], edits: Any, *, chunk: int = 1, resid_pre: Any =
 
             return jax.lax.map(of_layer, (layers, resid_pre))
 
-        found = jax.jit(restarted)(grid, jnp.asarray(resid_pre))
+        found = compiled(restarted, grid, jnp.asarray(resid_pre))
 
     def shaped(x: Array) -> Array:
         rest = x.shape[1:] if resid_pre is None else x.shape[2:]

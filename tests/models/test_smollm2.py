@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from pages import run_page
 from published import LLAMA
 from trained import path_of
 
@@ -130,3 +131,15 @@ def test_half_precision_agrees_on_the_likeliest_token(ids, logits):
     graph, params = nnx.split(loaded.model)
     found = np.asarray(jax.jit(lambda params: nnx.merge(graph, params)(ids)[0])(params).astype(jnp.float32))
     assert (found.argmax(-1) == logits.argmax(-1)).mean() >= 0.99
+
+
+@pytest.mark.slow
+def test_the_page_on_induction_heads(loaded, tmp_path, capsys):
+    """What it prints is what the heads do: the loss of the second copy is lost with ten heads of 270."""
+    shown = run_page("docs/induction.md", tmp_path)
+    assert shown["largest"](shown["scores"].induction, 1) == [(18, 6)]
+    assert shown["largest"](shown["scores"].previous, 2) == [(16, 0), (11, 1)]
+    whole = shown["second_copy"](shown["logits"])
+    assert whole < 5
+    assert shown["second_copy"](shown["without"](shown["top"])) > 2 * whole
+    assert shown["fit"][11, 1][18, 6] > 1.1 * jnp.median(shown["fit"][11, 1][18:])
