@@ -1,6 +1,8 @@
 """GGUF files: numbers, names, layouts and blocks come out as the published folder has them."""
 
 import itertools
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from published import GEMMA2, LLAMA, LLAMA_TIED, QWEN3
 from published_decoders import GEMMA3, QWEN2
 from safetensors.numpy import load_file
+from test_pretrained import MEASURE
 from tokenizers import pre_tokenizers
 
 from jaxattn.models import load_pretrained, save_pretrained
@@ -108,8 +111,8 @@ def write(path, family, stored=gguf.GGMLQuantizationType.F32, tokens=None, **mor
     if "gemma" in kind:
         writer.add_sliding_window(config["sliding_window"])
     for name, value in more.items():
-        name = name.replace("__", ".")
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
+        add = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array}[type(value)]
+        add(name.replace("__", "."), value)
     arrays = gguf_names(family.weights(0), config)
     if kind == "gemma3":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -151,6 +154,17 @@ def test_a_file_is_the_published_folder(name, tmp_path):
         # Gains of Gemma are stored with 1 added, and so rounded.
         within = 2.0**-23 * (1 + abs(x)) if "gemma" in name and each.endswith("norm.weight") else 0.0
         assert np.all(abs(again[each] - x.astype(np.float32)) <= within), each
+
+
+def test_windows_of_gemma_3_are_read_in_both_forms(tmp_path):
+    """By their period, and for each layer."""
+    period, each = "gemma3__attention__sliding_window_pattern", [True, False, True, True, False, True, True]
+    kinds = [("full_attention", "sliding_attention")[near] for near in each]
+    for value, expected in ((3, {"sliding_window_pattern": 3}), (each, {"layer_types": kinds})):
+        write(tmp_path / "model.gguf", FAMILIES["gemma3"], **{period: value})
+        loaded = load_pretrained(tmp_path / "model.gguf")
+        family = FAMILIES["gemma3"].changed(**expected)
+        assert loaded.model.config == published_decoders.gemma3_text(family.config)
 
 
 def test_blocks_are_their_numbers_times_a_scale(tmp_path):
@@ -303,3 +317,17 @@ def test_what_a_file_has_and_no_model_is_refused(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match=r"general\.architecture='rwkv6': need one of \['gemma2', 'gemma3', 'llama'"):
         load_pretrained(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as Linux says it")
+def test_loading_takes_little_more_memory_than_the_parameters(tmp_path):
+    """At most 1.3 times as much as they have in 32 bits, which the file has in 4."""
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 20, "vocab_size": 60_000}
+    files = [tmp_path / name for name in ("small.gguf", "large.gguf")]
+    write(files[0], LLAMA_TIED)
+    arrays = write(files[1], LLAMA_TIED.changed(**sizes), gguf.GGMLQuantizationType.Q4_1)
+    size = sum(array.nbytes for array in arrays.values())
+    assert size > 200e6
+    done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, files)], capture_output=True, text=True, check=True)
+    assert size < int(done.stdout) < 1.3 * size

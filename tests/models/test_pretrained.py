@@ -155,6 +155,15 @@ def test_a_model_without_room_says_how_much_it_needs(tmp_path, monkeypatch):
     assert 2**20 < folder_module.available_memory() < 2**60
 
 
+def test_a_library_that_is_not_there_is_named(tmp_path, monkeypatch):
+    written(tmp_path, GPT2)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"load_pretrained needs 'safetensors', .*: install jaxattn\[pretrained"
+    ):
+        load_pretrained(tmp_path)
+
+
 MEASURE = r"""
 import re, sys
 from jaxattn.models import load_pretrained

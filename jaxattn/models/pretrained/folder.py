@@ -182,8 +182,18 @@ def load_pretrained(path: str | Path, *, dtype: Literal["float32", "bfloat16", "
             broken, the weights are in a format that runs code when it is read, names or shapes do not fit (all of them
             are listed), or a GGUF file has a tokenizer of an unknown kind.
         MemoryError: The parameters need more memory than there is. Nothing was read then.
+        ModuleNotFoundError: A library that reads the files is not installed.
     """
-    path = Path(path)
+    try:
+        return _read(Path(path), dtype)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"load_pretrained needs {error.name!r}, which is not installed: install jaxattn[pretrained]",
+            name=error.name,
+        ) from error
+
+
+def _read(path: Path, dtype: Any) -> Pretrained:
     if path.is_file():
         weights = GgufFile(path)
         words, template = tokenizer.of_metadata(weights.vocabulary), weights.vocabulary.get("chat_template")

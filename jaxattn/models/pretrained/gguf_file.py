@@ -69,11 +69,13 @@ def _gemma2(numbers: Numbers, config: Numbers) -> Numbers:
 
 
 def _gemma3(numbers: Numbers, config: Numbers) -> Numbers:
-    said = {
-        "model_type": "gemma3_text",
-        "sliding_window_pattern": numbers.pop("attention.sliding_window_pattern", 6),
-        "rope_local_base_freq": _short(numbers.pop("rope.freq_base_swa", 10000.0)),
-    }
+    pattern = numbers.pop("attention.sliding_window_pattern", 6)  # of how many layers the last has no window
+    if isinstance(pattern, list):  # or for each layer whether it has one
+        kinds = [("full_attention", "sliding_attention")[bool(near)] for near in pattern]
+        said: Numbers = {"layer_types": kinds}
+    else:
+        said = {"sliding_window_pattern": pattern}
+    said |= {"model_type": "gemma3_text", "rope_local_base_freq": _short(numbers.pop("rope.freq_base_swa", 10000.0))}
     caps = dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"))
     return _gemma(numbers, config, of_width=62) | caps | said
 
