@@ -99,7 +99,8 @@ def write(path, family, stored=gguf.GGMLQuantizationType.F32, tokens=None, **mor
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    if f"{kind}__attention__head_count_kv" not in more:
+        writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
@@ -300,6 +301,7 @@ def test_what_a_file_has_and_no_model_is_refused(tmp_path):
         llama__rope__scaling__type="unheard",
         llama__rope__scaling__factor=2,
     )
+    refused(r"has attention\.head_count_kv=\[2, 2, 1\]: need one number", llama__attention__head_count_kv=[2, 2, 1])
     refused(r"config has sliding_window=4: need None", llama__attention__sliding_window=4)
     refused(r"divides the frequencies of its rotation by \[1\.0", LLAMA)
     refused(r"tokenizer\.ggml\.pre='poro-chat': need one of \['command-r', 'gpt-2'", tokens=vocabulary("poro-chat")[0])

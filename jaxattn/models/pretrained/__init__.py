@@ -1,4 +1,4 @@
-"""Published models: from their folders and back, their configs, and the names of their weights."""
+"""Published models: from their files and back, their configs, and the names of their weights."""
 
 from jaxattn.models.pretrained.folder import FAMILIES, Family, load_pretrained, save_pretrained
 from jaxattn.models.pretrained.loaded import Pretrained

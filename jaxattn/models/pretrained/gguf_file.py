@@ -196,7 +196,7 @@ class GgufFile(Mapping[str, np.ndarray]):
         """Returns the numbers of config.json, and takes those that it used out of the numbers of the file."""
         numbers.pop("vocab_size", None)  # the rows of the table say it
         width, heads = _taken(numbers, "embedding_length"), _taken(numbers, "attention.head_count")
-        head_dim = numbers.pop("attention.key_length", width // heads)
+        head_dim = _taken(numbers, "attention.key_length", width // heads)
         for name in ("attention.value_length", "rope.dimension_count"):
             if (size := numbers.pop(name, head_dim)) != head_dim:
                 raise ValueError(f"the file has {name}={size} where queries have {head_dim} channels: need the same")
@@ -209,11 +209,11 @@ class GgufFile(Mapping[str, np.ndarray]):
             "intermediate_size": _taken(numbers, "feed_forward_length"),
             "num_hidden_layers": _taken(numbers, "block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": numbers.pop("attention.head_count_kv", heads),
+            "num_key_value_heads": _taken(numbers, "attention.head_count_kv", heads),
             "head_dim": head_dim,
             "max_position_embeddings": _taken(numbers, "context_length"),
             "rms_norm_eps": _short(_taken(numbers, "attention.layer_norm_rms_epsilon")),
-            "rope_theta": _short(numbers.pop("rope.freq_base", 10000.0)),
+            "rope_theta": _short(_taken(numbers, "rope.freq_base", 10000.0)),
             "rope_scaling": self._scaling(numbers),
             "tie_word_embeddings": "lm_head.weight" not in self.arrays,
         }
@@ -236,9 +236,11 @@ class GgufFile(Mapping[str, np.ndarray]):
         return said if length is None else said | {"original_max_position_embeddings": length}
 
 
-def _taken(numbers: Numbers, name: str) -> Any:
-    """Takes a number out of those of the file."""
+def _taken(numbers: Numbers, name: str, default: Any = None) -> Any:
+    """Takes a number out of those of the file; without a default it must be there."""
     if name not in numbers:
+        if default is not None:
+            return default
         raise ValueError(f"the file has no {name}: need it for the config")
     number = numbers.pop(name)
     if isinstance(number, list):
