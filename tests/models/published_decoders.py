@@ -217,7 +217,7 @@ def draw_gemma3(config: Config, draws: Draws) -> None:
 
 
 def gemma3(weights: Weights, config: Config, input_ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Gemma team, 2025: norms before and after, of queries and keys too; windows in five of six layers.
+    """Gemma team, 2025: norms before and after, of queries and keys too; windows in all but every n-th layer.
 
     A norm with weight w multiplies by 1 + w. The layers that see everything are rotated by their own base and, where
     it is scaled, with positions divided by the factor. Those with a window have another base, which is never scaled.
@@ -264,7 +264,7 @@ GEMMA3 = Family(
         "intermediate_size": 78,
         "max_position_embeddings": 620,
         "num_attention_heads": 6,
-        "num_hidden_layers": 7,
+        "num_hidden_layers": 3,
         "num_key_value_heads": 2,
         "query_pre_attn_scalar": 21,
         "rms_norm_eps": 0.01,
@@ -272,7 +272,7 @@ GEMMA3 = Family(
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "rope_theta": 50000.0,
         "sliding_window": 9,
-        "sliding_window_pattern": 6,
+        "sliding_window_pattern": 3,
         "vocab_size": 111,
     },
     draw_gemma3,
