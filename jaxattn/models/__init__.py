@@ -15,6 +15,7 @@ from jaxattn.models.generate import (
     generate,
     sample,
 )
+from jaxattn.models.image_size import with_image_size
 from jaxattn.models.load import from_plain, load_model, register_specs, to_plain
 from jaxattn.models.patterns import based, hymba, pattern
 from jaxattn.models.pretrained import fetch_weights, load_pretrained, save_pretrained
@@ -55,4 +56,5 @@ __all__ = [
     "sample",
     "save_pretrained",
     "to_plain",
+    "with_image_size",
 ]
