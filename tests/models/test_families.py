@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from published import GEMMA2, GPT2, LLAMA, NEOX, QWEN3
 from published_decoders import GEMMA, GEMMA3, GPT_OSS, MAMBA2, MISTRAL, OLMO2, QWEN2, RWKV7
-from published_more import ALBERT, BERT, BERT_MASKED, DINOV2, ROBERTA, T5, VIT, WHISPER
+from published_more import ALBERT, BERT, BERT_MASKED, DINOV2, ROBERTA, T5, T5_GATED, VIT, WHISPER
 
 from jaxattn import Rotary, Window, Yarn
 from jaxattn.core.attend import Interpolate
@@ -76,6 +76,16 @@ def test_old_files_of_llama_leave_out_what_came_later():
     old = {name: x for name, x in LLAMA.config.items() if name not in new}
     every = attentions(decoders.llama(old))
     assert all(each["key_heads"] == each["heads"] and each["position"] == Rotary(10000.0) for each in every)
+
+
+def test_new_files_write_some_numbers_in_another_way():
+    """As transformers 5 does: no infinite number in JSON, and T5 1.1 by the scale of its outputs."""
+    limits = {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    assert recurrences.mamba2(MAMBA2.config | limits) == recurrences.mamba2(MAMBA2.config)
+    for old in (T5.config, T5_GATED.config):
+        new = old | {"tie_word_embeddings": True, "scale_decoder_outputs": old["tie_word_embeddings"]}
+        assert encoders.t5(new) == encoders.t5(old)
+        assert encoders.t5_table(new) == encoders.t5_table(old)
 
 
 def test_old_files_of_t5_leave_out_what_came_later():

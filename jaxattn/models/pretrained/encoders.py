@@ -380,13 +380,17 @@ def t5(config: Published) -> tuple[TransformerConfig, TransformerConfig]:
 
 
 def _whole(config: Published) -> Numbers:
+    """Returns the numbers of T5 as transformers 4 writes all of them.
+
+    In transformers 5 every T5 says that its head is tied. The head is its own where outputs are not scaled.
+    """
     first = {
         "feed_forward_proj": "relu",
         "num_decoder_layers": config["num_layers"],
         "relative_attention_max_distance": 128,
-        "tie_word_embeddings": True,
     }
-    return Numbers({**first, **config})
+    tied = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+    return Numbers({**first, **config, "tie_word_embeddings": tied})
 
 
 def t5_table(config: Published) -> Table:

@@ -1,5 +1,7 @@
 """Published recurrent decoders: configs and tables of names, as in `decoders.py`."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from jaxattn import nn
@@ -23,8 +25,10 @@ def mamba2(config: Published) -> TransformerConfig:
         ValueError: The heads do not fill the channels, or steps are limited.
     """
     refuse(config, n_groups=1, use_bias=False, use_conv_bias=True, hidden_act="silu", rms_norm=True)
-    if list(config.get("time_step_limit", [0.0, np.inf])) != [0.0, np.inf]:
-        raise ValueError(f"config has time_step_limit={config['time_step_limit']}: need [0.0, inf], no limit")
+    limits = config.get("time_step_limit", (0.0, np.inf))
+    # transformers 5 writes the infinite as {"__float__": "Infinity"}.
+    if [float(x["__float__"]) if isinstance(x, Mapping) else x for x in limits] != [0.0, np.inf]:
+        raise ValueError(f"config has time_step_limit={limits}: need [0.0, inf], no limit")
     heads, inner = config["num_heads"], config["expand"] * config["hidden_size"]
     if heads * config["head_dim"] != inner:
         raise ValueError(f"config has {heads} heads of head_dim={config['head_dim']}: need {inner} channels together")
