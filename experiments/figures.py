@@ -12,7 +12,7 @@ from PIL import Image
 
 from experiments.demo import CONTEXT, TEXT
 from jaxattn import Causal, Sinks, Window, viz
-from jaxattn.__main__ import read, seen
+from jaxattn.__main__ import opened, seen
 
 DOCS, RUN = Path(__file__).parent.parent / "docs", Path("runs/demo")
 HEAD, SIZE = "layer=1&head=3&theme=light", (1400, 1700)  # what the photograph of the page shows
@@ -44,7 +44,8 @@ def lags(weights: np.ndarray, count: int = 12) -> tuple[list[float], list[float]
 
 def pictures(folder: Path, positions: int = 12) -> list[list[Figure]]:
     """Rows of figures for docs/look.md, of the demo's first decoder."""
-    example = seen(*read(str(folder / "softmax"), TEXT[: CONTEXT - 1]))
+    model, encoded, strings = opened(str(folder / "softmax"))
+    example = seen(model, encoded(TEXT[: CONTEXT - 1]), strings)
     weights, entropy = np.asarray(example.weights), example.statistics["entropy (nats)"]
     profiles = {}
     for lag in (0, 1, 2):  # the head that looks there most

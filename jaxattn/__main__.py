@@ -178,8 +178,9 @@ def look(text: str, model: str = DEMO, out: str = "look.html", layers: list[int]
         out: The page to write.
         layers: The numbers of the layers to show; all of them if not given.
     """
-    opened, tokens, strings = read(model, text)
-    example = seen(opened, tokens, strings, layers)
+    opened_model, encoded, strings = opened(model)
+    tokens = encoded(text)
+    example = seen(opened_model, tokens, strings, layers)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{Path(model).name}: {shorten(text, 80, placeholder='…') or 'no text'}"
@@ -200,6 +201,7 @@ def explain(
     mask: Mask | None = Causal(),
     normalize: Normalize = Softmax(),
     implementation: str = "auto",
+    model: str | None = None,
 ):
     """Say which implementation of attention serves a call, and why not the others.
 
@@ -214,12 +216,37 @@ def explain(
         mask: Who sees whom.
         normalize: How scores become weights.
         implementation: auto, or the one to ask for.
+        model: As of `look`: says so for the layers of a model, from which all but batch and length are taken.
     """
+    if model is not None:
+        return explain_layers(opened(model)[0], batch, length)
     query = jax.ShapeDtypeStruct((batch, length, heads, head_dim), dtype)
     key = jax.ShapeDtypeStruct(
         (batch, length if keys is None else keys, heads if key_heads is None else key_heads, head_dim), dtype
     )
     return jaxattn.explain(query, key, key, mask=mask, normalize=normalize, implementation=implementation)
+
+
+def explain_layers(model: Any, batch: int, length: int) -> dict[str, str]:
+    """Says for every run of equal layers which implementation serves it, and returns their names."""
+    if not isinstance(model, models.Transformer):
+        raise ValueError(f"the model is a {type(model).__name__}: need a Transformer")
+    row, found, first = model.tokens(jnp.zeros((1, length, 1))), {}, 0
+    for run, count in zip(model.runs, model.lengths, strict=True):
+        layers = f"layer {first}" if count == 1 else f"layers {first} to {first + count - 1}"
+        first += count
+        for mixer in run.mixers:
+            print(f"{layers}: {type(mixer).__name__}")
+            if not isinstance(mixer, nn.MultiHeadAttention) or mixer.keys_from == "context":
+                continue
+            dtype = jnp.dtype(model.config.dtype)
+            query, key = (
+                jax.ShapeDtypeStruct((batch, length, heads, mixer.head_dim), dtype)
+                for heads in (mixer.heads, mixer.key_heads)
+            )
+            slots, asked = vars(mixer.slots(row)), mixer.implementation
+            found[layers] = jaxattn.explain(query, key, key, **slots, implementation=asked)
+    return found
 
 
 def weights(name: str):
@@ -244,10 +271,10 @@ def begin(text: str) -> np.ndarray:
     return np.concatenate([[BOS], encode(text)])
 
 
-def read(path: str, text: str) -> tuple[Any, np.ndarray, Callable[[Any], list[str]]]:
-    """A model, the tokens [T] of a text for it, and what turns tokens into strings."""
+def opened(path: str) -> tuple[Any, Callable[[str], np.ndarray], Callable[[Any], list[str]]]:
+    """A model, what turns a text into its tokens [T], and what turns tokens into strings."""
     if (Path(path) / "checkpoints").is_dir():
-        return models.load_model(path)[0], begin(text), token_labels
+        return models.load_model(path)[0], begin, token_labels
     if not Path(path).exists():
         hint = ": run `make demo` first, or give --model" if path == DEMO else ""
         raise ValueError(f"model is {path!r}, which does not exist{hint}")
@@ -259,7 +286,7 @@ def read(path: str, text: str) -> tuple[Any, np.ndarray, Callable[[Any], list[st
         ]  # vocabularies are padded
         return [loaded.token_strings([x])[0] if known else f"<{x}>" for x, known in zip(tokens, named, strict=True)]
 
-    return loaded.model, loaded.encode(text), strings
+    return loaded.model, loaded.encode, strings
 
 
 def seen(model: Any, tokens: np.ndarray, strings: Callable[[Any], list[str]], layers: Any = None) -> viz.Example:

@@ -211,6 +211,14 @@ def test_explain_names_an_implementation(capsys):
     assert "-> dense" in capsys.readouterr().out
 
 
+def test_explain_says_what_serves_the_layers_of_a_model(run, capsys):
+    main(["explain", "--model", str(run), "--length", "16"])
+    shown = capsys.readouterr().out
+    assert "layer 0: MultiHeadAttention" in shown
+    assert "-> dense" in shown
+    assert "which does not exist" in fails(capsys, "explain", "--model", str(run / "none"))
+
+
 def test_weights_are_listed_and_their_path_is_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAXATTN_WEIGHTS", str(tmp_path))
     main(["weights", "list"])

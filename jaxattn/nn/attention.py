@@ -321,20 +321,30 @@ class MultiHeadAttention(Mixer):
                 raise ValueError(f"{name} has shape {given.shape}: need [batch, length, {project.in_features}]")
         return context
 
-    def _attend(
-        self, query: Array, keys: KeyValue | Held, tokens: Tokens, tap: Tap, store: Store | None
-    ) -> tuple[Array, dict[str, Array]]:
-        """Returns the reads of the heads [B, T, N, H], and the store's measures, one per slot and key head."""
+    def slots(self, tokens: Tokens) -> Slots:
+        """Returns the slots of the call to `attend`, as they are without dropout, edits and records.
+
+        Args:
+            tokens: What stands where: their mask and bias join those of the module.
+        """
         biases = [bias for bias in (as_bias(part_of(self.bias)), tokens.bias) if bias is not None]
-        own = Slots(
+        return Slots(
             score=part_of(self.score),
             bias=sum(biases[1:], biases[0]) if biases else None,
             score_maps=tuple(map(part_of, self.score_maps)),
             mask=tokens.shows(part_of(self.mask)),
             normalize=part_of(self.normalize),
             weight_maps=tuple(map(part_of, self.weight_maps)),
-            measures={} if store is None else {f"store.{name}": x for name, x in store.retain.measures.items()},
         )
+
+    def _attend(
+        self, query: Array, keys: KeyValue | Held, tokens: Tokens, tap: Tap, store: Store | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Returns the reads of the heads [B, T, N, H], and the store's measures, one per slot and key head."""
+        own = self.slots(tokens)
+        if store is not None:
+            measures = {f"store.{name}": x for name, x in store.retain.measures.items()}
+            own = dataclasses.replace(own, measures=measures)
         if self.stream is not None and not self.deterministic:
             own = dataclasses.replace(own, dropout=Dropout(self.dropout, self.stream()))
         lost = None  # which tokens need one that the store had no slot for

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxattn.core.part import part
-from jaxattn.nn.tap import OF_MODEL, Layers, bare_site
+from jaxattn.nn.tap import OF_MODEL, Layers, bare_site, site_of
 from jaxattn.trace.edits import Pairs, Put
 from jaxattn.trace.sweep import Places, run, sweep
 
@@ -72,6 +72,11 @@ def same_shapes(base: Any, source: Any) -> tuple[tuple[Any, ...], tuple[Any, ...
     return ours, theirs
 
 
+def as_several(edit: Any) -> tuple[Any, ...]:
+    """Returns the edits of a site, one or several or None, as a tuple."""
+    return () if edit is None else tuple(edit) if isinstance(edit, tuple | list) else (edit,)
+
+
 def replaced_by(site: str, record: Any) -> Layers:
     """Returns the edit that puts a record of all layers in place of the values of a site.
 
@@ -94,6 +99,7 @@ def interchange(
     *,
     chunk: int = 1,
     restart: bool = True,
+    base_edits: Mapping[str, Any] = {},
     **options: Any,
 ) -> Effects:
     """Returns what the values of the source do in the base, one place of the grid at a time (activation patching).
@@ -109,6 +115,8 @@ def interchange(
             is not read.
         chunk: As of `sweep`.
         restart: Whether each run begins at the layer that it edits.
+        base_edits: Edits of the base, in all of its runs. With noise at the site "embed", and the same inputs in base
+            and source, this is causal tracing (Meng et al., 2022).
         options: Other arguments of the model, for both runs.
 
     Raises:
@@ -116,11 +124,13 @@ def interchange(
     """
     ours, theirs = same_shapes(base, source)
     record = (grid.site, "resid_pre") if restart else (grid.site,)
-    at_base, mine = run(model, *ours, record=record, **options)
+    at_base, mine = run(model, *ours, edits=base_edits, record=record, **options)
     at_source, other = run(model, *theirs, record=(grid.site,), **options)
     grid = dataclasses.replace(grid, edit=replaced_by(grid.site, other[grid.site]))
+    kept = {site: edit for site, edit in base_edits.items() if not (restart and site_of("base_edits", site) == "embed")}
 
     def patched(edits: Any, **start: Any) -> Any:
+        edits = {site: (*as_several(kept.get(site)), *as_several(edits.get(site))) for site in {**kept, **edits}}
         return metric(model(*ours, edits=edits, **start, **options)[0])
 
     found = sweep(patched, grid, chunk=chunk, resid_pre=mine["resid_pre"] if restart else None)

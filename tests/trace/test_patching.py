@@ -50,6 +50,22 @@ def test_a_patch_is_the_run_with_the_other_value(site):
         np.testing.assert_allclose(found.metric[layer, head], run(layer, one), **CLOSE)
 
 
+def test_causal_tracing_restores_what_noise_took():
+    """The inputs are the same, and the base has noise in its embedding: the stream of the last layer restores all."""
+    base, _ = prompts()
+    noise = jnp.asarray(np.random.default_rng(3).standard_normal((T, D)) * (np.arange(T) < 3)[:, None])
+    noisy = {"embed": trace.Add(noise), "mlp_out": {0: trace.Scale(0.5)}}
+    grid = trace.positions(model(), [0, T - 1], site="resid")
+    both = [
+        trace.interchange(model(), base, base, last, grid, restart=restart, base_edits=noisy)
+        for restart in (True, False)
+    ]
+    np.testing.assert_allclose(both[0].metric, both[1].metric, **CLOSE)
+    np.testing.assert_allclose(both[0].base, last(model()(base, edits=noisy)[0]), **CLOSE)
+    np.testing.assert_allclose(both[0].source, last(model()(base)[0]), **CLOSE)
+    np.testing.assert_allclose(both[0].share[L - 1], [0, 1], **CLOSE)
+
+
 def test_restarting_in_the_middle_changes_nothing():
     base, source = prompts()
     grid = trace.positions(model(), [1, 4], site="mlp_out")
