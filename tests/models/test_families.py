@@ -78,6 +78,17 @@ def test_old_files_of_llama_leave_out_what_came_later():
     assert all(each["key_heads"] == each["heads"] and each["position"] == Rotary(10000.0) for each in every)
 
 
+def test_xlm_roberta_is_roberta():
+    other = ROBERTA.config | {"model_type": "xlm-roberta", "architectures": ["XLMRobertaForMaskedLM"]}
+    family = FAMILIES["xlm-roberta"]
+    assert family.configs(other) == encoders.roberta(ROBERTA.config)
+    assert family.table(other) == encoders.roberta_table(ROBERTA.config)
+    with pytest.raises(
+        ValueError, match=r"architectures=\['RobertaForMaskedLM'\]: need one of \['XLMRobertaForMaskedLM'"
+    ):
+        family.configs(other | {"architectures": ["RobertaForMaskedLM"]})
+
+
 def test_new_files_write_some_numbers_in_another_way():
     """As transformers 5 does: no infinite number in JSON, and T5 1.1 by the scale of its outputs."""
     limits = {"time_step_limit": [0.0, {"__float__": "Infinity"}]}

@@ -35,6 +35,9 @@ from jaxattn.nn.spec import Spec
 HEADS = ("ForPreTraining", "ForMaskedLM", "ForSequenceClassification")
 """What BERT and its kin are for, besides vectors. Of the first the guesses of masked tokens are kept."""
 
+ROBERTAS = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
+"""The `model_type` of RoBERTa and its kin -> what the names of their classes begin with."""
+
 SHARED = Row("decoder.embed.table", copy=True)
 """A second name of the embedding of the decoder."""
 
@@ -76,10 +79,13 @@ def bert(config: Published) -> TransformerConfig:
 
 @of_published
 def roberta(config: Published) -> TransformerConfig:
-    """Returns the config of RoBERTa (Liu et al., 2019): BERT, with positions that begin behind that of padding."""
+    """Returns the config of RoBERTa (Liu et al., 2019) and XLM-RoBERTa (Conneau et al., 2020).
+
+    The model is BERT, with positions that begin behind that of padding.
+    """
     refuse(config, position_embedding_type="absolute", is_decoder=False)
     offset = config["pad_token_id"] + 1
-    head = _head(changed(config, hidden_act="gelu"), "Roberta")
+    head = _head(changed(config, hidden_act="gelu"), ROBERTAS[config["model_type"]])
     return _bert_like(
         config,
         head,
@@ -155,10 +161,10 @@ def bert_table(config: Published) -> Table:
 
 
 def roberta_table(config: Published) -> Table:
-    """Returns the names of RoBERTa."""
+    """Returns the names of RoBERTa and XLM-RoBERTa."""
     masked = _guesses("lm_head.dense", "lm_head.layer_norm", "lm_head")
     classifier = ("classifier.dense", "classifier.out_proj")
-    of_head = _head_table(config, "Roberta", "roberta.pooler.dense", classifier, masked)
+    of_head = _head_table(config, ROBERTAS[config["model_type"]], "roberta.pooler.dense", classifier, masked)
     return _embeddings("roberta") | _layers_of_bert("roberta") | of_head
 
 

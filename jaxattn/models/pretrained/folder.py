@@ -44,6 +44,18 @@ class Family:
     share_embedding: bool = False
 
 
+_ROBERTA = Family(
+    encoders.roberta,
+    encoders.roberta_table,
+    (
+        "roberta.embeddings.position_ids",
+        "roberta.embeddings.token_type_ids",
+        "roberta.pooler.dense.weight",
+        "roberta.pooler.dense.bias",
+    ),
+    "roberta.",
+)
+
 FAMILIES = {
     "gpt2": Family(
         decoders.gpt2,
@@ -80,17 +92,7 @@ FAMILIES = {
         ),
         "bert.",
     ),
-    "roberta": Family(
-        encoders.roberta,
-        encoders.roberta_table,
-        (
-            "roberta.embeddings.position_ids",
-            "roberta.embeddings.token_type_ids",
-            "roberta.pooler.dense.weight",
-            "roberta.pooler.dense.bias",
-        ),
-        "roberta.",
-    ),
+    **dict.fromkeys(encoders.ROBERTAS, _ROBERTA),
     "albert": Family(
         encoders.albert,
         encoders.albert_table,
