@@ -86,7 +86,9 @@ class Weights:
             branches = [branch for branch in run.branches if isinstance(branch.module, nn.MultiHeadAttention)]
             if len(branches) != 1 or branches[0].module.keys_from != "self" or branches[0].module.out is None:
                 raise ValueError("model has a layer without one attention of its own keys: need one in every layer")
-            layers.append(_maps(branches[0], count, gains, biases))
+            made = len(branches[0].module.query.kernel[...])  # 1 where layers share their parameters
+            maps = _maps(branches[0], made, gains, biases)
+            layers.append(tuple(jnp.broadcast_to(each, (count, *each.shape[1:])) for each in maps))
             self.position = branches[0].module.position
             self.shared = branches[0].module.heads // branches[0].module.key_heads
         shapes = {tuple(x.shape[1:] for x in maps) for maps in layers}

@@ -62,9 +62,9 @@ def centre_writes(model: Transformer) -> Transformer:
         A model with the same log-probabilities up to rounding.
 
     Raises:
-        ValueError: A branch reads the stream without a norm or behind an RMSNorm, which does see the mean; a norm
-            writes to the stream (Gemma 2, BERT); logits are capped, so that what they have in common counts; or a class
-            is not known. It is named.
+        ValueError: A branch reads the stream without a norm or behind an RMSNorm, which does see the mean; a norm or a
+            map from a narrow embedding writes to the stream (Gemma 2, BERT, ALBERT); logits are capped, so that what
+            they have in common counts; or a class is not known. It is named.
     """
     new = _copy(model)
     head = _untied(new)
@@ -74,6 +74,8 @@ def centre_writes(model: Transformer) -> Transformer:
         raise ValueError(f"embed is {type(new.embed).__name__}: need TokenEmbedding, whose tables are known")
     if new.embed_norm is not None:
         raise ValueError(f"embed_norm is {type(new.embed_norm).__name__}, which writes to the stream: need None")
+    if narrow := new.config.embed_width:
+        raise ValueError(f"embed_width is {narrow}, from which a map writes to the stream: need None")
     if not (new.positions is None or isinstance(new.positions, nn.PositionEmbedding)):
         raise ValueError(f"positions is {type(new.positions).__name__}: need PositionEmbedding, or None")
     for where, norm in [*((where, branch.norm) for where, branch in _branches(new)), ("the final norm", new.norm)]:

@@ -9,7 +9,17 @@ import pytest
 from flax import nnx
 
 from jaxattn import Window, nn, trace
-from jaxattn.models import Spec, Transformer, TransformerConfig, linearize, pre_norm, replace_mixers
+from jaxattn.analysis.factors import Weights
+from jaxattn.models import (
+    Spec,
+    Transformer,
+    TransformerConfig,
+    centre_writes,
+    fold_norms,
+    linearize,
+    pre_norm,
+    replace_mixers,
+)
 from jaxattn.models.convert import matching_loss
 
 L, B, T = 3, 2, 9
@@ -96,6 +106,17 @@ def test_other_mixers(models):
         matching_loss(linearize(model), model)
 
 
+def test_weights_of_layers_that_share_them(models):
+    """Maps of heads have a layer axis, and norms are folded for all layers at once."""
+    model, other = models
+    for name, x in vars(Weights(other)).items():
+        if name in ("query", "key", "value", "out"):
+            np.testing.assert_array_equal(getattr(Weights(model), name), x)
+    folded = fold_norms(model)
+    assert {run.branches[0].module.query.kernel.shape[0] for run in folded.runs} == {1}
+    np.testing.assert_allclose(folded(TOKENS)[0], model(TOKENS)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_narrow_embedding():
     """x = W norm(table + positions) + b, of another width than that of the layers, also in the head."""
     config = dataclasses.replace(
@@ -111,6 +132,8 @@ def test_a_narrow_embedding():
     np.testing.assert_allclose(records["embed"], model.embed_map(inner), rtol=1e-5, atol=1e-6)
     assert records["embed"].shape == (B, T, 10)
     assert logits.shape == (B, T, 19)
+    with pytest.raises(ValueError, match="embed_width is 7, from which a map writes to the stream"):
+        centre_writes(Transformer(dataclasses.replace(config, embed_norm=None, head=Spec(nn.Head)), rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"tied to an embedding of 7 channels, but has 10"):
         Transformer(dataclasses.replace(config, head=Spec(nn.Head, tied=True)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="embed_width must be at least 1, got 0"):
