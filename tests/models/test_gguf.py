@@ -26,7 +26,12 @@ FAMILIES = {
     "qwen2": QWEN2.changed(use_sliding_window=False),
     "qwen3": QWEN3,
     "gemma2": GEMMA2.changed(query_pre_attn_scalar=GEMMA2.config["head_dim"]),
-    "gemma3": GEMMA3.changed(query_pre_attn_scalar=GEMMA3.config["head_dim"], rope_local_base_freq=10000.0),
+    "gemma3": GEMMA3.changed(
+        num_hidden_layers=7,
+        query_pre_attn_scalar=GEMMA3.config["head_dim"],
+        rope_local_base_freq=10000.0,
+        sliding_window_pattern=6,
+    ),
 }
 CONFIGS = {
     "llama": published_decoders.llama,
