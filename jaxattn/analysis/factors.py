@@ -4,6 +4,7 @@ Both are products of a tall and a wide map, of rank H or less, and stay factored
 formed. (Elhage et al., 2021.)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from jaxattn import nn
+from jaxattn.core.attend.score import Dot
 from jaxattn.core.part import part
+from jaxattn.nn.spec import part_of
 
 
 @part
@@ -76,12 +79,14 @@ class Weights:
         key: [L, N, D, H]; heads that share keys have the same.
         value: [L, N, D, H].
         out: [L, N, H, D].
-        position: The part that turns queries and keys, or None.
-        shared: N / K, how many heads read a key head.
+        positions: The part that turns queries and keys, or None, by layer.
+        attentions: The attention of every run of layers, for what else it does.
     """
 
     def __init__(self, model: Any, *, gains: bool = True, biases: bool = False):
-        layers, self.position, self.shared = [], None, 1
+        layers: list[tuple[Array, ...]] = []
+        self.positions: list[Any] = []
+        self.attentions: list[nn.MultiHeadAttention] = []
         for run, count in zip(model.runs, model.lengths, strict=True):
             branches = [branch for branch in run.branches if isinstance(branch.module, nn.MultiHeadAttention)]
             if len(branches) != 1 or branches[0].module.keys_from != "self" or branches[0].module.out is None:
@@ -89,12 +94,17 @@ class Weights:
             made = len(branches[0].module.query.kernel[...])  # 1 where layers share their parameters
             maps = _maps(branches[0], made, gains, biases)
             layers.append(tuple(jnp.broadcast_to(each, (count, *each.shape[1:])) for each in maps))
-            self.position = branches[0].module.position
-            self.shared = branches[0].module.heads // branches[0].module.key_heads
+            self.positions += [branches[0].module.position] * count
+            self.attentions.append(branches[0].module)
         shapes = {tuple(x.shape[1:] for x in maps) for maps in layers}
         if len(shapes) != 1:
             raise ValueError(f"the layers have maps of different shapes, {sorted(shapes)}: need the same in all")
         self.query, self.key, self.value, self.out = (jnp.concatenate(maps) for maps in zip(*layers, strict=True))
+
+    def refuse(self, what: str, why: str, has: Callable[[nn.MultiHeadAttention], bool]) -> None:
+        """Raises ValueError if there is an attention that has what makes `what` no matrix."""
+        if any(map(has, self.attentions)):
+            raise ValueError(f"the attention of the model {why}: need attention without, whose {what} is a matrix")
 
 
 def _normed(norm: Any, kernel: Array) -> Array:
@@ -102,9 +112,12 @@ def _normed(norm: Any, kernel: Array) -> Array:
     if not isinstance(norm, nn.RMSNorm | nn.LayerNorm):
         return kernel
     if norm.scale is not None:
-        offset = norm.offset if isinstance(norm, nn.RMSNorm) else 0.0
-        kernel = (offset + norm.scale[...])[..., None] * kernel
+        kernel = _gain(norm)[..., None] * kernel
     return kernel - kernel.mean(-2, keepdims=True) if isinstance(norm, nn.LayerNorm) else kernel
+
+
+def _gain(norm: Any) -> Array:
+    return norm.scale[...] + (norm.offset if isinstance(norm, nn.RMSNorm) else 0.0)
 
 
 def _maps(branch: Any, count: int, gains: bool, biases: bool) -> tuple[Array, ...]:
@@ -112,16 +125,26 @@ def _maps(branch: Any, count: int, gains: bool, biases: bool) -> tuple[Array, ..
     module, norm = branch.module, branch.norm if gains else None
     heads, key_heads, width = module.heads, module.key_heads, module.head_dim
 
+    def by_layer(x: Array) -> Array:  # layers that share their parameters have an axis of 1
+        return jnp.broadcast_to(x, (count, *x.shape[1:]))
+
     def into(map_: Any, own: int) -> Array:
         kernel = map_.kernel[...]  # [l, D, own * H]
-        bias = jnp.zeros((count, kernel.shape[-1]), kernel.dtype) if map_.bias is None else map_.bias[...]
+        bias = jnp.zeros((1, kernel.shape[-1]), kernel.dtype) if map_.bias is None else map_.bias[...]
         if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
             bias = bias + jnp.einsum("ld,ldh->lh", norm.bias[...], kernel)
         kernel = _normed(norm, kernel)
         kernel = jnp.concatenate([kernel, bias[:, None]], 1) if biases else kernel
+        kernel = by_layer(kernel)
         return jnp.repeat(kernel.reshape(count, -1, own, width).swapaxes(1, 2), heads // own, 1)
 
-    out = module.out.kernel[...].reshape(count, heads, width, -1)
+    out = module.out.kernel[...]  # [l, N * H, D]
+    if gains and isinstance(branch.norm_after, nn.RMSNorm | nn.LayerNorm):
+        out = out - out.mean(-1, keepdims=True) if isinstance(branch.norm_after, nn.LayerNorm) else out
+        out = out if branch.norm_after.scale is None else out * _gain(branch.norm_after)[:, None]
+    if branch.scale is not None:
+        out = out * branch.scale[...][:, None]
+    out = by_layer(out).reshape(count, heads, width, -1)
     if biases:  # the last column is the 1 of what it is applied to, which the head does not write
         out = jnp.concatenate([out, jnp.zeros((*out.shape[:-1], 1), out.dtype)], -1)
     return into(module.query, heads), into(module.key, key_heads), into(module.value, key_heads), out
@@ -130,38 +153,55 @@ def _maps(branch: Any, count: int, gains: bool, biases: bool) -> tuple[Array, ..
 def qk(model: Any, *, offset: int = 0, gains: bool = True, biases: bool = False) -> Factored:
     """Returns W_Q R(Δ) W_Kᵀ of every head, [L, N, D, D]: the score of x_i and x_j is x_i QK x_jᵀ times the scale.
 
+    Scores are meant before their bias, maps and mask. R is that of each layer, with the factor that some scalings of
+    rotary positions have.
+
     Args:
         model: A `Transformer` whose layers have attention of the same sizes.
         offset: Δ = i − j, how many tokens the key stands before the query. There is no one QK under rotary positions:
-            0 is what content alone says.
+            0 is what content alone says. Negative for keys behind the query.
         gains: Whether the gain of the norm before (and the centring of LayerNorm) is part of the maps, so that they
             apply to x divided by its scale.
         biases: Whether x has a further entry 1, the last, by which biases are applied, [D + 1, D + 1].
 
     Raises:
-        ValueError: A layer has no attention of its own keys, or layers differ in sizes.
+        ValueError: A layer has no attention of its own keys, layers differ in sizes, or scores are not bilinear in the
+            stream: queries and keys are normed or convolved, or the score is no dot product.
     """
     weights = Weights(model, gains=gains, biases=biases)
-    query = weights.query
-    if weights.position is not None and offset:
-        turned = jnp.moveaxis(query.reshape(-1, *query.shape[-2:]), 0, 1)[None]  # [1, D, L N, H]: all at one position
-        at = jnp.full((1, turned.shape[1]), offset)
-        query = jnp.moveaxis(weights.position(turned, at)[0], 1, 0).reshape(query.shape)
-    return Factored(query, weights.key.swapaxes(-1, -2))
+    if gains:
+        why = "norms its queries and keys (gains=False gives the maps without any norm)"
+        weights.refuse("QK", why, lambda module: module.query_norm is not None)
+    weights.refuse("QK", "has a convolution", lambda module: bool(module.convolution))
+    weights.refuse("QK", "has a score other than Dot", lambda module: not isinstance(part_of(module.score), Dot))
+
+    def turned(maps: Array, at: int) -> Array:
+        """Returns the maps [L, N, D, H] of tokens at one position."""
+        by_layer = zip(weights.positions, maps.swapaxes(1, 2), strict=True)  # each [D, N, H]
+        places = jnp.full(maps.shape[2], at)
+        return jnp.stack([x if position is None else position(x, places) for position, x in by_layer]).swapaxes(1, 2)
+
+    first = max(-offset, 0)  # where the key stands; -1 would be padding
+    return Factored(turned(weights.query, first + offset), turned(weights.key, first).swapaxes(-1, -2))
 
 
 def ov(model: Any, *, gains: bool = True, biases: bool = False) -> Factored:
     """Returns W_V W_O of every head, [L, N, D, D]: what it writes of a token x that it reads in full is x OV.
 
+    LayerScale is part of W_O.
+
     Args:
         model: As of `qk`.
-        gains: As of `qk`.
+        gains: As of `qk`; also the gain of a norm behind attention, so that what is written is x OV over its scale.
         biases: As of `qk`.
 
     Raises:
-        ValueError: As of `qk`.
+        ValueError: A layer has no attention of its own keys, layers differ in sizes, or values are convolved, or what
+            heads read is gated.
     """
     weights = Weights(model, gains=gains, biases=biases)
+    weights.refuse("OV", "has a convolution", lambda module: bool(module.convolution))
+    weights.refuse("OV", "has a gate", lambda module: module.gate is not None)
     return Factored(weights.value, weights.out)
 
 
@@ -195,19 +235,23 @@ def composition(first: Factored, second: Factored) -> Float[Array, "..."]:
 def copying(model: Any) -> Float[np.ndarray, "layers n"]:
     """Returns Re Σ λ / Σ |λ| over the eigenvalues λ of W_E OV W_U of every head, from −1 to 1.
 
-    A head that raises the logits of the tokens that it reads is near 1 (Elhage et al., 2021). The gain of the last norm
-    is part of W_U, and the vocabulary by vocabulary matrix is never formed.
+    A head that raises the logits of the tokens that it reads is near 1 (Elhage et al., 2021). W_E is what tokens put
+    into the stream where no positions are added, norms and maps of the embedding included. The gain of the last norm is
+    part of W_U, and the vocabulary by vocabulary matrix is never formed.
 
     Args:
         model: As of `qk`, with a table of tokens and a head.
 
     Raises:
-        ValueError: As of `qk`, or the model has no table of tokens or no head.
+        ValueError: As of `ov`, or the model has no table of tokens or no head.
     """
     if not isinstance(model.embed, nn.TokenEmbedding) or not isinstance(model.head, nn.Head):
         raise ValueError("model has no table of tokens or no head: need TokenEmbedding and Head")
     table = model.embed.table[...]
     unembed = table.T if model.head.map is None else model.head.map.kernel[...]
     unembed = _normed(model.norm, unembed)
-    values = (ov(model) @ (unembed @ table)).eigenvalues()
+    written = model.embed(jnp.arange(len(table))[None])[0]
+    for more in (model.embed_norm, model.embed_map):
+        written = written if more is None else more(written)
+    values = (ov(model) @ (unembed @ written)).eigenvalues()
     return values.real.sum(-1) / np.abs(values).sum(-1)

@@ -9,6 +9,8 @@ from flax import nnx
 
 from jaxattn import nn
 from jaxattn.analysis import Factored, composition, copying, ov, qk
+from jaxattn.core.attend.position import Rotary, Yarn
+from jaxattn.core.attend.score import NegativeDistance
 from jaxattn.models import Branch, Layer, Spec, Transformer, TransformerConfig
 
 V, L, N, K, D, T = 11, 2, 4, 2, 24, 6
@@ -23,7 +25,10 @@ def _float64():
 
 def made(norm, **options):
     attention = Spec(nn.MultiHeadAttention, heads=N, key_heads=K, head_dim=10, use_bias=True, **options)
-    config = TransformerConfig(V, T, D, [Layer([Branch(attention, Spec(norm))])] * L, dtype="float64")
+    return noised(TransformerConfig(V, T, D, [Layer([Branch(attention, Spec(norm))])] * L, dtype="float64"))
+
+
+def noised(config):
     model = Transformer(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
 
@@ -56,30 +61,90 @@ def test_a_factored_matrix_is_the_product():
     np.testing.assert_allclose(np.sort(np.abs((a @ b).eigenvalues()))[:, -2:], large, **CLOSE)
 
 
-@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
-def test_scores_are_the_bilinear_form(norm):
-    """With the biases: the recorded scores of the first layer, from the stream divided by its scale."""
-    model = made(norm)
+def several():
+    """Layers with LayerScale and some channels rotated, and with scaled rotary positions and a norm behind."""
+    half, scaled = Rotary(10000.0, fraction=0.4), Rotary(100.0, scaling=Yarn(4.0, 16))
+    first, second = (
+        Spec(nn.MultiHeadAttention, heads=N, key_heads=K, head_dim=10, use_bias=True, position=position)
+        for position in (half, scaled)
+    )
+    norm = Spec(nn.LayerNorm)
+    layers = [Layer([Branch(first, norm, scale=0.5)]), Layer([Branch(second, norm, norm_after=norm)])]
+    return noised(TransformerConfig(V, T, D, layers, dtype="float64"))
+
+
+def shared():
+    """Two layers with one set of parameters."""
+    layer = Layer([Branch(Spec(nn.MultiHeadAttention, heads=N, key_heads=K, head_dim=10, use_bias=True), scale=0.5)])
+    return noised(TransformerConfig(V, T, D, [layer] * L, shared=True, dtype="float64"))
+
+
+MODELS = {
+    "rms": lambda: made(nn.RMSNorm),
+    "layer norm": lambda: made(nn.LayerNorm),
+    "several": several,
+    "shared": shared,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_scores_and_writes_are_those_of_the_matrices(kind):
+    """With the biases, from the stream divided by its scale. A norm behind attention divides by a scale of its own, so
+    that of what it writes only the direction is known."""
+    model = MODELS[kind]()
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, V, (1, T)))
-    seen = model(tokens, record=("resid_pre", "mixer_norm_scale", "scores"))[2]
-    x = (seen["resid_pre"] / seen["mixer_norm_scale"])[:, 0]  # [L, T, D]
-    x = jnp.concatenate([x, jnp.ones((L, T, 1))], -1)
-    for i, j in ((3, 3), (5, 2)):
+    record = ("resid_pre", "mixer_norm_scale", "scores", "weights", "attn_out")
+    seen = jax.tree.map(lambda x: np.asarray(x)[:, 0], model(tokens, record=record)[2])
+    x = np.concatenate([seen["resid_pre"] / seen["mixer_norm_scale"], np.ones((L, T, 1))], -1)
+    for i, j in ((3, 3), (5, 2), (2, 5)):
         form = qk(model, offset=i - j, biases=True).array
-        expected = jnp.einsum("ld,lnde,le->ln", x[:, i], form, x[:, j]) / np.sqrt(10)
-        np.testing.assert_allclose(seen["scores"][:, 0, :, i, j], expected, **CLOSE)
+        expected = np.einsum("ld,lnde,le->ln", x[:, i], form, x[:, j]) / np.sqrt(10)
+        np.testing.assert_allclose(seen["scores"][:, :, i, j], np.where(i < j, -np.inf, expected), **CLOSE)
+    written = np.einsum("lnts,lsd,lnde->lte", seen["weights"], x, ov(model, biases=True).array)[..., :-1]
+    for layer in range(L):
+        run, place = (model.runs[layer], 0) if len(model.runs) > 1 else (model.runs[0], layer)
+        (branch,) = run.branches
+        bias, out = np.asarray(branch.module.out.bias[...][0 if kind == "shared" else place]), seen["attn_out"][layer]
+        if branch.scale is not None:
+            bias = bias * branch.scale[...][0 if kind == "shared" else place]
+        found = written[layer] + bias
+        if branch.norm_after is not None:
+            found = written[layer] + (bias - bias.mean()) * branch.norm_after.scale[...][0]
+            out = out - branch.norm_after.bias[...][0]
+            found, out = (y / np.linalg.norm(y, axis=-1, keepdims=True) for y in (found, out))
+        np.testing.assert_allclose(found, out, **CLOSE)
 
 
-@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
-def test_what_heads_write_is_ov_of_what_they_read(norm):
-    model = made(norm)
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, V, (1, T)))
-    seen = model(tokens, record=("resid_pre", "mixer_norm_scale", "weights", "attn_out"))[2]
-    x = (seen["resid_pre"] / seen["mixer_norm_scale"])[:, 0]
-    x = jnp.concatenate([x, jnp.ones((L, T, 1))], -1)
-    written = jnp.einsum("lnts,lsd,lnde->lte", seen["weights"][:, 0], x, ov(model, biases=True).array)[..., :-1]
-    bias = model.runs[0].branches[0].module.out.bias[...]
-    np.testing.assert_allclose(written + bias[:, None], seen["attn_out"][:, 0], **CLOSE)
+def test_keys_behind_the_query_have_the_score_of_their_distance():
+    """qk at −Δ is the score of an encoder, which rotates the other way round."""
+    model = made(nn.RMSNorm)
+    query, key = (np.asarray(getattr(model.runs[0].branches[0].module, name).kernel[...]) for name in ("query", "key"))
+    gain = np.asarray(model.runs[0].branches[0].norm.scale[...])[..., None]
+    angle = 3 * 10000.0 ** (-np.arange(5) / 5)
+    cos, sin = np.diag(np.cos(angle)), np.diag(np.sin(angle))
+    turn = np.block([[cos, sin], [-sin, cos]])
+    q, k = (x.reshape(L, D, -1, 10) for x in (gain * query, gain * key))
+    k = np.repeat(k, N // K, 2)
+    for offset, matrix in ((3, turn), (-3, turn.T)):
+        expected = np.einsum("ldnh,hg,leng->lnde", q, matrix, k)
+        np.testing.assert_allclose(qk(model, offset=offset).array, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "error"),
+    [
+        (qk, {"qk_norm": Spec(nn.RMSNorm)}, "norms its queries and keys"),
+        (qk, {"convolution": 3}, "has a convolution"),
+        (qk, {"score": NegativeDistance()}, "a score other than Dot"),
+        (ov, {"gate": True}, "has a gate"),
+    ],
+)
+def test_heads_that_are_no_matrix_are_refused(function, options, error):
+    model = made(nn.RMSNorm, **options)
+    with pytest.raises(ValueError, match=error):
+        function(model)
+    other = qk if function is ov else ov
+    assert "convolution" in options or other(model).array.shape == (L, N, D, D)
 
 
 def test_composition_is_that_of_the_products():
@@ -110,6 +175,19 @@ def test_a_head_that_copies_scores_1():
         expected[place] = values.real.sum() / np.abs(values).sum()
     np.testing.assert_allclose(copying(model), expected, rtol=1e-6)
     assert (np.abs(expected) < 1).all()
+
+
+def test_a_narrow_embedding_with_a_norm_is_read_as_tokens_write_it():
+    attention = Spec(nn.MultiHeadAttention, heads=N, key_heads=K, head_dim=10)
+    layers, norm = [Layer([Branch(attention)])] * L, Spec(nn.LayerNorm)
+    options = {"embed_width": 14, "embed_norm": norm, "head": Spec(nn.Head, tied=False), "dtype": "float64"}
+    model = noised(TransformerConfig(V, T, D, layers, **options))
+    written = model(jnp.arange(V)[:, None], record=("embed",))[2]["embed"][:, 0]
+    expected, unembed = np.zeros((L, N)), model.norm.scale[...][:, None] * model.head.map.kernel[...]
+    for place in np.ndindex(L, N):
+        values = np.linalg.eigvals(np.asarray(written @ ov(model).array[place] @ unembed))
+        expected[place] = values.real.sum() / np.abs(values).sum()
+    np.testing.assert_allclose(copying(model), expected, rtol=1e-6)
 
 
 def test_models_without_such_heads_are_refused():
