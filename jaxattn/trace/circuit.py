@@ -2,7 +2,8 @@
 
 Writers add to the residual stream: the embedding, every head, every feed-forward block. Readers read it: the queries,
 keys and values of every head, every feed-forward block, and the output. An edge leads from a writer to a later reader.
-Everything is computed from sites, so the layers may be any that have the sites q, k, v, z, attn_out and mlp_out.
+Everything is computed from sites, so layers may be of different kinds as long as sites have the same shapes in all:
+each adds what one attention writes, and then, or at the same time, what one feed-forward block writes.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from jaxattn.core.part import part
+from jaxattn.nn import MultiHeadAttention
 from jaxattn.nn.tap import Layers
 from jaxattn.trace.edits import Add, Put
 from jaxattn.trace.patching import Metric, same_shapes
@@ -108,6 +110,25 @@ def _parts(model: Any, records: dict[str, Any], options: dict[str, Any]) -> _Par
 
 
 def _recorded(model: Any) -> tuple[str, ...]:
+    """Returns the sites to record, of a model whose stream is the sum of what the writers add."""
+    first = 0
+    for layers, length in zip(model.runs, model.lengths, strict=True):
+        kinds, where = [branch.mixes for branch in layers.branches], f"layers[{first}] of the model has"
+        if (sorted(kinds, reverse=True) if layers.parallel else kinds) != [True, False]:
+            raise ValueError(
+                f"{where} {len(kinds)} branches: edges need one attention, and behind it or beside it one feed-forward "
+                "block"
+            )
+        for branch in layers.branches:
+            module = branch.module
+            if branch.norm_sum is not None:
+                raise ValueError(f"{where} a norm of the sum (norm_sum): edges need a stream to which layers only add")
+            if branch.mixes and not (isinstance(module, MultiHeadAttention) and module.gate is None):
+                raise ValueError(
+                    f"{where} {type(module).__name__}, which does not write its z alone: edges need MultiHeadAttention "
+                    "without a gate"
+                )
+        first += length
     if missing := [site for site in RECORDED if site not in model.sites]:
         raise ValueError(f"the model has no sites {missing}: edges need all of {list(RECORDED)}")
     return (*RECORDED, *(("resid_mid",) if "resid_mid" in model.sites else ()))
@@ -135,8 +156,8 @@ def edge_attribution(
         options: positions, mask or context, for all runs.
 
     Raises:
-        ValueError: The two inputs differ in shape, `steps` is below 1, the model lacks a site, or its layers differ in
-            shape.
+        ValueError: The two inputs differ in shape, `steps` is below 1, layers differ in shape, or a layer is not one
+            attention without a gate and one feed-forward block, which add to the stream without a norm of the sum.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: need at least one gradient, or None for the one at the base")

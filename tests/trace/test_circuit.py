@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from looked_at import D, K, L, N, last, model, prompts
+from flax import nnx
+from looked_at import ATTENTION, FEED, LAYERNORM, D, K, L, N, T, V, last, model, prompts
 
-from jaxattn import trace
+from jaxattn import nn, trace
+from jaxattn.models import Branch, Layer, Spec, Transformer, TransformerConfig, pre_norm
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-11}
 KINDS = ["sequential", "parallel", "sandwich"]
@@ -112,3 +114,24 @@ def test_bad_input_says_what_is_wrong():
         trace.edge_attribution(model(), base, source[:, :5], last)
     with pytest.raises(ValueError, match="steps is 0"):
         trace.edge_attribution(model(), base, source, last, steps=0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "error"),
+    [
+        (Layer([Branch(FEED), Branch(ATTENTION)]), "2 branches"),
+        (Layer([Branch(FEED, name="first"), Branch(ATTENTION), Branch(FEED)]), "3 branches"),
+        (Layer([Branch(each, None, norm_sum=LAYERNORM) for each in (ATTENTION, FEED)]), "norm_sum"),
+        (pre_norm(Spec(nn.MultiHeadAttention, heads=N, gate=True), FEED), "without a gate"),
+        (pre_norm(Spec(nn.GLA, heads=N), FEED), "does not write its z alone"),
+    ],
+)
+def test_layers_whose_writers_do_not_add_up_are_refused(layer, error):
+    """A block before attention is no reader of its heads, a gate reads the stream beside q, k and v, and a norm of the
+    sum makes the stream no sum: circuits of all edges were not the base there."""
+    made = Transformer(TransformerConfig(V, T, D, [pre_norm(ATTENTION, FEED), layer]), rngs=nnx.Rngs(0))
+    base, source = prompts()
+    with pytest.raises(ValueError, match=rf"layers\[1\].*{error}"):
+        trace.with_edges(made, base, source, full(True))
+    with pytest.raises(ValueError, match=rf"layers\[1\].*{error}"):
+        trace.edge_attribution(made, base, source, last)
