@@ -132,23 +132,30 @@ def direct_attribution(
     Args:
         model: The model. Its layers add to the stream, without norms of the sum or behind attention.
         inputs: Its inputs: tokens, or a tuple of inputs.
-        metric: From the logits to a number, linear.
+        metric: From the logits to one number, linear. That the parts add up to it is checked, but not under `jit`.
         sources: Whether heads are split further by the token that they read, Σ_j A_ij v_j, of which weights T x S per
             head are held.
         options: Other arguments of the model.
 
     Raises:
         ValueError: The parts do not add up to the metric: it is not linear in the logits (as under capped logits), or
-            the model has a norm behind its attention, or of the sum.
+            the model has a norm or a gate behind its attention, a norm of the sum, or further branches. Or the metric is
+            not one number, the model has no heads, or tokens of its own before the sequence.
     """
     inputs = as_inputs("inputs", inputs)
+    if "z" not in model.sites:
+        raise ValueError(f"the model has no site 'z', which heads read: it has {list(model.sites)}")
     scale = ("final_norm_scale",) if "final_norm_scale" in model.sites else ()
-    record = ("embed", "resid_pre", "z", "mlp_out", "resid", *scale, *(("weights", "v") if sources else ()))
+    record = ("embed", "resid_pre", "z", "attn_out", "mlp_out", "resid", *scale, *(("weights", "v") if sources else ()))
     record = tuple(site for site in record if site in model.sites)
     logits, seen = run(model, *inputs, record=record, **options)
     if lists := [site for site, value in seen.items() if isinstance(value, list)]:
         raise ValueError(f"the layers have {lists} in different shapes, or not all of them: need the same in all")
-    layers = len(seen["resid"])
+    value, layers = metric(logits), len(seen["resid"])
+    if jnp.shape(value) != ():
+        raise ValueError(f"metric has the shape {jnp.shape(value)}: need one number, such as a mean over examples")
+    if seen["embed"].shape != seen["resid_pre"].shape[1:]:
+        raise ValueError("the model has tokens of its own before the sequence: its parts are not told apart")
     edits = {site: Put(seen[site]) for site in scale}
     row = model.tokens(seen["embed"], positions=options.get("positions"), mask=options.get("mask"))
     zero = jnp.zeros_like(seen["resid"][-1])
@@ -161,7 +168,7 @@ def direct_attribution(
         (direction,) = pull(jnp.ones_like(constant))  # [B, T, D]
 
         def of_layer(given: Any) -> Any:
-            number, z, weights, v = given
+            number, z, written, weights, v = given
 
             def out(z: Array) -> Array:
                 more = {"context": options.get("context"), "start": number, "stop": number + 1}
@@ -169,23 +176,32 @@ def direct_attribution(
                 return found["attn_out"][number]
 
             bias, pull = jax.vjp(out, jnp.zeros_like(z))
-            (at_z,) = pull(direction)  # [B, T, N, H]
+            (at_z,) = pull(direction.astype(bias.dtype))
+            at_z = at_z.astype(direction.dtype)  # [B, T, N, H], as what follows also where z is bfloat16
             by_source = None
             if weights is not None:
                 values = jnp.repeat(v, z.shape[-2] // v.shape[-2], -2)
                 by_source = jnp.einsum("bnts,bsnh,btnh->bns", weights, values, at_z)
-            return (z * at_z).sum(-1), (bias * direction).sum(-1), by_source
+            squares = jnp.square(z * at_z).sum() + jnp.square(written * direction).sum()
+            return (z * at_z).sum(-1), (bias * direction).sum(-1), by_source, squares
 
         numbers = jnp.arange(layers)
-        heads, bias, by_source = jax.lax.map(of_layer, (numbers, seen["z"], seen.get("weights"), seen.get("v")))
+        given = numbers, seen["z"], seen["attn_out"], seen.get("weights"), seen.get("v")
+        heads, bias, by_source, squares = jax.lax.map(of_layer, given)
         mlp = (seen["mlp_out"] * direction).sum(-1) if "mlp_out" in seen else jnp.zeros((layers, *zero.shape[:2]))
-        return Attribution((seen["embed"] * direction).sum(-1), heads, bias, mlp, constant, by_source)
+        parts = Attribution((seen["embed"] * direction).sum(-1), heads, bias, mlp, constant, by_source)
+        return parts, jnp.sqrt(squares.sum())
 
-    found, value = compiled(split, seen), metric(logits)
+    found, spread = compiled(split, seen)
+    if isinstance(value, jax.core.Tracer):
+        return found
     sizes = sum(abs(x).sum() for x in (found.embed, found.heads, found.attention_bias, found.mlp)) + abs(value)
-    if not abs(found.total() - value) <= 100 * layers * jnp.finfo(value.dtype).eps * sizes:
+    # Sums are of the dtype of the metric. What a layer of another dtype computes is rounded apart in every entry.
+    rounding = 100 * layers * jnp.finfo(value.dtype).eps * sizes + 16 * jnp.finfo(seen["z"].dtype).eps * spread
+    if not abs(found.total() - value) <= rounding:
         raise ValueError(
             f"the parts add up to {found.total()} and the metric is {value}: need a metric that is linear in the "
-            "logits, and layers that add to the stream without a norm behind attention, behind the block, or of the sum"
+            "logits, and layers that add to the stream what one attention and one block write, "
+            "without a norm behind attention or of the sum, and without a gate"
         )
     return found

@@ -23,12 +23,16 @@ def _float64():
 
 
 def made(layer, norm=nn.RMSNorm, **head):
-    config = TransformerConfig(V, T, D, [layer] * L, dtype="float64", norm=Spec(norm), head=Spec(nn.Head, **head))
+    return noised(TransformerConfig(V, T, D, [layer] * L, dtype="float64", norm=Spec(norm), head=Spec(nn.Head, **head)))
+
+
+def noised(config):
     model = Transformer(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
 
     def noisy(x):
-        return jnp.asarray(np.asarray(x, np.float64) + 0.3 * rng.standard_normal(x.shape))
+        dtype = np.float64 if config.dtype == "float64" else np.float32
+        return jnp.asarray(np.asarray(x, dtype) + 0.3 * rng.standard_normal(x.shape).astype(dtype))
 
     nnx.update(model, jax.tree.map(noisy, nnx.state(model, nnx.Param)))
     model.eval()
@@ -117,7 +121,40 @@ def test_padding_has_no_part():
     assert abs(found.sources[:, 0, :, :2]).max() == 0
 
 
+@pytest.mark.parametrize(("dtype", "layers", "rounding"), [("float32", 30, 1e-5), ("bfloat16", L, 2e-2)])
+def test_parts_add_up_to_rounding(dtype, layers, rounding):
+    """Beside the largest part: 2^-9 for every number of bfloat16, and 2^-24 for every sum of float32."""
+    with jax.enable_x64(False):
+        model = noised(TransformerConfig(V, T, D, [pre_norm(ATTENTION, FEED)] * layers, dtype=dtype))
+        found = direct_attribution(model, tokens(), difference, sources=True)
+        assert {x.dtype for x in found} == {jnp.dtype("float32")}
+        largest = max(abs(x).sum() for x in (found.embed, found.heads, found.mlp))
+        assert abs(found.total() - difference(model(tokens())[0])) < rounding * largest
+        by_source, by_head = found.sources.sum(-1), jnp.moveaxis(found.heads, -1, 2).sum(-1)
+        np.testing.assert_allclose(by_source, by_head, atol=rounding * abs(by_head).max())
+        if dtype == "float32":
+            return
+        gated = Spec(nn.MultiHeadAttention, heads=N, gate=True)
+        model = noised(TransformerConfig(V, T, D, [pre_norm(gated, FEED)] * L, dtype=dtype))
+        with pytest.raises(ValueError, match="without a gate"):
+            direct_attribution(model, tokens(), difference)
+
+
+@pytest.mark.slow
+def test_under_jit_the_parts_are_the_same():
+    model = made(pre_norm(ATTENTION, FEED))
+    inside = jax.jit(lambda x: direct_attribution(model, x, difference))(tokens())
+    np.testing.assert_allclose(inside.heads, direct_attribution(model, tokens(), difference).heads, rtol=1e-10)
+
+
 def test_what_is_no_sum_is_refused():
+    with pytest.raises(ValueError, match=r"metric has the shape \(2,\): need one number"):
+        direct_attribution(made(pre_norm(ATTENTION, FEED)), tokens(), lambda logits: logits[:, -1, 3])
+    with pytest.raises(ValueError, match="no site 'z'"):
+        direct_attribution(made(Layer([Branch(FEED)])), tokens(), difference)
+    own = noised(TransformerConfig(V, T, D, [pre_norm(ATTENTION, FEED)], meta_tokens=2))
+    with pytest.raises(ValueError, match="tokens of its own"):
+        direct_attribution(own, tokens(), difference)
     capped = made(pre_norm(ATTENTION, FEED), cap=2.0)
     with pytest.raises(ValueError, match="linear in the logits"):
         direct_attribution(capped, tokens(), difference)
