@@ -5,16 +5,19 @@ import mmap
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from benchmarks import report
+from benchmarks import ablations, llama, report
 from benchmarks.__main__ import run
 from benchmarks.cases import CASES, RECURRENCES, Setting, visible_pairs
 from benchmarks.contenders import CONTENDERS
 from benchmarks.measure import RefusedError, peak_while
 from benchmarks.rows import Row, Rows, slopes
 from benchmarks.targets import check
+from jaxattn import Rotary, models, nn
 
 TRAIN, DECODE = Setting(1, 64, 64, "float32", True), Setting(2, 1, 64, "float32", False)
 # The first calls a C++ compiler, the second is there or not as the machine has it.
@@ -129,3 +132,21 @@ def test_peak_memory_sees_what_a_call_held():
         np.frombuffer(pages, np.uint8)[:] = 1
 
     assert 0.9 * held < peak_while(hold) < 1.5 * held
+
+
+def test_ablations_are_timed_and_counted_and_agree_with_pytorch_where_it_is_installed():
+    attention = models.Spec(nn.MultiHeadAttention, heads=4, key_heads=2, head_dim=8, position=Rotary())
+    block = models.Spec(nn.FeedForward, hidden=48, activation="silu", gated=True)
+    config = models.TransformerConfig(vocabulary=64, width=32, layers=[models.pre_norm(attention, block)] * 2)
+    model, tokens = models.Transformer(config, rngs=nnx.Rngs(0)), jnp.arange(16)[None] * 7 % 64
+    found = ablations.ablations(model, tokens, [2], 0.0, 1)
+    assert min(min(each) for each in found["seconds"].values()) > 0
+    # Two for each entry of q and out (32 x 32), k and v (32 x 16), gate, up and down (32 x 48), and 16 tokens.
+    maps, pairs, head = 2 * 16 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48), 4 * 16**2 * 32, 2 * 16 * 32 * 64
+    assert found["GFLOP of whole passes"] == pytest.approx(1e-9 * 8 * (2 * (maps + pairs) + head))
+    assert found["GFLOP restarted"] == pytest.approx(1e-9 * 8 * (1.5 * (maps + pairs) + head))
+    if llama.torch is not None:
+        for name in ("logits, largest difference", "losses, largest difference"):
+            assert found[name] < 1e-5
+    recorded = ablations.entropies(model, tokens, 0.0, 1)
+    assert set(recorded["over a pass"]) == {"no records", "entropy", "the four of statistics"}
