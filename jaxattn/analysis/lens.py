@@ -139,8 +139,8 @@ def direct_attribution(
 
     Raises:
         ValueError: The parts do not add up to the metric: it is not linear in the logits (as under capped logits), or
-            the model has a norm or a gate behind its attention, a norm of the sum, or further branches. Or the metric is
-            not one number, the model has no heads, or tokens of its own before the sequence.
+            the model has a norm or a gate behind its attention, a norm of the sum, or further branches. Or the metric
+            is not one number, the model has no heads, or tokens of its own before the sequence.
     """
     inputs = as_inputs("inputs", inputs)
     if "z" not in model.sites:
