@@ -16,6 +16,7 @@ FEED = Spec(nn.FeedForward, hidden=18)
 LAYERNORM = Spec(nn.LayerNorm)
 KINDS = {
     "sequential": pre_norm(ATTENTION, FEED),
+    "attention only": Layer([Branch(ATTENTION, Spec(nn.RMSNorm))]),
     "parallel": Layer([Branch(ATTENTION, LAYERNORM), Branch(FEED, LAYERNORM)], parallel=True),
     "sandwich": Layer([Branch(each, Spec(nn.RMSNorm), norm_after=Spec(nn.RMSNorm)) for each in (ATTENTION, FEED)]),
 }

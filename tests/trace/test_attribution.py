@@ -93,3 +93,25 @@ def test_equal_runs_have_no_attribution_and_unequal_ones_are_refused():
         trace.attribution(model(), base, source, last, steps=0)
     with pytest.raises(ValueError, match="unknown site 'zz'"):
         trace.attribution(model(), base, source, last, ("zz",))
+
+
+def test_a_frozen_model_is_linear():
+    """Attention alone, with weights and scales of norms as they were: the logits are affine in the embedding, so the
+    Hessian is 0, and the attribution at the base is the difference."""
+    made = model("attention only")
+    base, source = prompts()
+    scales = ("mixer_norm_scale", "final_norm_scale")
+    seen = made(base, record=("embed", "weights", *scales))[2]
+    frozen = {"weights": trace.Layers(trace.Pairs(jnp.zeros(L), seen["weights"]))}
+    frozen |= {scales[0]: trace.Layers(trace.Put(seen[scales[0]])), scales[1]: trace.Put(seen[scales[1]])}
+
+    def through(change):
+        return last(made(base, edits=frozen | {"embed": trace.Add(change)})[0])
+
+    change = made(source, record=("embed",))[2]["embed"] - seen["embed"]
+    whole = through(change) - through(jnp.zeros_like(change))
+    found = trace.integrated_gradients(through, change, steps=1)
+    np.testing.assert_allclose(found.sum(), whole, rtol=1e-9)
+    bend = jax.jvp(lambda x: jax.jvp(through, (x,), (change,))[1], (change,), (change,))[1]
+    assert abs(bend) < 1e-9 * abs(whole)
+    assert abs(last(made(source)[0]) - last(made(base)[0]) - whole) > 1e-3 * abs(whole)  # which it is not unfrozen
