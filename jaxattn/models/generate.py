@@ -16,7 +16,9 @@ from jaxattn.cache import Policy
 from jaxattn.core.checks import check_int, check_range
 from jaxattn.core.part import part
 from jaxattn.models.transformer import Transformer
-from jaxattn.nn.tap import as_records
+from jaxattn.nn.tap import as_records, site_of
+
+AT_END = {"final_norm_scale", "final_norm", "logits"}  # the sites behind the last layer
 
 
 @part
@@ -325,13 +327,17 @@ def _generate(graph, max_new_tokens, sites, arrays, prompts, lengths, key, parts
     batch, length = prompts.shape
     places = jnp.arange(length)
 
-    def read(tokens, positions, states, context=None):
+    touched = {site_of("edits", site) for edits in runs for site in edits} | {site for _, site in sites}
+    alone = isinstance(nnx.merge(graph, arrays), Transformer) and not touched & AT_END  # else all tokens have logits
+
+    def read(tokens, positions, states, context=None, last=None):
         """Returns (logits of every run [R, B, T, V], its states, records of the first)."""
         records: dict[str, Any] = {}
         said, after = [], []
         for number, (edits, state) in enumerate(zip(runs, states, strict=True)):
             options = ({"edits": edits} if edits else {}) | ({"record": record} if record and not number else {})
             options |= {} if context is None else {"context": context}
+            options |= {} if last is None else {"logits_at": last}
             model = nnx.merge(graph, arrays)
             logits, state, found = model(tokens, positions=positions, state=state, **options)
             records = records if number else found
@@ -348,8 +354,12 @@ def _generate(graph, max_new_tokens, sites, arrays, prompts, lengths, key, parts
     kept_by = {} if store is None else {"store": store}
     start = nnx.merge(graph, arrays).init_state(batch, length + max_new_tokens, **kept_by)
     shown = places < lengths[:, None]
-    logits, states, prompt_records = read(prompts, jnp.where(shown, places, -1), (start,) * len(runs), context)
-    logits = jnp.take_along_axis(logits, (lengths - 1)[None, :, None, None], axis=2)[:, :, 0]
+    last = (lengths - 1)[:, None]
+    logits, states, prompt_records = read(
+        prompts, jnp.where(shown, places, -1), (start,) * len(runs), context, last if alone else None
+    )
+    logits = logits if alone else jnp.take_along_axis(logits, last[None, :, :, None], axis=2)
+    logits = logits[:, :, 0]
     sequence = jnp.full((batch, length + max_new_tokens), -1, jnp.int32)
     sequence = sequence.at[:, :length].set(jnp.where(shown, prompts, -1).astype(jnp.int32))
     one = jax.ShapeDtypeStruct((batch, 1), jnp.int32)

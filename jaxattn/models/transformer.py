@@ -276,6 +276,7 @@ class Transformer(nnx.Module):
         edits: Mapping[str, Any] = {},
         record: Any = (),
         start: tuple[Int[Array, ""] | int, Float[Array, "b s d"]] | None = None,
+        logits_at: Int[Array, "#b p"] | Int[Array, " p"] | None = None,
     ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Any]]:
         """Runs the model.
 
@@ -298,6 +299,9 @@ class Transformer(nnx.Module):
                 axis; they are a list by layer, with None for layers without the site, where shapes differ.
             start: A pair (layer, its `resid_pre`) from which the run begins, where earlier layers are as in a run
                 before. They cost nothing then, their edits do nothing, and their records are NaN (integers: −1).
+            logits_at: [P] or [B, P], the positions of the tokens whose logits are wanted, [B, P, vocabulary]; NaN where
+                no token stands. All tokens by default. The last norm and the head are computed of these tokens alone,
+                which saves much where the vocabulary is large.
 
         Returns:
             A triple (logits, state, records).
@@ -345,6 +349,17 @@ class Transformer(nnx.Module):
             x, row, state=state, context=context, edits=changes, record=asked, start=from_layer
         )
         x = strip(x)
+        if logits_at is not None:
+            if not (self.head is None or isinstance(self.head, nn.Head | nn.MaskedTokenHead)):
+                raise ValueError(f"logits_at is given, but the head is {type(self.head).__name__}, of all tokens")
+            wanted = jnp.atleast_2d(jnp.asarray(logits_at))
+            if wanted.ndim != 2 or len(wanted) not in (1, len(x)) or not jnp.issubdtype(wanted.dtype, jnp.integer):
+                raise ValueError(
+                    f"logits_at has shape {jnp.shape(logits_at)} and dtype {wanted.dtype}: need integers [P] or "
+                    f"[{len(x)}, P]"
+                )
+            x, of_inputs = of_inputs.only(x, wanted, jnp.nan), of_inputs.moved(wanted)
+            tap = tap.at(of_inputs)
         x = tap("final_norm", x if self.norm is None else _normed(self.norm, x, tap, "final_norm_scale"))
         logits = tap("logits", x if self.head is None else self.head(x, self.embed, of_inputs))
         return logits, state, tap.records | records

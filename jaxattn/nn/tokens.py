@@ -165,6 +165,19 @@ class Tokens:
         last = jax.lax.cummax(jnp.where(self.seen(batch), jnp.arange(self.length), -1), axis=1)
         return jnp.where(last >= 0, jnp.take_along_axis(documents, jnp.maximum(last, 0), 1), -1)
 
+    def only(self, x: Array, positions: Int[Array, "#b p"], missing: Any) -> Array:
+        """Returns the entries of x [B, T, ...] of the tokens at these positions, [B, P, ...].
+
+        Args:
+            x: [B, T, ...], one entry for each of these tokens.
+            positions: [1 or B, P].
+            missing: What stands where no token has the position.
+        """
+        here = (positions[:, :, None] == self.positions[:, None]) & (self.positions >= 0)[:, None]
+        here = jnp.broadcast_to(here, (len(x), *here.shape[1:]))  # [B, P, T]
+        index = here.argmax(-1).reshape(*here.shape[:2], *(1,) * (x.ndim - 2))
+        return jnp.where(here.any(-1).reshape(index.shape), jnp.take_along_axis(x, index, 1), missing)
+
     def moved(self, positions: Int[Array, "#b t"]) -> "Tokens":
         """Returns the same tokens at other positions."""
         return dataclasses.replace(self, positions=positions, in_order=False, fixed=None)

@@ -21,11 +21,7 @@ class TokensAt(Reducer):
     positions: Int[Array, " p"]
 
     def __call__(self, value, where):
-        here = (jnp.asarray(self.positions)[:, None] == where.positions[:, None]) & (where.positions[:, None] >= 0)
-        here = jnp.broadcast_to(here, (value.shape[0], *here.shape[1:]))  # [B, P, T]
-        index = here.argmax(-1).reshape(*here.shape[:2], *(1,) * (value.ndim - 2))
-        found = jnp.take_along_axis(value, index, 1)
-        return jnp.where(here.any(-1).reshape(index.shape), found, 0)
+        return where.only(value, jnp.asarray(self.positions)[None], 0)
 
 
 @part

@@ -24,7 +24,7 @@ from tiny import (
 
 from jaxattn import Causal, nn
 from jaxattn.models import FoldedDecoder, Layer, Spec, Transformer, TransformerConfig, pre_norm
-from jaxattn.trace import Add, Layers, OnlyAt, Put, Scale
+from jaxattn.trace import Add, Layers, OnlyAt, Patch, Put, Scale
 
 L = len(MIXED)
 ADDED = ("attn_out", "mlp_out", "resid")
@@ -181,3 +181,30 @@ def test_vectors_have_no_embedding_to_tie():
             segment=4,
             rngs=nnx.Rngs(0),
         )
+
+
+def test_logits_of_some_tokens_are_those_of_all():
+    """By position, of rows that are padded on the left and on the right; NaN where no token stands."""
+    model, row = shared(), tokens(2)
+    places = jnp.stack([jnp.arange(CONTEXT) - 3, jnp.where(jnp.arange(CONTEXT) < 9, jnp.arange(CONTEXT), -1)]).clip(-1)
+    whole, _, seen = run(model, row, positions=places, record=("final_norm",))
+    wanted = jnp.array([[8, 0, 11], [8, 0, 5]])
+    found, _, some = run(model, row, positions=places, record=("final_norm", "resid"), logits_at=wanted)
+    for b, p in np.ndindex(2, 3):
+        slot = np.flatnonzero(np.asarray(places[b]) == int(wanted[b, p]))
+        if len(slot):
+            np.testing.assert_allclose(found[b, p], whole[b, slot[0]], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(some["final_norm"][b, p], seen["final_norm"][b, slot[0]], rtol=1e-5, atol=1e-5)
+        else:
+            assert (b, p) == (0, 2)
+            assert np.isnan(found[b, p]).all()
+    assert some["resid"].shape[2] == CONTEXT
+    same = run(model, row, logits_at=jnp.array([CONTEXT - 1]))[0]
+    np.testing.assert_allclose(same[:, 0], run(model, row)[0][:, -1], rtol=1e-5, atol=1e-5)
+    here = Patch(jnp.array([8]), jnp.ones((1, WIDTH)))
+    edited = run(model, row, positions=places, edits={"final_norm": here}, logits_at=wanted)[0]
+    expected = run(model, row, positions=places, edits={"final_norm": here})[0]
+    np.testing.assert_allclose(edited[1, :1], expected[1, 8:9], rtol=1e-5, atol=1e-5)
+    for given in (jnp.array([1.0]), jnp.zeros((3, 1), int), jnp.zeros((1, 1, 1), int)):
+        with pytest.raises(ValueError, match="logits_at has shape"):
+            model(row, logits_at=given)
