@@ -59,11 +59,13 @@ def fit_logistic(
         steps: The most steps.
 
     Raises:
-        ValueError: `penalty` is not above 0.
+        ValueError: `penalty` is not above 0, or a label is none of the classes.
     """
     if not penalty > 0:
         raise ValueError(f"penalty is {penalty}: need a number above 0")
     classes = int(labels.max()) + 1 if classes is None else classes
+    if not isinstance(labels, jax.core.Tracer) and not (labels.min() >= 0 and labels.max() < classes):
+        raise ValueError(f"labels has numbers from {labels.min()} to {labels.max()}: need some from 0 to {classes - 1}")
     n, features = x.shape
     wide = jnp.concatenate([x, jnp.ones((n, 1), x.dtype)], 1)
     target = jax.nn.one_hot(labels, classes, dtype=x.dtype)
@@ -92,16 +94,18 @@ def auroc(scores: Float[Array, " n"], labels: Bool[Array, " n"]) -> Float[Array,
     """Returns the chance that a positive example scores above a negative one, ties counting half; NaN without both.
 
     Args:
-        scores: [n].
+        scores: [n]. With a NaN among them the chance is NaN.
         labels: [n], True for positive examples.
     """
     labels = labels.astype(bool)
     order = jnp.sort(scores)
     below, up_to = jnp.searchsorted(order, scores, side="left"), jnp.searchsorted(order, scores, side="right")
-    rank = (below + up_to + 1) / 2
+    rank = (below + up_to + 1).astype(float) / 2
     positive = labels.sum()
     negative = labels.size - positive
-    return (jnp.where(labels, rank, 0).sum() - positive * (positive + 1) / 2) / (positive * negative)
+    # By the mean rank, since the number of pairs does not fit into 32 bits for many examples.
+    chance = (jnp.where(labels, rank / jnp.maximum(positive, 1), 0).sum() - (positive + 1) / 2) / negative
+    return jnp.where((positive == 0) | (negative == 0) | jnp.isnan(scores).any(), jnp.nan, chance)
 
 
 class Selectivity(NamedTuple):
@@ -170,6 +174,7 @@ def cka(x: Float[Array, "n f"], y: Float[Array, "n g"], *, unbiased: bool = True
     """
     if len(x) != len(y) or (unbiased and len(x) < 4):
         raise ValueError(f"x has {len(x)} examples and y {len(y)}: need as many, and at least 4")
+    x, y = x - x.mean(0), y - y.mean(0)  # which changes neither estimate, but its rounding where means are large
     ours, theirs = x @ x.T, y @ y.T
     between = hsic(ours, theirs, unbiased=unbiased)
     return between / jnp.sqrt(hsic(ours, ours, unbiased=unbiased) * hsic(theirs, theirs, unbiased=unbiased))

@@ -55,6 +55,33 @@ def test_auroc_counts_pairs():
     assert np.isnan(auroc(jnp.asarray(scores), jnp.ones(50, bool)))
 
 
+def test_auroc_of_many_examples_and_of_none():
+    """32 bits do not hold 10^10 pairs. Uniform scores that are moved by d win with the chance 1 − (1 − d)²/2."""
+    with jax.enable_x64(False):
+        n = 100_000
+        scores = (np.arange(n, dtype=np.float32) + 0.5) / n
+        scores, labels = np.concatenate([scores, scores + np.float32(0.25)]), np.arange(2 * n) >= n
+        np.testing.assert_allclose(auroc(jnp.asarray(scores), jnp.asarray(labels)), 1 - 0.75**2 / 2, rtol=1e-5)
+        for some, which in (
+            (np.ones(3), np.zeros(3)),
+            (np.arange(3.0), np.ones(3)),
+            (np.array([1, np.nan]), np.eye(2)[0]),
+        ):
+            assert np.isnan(auroc(jnp.asarray(some), jnp.asarray(which)))
+
+
+def test_cka_sees_no_mean():
+    """In float32, where numbers of 1000 leave 4 digits of the differences, whose products are 1e-6 of what is added."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 5))
+    y = x @ rng.standard_normal((5, 6)) + rng.standard_normal((40, 6))
+    for unbiased in (True, False):
+        expected = cka(jnp.asarray(x), jnp.asarray(y), unbiased=unbiased)
+        with jax.enable_x64(False):
+            moved = (jnp.asarray(z + 1000, jnp.float32) for z in (x, y))
+            np.testing.assert_allclose(cka(*moved, unbiased=unbiased), expected, rtol=1e-3)
+
+
 def test_a_probe_that_learns_by_heart_is_not_selective():
     """One-hot types with types that come again: the labels of types are learnt by heart, random ones as well."""
     types = np.random.default_rng(0).integers(0, 12, 240)
@@ -110,3 +137,5 @@ def test_bad_input_says_what_is_wrong():
         fit_logistic(drawn(4, 2), jnp.array([0, 1, 0, 1]), penalty=0)
     with pytest.raises(ValueError, match="x has 3 examples and y 3"):
         cka(drawn(3, 2), drawn(3, 2))
+    with pytest.raises(ValueError, match="labels has numbers from 0 to 2: need some from 0 to 1"):
+        fit_logistic(jnp.ones((3, 2)), jnp.arange(3), 2)
