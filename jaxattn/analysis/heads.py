@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.core.attend.measure import AtKeys, AtLags, Distance, Entropy, Mass, Measure
 from jaxattn.core.part import part
+from jaxattn.core.table import take
 from jaxattn.trace import run
 from jaxattn.trace.patching import as_inputs
 
@@ -74,18 +75,21 @@ def statistics(
         options: Other arguments of the model. Padding has position −1 in `positions`.
 
     Returns:
-        Name -> [L, N], with further axes if the measure has them; a list by layer where layers differ.
+        Name -> [L, N], with further axes if the measure has them; a list by layer where layers differ. Tokens that the
+        model has of its own before the sequence count too.
     """
-    inputs = as_inputs("inputs", inputs)
+    inputs = as_inputs("inputs", inputs, options, ("record",))
     record = {name: ("weights", measure) for name, measure in measures.items()}
     _, records = run(model, *inputs, record=record, **options)
     places = options.get("positions")
-    seen = jnp.asarray(True) if places is None else jnp.atleast_2d(jnp.asarray(places)) >= 0
+    seen = jnp.ones((1, 1), bool) if places is None else jnp.atleast_2d(jnp.asarray(places)) >= 0
 
     def mean(name: str, x: Array, axis: int) -> Array:
         if measures[name].over == "sum":
             return x.mean(axis)
-        on = jnp.broadcast_to(seen, x.shape[axis : axis + 2])
+        own = x.shape[axis + 1] - seen.shape[1]  # tokens of the model before the sequence
+        on = jnp.pad(seen, [(0, 0), (own, 0)], constant_values=True)
+        on = jnp.broadcast_to(on, x.shape[axis : axis + 2])
         on = on.reshape(*on.shape, *(1,) * (x.ndim - axis - 2))
         return jnp.where(on, x, 0).sum((axis, axis + 1)) / jnp.maximum(on.sum(), 1)
 
@@ -105,16 +109,34 @@ def between_classes(
     Args:
         model: The model.
         inputs: Its inputs.
-        classes: [B, T], the class of the token at each position, 0 .. size − 1; −1 for tokens that are left out.
+        classes: [B, P], the class of the token at each position, 0 .. size − 1; −1 for tokens that are left out. With
+            padding that is by position and not by place in the row.
         size: G.
         options: As of `statistics`.
+
+    Raises:
+        ValueError: Layers have different numbers of heads, or not all have weights, or the model has tokens of its own
+            before the sequence.
     """
-    groups = jnp.asarray(classes)
+    groups, inputs = jnp.asarray(classes), as_inputs("inputs", inputs, options, ("record",))
     record = {"mass": ("weights", Mass(groups, size))}
-    _, records = run(model, *as_inputs("inputs", inputs), record=record, **options)
-    reading = jax.nn.one_hot(groups, size, dtype=records["mass"].dtype)  # [B, T, G]
+    _, records = run(model, *inputs, record=record, **options)
+    _check_heads(records["mass"], groups.shape[1] if options.get("positions") is None else inputs[0].shape[1])
+    at = groups
+    if options.get("positions") is not None:
+        at = take(groups, jnp.atleast_2d(jnp.asarray(options["positions"])), grid=1, fill=-1)
+    reading = jax.nn.one_hot(at, size, dtype=records["mass"].dtype)  # [B, T, G]
     total = jnp.einsum("btf,lbtng->lnfg", reading, records["mass"])
     return total / jnp.maximum(reading.sum((0, 1)), 1)[:, None]
+
+
+def _check_heads(record: Any, length: int) -> None:
+    if isinstance(record, list):
+        raise ValueError("the layers have different numbers of heads, or not all have weights: need the same in all")
+    if record.shape[2] != length:
+        raise ValueError(
+            f"the model sees {record.shape[2]} tokens where the inputs have {length}: need none of the model's own"
+        )
 
 
 def repeated_tokens(
@@ -171,11 +193,16 @@ def head_scores(
         period: P, how many tokens are repeated.
         first: A token that every text begins with, such as the one by which texts begin in training.
         options: Other arguments of the model.
+
+    Raises:
+        ValueError: Layers have different numbers of heads, or not all have weights, or the model has tokens of its own
+            before the sequence.
     """
     vocabulary = model.config.vocabulary if vocabulary is None else vocabulary
     tokens = repeated_tokens(key, batch, period, vocabulary, first=first)
     lags = {"lags": ("weights", AtLags((1, period, period - 1))), "first": ("weights", USUAL["first"])}
-    _, records = run(model, tokens, record=lags, **options)
+    _, records = run(model, *as_inputs("tokens", tokens, options, ("record",)), record=lags, **options)
+    _check_heads(records["lags"], tokens.shape[1])
     second = slice(tokens.shape[1] - period, None)
     previous, duplicate, induction = jnp.moveaxis(records["lags"][:, :, second].mean((1, 2)), -1, 0)
     counts = jnp.arange(tokens.shape[1])[second] + 1

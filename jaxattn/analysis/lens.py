@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from jaxattn.core.part import part
 from jaxattn.trace import Put, run
-from jaxattn.trace.patching import as_inputs
-from jaxattn.trace.sweep import compiled
+from jaxattn.trace.patching import as_inputs, check_layers_alone
+from jaxattn.trace.sweep import compiled, unchanged
 
 
 @part
@@ -57,7 +57,7 @@ def lens(
     Returns:
         What `read` returns, with a leading axis of L + 1.
     """
-    inputs = as_inputs("inputs", inputs)
+    inputs = as_inputs("inputs", inputs, options, ("record", "start", "state"))
     _, records = run(model, *inputs, record=("resid_pre", "resid"), **options)
     if isinstance(records["resid_pre"], list):
         raise ValueError("the layers have residual streams of different shapes")
@@ -74,6 +74,7 @@ def lens(
     return compiled(all_layers, before, last, tuned)
 
 
+@unchanged()
 def lens_loss(tuned: TunedLens, model: Any, inputs: Any, **options: Any) -> Float[Array, " layers"]:
     """Returns the mean over tokens of KL(output ‖ lens) in nats for every layer, [L]: what a `TunedLens` lowers.
 
@@ -83,7 +84,7 @@ def lens_loss(tuned: TunedLens, model: Any, inputs: Any, **options: Any) -> Floa
         inputs: Its inputs.
         options: Other arguments of the model.
     """
-    inputs = as_inputs("inputs", inputs)
+    inputs = as_inputs("inputs", inputs, options, ("record", "start", "state"))
     logits, _, records = model(*inputs, record=("resid_pre",), **options)
     target = jax.lax.stop_gradient(jax.nn.log_softmax(logits))
     before = jax.lax.stop_gradient(records["resid_pre"])
@@ -120,6 +121,7 @@ class Attribution(NamedTuple):
         return self.constant + sum(x.sum() for x in (self.embed, self.heads, self.attention_bias, self.mlp))
 
 
+@unchanged()
 def direct_attribution(
     model: Any, inputs: Any, metric: Callable[[Array], Array], *, sources: bool = False, **options: Any
 ) -> Attribution:
@@ -142,7 +144,8 @@ def direct_attribution(
             the model has a norm or a gate behind its attention, a norm of the sum, or further branches. Or the metric
             is not one number, the model has no heads, or tokens of its own before the sequence.
     """
-    inputs = as_inputs("inputs", inputs)
+    inputs = as_inputs("inputs", inputs, options)
+    check_layers_alone(model)
     if "z" not in model.sites:
         raise ValueError(f"the model has no site 'z', which heads read: it has {list(model.sites)}")
     scale = ("final_norm_scale",) if "final_norm_scale" in model.sites else ()

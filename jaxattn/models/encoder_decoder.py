@@ -51,6 +51,11 @@ class EncoderDecoder(nnx.Module):
                 raise ValueError("share_embedding is True, but the embeddings of encoder and decoder differ")
             self.decoder.embed = self.encoder.embed
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites of the decoder, which calls of the whole record and edit; those of the encoder are its own."""
+        return self.decoder.sites
+
     def encode(
         self,
         inputs: Shaped[Array, "b s ..."],

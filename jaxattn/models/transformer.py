@@ -423,14 +423,20 @@ class Transformer(nnx.Module):
         """
         count = sum(self.lengths)
         runs_all = isinstance(start, int) and start == 0 and stop is None
+        runs_none = isinstance(start, int) and start == count
         if not runs_all:
             if state is not None:
                 raise ValueError("start or stop leaves layers out, but there is a state, which needs all of them")
-            if any(self.reads):
-                raise ValueError("start or stop leaves layers out, but a layer reads the keys of another")
+            if any(self.reads) and not runs_none:
+                raise ValueError(
+                    "start or stop leaves layers out, but a layer reads the keys of another: need runs of all layers, "
+                    "such as interchange(..., restart=False)"
+                )
             for name, end in (("start", start), ("stop", stop)):
                 if isinstance(end, int) and not 0 <= end <= count:
                     raise ValueError(f"{name} is {end}: need a layer from 0 to {count}")
+                if end is not None and hasattr(end, "dtype"):  # where it is not known, NaN tells a layer that is none
+                    x = jnp.where((end >= 0) & (end <= count), x, jnp.nan)
         if tokens is None:
             tokens = self.tokens(x, state=state)
             tokens = tokens if state is None else tokens.moved(tokens.positions + self.config.meta_tokens)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jaxattn.nn.tap import OF_MODEL, Layers, bare_site, site_of
 from jaxattn.trace.edits import Add, Pairs, Put
 from jaxattn.trace.patching import Metric, same_shapes
-from jaxattn.trace.sweep import compiled, run
+from jaxattn.trace.sweep import compiled, run, unchanged
 
 
 def attribution(
@@ -56,13 +56,14 @@ def attribution(
     return {site: product if whole[site] else product.sum(-1) for site, product in products.items()}
 
 
+@unchanged()
 def changes_and_gradients(
     model: Any, base: Any, source: Any, metric: Metric, sites: Sequence[str], *, steps: int | None, **options: Any
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Returns the pair (site -> u_source − u_base, site -> gradient of the metric), as `attribution` uses them."""
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: need at least one gradient, or None for the one at the base")
-    ours, theirs = same_shapes(base, source)
+    ours, theirs = same_shapes(base, source, options)
     sites = tuple(dict.fromkeys(sites))
     record = tuple(dict.fromkeys((*sites, *(() if steps is None else ("embed",)))))
     before, after = (run(model, *inputs, record=record, **options)[1] for inputs in (ours, theirs))

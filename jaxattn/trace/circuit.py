@@ -18,8 +18,8 @@ from jaxattn.core.part import part
 from jaxattn.nn import MultiHeadAttention
 from jaxattn.nn.tap import Layers
 from jaxattn.trace.edits import Add, Put
-from jaxattn.trace.patching import Metric, same_shapes
-from jaxattn.trace.sweep import compiled, run
+from jaxattn.trace.patching import Metric, check_layers_alone, same_shapes
+from jaxattn.trace.sweep import compiled, run, unchanged
 
 RECORDED = ("embed", "resid_pre", "resid", "q", "k", "v", "z", "attn_out", "mlp_out")
 
@@ -111,6 +111,7 @@ def _parts(model: Any, records: dict[str, Any], options: dict[str, Any]) -> _Par
 
 def _recorded(model: Any) -> tuple[str, ...]:
     """Returns the sites to record, of a model whose stream is the sum of what the writers add."""
+    check_layers_alone(model)
     first = 0
     for layers, length in zip(model.runs, model.lengths, strict=True):
         kinds, where = [branch.mixes for branch in layers.branches], f"layers[{first}] of the model has"
@@ -134,6 +135,7 @@ def _recorded(model: Any) -> tuple[str, ...]:
     return (*RECORDED, *(("resid_mid",) if "resid_mid" in model.sites else ()))
 
 
+@unchanged()
 def edge_attribution(
     model: Any, base: Any, source: Any, metric: Metric, *, steps: int | None = None, **options: Any
 ) -> Circuit:
@@ -161,7 +163,7 @@ def edge_attribution(
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: need at least one gradient, or None for the one at the base")
-    ours, theirs = same_shapes(base, source)
+    ours, theirs = same_shapes(base, source, options)
     sites = _recorded(model)
     at_base, at_source = (run(model, *inputs, record=sites, **options)[1] for inputs in (ours, theirs))
     parts = _parts(model, at_base, options)
@@ -243,6 +245,7 @@ def _edges(parts: _Parts) -> Circuit:
     return Circuit(*map(jnp.asarray, there))
 
 
+@unchanged()
 def with_edges(model: Any, base: Any, source: Any, kept: Circuit, **options: Any) -> Array:
     """Returns the output of a run on the base in which all edges that are not kept carry the source.
 
@@ -259,7 +262,7 @@ def with_edges(model: Any, base: Any, source: Any, kept: Circuit, **options: Any
     Raises:
         ValueError: As of `edge_attribution`.
     """
-    ours, theirs = same_shapes(base, source)
+    ours, theirs = same_shapes(base, source, options)
     sites = _recorded(model)
     at_base, at_source = (run(model, *inputs, record=sites, **options)[1] for inputs in (ours, theirs))
     parts = _parts(model, at_base, options)
@@ -357,7 +360,7 @@ def faithfulness(
     drawn = [
         jnp.where(x == 0, 0, jax.random.uniform(k, x.shape, minval=0.5)) for k, x in zip(keys, leaves, strict=True)
     ]
-    at_base, at_source = (metric(run(model, *inputs, **options)[0]) for inputs in same_shapes(base, source))
+    at_base, at_source = (metric(run(model, *inputs, **options)[0]) for inputs in same_shapes(base, source, options))
 
     def share(scores: Circuit, count: Array) -> Array:
         found = metric(with_edges(model, base, source, largest(scores, count), **options))

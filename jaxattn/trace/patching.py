@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from jaxattn.core.part import part
 from jaxattn.nn.tap import OF_MODEL, Layers, bare_site, site_of
@@ -20,6 +21,7 @@ from jaxattn.trace.sweep import Places, run, sweep
 
 Inputs = Sequence[Any]
 Metric = Callable[[Any], Any]
+OWN = ("edits", "record", "start", "state")
 
 
 @part
@@ -29,25 +31,42 @@ class Effects:
     Attributes:
         metric: [table ..., *m], the metric of each patched run.
         base: [*m], the metric of the base.
-        source: [*m], the metric of the source.
+        source: [*m], the metric of the source. Each is a pytree if the metric is one.
     """
 
-    metric: Float[Array, "..."]
-    base: Float[Array, "..."]
-    source: Float[Array, "..."]
+    metric: Any
+    base: Any
+    source: Any
 
     @property
-    def share(self) -> Float[Array, "..."]:
+    def share(self) -> Any:
         """(metric − base) / (source − base): 0 for no effect, 1 if the patched run is as the source.
 
-        NaN where the two runs have the same metric.
+        NaN where the two runs have the same metric. Booleans count as 0 and 1.
         """
-        gap = self.source - self.base
-        return jnp.where(gap == 0, jnp.nan, self.metric - self.base) / jnp.where(gap == 0, 1, gap)
+
+        def of(metric: Array, base: Array, source: Array) -> Array:
+            metric, base, source = (jnp.asarray(x) * 1.0 for x in (metric, base, source))
+            gap = source - base
+            return jnp.where(gap == 0, jnp.nan, metric - base) / jnp.where(gap == 0, 1, gap)
+
+        return jax.tree.map(of, self.metric, self.base, self.source)
 
 
-def as_inputs(name: str, inputs: Any) -> tuple[Any, ...]:
-    """Returns the positional inputs of a model: an array alone is its only one."""
+def as_inputs(name: str, inputs: Any, options: Mapping[str, Any], own: Sequence[str] = OWN) -> tuple[Any, ...]:
+    """Returns the positional inputs of a model: an array alone is its only one.
+
+    Args:
+        name: The name of the argument.
+        inputs: The inputs.
+        options: The other arguments of the model.
+        own: Which of these are those of the caller, and not for options.
+
+    Raises:
+        TypeError: The inputs are neither an array nor a tuple, or options are those of the caller.
+    """
+    if both := sorted(set(own) & set(options)):
+        raise TypeError(f"options has {both}, which this function gives the model itself: need others, such as mask")
     if isinstance(inputs, tuple | list):
         return tuple(inputs)
     if not hasattr(inputs, "shape"):
@@ -55,14 +74,22 @@ def as_inputs(name: str, inputs: Any) -> tuple[Any, ...]:
     return (inputs,)
 
 
-def same_shapes(base: Any, source: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Returns both inputs as tuples.
+def check_layers_alone(model: Any) -> None:
+    """Raises TypeError if the layers of a model cannot be called alone, as those of a `Transformer` can."""
+    if not hasattr(model, "layers"):
+        raise TypeError(f"model is {type(model).__name__}: need a Transformer, such as its decoder with context=")
+
+
+def same_shapes(
+    base: Any, source: Any, options: Mapping[str, Any], own: Sequence[str] = OWN
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Returns both inputs as tuples; options are as of `as_inputs`.
 
     Raises:
-        TypeError: One of them is neither an array nor a tuple.
+        TypeError: One of them is neither an array nor a tuple, or options are those of the caller.
         ValueError: They differ in shape, as prompts of unequal length do.
     """
-    ours, theirs = as_inputs("base", base), as_inputs("source", source)
+    ours, theirs = as_inputs("base", base, options, own), as_inputs("source", source, options, own)
     shapes = [tuple(jnp.shape(x) for x in each) for each in (ours, theirs)]
     if shapes[0] != shapes[1]:
         raise ValueError(
@@ -110,7 +137,7 @@ def interchange(
         model: The model.
         base: The inputs of the run that is changed: tokens, or a tuple of inputs.
         source: The inputs of the run whose values are put in, of the same shapes.
-        metric: From the output of the model to a number or an array, such as a difference of logits.
+        metric: From the output of the model to a number, an array or a pytree, such as a difference of logits.
         grid: The places, such as `heads(model)`, `heads(model, site="k")` or `positions(model, range(T))`. Their edit
             is not read.
         chunk: As of `sweep`.
@@ -120,9 +147,12 @@ def interchange(
         options: Other arguments of the model, for both runs.
 
     Raises:
-        ValueError: The two inputs differ in shape.
+        ValueError: The two inputs differ in shape, layers have the site in different shapes, or the model draws random
+            numbers.
+        TypeError: `options` has edits, record, start or state.
     """
-    ours, theirs = same_shapes(base, source)
+    ours, theirs = same_shapes(base, source, options)
+    grid = dataclasses.replace(grid, site=site_of("grid", grid.site))
     record = (grid.site, "resid_pre") if restart else (grid.site,)
     at_base, mine = run(model, *ours, edits=base_edits, record=record, **options)
     at_source, other = run(model, *theirs, record=(grid.site,), **options)
@@ -145,7 +175,7 @@ def path(
     senders: Places,
     receivers: Mapping[str, Bool[Array, "layers heads"] | Bool[Array, " layers"]],
     *,
-    frozen: Sequence[str] = ("z", "mlp_out"),
+    frozen: Sequence[str] | None = None,
     freeze_norms: bool = False,
     chunk: int = 1,
     **options: Any,
@@ -165,8 +195,8 @@ def path(
         senders: The places of which each sends in turn, such as `heads(model)`. Their edit is not read.
         receivers: Site -> which heads of each layer receive, [L, heads of the site]; for a site without heads, such as
             mlp_post, which layers, [L].
-        frozen: The sites that do not pass the change on. Without "mlp_out", paths through feed-forward blocks count
-            too.
+        frozen: The sites that do not pass the change on, by default "z" and, where there are feed-forward blocks,
+            "mlp_out". Without the latter, paths through these blocks count too.
         freeze_norms: Whether norms divide by what they divide by in the base. The change then reaches the receivers
             linearly.
         chunk: As of `sweep`.
@@ -175,7 +205,11 @@ def path(
     Raises:
         ValueError: The two inputs differ in shape, or a site of the receivers is frozen.
     """
-    ours, theirs = same_shapes(base, source)
+    ours, theirs = same_shapes(base, source, options)
+    senders = dataclasses.replace(senders, site=site_of("senders", senders.site))
+    receivers = {site_of("receivers", site): on for site, on in receivers.items()}
+    kinds = [site for site in ("z", "mlp_out") if site in model.sites] if frozen is None else frozen
+    frozen = tuple(site_of("frozen", site) for site in kinds)
     if both := sorted(set(receivers) & set(frozen)):
         raise ValueError(f"receivers has the sites {both}, which are frozen: need others, such as mlp_post for mlp_out")
     norms = [site for site in model.sites if bare_site(site).endswith("norm_scale")] if freeze_norms else []
@@ -206,8 +240,10 @@ def _as_it_was(site: str, record: Any) -> Any:
 def _where(on: Any, site: str, record: Any) -> Layers:
     """Returns the edit that puts a record in place in some layers [L], or in some heads of them [L, heads]."""
     on = jnp.asarray(on)
+    if isinstance(record, list) or site in OF_MODEL or bare_site(site) in ("scores", "weights"):
+        raise ValueError(f"receivers has the site {site!r}: need sites of tokens that all layers have in one shape")
     expected = (*record.shape[:1], *record.shape[-2:-1]) if on.ndim == 2 else record.shape[:1]
-    if isinstance(record, list) or on.shape != expected:
+    if on.shape != expected:
         raise ValueError(f"receivers[{site!r}] has shape {on.shape}: need one entry per layer, or [layers, heads]")
     shape = (on.shape[0], 1, 1, *on.shape[1:], *(1,) * (record.ndim - 2 - on.ndim))
     return Layers(Put(record, on.reshape(shape)))

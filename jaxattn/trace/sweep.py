@@ -5,18 +5,20 @@ Nothing here knows what a model is made of. A model is a module that is called a
 """
 
 import abc
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+from flax import errors, nnx
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Bool, Int
 
 from jaxattn.core.part import part
-from jaxattn.nn.tap import Layers, bare_site, site_of
+from jaxattn.nn.tap import OF_MODEL, Layers, bare_site, site_of
 from jaxattn.trace.edits import Cut, OnlyAt, Scale
 
 
@@ -24,7 +26,7 @@ def run(model: Any, *inputs: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Returns the pair (output, records) of one compiled call of the model.
 
     Calls that differ in numbers only share one program: inputs of the same shapes, edits of the same kinds at the same
-    sites, records of the same names.
+    sites, records of the same names. The model stays as it is: dropout, in training, is the same in every call.
 
     Args:
         model: The model.
@@ -48,6 +50,17 @@ def _run(graph: Any, structure: Any, others: Any, state: Any, numbers: Any) -> t
     inputs, options = jax.tree.unflatten(structure, leaves)
     output, _, records = nnx.merge(graph, state)(*inputs, **options)
     return output, records
+
+
+@contextlib.contextmanager
+def unchanged() -> Iterator[None]:
+    """Raises ValueError, as a decorator of functions that trace a model, where the model would change in it."""
+    try:
+        yield
+    except errors.TraceContextError as error:
+        raise ValueError(
+            "the model draws random numbers, as dropout does in training, and so changes in a run: need model.eval()"
+        ) from error
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -161,11 +174,11 @@ def heads(
         edit: The edit, shared by all layers, or `Layers(edit)` if its arrays have a layer axis. `Put` of a mean is mean
             ablation, `Put` of the record of another run is a patch.
         site: A site with heads.
-        positions: [P], a third axis of the table: single positions. All of them by default.
+        positions: [P], a third axis of the table: single positions, from 0. All of them by default.
         inputs: Inputs of the model, of which only shapes are read; by default a single token.
 
     Raises:
-        ValueError: The site is unknown, no layer has it, or it has no heads.
+        ValueError: The site is unknown, no layer has it, it has no heads, or a position is negative.
     """
     site = site_of("site", site)
     shapes = _by_layer(model, site, inputs)
@@ -188,13 +201,13 @@ def positions(
 
     Args:
         model: The model.
-        positions: [P], positions of tokens.
+        positions: [P], positions of tokens, from 0. Where no token stands nothing is edited.
         edit: As of `heads`.
         site: A site of tokens, such as resid_pre, attn_out or mlp_out.
         inputs: As of `heads`.
 
     Raises:
-        ValueError: The site is unknown, or no layer has it.
+        ValueError: The site is unknown, no layer has it, or a position is negative.
     """
     site = site_of("site", site)
     counts = [0 if shape is None else 1 for shape in _by_layer(model, site, inputs)]
@@ -211,9 +224,9 @@ def edges(model: Any, queries: Any, keys: Any, *, inputs: Sequence[Any] | None =
         inputs: As of `heads`.
 
     Raises:
-        ValueError: There are not as many queries as keys, or no layer has scores.
+        ValueError: There are not as many queries as keys, one is negative, or no layer has scores.
     """
-    queries, keys = jnp.atleast_1d(jnp.asarray(queries)), jnp.atleast_1d(jnp.asarray(keys))
+    queries, keys = _positions("queries", queries), _positions("keys", keys)
     if queries.shape != keys.shape or queries.ndim != 1:
         raise ValueError(f"queries has shape {queries.shape} and keys {keys.shape}: need one position each per edge")
     counts = [0 if shape is None else shape[-3] for shape in _by_layer(model, "scores", inputs)]
@@ -230,14 +243,25 @@ def _places(site: str, edit: Any, counts: list[int], positions: Any, by_head: bo
         sizes, axes = [*sizes, width], [*axes, "head"]
     there = jnp.arange(width) < jnp.asarray(counts)[:, None]
     if positions is not None:
-        positions = jnp.atleast_1d(jnp.asarray(positions))
+        positions = _positions("positions", positions)
         sizes, axes = [*sizes, len(positions)], [*axes, "position"]
         there = jnp.repeat(there, len(positions), 1)
     return Places(tuple(sizes), tuple(axes), there, site, edit, width if by_head else None, positions)
 
 
+def _positions(name: str, given: Any) -> Int[Array, " p"]:
+    positions = jnp.atleast_1d(jnp.asarray(given))
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"{name} must be whole numbers, got {positions.dtype}")
+    if not isinstance(positions, jax.core.Tracer) and (np.asarray(positions) < 0).any():
+        raise ValueError(f"{name} has {np.asarray(positions).min()}: need positions from 0, as the last of T is T - 1")
+    return positions
+
+
 def _by_layer(model: Any, site: str, inputs: Sequence[Any] | None) -> list[tuple[int, ...] | None]:
     """Returns the shape of a site in every layer, None in layers that do not have it."""
+    if site in OF_MODEL:
+        raise ValueError(f"site is {site!r}, which a model has once: need a site of layers, such as 'resid_pre'")
     inputs = (jnp.zeros((1, 1), jnp.int32),) if inputs is None else tuple(inputs)
     graph, state = nnx.split(model)
     found = jax.eval_shape(lambda state, inputs: nnx.merge(graph, state)(*inputs, record=(site,))[2], state, inputs)
@@ -247,6 +271,7 @@ def _by_layer(model: Any, site: str, inputs: Sequence[Any] | None) -> list[tuple
     return [record.shape[1:]] * record.shape[0]
 
 
+@unchanged()
 def sweep(F: Callable[..., Any], edits: Any, *, chunk: int = 1, resid_pre: Any = None) -> Any:
     """Returns F of every one of many edits, computed by one compiled program.
 
@@ -260,12 +285,12 @@ def sweep(F: Callable[..., Any], edits: Any, *, chunk: int = 1, resid_pre: Any =
             begins at the layer that it edits, which saves half of the layers.
 
     Returns:
-        What F returns, with the axes of the grid in front, NaN at places that the model does not have; or with the
-        leading axis of the edits.
+        What F returns, with the axes of the grid in front, NaN at places that the model does not have (whole numbers
+        and booleans of F become floats where there are such places); or with the leading axis of the edits.
 
     Raises:
-        ValueError: `chunk` is below 1, the arrays of the edits do not have the same leading axis, or `resid_pre` is
-            given without a grid or has not as many layers.
+        ValueError: `chunk` is below 1, the arrays of the edits do not have the same leading axis, `resid_pre` is given
+            without a grid or has not as many layers, or the model draws random numbers.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: need at least one run at once")
@@ -302,8 +327,8 @@ def sweep(F: Callable[..., Any], edits: Any, *, chunk: int = 1, resid_pre: Any =
     def shaped(x: Array) -> Array:
         rest = x.shape[1:] if resid_pre is None else x.shape[2:]
         x = x.reshape(*grid.shape, *rest)
-        there = grid.there.reshape(*grid.shape, *(1,) * len(rest))
-        return jnp.where(there, x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        everywhere = not isinstance(grid.there, jax.core.Tracer) and np.asarray(grid.there).all()
+        return x if everywhere else jnp.where(grid.there.reshape(*grid.shape, *(1,) * len(rest)), x, jnp.nan)
 
     return jax.tree.map(shaped, found)
 

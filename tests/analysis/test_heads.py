@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxattn import Received, nn
-from jaxattn.analysis import between_classes, head_scores, head_statistics, repeated_tokens, statistics
+from jaxattn.analysis import USUAL, between_classes, head_scores, head_statistics, repeated_tokens, statistics
 from jaxattn.core.attend import AtLags, LagProfile
 from jaxattn.models import Spec, Transformer, TransformerConfig, pre_norm
 
@@ -53,8 +53,6 @@ def test_statistics_are_means_over_tokens_that_are_no_padding():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)))
     places = np.stack([np.arange(T), np.maximum(np.arange(T) - 3, -1)])
     more = {"lags": LagProfile(3), "received": Received(), "back": AtLags((1, 2))}
-    from jaxattn.analysis import USUAL
-
     found = statistics(model, tokens, USUAL | more, positions=jnp.asarray(places))
     w = np.asarray(model(tokens, positions=jnp.asarray(places), record=("weights",))[2]["weights"])  # [L, B, N, T, S]
     seen = places >= 0
@@ -72,18 +70,23 @@ def test_statistics_are_means_over_tokens_that_are_no_padding():
     assert found["lags"].shape == (L, N, 3)
 
 
-def test_classes_read_from_each_other():
-    """Over all classes a row is 1; tokens of no class neither read nor are read."""
+@pytest.mark.parametrize("places", [None, [[*range(T)], [-1, -1, *range(T - 2)]], [*range(T - 3), -1, -1, -1]])
+def test_classes_read_from_each_other(places):
+    """Over all classes a row is 1; tokens of no class neither read nor are read. Classes are by position."""
     model = decoder()
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)))
     classes = np.random.default_rng(1).integers(-1, 3, (B, T))
-    found = between_classes(model, tokens, jnp.asarray(classes), 3)
-    w = np.asarray(model(tokens, record=("weights",))[2]["weights"])
+    options = {} if places is None else {"positions": jnp.asarray(places)}
+    found = between_classes(model, tokens, jnp.asarray(classes), 3, **options)
+    whole = between_classes(model, tokens, jnp.asarray(classes % 3), 3, **options)
+    w = np.asarray(model(tokens, record=("weights",), **options)[2]["weights"])
+    if places is not None:
+        places = np.broadcast_to(places, (B, T))
+        classes = np.where(places < 0, -1, np.take_along_axis(classes, places, 1))
     for f, t in np.ndindex(3, 3):
         mass = (w * (classes == t)[:, None, None]).sum(-1)  # [L, B, N, T]
         on = (classes == f)[:, None]
         np.testing.assert_allclose(found[:, :, f, t], (mass * on).sum((1, 3)) / on.sum(), rtol=1e-4, atol=1e-6)
-    whole = between_classes(model, tokens, jnp.asarray(classes % 3), 3)
     np.testing.assert_allclose(whole.sum(-1), 1, rtol=1e-5)
 
 
@@ -100,3 +103,20 @@ def test_scores_of_heads_are_weights_of_the_second_copy(first):
         assert (tokens[:, queries] == tokens[:, queries - period]).all()
     np.testing.assert_allclose(found.first, w[:, :, :, queries, 0].mean((1, 3)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.chance, np.mean(1 / (queries + 1)), rtol=1e-6)
+
+
+def test_tokens_of_the_model_itself_count_and_heads_of_several_sizes_are_refused():
+    layer = pre_norm(Spec(nn.MultiHeadAttention, heads=2), Spec(nn.FeedForward, hidden=8))
+    tokens = jnp.zeros((B, T), jnp.int32)
+    own = Transformer(TransformerConfig(V, 40, 16, [layer], meta_tokens=2), rngs=nnx.Rngs(0))
+    found = statistics(own, tokens, {"entropy": USUAL["entropy"]}, positions=jnp.arange(T))["entropy"]
+    w = np.asarray(own(tokens, record=("weights",))[2]["weights"], np.float64)
+    np.testing.assert_allclose(found, -(w * np.log(np.where(w > 0, w, 1))).sum(-1).mean((1, 3)), rtol=1e-5)
+    with pytest.raises(ValueError, match="the model sees 20 tokens where the inputs have 18"):
+        head_scores(own, jax.random.key(0), period=9)
+    other = pre_norm(Spec(nn.MultiHeadAttention, heads=4), Spec(nn.FeedForward, hidden=8))
+    mixed = Transformer(TransformerConfig(V, 40, 16, [layer, other]), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="different numbers of heads"):
+        head_scores(mixed, jax.random.key(0), period=9)
+    with pytest.raises(ValueError, match="different numbers of heads"):
+        between_classes(mixed, tokens, tokens, 2)

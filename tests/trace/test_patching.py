@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from looked_at import B, D, K, L, N, T, V, last, model, prompts
+from flax import nnx
+from looked_at import ATTENTION, B, D, K, L, N, T, V, last, model, prompts
 
 from jaxattn import trace
+from jaxattn.models import Branch, Layer, Transformer, TransformerConfig
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -123,3 +125,35 @@ def test_bad_input_says_what_is_wrong():
         trace.path(model(), base, source, last, trace.heads(model()), {"mlp_out": jnp.ones(L, bool)})
     with pytest.raises(ValueError, match=r"receivers\['k'\] has shape \(3, 4\)"):
         trace.path(model(), base, source, last, trace.heads(model()), {"k": jnp.ones((L, N), bool)})
+
+
+def test_shares_of_pytrees_and_of_booleans():
+    found = trace.Effects(
+        {"loss": jnp.array([1.0, 2.5]), "right": jnp.array([True, False])},
+        {"loss": jnp.array(1.0), "right": jnp.array(False)},
+        {"loss": jnp.array(3.0), "right": jnp.array(True)},
+    ).share
+    np.testing.assert_array_equal(found["loss"], [0, 0.75])
+    np.testing.assert_array_equal(found["right"], [1, 0])
+
+
+def test_names_of_other_libraries_are_the_same_sites():
+    """Behind a head of the only layer there is nothing but the output, so its path is its patch, frozen or not."""
+    base, source = prompts()
+    made = Transformer(TransformerConfig(V, T, D, [Layer([Branch(ATTENTION)])], dtype="float64"), rngs=nnx.Rngs(0))
+    expected = trace.interchange(made, base, source, last, trace.heads(made)).metric
+    grid = dataclasses.replace(trace.heads(made), site="attn.hook_z")
+    for frozen in (None, ("attn.hook_z", "z")):
+        found = trace.path(made, base, source, last, grid, {}, frozen=frozen).metric
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+    with pytest.raises(ValueError, match="which are frozen"):
+        trace.path(made, base, source, last, grid, {"attn.hook_z": jnp.ones((1, N), bool)}, frozen=("z",))
+    with pytest.raises(ValueError, match="receivers has the site 'weights'"):
+        trace.path(made, base, source, last, grid, {"attn.hook_pattern": jnp.ones(1, bool)})
+
+
+def test_options_of_the_function_itself_are_refused():
+    base, source = prompts()
+    for function, more in ((trace.interchange, (trace.heads(model()),)), (trace.attribution, ())):
+        with pytest.raises(TypeError, match=r"options has \['edits'\]"):
+            function(model(), base, source, last, *more, edits={})

@@ -29,7 +29,8 @@ def loss(edits, start=None):
 
 def one_by_one(edits_of, *sizes):
     """The loop: one call of the model for each cell, with an edit of one layer that spells out what it does."""
-    run = jax.jit(lambda edits: last(plain(edits=edits)[0]), static_argnums=())
+    model()  # is made here and kept, so that it is not made inside of `jit`
+    run = jax.jit(lambda edits: last(plain(edits=edits)[0]))
     return np.array([run(edits_of(*cell)) for cell in np.ndindex(*sizes)]).reshape(sizes)
 
 
@@ -59,7 +60,7 @@ def test_ablating_every_head_is_the_loop(chunk):
     expected = one_by_one(lambda layer, head: {"z": {layer: trace.Scale(1.0 - jnp.eye(N)[head][:, None])}}, L, N)
     grid = trace.heads(model())
     assert (grid.shape, grid.axes) == ((L, N), ("layer", "head"))
-    np.testing.assert_allclose(trace.sweep(loss, grid, chunk=chunk), expected, **CLOSE)
+    np.testing.assert_allclose(jax.jit(lambda: trace.sweep(loss, grid, chunk=chunk))(), expected, **CLOSE)
     assert np.ptp(expected) > 1e-3
     resid = plain(record=("resid_pre",))[2]["resid_pre"]
     np.testing.assert_allclose(trace.sweep(loss, grid, chunk=chunk, resid_pre=resid), expected, **CLOSE)
@@ -128,14 +129,18 @@ def test_layers_without_the_site_are_nan():
     tokens = prompts()[0]
 
     def of(edits):
-        return last(mixed(tokens, edits=edits)[0])
+        logits = mixed(tokens, edits=edits)[0]
+        return {"loss": last(logits), "tokens": logits[:, -1].argmax(-1)}
 
     grid = trace.heads(mixed, site="q_rotated")
     assert grid.shape == (3, 4)
-    found = np.asarray(trace.sweep(of, grid))
+    found = jax.tree.map(np.asarray, jax.jit(lambda: trace.sweep(of, grid))())
+    assert (np.isnan(found["tokens"]) == np.isnan(found["loss"])[..., None]).all()  # also numbers that are whole
+    one = of({"q_rotated": {0: trace.Scale(jnp.eye(2)[0][:, None])}})
+    np.testing.assert_array_equal(found["tokens"][0, 1], one["tokens"])
+    found = found["loss"]
     assert (np.isnan(found) == [[False, False, True, True], [True] * 4, [False] * 4]).all()
-    gone = jnp.eye(2)[0][:, None]
-    np.testing.assert_allclose(found[0, 1], of({"q_rotated": {0: trace.Scale(gone)}}), rtol=1e-5)
+    np.testing.assert_allclose(found[0, 1], one["loss"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sequential", "parallel"])
@@ -152,6 +157,36 @@ def test_a_run_can_begin_and_end_in_the_middle(kind):
     x, _, seen = made.layers(records["resid_pre"][1], start=1, stop=2, record=("resid",))
     np.testing.assert_allclose(x, records["resid"][1], **CLOSE)
     assert np.isnan(seen["resid"][::2]).all()
+
+
+def test_a_start_that_is_no_layer_is_not_a_number():
+    """`run` hands numbers on traced, so that nothing can be raised."""
+    x = jnp.ones((B, T, D))
+    for start, right in ((L, True), (L + 1, False), (-1, False)):
+        logits, _ = trace.run(model(), prompts()[0], start=(start, x))
+        assert np.isfinite(logits).all() if right else np.isnan(logits).all()
+
+
+def test_keys_of_another_layer_are_not_needed_behind_the_last():
+    layers = [
+        pre_norm(Spec(nn.MultiHeadAttention, heads=2, keys_from=keys), Spec(nn.FeedForward, hidden=8))
+        for keys in ("self", "layer")
+    ]
+    made = Transformer(TransformerConfig(11, T, 16, layers), rngs=nnx.Rngs(0))
+    logits, _, seen = made(prompts()[0], record=("resid",))
+    np.testing.assert_allclose(made(prompts()[0], start=(2, seen["resid"][-1]))[0], logits, rtol=1e-6)
+    with pytest.raises(ValueError, match="restart=False"):
+        made(prompts()[0], start=(1, seen["resid"][0]))
+
+
+def test_a_model_in_training_is_refused():
+    layer = pre_norm(Spec(nn.MultiHeadAttention, heads=2, dropout=0.5), Spec(nn.FeedForward, hidden=8))
+    made = Transformer(TransformerConfig(11, T, 16, [layer] * 2), rngs=nnx.Rngs(0, dropout=1))
+    base, source = prompts()
+    with pytest.raises(ValueError, match=r"need model\.eval\(\)"):
+        trace.sweep(lambda edits: last(made(base, edits=edits)[0]), trace.heads(made))
+    with pytest.raises(ValueError, match=r"need model\.eval\(\)"):
+        trace.attribution(made, base, source, last)
 
 
 def test_layers_that_are_left_out_draw_no_random_numbers():
@@ -175,6 +210,14 @@ def test_bad_input_says_what_is_wrong():
         trace.heads(model(), site="resid")
     with pytest.raises(ValueError, match="unknown site 'zz'"):
         trace.heads(model(), site="zz")
+    with pytest.raises(ValueError, match="site is 'embed', which a model has once"):
+        trace.positions(model(), [1], site="embed")
+    with pytest.raises(ValueError, match="positions has -1: need positions from 0"):
+        trace.positions(model(), [0, -1])
+    with pytest.raises(TypeError, match="positions must be whole numbers, got bool"):
+        trace.heads(model(), positions=jnp.ones(T, bool))
+    with pytest.raises(ValueError, match="keys has -2: need positions from 0"):
+        trace.edges(model(), [1], [-2])
     with pytest.raises(ValueError, match="chunk is 0"):
         trace.sweep(loss, trace.heads(model()), chunk=0)
     with pytest.raises(ValueError, match="need 3 layers first"):
