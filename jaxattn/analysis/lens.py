@@ -33,6 +33,7 @@ class TunedLens:
         return cls(jnp.zeros((layers, width, width)), jnp.zeros((layers, width)))
 
 
+@unchanged()
 def lens(
     model: Any,
     inputs: Any,

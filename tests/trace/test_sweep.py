@@ -1,5 +1,7 @@
 """Tables of edits: a sweep is the loop over its cells, whatever its chunk and wherever its runs begin."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,20 @@ def test_ablating_every_head_is_the_loop(chunk):
     assert np.ptp(expected) > 1e-3
     resid = plain(record=("resid_pre",))[2]["resid_pre"]
     np.testing.assert_allclose(trace.sweep(loss, grid, chunk=chunk, resid_pre=resid), expected, **CLOSE)
+
+
+def test_weights_are_no_constants_of_the_program():
+    """JAX warns of constants beyond a size, as those of a plain `jit` are."""
+    before, made = jax.config.jax_captured_constants_warn_bytes, model()
+    jax.config.update("jax_captured_constants_warn_bytes", 10_000)
+    try:
+        with pytest.warns(UserWarning, match="constants"):
+            jax.jit(lambda: last(made(prompts()[0])[0]))()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trace.sweep(loss, trace.heads(made), chunk=2)
+    finally:
+        jax.config.update("jax_captured_constants_warn_bytes", before)
 
 
 def test_edits_with_arrays_by_layer_and_key_heads():
