@@ -3,7 +3,7 @@
 Writers add to the residual stream: the embedding, every head, every feed-forward block. Readers read it: the queries,
 keys and values of every head, every feed-forward block, and the output. An edge leads from a writer to a later reader.
 Everything is computed from sites, so layers may be of different kinds as long as sites have the same shapes in all:
-each adds what one attention writes, and then, or at the same time, what one feed-forward block writes.
+each adds what one attention writes, and then, or at the same time, what one feed-forward block writes, if it has one.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ class Circuit:
     """A number for every edge of a model, such as its score, or whether it is in a circuit.
 
     The writers come in the order embedding, heads of layer 0, heads of layer 1, ..., blocks of layer 0, 1, ...: there
-    are W = 1 + L N + L of them. Where a writer is not before a reader there is no edge, and the number is 0.
+    are W = 1 + L N + L of them. Where a writer is not before a reader there is no edge, and the number is 0; so it is
+    from and to blocks in a model of attention alone.
 
     Attributes:
         query: [W, L, N], to the queries of each head.
@@ -64,6 +65,7 @@ class _Parts(NamedTuple):
     heads: int
     key_heads: int
     parallel: bool
+    blocks: bool
     projected: Any  # (layer, residual stream) -> {"q", "k", "v"}
     attended: Any  # (layer, residual stream, {"q", "k", "v"}) -> z
     written: Any  # (layer, z) -> attn_out
@@ -78,7 +80,7 @@ def _parts(model: Any, records: dict[str, Any], options: dict[str, Any]) -> _Par
         raise ValueError("the model has tokens of its own before the sequence: edges are not defined for them")
     zero = jnp.zeros_like(records["resid_pre"][0])
     row = model.tokens(zero, positions=options.get("positions"), mask=options.get("mask"))
-    parallel = "resid_mid" not in records
+    parallel, blocks = "resid_mid" not in records, "mlp_out" in model.sites
 
     def layer(number: Any, x: Array, sites: Sequence[str], edits: Any = None) -> dict[str, Array]:
         _, _, found = model.layers(
@@ -93,6 +95,8 @@ def _parts(model: Any, records: dict[str, Any], options: dict[str, Any]) -> _Par
         return {site: found[site][number] for site in sites}
 
     def block(number: Any, x: Array) -> Array:
+        if not blocks:
+            return zero
         if parallel:
             return layer(number, x, ("mlp_out",))["mlp_out"]
         return layer(number, zero, ("mlp_out",), {"resid_mid": Put(x)})["mlp_out"]
@@ -102,6 +106,7 @@ def _parts(model: Any, records: dict[str, Any], options: dict[str, Any]) -> _Par
         records["q"].shape[-2],
         records["k"].shape[-2],
         parallel,
+        blocks,
         lambda number, x: layer(number, x, ("q", "k", "v")),
         lambda number, x, qkv: layer(number, x, ("z",), {site: Put(value) for site, value in qkv.items()})["z"],
         lambda number, z: layer(number, zero, ("attn_out",), {"z": Put(z)})["attn_out"],
@@ -115,10 +120,10 @@ def _recorded(model: Any) -> tuple[str, ...]:
     first = 0
     for layers, length in zip(model.runs, model.lengths, strict=True):
         kinds, where = [branch.mixes for branch in layers.branches], f"layers[{first}] of the model has"
-        if (sorted(kinds, reverse=True) if layers.parallel else kinds) != [True, False]:
+        if (sorted(kinds, reverse=True) if layers.parallel else kinds) not in ([True], [True, False]):
             raise ValueError(
-                f"{where} {len(kinds)} branches: edges need one attention, and behind it or beside it one feed-forward "
-                "block"
+                f"{where} {len(kinds)} branches: edges need one attention, and behind it or beside it at most one "
+                "feed-forward block"
             )
         for branch in layers.branches:
             module = branch.module
@@ -130,9 +135,15 @@ def _recorded(model: Any) -> tuple[str, ...]:
                     "without a gate"
                 )
         first += length
-    if missing := [site for site in RECORDED if site not in model.sites]:
+    if missing := [site for site in RECORDED if site not in (*model.sites, "mlp_out")]:
         raise ValueError(f"the model has no sites {missing}: edges need all of {list(RECORDED)}")
-    return (*RECORDED, *(("resid_mid",) if "resid_mid" in model.sites else ()))
+    return tuple(site for site in (*RECORDED, "resid_mid") if site in model.sites)
+
+
+def _records(model: Any, inputs: Any, sites: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the records of a run, with blocks that write zeros in a model without any."""
+    records = run(model, *inputs, record=sites, **options)[1]
+    return {"mlp_out": jnp.zeros_like(records["resid_pre"])} | records
 
 
 @unchanged()
@@ -159,13 +170,14 @@ def edge_attribution(
 
     Raises:
         ValueError: The two inputs differ in shape, `steps` is below 1, layers differ in shape, or a layer is not one
-            attention without a gate and one feed-forward block, which add to the stream without a norm of the sum.
+            attention without a gate and at most one feed-forward block, which add to the stream without a norm of the
+            sum.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: need at least one gradient, or None for the one at the base")
     ours, theirs = same_shapes(base, source, options)
     sites = _recorded(model)
-    at_base, at_source = (run(model, *inputs, record=sites, **options)[1] for inputs in (ours, theirs))
+    at_base, at_source = (_records(model, inputs, sites, options) for inputs in (ours, theirs))
     parts = _parts(model, at_base, options)
     inner = "resid_pre" if parts.parallel else "resid_mid"
 
@@ -189,7 +201,8 @@ def edge_attribution(
             output, _, seen = model(*ours, edits={"embed": Put(embed), **edits}, record=sites, **options)
             return jnp.sum(metric(output)), seen
 
-        nothing = {site: jnp.zeros_like(at_base[site]) for site in ("q", "k", "v", "mlp_out", "resid")}
+        inputs = ("q", "k", "v", *(("mlp_out",) if parts.blocks else ()), "resid")
+        nothing = {site: jnp.zeros_like(at_base[site]) for site in inputs}
         gradient, seen = jax.grad(value, has_aux=True)(nothing)
 
         def of_layer(given: Any) -> dict[str, Array]:
@@ -204,8 +217,11 @@ def edge_attribution(
                     return jnp.einsum("wbtd,btd->w", change, at_input)
 
                 found[site] = jax.lax.map(product, jnp.eye(down[site].shape[-2], dtype=change.dtype)).T
-            _, pull_block = jax.vjp(lambda x: parts.block(number, x), mid)
-            found["mlp_out"] = jnp.einsum("wbtd,btd->w", change, pull_block(down["mlp_out"])[0])
+            if parts.blocks:
+                _, pull_block = jax.vjp(lambda x: parts.block(number, x), mid)
+                found["mlp_out"] = jnp.einsum("wbtd,btd->w", change, pull_block(down["mlp_out"])[0])
+            else:
+                found["mlp_out"] = jnp.zeros(len(change), change.dtype)
             return found
 
         numbers = jnp.arange(parts.layers)
@@ -228,7 +244,7 @@ def edge_attribution(
 
 
 def _edges(parts: _Parts) -> Circuit:
-    """Returns which edges there are: a writer is at a time before the reader."""
+    """Returns which edges there are: a writer is at a time before the reader, and there are blocks or none."""
     layers, heads = parts.layers, parts.heads
     attention = 2 * np.arange(layers)
     block = attention if parts.parallel else attention + 1
@@ -239,8 +255,8 @@ def _edges(parts: _Parts) -> Circuit:
         np.broadcast_to(of_heads, (len(writer), layers, heads)),
         by_key_head,
         by_key_head,
-        writer[:, None] < block,
-        np.ones(len(writer), bool),
+        (writer[:, None] < block) & parts.blocks,
+        (np.arange(len(writer)) <= layers * heads) | parts.blocks,
     )
     return Circuit(*map(jnp.asarray, there))
 
@@ -264,7 +280,7 @@ def with_edges(model: Any, base: Any, source: Any, kept: Circuit, **options: Any
     """
     ours, theirs = same_shapes(base, source, options)
     sites = _recorded(model)
-    at_base, at_source = (run(model, *inputs, record=sites, **options)[1] for inputs in (ours, theirs))
+    at_base, at_source = (_records(model, inputs, sites, options) for inputs in (ours, theirs))
     parts = _parts(model, at_base, options)
 
     def seen(kept: Array, change: Array, there: Array) -> Array:
@@ -294,7 +310,7 @@ def with_edges(model: Any, base: Any, source: Any, kept: Circuit, **options: Any
         change = jnp.zeros((len(kept.output), *before["embed"].shape), before["embed"].dtype)
         change = change.at[0].set(before["embed"] - after["embed"])
         of_layers = tuple(jnp.moveaxis(x, 1, 0) for x in (kept.query, kept.key, kept.value, kept.mlp))
-        inner = {site: after[site] for site in sites if site not in ("embed",)}
+        inner = {site: value for site, value in after.items() if site != "embed"}
         change, _ = jax.lax.scan(layer, change, (jnp.arange(parts.layers), of_layers, inner))
         resid = seen(kept.output, change, after["resid"][-1])
         return model(*ours, start=(parts.layers, resid), **options)[0]

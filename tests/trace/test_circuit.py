@@ -47,6 +47,19 @@ def test_the_edges_of_a_writer_add_up_to_its_gradient(kind):
     assert len(scores.names()) == len(scores.output)
 
 
+def test_a_model_of_attention_alone_has_edges_of_embedding_and_heads():
+    made = Transformer(TransformerConfig(V, T, D, [Layer([Branch(ATTENTION)])] * 2, dtype="float64"), rngs=nnx.Rngs(0))
+    base, source = prompts()
+    scores = trace.edge_attribution(made, base, source, last)
+    whole = trace.attribution(made, base, source, last, ("embed", "z"))
+    expected = [whole["embed"].sum()[None], whole["z"].sum((1, 2)).reshape(-1), jnp.zeros(2)]
+    np.testing.assert_allclose(total(scores), np.concatenate(expected), **CLOSE)
+    assert scores.count == (N + 2 * K) + N * (N + 2 * K) + (1 + 2 * N) + (N + 2 * K)
+    for count, tokens in ((scores.count, base), (0, source)):
+        logits = trace.with_edges(made, base, source, trace.largest(scores, count))
+        np.testing.assert_allclose(logits, made(tokens)[0], **CLOSE)
+
+
 def test_along_the_path_of_embeddings_the_edges_of_the_embedding_are_complete():
     base, source = prompts()
     scores = trace.edge_attribution(model(), base, source, last, steps=32)
