@@ -90,7 +90,7 @@ def test_classes_read_from_each_other(places):
     np.testing.assert_allclose(whole.sum(-1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("first", [None, 7])
+@pytest.mark.parametrize("first", [pytest.param(None, marks=pytest.mark.slow), 7])
 def test_scores_of_heads_are_weights_of_the_second_copy(first):
     model, period = decoder(), 11
     found = head_scores(model, jax.random.key(3), batch=B, period=period, first=first)

@@ -121,7 +121,9 @@ def test_padding_has_no_part():
     assert abs(found.sources[:, 0, :, :2]).max() == 0
 
 
-@pytest.mark.parametrize(("dtype", "layers", "rounding"), [("float32", 30, 1e-5), ("bfloat16", L, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "layers", "rounding"), [pytest.param("float32", 30, 1e-5, marks=pytest.mark.slow), ("bfloat16", L, 2e-2)]
+)
 def test_parts_add_up_to_rounding(dtype, layers, rounding):
     """Beside the largest part: 2^-9 for every number of bfloat16, and 2^-24 for every sum of float32."""
     with jax.enable_x64(False):
@@ -147,6 +149,7 @@ def test_under_jit_the_parts_are_the_same():
     np.testing.assert_allclose(inside.heads, direct_attribution(model, tokens(), difference).heads, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_what_is_no_sum_is_refused():
     with pytest.raises(ValueError, match=r"metric has the shape \(2,\): need one number"):
         direct_attribution(made(pre_norm(ATTENTION, FEED)), tokens(), lambda logits: logits[:, -1, 3])

@@ -12,6 +12,7 @@ from jaxattn.models import Branch, Layer, Spec, Transformer, TransformerConfig, 
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-11}
 KINDS = ["sequential", "parallel", "sandwich"]
+SOME = [kind if kind == "sequential" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def total(scores):
     return sum(x.reshape(len(x), -1).sum(1) for x in jax.tree.leaves(scores))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_the_edges_of_a_writer_add_up_to_its_gradient(kind):
     made = model(kind)
     base, source = prompts()

@@ -31,7 +31,9 @@ def test_the_whole_stream_carries_all_and_a_run_itself_nothing():
     assert abs(effects.metric - effects.base).max() < 1e-12
 
 
-@pytest.mark.parametrize("site", ["z", "k", "weights", "q_rotated"])
+@pytest.mark.parametrize(
+    "site", ["k", "weights", *(pytest.param(site, marks=pytest.mark.slow) for site in ("z", "q_rotated"))]
+)
 def test_a_patch_is_the_run_with_the_other_value(site):
     base, source = prompts()
     grid = trace.heads(model(), site=site)

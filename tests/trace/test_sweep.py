@@ -57,7 +57,7 @@ def test_numbers_of_a_run_do_not_compile_it_anew():
     assert _run._cache_size() == before
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 50])
+@pytest.mark.parametrize("chunk", [3, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (1, 50))])
 def test_ablating_every_head_is_the_loop(chunk):
     expected = one_by_one(lambda layer, head: {"z": {layer: trace.Scale(1.0 - jnp.eye(N)[head][:, None])}}, L, N)
     grid = trace.heads(model())
@@ -159,7 +159,7 @@ def test_layers_without_the_site_are_nan():
     np.testing.assert_allclose(found[0, 1], one["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sequential", "parallel"])
+@pytest.mark.parametrize("kind", ["sequential", pytest.param("parallel", marks=pytest.mark.slow)])
 def test_a_run_can_begin_and_end_in_the_middle(kind):
     base, other = prompts()
     made = model(kind)
