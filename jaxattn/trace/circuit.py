@@ -216,7 +216,7 @@ def edge_attribution(
                     (at_input,) = pull({**zero, site: on[:, None] * down[site]})
                     return jnp.einsum("wbtd,btd->w", change, at_input)
 
-                found[site] = jax.lax.map(product, jnp.eye(down[site].shape[-2], dtype=change.dtype)).T
+                found[site] = jax.lax.map(product, jnp.eye(down[site].shape[-2], dtype=down[site].dtype)).T
             if parts.blocks:
                 _, pull_block = jax.vjp(lambda x: parts.block(number, x), mid)
                 found["mlp_out"] = jnp.einsum("wbtd,btd->w", change, pull_block(down["mlp_out"])[0])
@@ -298,10 +298,10 @@ def with_edges(model: Any, base: Any, source: Any, kept: Circuit, **options: Any
         # Heads become those of this run one after the other, so that they add up behind a norm too.
         first = jnp.tri(parts.heads + 1, parts.heads, -1, dtype=bool)[:, :, None]
         each = jax.lax.map(lambda on: parts.written(number, jnp.where(on, z, there["z"])), first)
-        one = jnp.diff(each, axis=0)
+        one = jnp.diff(each.astype(change.dtype), axis=0)
         change = jax.lax.dynamic_update_slice_in_dim(change, one, 1 + number * parts.heads, 0)
         inputs = seen(of_layer[3], change, there["resid_pre" if parts.parallel else "resid_mid"])
-        new = parts.block(number, inputs) - there["mlp_out"]
+        new = parts.block(number, inputs).astype(change.dtype) - there["mlp_out"]
         place = 1 + parts.layers * parts.heads + number
         return jax.lax.dynamic_update_slice_in_dim(change, new[None], place, 0), None
 

@@ -48,6 +48,22 @@ def test_the_edges_of_a_writer_add_up_to_its_gradient(kind):
     assert len(scores.names()) == len(scores.output)
 
 
+def test_models_in_bfloat16_have_edges():
+    """To the rounding of numbers, 2^-9 each, of the same model in float32."""
+    with jax.enable_x64(False):
+        layers, (base, source) = [pre_norm(ATTENTION, FEED)] * 2, prompts()
+        small, wide = (
+            Transformer(TransformerConfig(V, T, D, layers, dtype=dtype), rngs=nnx.Rngs(0))
+            for dtype in ("bfloat16", "float32")
+        )
+        found, expected = (trace.edge_attribution(made, base, source, last) for made in (small, wide))
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=0.03 * abs(theirs).max())
+        for count, tokens in ((found.count, base), (0, source)):
+            logits = trace.with_edges(small, base, source, trace.largest(found, count))
+            np.testing.assert_allclose(logits, small(tokens)[0], atol=0.03 * abs(logits).max())
+
+
 def test_a_model_of_attention_alone_has_edges_of_embedding_and_heads():
     made = Transformer(TransformerConfig(V, T, D, [Layer([Branch(ATTENTION)])] * 2, dtype="float64"), rngs=nnx.Rngs(0))
     base, source = prompts()
