@@ -202,6 +202,8 @@ def direct_attribution(
     sizes = sum(abs(x).sum() for x in (found.embed, found.heads, found.attention_bias, found.mlp)) + abs(value)
     # Sums are of the dtype of the metric. What a layer of another dtype computes is rounded apart in every entry.
     rounding = 100 * layers * jnp.finfo(value.dtype).eps * sizes + 16 * jnp.finfo(seen["z"].dtype).eps * spread
+    if not jnp.isfinite(value):
+        raise ValueError(f"the metric is {value}: need logits that are numbers, as of tokens of the vocabulary")
     if not abs(found.total() - value) <= rounding:
         raise ValueError(
             f"the parts add up to {found.total()} and the metric is {value}: need a metric that is linear in the "

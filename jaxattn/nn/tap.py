@@ -350,7 +350,8 @@ def site_of(argument: str, name: str) -> str:
     Raises:
         ValueError: No site has the name.
     """
-    site = ALIASES.get(name, name)
+    alias = next((alias for alias in ALIASES if name == alias or name.endswith(f".{alias}")), None)
+    site = name if alias is None else name.removesuffix(alias) + ALIASES[alias]
     if bare_site(site) not in SITES:
         raise ValueError(f"{argument} names the unknown site {name!r}: need one of {list(SITES)}")
     return site

@@ -195,8 +195,8 @@ def path(
         senders: The places of which each sends in turn, such as `heads(model)`. Their edit is not read.
         receivers: Site -> which heads of each layer receive, [L, heads of the site]; for a site without heads, such as
             mlp_post, which layers, [L].
-        frozen: The sites that do not pass the change on, by default "z" and, where there are feed-forward blocks,
-            "mlp_out". Without the latter, paths through these blocks count too.
+        frozen: The sites that do not pass the change on, by default "z" and "mlp_out" of all branches, such as
+            "cross.z". Without "mlp_out", paths through feed-forward blocks count too.
         freeze_norms: Whether norms divide by what they divide by in the base. The change then reaches the receivers
             linearly.
         chunk: As of `sweep`.
@@ -208,7 +208,7 @@ def path(
     ours, theirs = same_shapes(base, source, options)
     senders = dataclasses.replace(senders, site=site_of("senders", senders.site))
     receivers = {site_of("receivers", site): on for site, on in receivers.items()}
-    kinds = [site for site in ("z", "mlp_out") if site in model.sites] if frozen is None else frozen
+    kinds = [site for site in model.sites if bare_site(site) in ("z", "mlp_out")] if frozen is None else frozen
     frozen = tuple(site_of("frozen", site) for site in kinds)
     if both := sorted(set(receivers) & set(frozen)):
         raise ValueError(f"receivers has the sites {both}, which are frozen: need others, such as mlp_post for mlp_out")

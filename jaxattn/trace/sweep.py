@@ -164,6 +164,7 @@ def heads(
     site: str = "z",
     positions: Any = None,
     inputs: Sequence[Any] | None = None,
+    **options: Any,
 ) -> Places:
     """Returns the table layers x heads of an edit of single heads; by default each is ablated, its z becomes 0.
 
@@ -176,12 +177,13 @@ def heads(
         site: A site with heads.
         positions: [P], a third axis of the table: single positions, from 0. All of them by default.
         inputs: Inputs of the model, of which only shapes are read; by default a single token.
+        options: Other arguments of the model without which it does not run, such as `context`.
 
     Raises:
         ValueError: The site is unknown, no layer has it, it has no heads, or a position is negative.
     """
     site = site_of("site", site)
-    shapes = _by_layer(model, site, inputs)
+    shapes = _by_layer(model, site, inputs, options)
     axis = -3 if bare_site(site) in ("scores", "weights") else -2
     if bare_site(site) not in ("scores", "weights", "q", "k", "v", "q_rotated", "k_rotated", "z"):
         raise ValueError(f"site is {site!r}, which has no heads: need one such as 'z', 'q', 'k' or 'v'")
@@ -196,6 +198,7 @@ def positions(
     *,
     site: str = "resid_pre",
     inputs: Sequence[Any] | None = None,
+    **options: Any,
 ) -> Places:
     """Returns the table layers x positions of an edit of single tokens; by default the value of the site becomes 0.
 
@@ -205,16 +208,17 @@ def positions(
         edit: As of `heads`.
         site: A site of tokens, such as resid_pre, attn_out or mlp_out.
         inputs: As of `heads`.
+        options: As of `heads`.
 
     Raises:
         ValueError: The site is unknown, no layer has it, or a position is negative.
     """
     site = site_of("site", site)
-    counts = [0 if shape is None else 1 for shape in _by_layer(model, site, inputs)]
+    counts = [0 if shape is None else 1 for shape in _by_layer(model, site, inputs, options)]
     return _places(site, edit, counts, positions, by_head=False)
 
 
-def edges(model: Any, queries: Any, keys: Any, *, inputs: Sequence[Any] | None = None) -> Edges:
+def edges(model: Any, queries: Any, keys: Any, *, inputs: Sequence[Any] | None = None, **options: Any) -> Edges:
     """Returns the table layers x heads x edges of knocked-out edges: a query does not see a key, in one head.
 
     Args:
@@ -222,6 +226,7 @@ def edges(model: Any, queries: Any, keys: Any, *, inputs: Sequence[Any] | None =
         queries: [E], the position of the query of each edge.
         keys: [E], the position of its key.
         inputs: As of `heads`.
+        options: As of `heads`.
 
     Raises:
         ValueError: There are not as many queries as keys, one is negative, or no layer has scores.
@@ -229,7 +234,7 @@ def edges(model: Any, queries: Any, keys: Any, *, inputs: Sequence[Any] | None =
     queries, keys = _positions("queries", queries), _positions("keys", keys)
     if queries.shape != keys.shape or queries.ndim != 1:
         raise ValueError(f"queries has shape {queries.shape} and keys {keys.shape}: need one position each per edge")
-    counts = [0 if shape is None else shape[-3] for shape in _by_layer(model, "scores", inputs)]
+    counts = [0 if shape is None else shape[-3] for shape in _by_layer(model, "scores", inputs, options)]
     width = max(counts)
     there = jnp.repeat(jnp.arange(width) < jnp.asarray(counts)[:, None], len(queries), 1)
     shape = (len(counts), width, len(queries))
@@ -258,14 +263,17 @@ def _positions(name: str, given: Any) -> Int[Array, " p"]:
     return positions
 
 
-def _by_layer(model: Any, site: str, inputs: Sequence[Any] | None) -> list[tuple[int, ...] | None]:
+def _by_layer(model: Any, site: str, inputs: Sequence[Any] | None, options: Any) -> list[tuple[int, ...] | None]:
     """Returns the shape of a site in every layer, None in layers that do not have it."""
     if site in OF_MODEL:
         raise ValueError(f"site is {site!r}, which a model has once: need a site of layers, such as 'resid_pre'")
     inputs = (jnp.zeros((1, 1), jnp.int32),) if inputs is None else tuple(inputs)
     graph, state = nnx.split(model)
-    found = jax.eval_shape(lambda state, inputs: nnx.merge(graph, state)(*inputs, record=(site,))[2], state, inputs)
-    record = found[site]
+
+    def seen(state: Any, inputs: Any) -> Any:
+        return nnx.merge(graph, state)(*inputs, record=(site,), **options)[2]
+
+    record = jax.eval_shape(seen, state, inputs)[site]
     if isinstance(record, list):
         return [None if each is None else each.shape for each in record]
     return [record.shape[1:]] * record.shape[0]

@@ -153,6 +153,8 @@ def test_under_jit_the_parts_are_the_same():
 def test_what_is_no_sum_is_refused():
     with pytest.raises(ValueError, match=r"metric has the shape \(2,\): need one number"):
         direct_attribution(made(pre_norm(ATTENTION, FEED)), tokens(), lambda logits: logits[:, -1, 3])
+    with pytest.raises(ValueError, match="the metric is nan: need logits that are numbers"):
+        direct_attribution(made(pre_norm(ATTENTION, FEED)), tokens().at[0, 0].set(V), difference)
     with pytest.raises(ValueError, match="no site 'z'"):
         direct_attribution(made(Layer([Branch(FEED)])), tokens(), difference)
     own = noised(TransformerConfig(V, T, D, [pre_norm(ATTENTION, FEED)], meta_tokens=2))

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from looked_at import ATTENTION, B, D, K, L, N, T, V, last, model, prompts
+from looked_at import ATTENTION, FEED, B, D, K, L, N, T, V, last, model, prompts
 
-from jaxattn import trace
-from jaxattn.models import Branch, Layer, Transformer, TransformerConfig
+from jaxattn import nn, trace
+from jaxattn.models import Branch, Layer, Spec, Transformer, TransformerConfig
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -159,3 +159,20 @@ def test_options_of_the_function_itself_are_refused():
     for function, more in ((trace.interchange, (trace.heads(model()),)), (trace.attribution, ())):
         with pytest.raises(TypeError, match=r"options has \['edits'\]"):
             function(model(), base, source, last, *more, edits={})
+
+
+def test_heads_that_read_a_context_pass_no_direct_effect_on():
+    """What a head of the only layer adds reaches the output itself, and not the queries of cross-attention."""
+    cross = Spec(nn.MultiHeadAttention, heads=2, keys_from="context", position=None)
+    layer = Layer([Branch(ATTENTION), Branch(cross, name="cross"), Branch(FEED)])
+    made = Transformer(TransformerConfig(V, T, D, [layer], dtype="float64"), rngs=nnx.Rngs(0))
+    (base, source), context = prompts(), jnp.ones((B, 3, D)) * jnp.arange(D)
+    found = trace.path(
+        made, base, source, last, trace.heads(made, inputs=(base,), context=context), {}, context=context
+    )
+    before, after = (made(x, context=context, record=("z", "resid"))[2] for x in (base, source))
+    out = made.runs[0].branches[0].module.out.kernel[...][0].reshape(N, -1, D)
+    change = jnp.einsum("btnh,nhd->nbtd", (after["z"] - before["z"])[0], out)
+    expected = [last(made(base, context=context, edits={"resid": trace.Add(x)})[0]) for x in change]
+    np.testing.assert_allclose(found.metric[0], expected, rtol=1e-9)
+    assert trace.heads(made, site="cross.attn.hook_z", inputs=(base,), context=context).heads == 2
