@@ -61,6 +61,15 @@ def with_layer_scale():
     )
 
 
+def with_shared_layers():
+    """Layers with one set of parameters."""
+    attention = Spec(nn.MultiHeadAttention, heads=4, key_heads=1, use_bias=True)
+    block = Spec(nn.FeedForward, use_bias=True)
+    layer = Layer([Branch(attention, NORMAL, scale=0.5), Branch(block, NORMAL)])
+    options = {"shared": True, "norm": NORMAL, "head": Spec(nn.Head)}
+    return scattered(TransformerConfig(11, 16, 16, [layer] * 2, **options))
+
+
 IDS = np.random.default_rng(1).integers(0, 11, (2, 6))
 CONTEXT = np.random.default_rng(2).standard_normal((2, 3, 16))
 
@@ -79,6 +88,7 @@ MODELS = {
     "Llama": lambda: trained(LLAMA),  # RMSNorm
     "Qwen 3": lambda: trained(QWEN3.changed(tie_word_embeddings=True)),  # norms of heads stay
     "layer scale": with_layer_scale,
+    "shared layers": with_shared_layers,
 }
 
 
