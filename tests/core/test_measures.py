@@ -283,6 +283,13 @@ def test_what_is_no_measure_is_refused(measures, exception, message):
         attend(QUERY, KEY, VALUE, measures=measures)
 
 
+def test_keys_before_the_first_are_refused():
+    with pytest.raises(ValueError, match=r"AtKeys: positions is \(0, -1\): need positions from 0"):
+        ja.AtKeys((0, -1))
+    with pytest.raises(TypeError, match="AtKeys: positions must be a tuple of ints"):
+        ja.AtKeys([0])
+
+
 def test_tiled_refuses_measures():
     with pytest.raises(NotImplementedError, match="'tiled' cannot serve measures=Entropy: it needs whole rows"):
         attend(QUERY, KEY, VALUE, measures={"h": ja.Entropy()}, implementation="tiled")

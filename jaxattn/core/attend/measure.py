@@ -129,19 +129,22 @@ class AtKeys(LinearMeasure):
     Position 0 is the sink of many models.
 
     Attributes:
-        positions: A tuple of whole numbers.
+        positions: A tuple of whole numbers from 0.
 
     Raises:
         TypeError: `positions` is no tuple of ints.
+        ValueError: A position is negative.
     """
 
     positions: tuple[int, ...]
 
     def __post_init__(self):
         _check_ints("AtKeys", "positions", self.positions)
+        if min(self.positions, default=0) < 0:
+            raise ValueError(f"AtKeys: positions is {self.positions}: need positions from 0, no key stands before")
 
     def columns(self, key):
-        return (key[..., 0, :, None] == jnp.asarray(self.positions)) & (key[..., 0, :, None] >= 0)
+        return key[..., 0, :, None] == jnp.asarray(self.positions)
 
 
 @part
