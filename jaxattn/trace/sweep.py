@@ -32,9 +32,17 @@ def run(model: Any, *inputs: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
         model: The model.
         inputs: Its inputs.
         options: Other arguments of the model, such as `edits`, `record`, `positions`, `mask` or `start`.
+
+    Raises:
+        TypeError: An argument is neither made of arrays nor can it be hashed, such as a set.
     """
     graph, state = nnx.split(model)
     leaves, structure = jax.tree.flatten((inputs, options))
+    for leaf in leaves:
+        if not _is_number(leaf) and type(leaf).__hash__ is None:
+            raise TypeError(
+                f"an argument of run holds {leaf!r}: need arrays, numbers, parts, and tuples or dicts of them"
+            )
     numbers = [leaf if _is_number(leaf) else None for leaf in leaves]
     others = tuple(None if _is_number(leaf) else leaf for leaf in leaves)
     return _run(graph, structure, others, state, numbers)

@@ -222,6 +222,8 @@ def test_layers_that_are_left_out_draw_no_random_numbers():
 
 
 def test_bad_input_says_what_is_wrong():
+    with pytest.raises(TypeError, match=r"an argument of run holds \{'z'\}: need arrays"):
+        trace.run(model(), prompts()[0], record={"z"})
     with pytest.raises(ValueError, match="site is 'resid', which has no heads"):
         trace.heads(model(), site="resid")
     with pytest.raises(ValueError, match="unknown site 'zz'"):
