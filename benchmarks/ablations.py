@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import llama
-from benchmarks.measure import compile_call, median, median_ratio, take_turns
+from benchmarks.measure import PAUSE, compile_call, median, median_ratio, take_turns
 from jaxattn import Entropy, analysis, models, trace
 
 
@@ -58,64 +58,73 @@ def swept(model: Any, tokens: jax.Array, chunk: int) -> Callable[[], jax.Array]:
     return call
 
 
-def ablations(model: Any, tokens: jax.Array, chunks: list[int], budget: float, least: int) -> dict[str, Any]:
-    """Seconds of all ablations, by who computes them; and how far they are apart."""
-    start = time.perf_counter()
-    ours = np.asarray(swept(model, tokens, chunks[0])())
-    found: dict[str, Any] = {"first call of the sweep, s": time.perf_counter() - start}
+def ablations(model: Any, tokens: jax.Array, chunks: list[int], rounds: int, plain: bool = True) -> dict[str, Any]:
+    """Seconds of all ablations, by who computes them, in rounds of turns; and how far they are apart."""
     graph, state = nnx.split(model)
     runs: dict[str, Callable[[], Any]] = {}
+    found: dict[str, Any] = {}
     for chunk in chunks:
         prepared = compile_call(lambda state, chunk=chunk: swept(nnx.merge(graph, state), tokens, chunk)(), state)
         runs[f"sweep, chunk {chunk}"] = prepared.run
         found[f"compile, chunk {chunk}, s"] = prepared.compile_seconds
+    one = compile_call(lambda state: loss(nnx.merge(graph, state)(tokens)[0], tokens), state)
+    runs["one pass"] = one.run
+    cells = list(np.ndindex(trace.heads(model).shape))
     if llama.torch is None:
         print("PyTorch is not installed (pip install torch): only the sweep is timed")
     else:
         torch = llama.torch
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         peer, given = llama.TorchLlama(model), torch.from_numpy(np.array(tokens, np.int64))
-        cells = list(np.ndindex(ours.shape))
 
-        def of_peer(logits: Any) -> float:
-            return float(torch.nn.functional.cross_entropy(logits[0, :-1], given[0, 1:]))
+        def of_peer(*how: Any) -> float:
+            return float(torch.nn.functional.cross_entropy(peer(given, *how)[0][0, :-1], given[0, 1:]))
 
-        def passes(restart: bool) -> np.ndarray:
-            with torch.inference_mode():
-                _, streams = peer(given)
-                starts = streams if restart else [None] * len(streams)
-                each = [
-                    of_peer(peer(given, cell, (cell[0], starts[cell[0]]) if restart else None)[0]) for cell in cells
-                ]
-            return np.reshape(each, ours.shape)
+        def restarted() -> list[float]:
+            streams = peer(given)[1]
+            return [of_peer(cell, (cell[0], streams[cell[0]])) for cell in cells]
 
-        with torch.inference_mode():
-            theirs = peer(given)[0].numpy()
+        inference = torch.inference_mode()
+        runs["PyTorch, one pass"] = inference(of_peer)
+        runs["PyTorch, a pass for each head"] = inference(lambda: [of_peer(cell) for cell in cells])
+        runs["PyTorch, restarted by hand"] = inference(restarted)
+        theirs = inference(peer)(given)[0].numpy()
         found["logits, largest difference"] = float(np.abs(theirs - trace.run(model, tokens)[0]).max())
         found["logits, largest"] = float(np.abs(theirs).max())
-        found["losses, largest difference"] = float(np.abs(passes(False) - ours).max())
-        found["losses, largest difference, PyTorch restarted"] = float(np.abs(passes(True) - ours).max())
-        runs["PyTorch, whole passes"] = lambda: passes(False)
-        runs["PyTorch, restarted by hand"] = lambda: passes(True)
-        with torch.inference_mode():
-            runs["PyTorch, one pass"] = torch.inference_mode()(lambda: of_peer(peer(given)[0]))
-    one = compile_call(lambda state: loss(nnx.merge(graph, state)(tokens)[0], tokens), state)
-    runs["jaxattn, one pass"] = one.run
-    seconds = take_turns(runs, budget, least)
+    results: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    of_cores: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name, run in runs.items():
+            time.sleep(PAUSE)
+            start, busy = time.perf_counter(), time.process_time()
+            results[name] = run()
+            seconds[name].append(time.perf_counter() - start)
+            of_cores[name].append(time.process_time() - busy)
+            print(f"round {number}: {name}: {seconds[name][-1]:.2f} s, {of_cores[name][-1]:.2f} s of cores", flush=True)
+    base = f"sweep, chunk {chunks[0]}"
+    found["losses, largest difference from the sweep"] = {
+        name: float(np.abs(np.asarray(result).reshape(-1) - np.asarray(results[base]).reshape(-1)).max())
+        for name, result in results.items()
+        if "one pass" not in name
+    }
     found["seconds"] = seconds
     found["median, s"] = {name: median(each) for name, each in seconds.items()}
-    if llama.torch is not None:
-        base = seconds[f"sweep, chunk {chunks[0]}"]
-        found["over the sweep"] = {name: median_ratio(each, base) for name, each in seconds.items()}
-    work, count, heads = operations(model, tokens.shape[1]), *ours.shape
+    found["of cores, median, s"] = {name: median(each) for name, each in of_cores.items()}
+    found["over the sweep"] = {name: median_ratio(each, seconds[base]) for name, each in seconds.items()}
+    work, count, heads = operations(model, tokens.shape[1]), *trace.heads(model).shape
     layer = work["maps of a layer"] + work["pairs of a layer"]
     found["GFLOP"] = work
     found["GFLOP of whole passes"] = (count * layer + work["head"]) * count * heads
     found["GFLOP restarted"] = ((count + 1) / 2 * layer + work["head"]) * count * heads
+    if plain:
+        start = time.perf_counter()
+        jax.block_until_ready(swept(model, tokens, chunks[0])())
+        found["a plain call of the sweep, compiling included, s"] = time.perf_counter() - start
     return found
 
 
-def entropies(model: Any, tokens: jax.Array, budget: float, least: int) -> dict[str, Any]:
+def entropies(model: Any, tokens: jax.Array, rounds: int) -> dict[str, Any]:
     """Seconds of a pass without records, of one that records the entropy of every head, and of all of `USUAL`."""
     graph, state = nnx.split(model)
 
@@ -132,7 +141,7 @@ def entropies(model: Any, tokens: jax.Array, budget: float, least: int) -> dict[
         "the four of statistics": {name: ("weights", measure) for name, measure in analysis.USUAL.items()},
     }
     ready = {name: compile_call(call(record), state) for name, record in names.items()}
-    seconds = take_turns({name: each.run for name, each in ready.items()}, budget, least)
+    seconds = take_turns({name: each.run for name, each in ready.items()}, 0.0, rounds)
     return {
         "seconds": seconds,
         "median, s": {name: median(each) for name, each in seconds.items()},
@@ -147,8 +156,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="length of the text whose heads are ablated")
     parser.add_argument("--chunk", type=int, nargs="+", default=[9], help="ablations at once; the first is the base")
     parser.add_argument("--long", type=int, default=4096, help="length of the text of entropies; 0 for none")
-    parser.add_argument("--budget", type=float, default=0.0, help="seconds of timing in each table")
-    parser.add_argument("--least", type=int, default=3, help="rounds, at least")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds in which all take turns")
+    parser.add_argument("--plain", action="store_true", help="also a call of the sweep that compiles it, as users do")
     options = parser.parse_args()
     model = models.load_pretrained(options.weights).model
     versions = {name: metadata.version(name) for name in ("jax", "jaxattn")}
@@ -166,9 +175,9 @@ def main() -> None:
         return jax.random.randint(jax.random.key(0), (1, length), 0, model.config.vocabulary)
 
     if options.tokens:
-        found["ablations"] = ablations(model, text(options.tokens), options.chunk, options.budget, options.least)
+        found["ablations"] = ablations(model, text(options.tokens), options.chunk, options.rounds, options.plain)
     if options.long:
-        found["entropies"] = entropies(model, text(options.long), options.budget, options.least)
+        found["entropies"] = entropies(model, text(options.long), options.rounds)
     found["load after"] = os.getloadavg()
     print(json.dumps(found, indent=1))
 

@@ -123,7 +123,7 @@ class Curves:
         """The mean of each line over the seeds, in a band from the smallest to the largest.
 
         A line of one point per seed is no line: it has its name beside it, the others in the legend. A linear y axis
-        ends below peaks that would flatten all else.
+        ends below peaks that would flatten all else, such as those of a loss; of effects with both signs it shows all.
         """
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes, first = figure.subplots(), seeds[0]
@@ -153,7 +153,7 @@ class Curves:
         axes.set_yscale("log" if "y" in first.log else "linear")
         if drawn and "y" not in first.log:
             least, most = min(drawn), 1.5 * float(np.quantile(drawn, 0.9))
-            if max(drawn) > 3 * most > 0:
+            if least >= 0 and max(drawn) > 3 * most > 0:
                 axes.set_ylim(least - 0.05 * (most - least), most)
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
@@ -185,7 +185,10 @@ class Maps:
     def draw(seeds: Sequence[Maps]) -> Figure:
         drawn = seeds[0].panels
         rows = next(iter(drawn.values()))
-        figure, places = panels(len(drawn), ratio=len(rows[0]) / len(rows))
+        ratio = len(rows[0]) / len(rows)
+        figure, places = panels(len(drawn), ratio=ratio, columns=2 if ratio > 2 and len(drawn) > 2 else None)
+        if ratio > 2:  # flat ones need the width
+            figure.set_size_inches(1.7 * figure.get_size_inches())
         for axes, (title, matrix) in zip(places, drawn.items(), strict=True):
             axes.imshow(matrix, cmap=WEIGHTS, vmin=0)
             axes.set_title(title, fontsize="small")

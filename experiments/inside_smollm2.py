@@ -310,6 +310,20 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(y)))[0, 1])
 
 
+def looks(model: Any, key: Array, config: Config, start: int) -> dict[str, Float[np.ndarray, "l n"]]:
+    """What heads look at while random tokens come for the second time."""
+    options = {"batch": config.texts, "period": config.period, "first": start}
+    found = analysis.head_scores(model, jax.random.fold_in(key, 0), **options)
+    return {name: np.asarray(getattr(found, name)) for name in ("previous", "induction", "duplicate", "first")}
+
+
+def texts(key: Array, config: Config, vocabulary: int, start: int) -> tuple[Int[Array, "1 t"], ...]:
+    """(random tokens that come twice, the same behind another first copy, random tokens that do not repeat)."""
+    clean = analysis.repeated_tokens(jax.random.fold_in(key, 1), 1, config.period, vocabulary, first=start)
+    fresh = jax.random.randint(jax.random.fold_in(key, 2), (4, config.period), 0, vocabulary)
+    return clean, clean.at[0, 1 : config.period + 1].set(fresh[0]), clean.at[0, 1:].set(fresh[1:3].reshape(-1))
+
+
 def sinks(
     compiled: Compiled, text: Int[np.ndarray, " t"], start: int, config: Config, rng: Any
 ) -> tuple[dict[str, float | None], list[dict[str, Any]], dict[str, np.ndarray]]:
@@ -522,16 +536,11 @@ def run(config, seed, folder, console):
     period, log = config.period, console.print
 
     log("where heads look")
-    options = {"batch": config.texts, "period": period, "first": start}
-    looks = analysis.head_scores(model, jax.random.fold_in(key, 0), **options)
-    scores = {name: np.asarray(getattr(looks, name)) for name in ("previous", "induction", "duplicate", "first")}
+    scores = looks(model, key, config, start)
     log("sinks")
     of_sinks, sink_rows, masses = sinks(compiled, text, start, config, rng)
 
-    clean = analysis.repeated_tokens(jax.random.fold_in(key, 1), 1, period, vocabulary, first=start)
-    fresh = jax.random.randint(jax.random.fold_in(key, 2), (4, period), 0, vocabulary)
-    corrupted = clean.at[0, 1 : period + 1].set(fresh[0])
-    unlike = clean.at[0, 1:].set(fresh[1:3].reshape(-1))
+    clean, corrupted, unlike = texts(key, config, vocabulary, start)
 
     def metric(logits: Array) -> Array:
         """The loss on the second copy, but for its first token, which nothing foretells."""
