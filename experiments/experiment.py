@@ -188,7 +188,8 @@ class Maps:
         ratio = len(rows[0]) / len(rows)
         figure, places = panels(len(drawn), ratio=ratio, columns=2 if ratio > 2 and len(drawn) > 2 else None)
         if ratio > 2:  # flat ones need the width
-            figure.set_size_inches(1.7 * figure.get_size_inches())
+            width, height = figure.get_size_inches()
+            figure.set_size_inches(1.7 * width, 1.7 * height)
         for axes, (title, matrix) in zip(places, drawn.items(), strict=True):
             axes.imshow(matrix, cmap=WEIGHTS, vmin=0)
             axes.set_title(title, fontsize="small")
