@@ -111,12 +111,14 @@ class Curves:
         y: Label of the y axis.
         lines: The points of each line, by its name.
         log: The axes that are logarithmic: "", "x", "y" or "xy".
+        cloud: Whether the points of a name are a cloud: they are not joined, and none is cut off.
     """
 
     x: str
     y: str
     lines: Mapping[str, Sequence[tuple[float, Number]]]
     log: str = ""
+    cloud: bool = False
 
     @staticmethod
     def draw(seeds: Sequence[Curves]) -> Figure:
@@ -139,7 +141,7 @@ class Curves:
             means = [sum(at[x]) / len(at[x]) for x in xs]
             drawn += means
             alone = bool(xs) and all(len(seed.lines.get(name, ())) <= 1 for seed in seeds)
-            label, style = (f"_{name}", "") if alone else (name, style)
+            label, style = (f"_{name}", "") if alone else (name, "" if first.cloud else style)
             axes.plot(xs, means, color=colour, linestyle=style, marker="o", markersize=3, label=label)
             if alone:
                 axes.vlines(xs, [min(at[x]) for x in xs], [max(at[x]) for x in xs], color=colour, lw=1)
@@ -147,11 +149,13 @@ class Curves:
                 text = axes.annotate(name, (xs[0], means[0]), (4, 0), textcoords="offset points", fontsize="x-small")
                 text.set(rotation=turn, rotation_mode="anchor", verticalalignment="bottom" if turn > 0 else "top")
                 continue
+            if first.cloud:
+                continue
             axes.fill_between(xs, [min(at[x]) for x in xs], [max(at[x]) for x in xs], color=colour, alpha=0.15, lw=0)
         axes.set(xlabel=first.x, ylabel=first.y)
         axes.set_xscale("log" if "x" in first.log else "linear")
         axes.set_yscale("log" if "y" in first.log else "linear")
-        if drawn and "y" not in first.log:
+        if drawn and not first.cloud and "y" not in first.log:
             least, most = min(drawn), 1.5 * float(np.quantile(drawn, 0.9))
             if least >= 0 and max(drawn) > 3 * most > 0:
                 axes.set_ylim(least - 0.05 * (most - least), most)

@@ -1,0 +1,35 @@
+"""Trained models for experiments: those that registries have, or small ones of the same architecture for quick runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from experiments.weights import folder_of
+from jaxattn import models
+from jaxattn.models import pretrained
+
+RANDOM = "random"
+
+
+def loaded(weights: str, small: Mapping[str, Any]) -> pretrained.Pretrained:
+    """Returns a model, and fetches its weights where they are not there.
+
+    Args:
+        weights: A name of `python -m jaxattn weights list`; or "random" for a model that has learned nothing.
+        small: The numbers of config.json of that model.
+
+    Raises:
+        ValueError: There are no such weights.
+        ConnectionError: The registry cannot be reached.
+    """
+    if weights != RANDOM:
+        return models.load_pretrained(folder_of(weights))
+    configs = pretrained.FAMILIES[small["model_type"]].configs(small)
+    model: Any
+    if isinstance(configs, tuple):
+        model = models.EncoderDecoder(*configs, rngs=nnx.Rngs(0))
+    else:
+        model = models.Transformer(configs, rngs=nnx.Rngs(0))
+    model.eval()
+    return pretrained.Pretrained(model, config=dict(small))
