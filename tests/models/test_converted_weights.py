@@ -4,8 +4,6 @@ Each computes what plain NumPy does with its weights, to 1e-4 of the largest num
 """
 
 import shutil
-import subprocess
-import wave
 
 import jax
 import numpy as np
@@ -18,9 +16,9 @@ from PIL import Image
 from published import GPT2
 from published_more import ALBERT, BERT, WHISPER
 from safetensors.numpy import load_file
-from scipy.signal import resample_poly
 from trained import path_of
 
+from experiments.alignment_heads import log_mel, spoken
 from experiments.weights import folder_of
 from jaxattn.models import generate, load_pretrained
 from jaxattn.models.pretrained import weights_folder
@@ -146,33 +144,11 @@ def test_whisper():
 SPOKEN = "The old bridge over the river was closed for most of the winter, and the children were often late for school."
 
 
-def log_mel(sound):
-    """Whisper's input [1, 3000, 80] of a sound at 16000 Hz: log10 of mel energies, 100 frames per second for 30 s."""
-    padded = np.pad(np.pad(sound, (0, 30 * 16_000 - len(sound))), 200, mode="reflect")
-    frames = np.lib.stride_tricks.sliding_window_view(padded, 400)[::160][:3000]
-    power = abs(np.fft.rfft(frames * np.hanning(401)[:-1])) ** 2
-
-    def to_hertz(mel):  # linear up to 1000 Hz, then logarithmic (Slaney, 1998)
-        return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * np.log(6.4) / 27))
-
-    top = 15 + 27 * np.log(8) / np.log(6.4)  # the mel of 8000 Hz
-    edges = to_hertz(np.linspace(0, top, 82))
-    bins = np.fft.rfftfreq(400, 1 / 16_000)
-    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
-    filters = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
-    energies = np.log10(np.maximum(power @ filters.T, 1e-10))
-    return ((np.maximum(energies, energies.max() - 8) + 4) / 4)[None].astype(np.float32)
-
-
-def test_whisper_writes_down_speech_and_its_alignment_heads_follow_it(tmp_path):
+def test_whisper_writes_down_speech_and_its_alignment_heads_follow_it():
     """The listed heads of cross-attention read the sound where a token is spoken, in order; the others less so."""
     if shutil.which("espeak-ng") is None:
         pytest.skip("espeak-ng, which makes speech, is not installed")
-    subprocess.run(["espeak-ng", "-w", tmp_path / "spoken.wav", SPOKEN], check=True, capture_output=True)
-    with wave.open(str(tmp_path / "spoken.wav")) as file:
-        rate, sound = file.getframerate(), np.frombuffer(file.readframes(file.getnframes()), np.int16) / 2**15
-    sound = resample_poly(sound, 16_000, rate)
+    sound = spoken(SPOKEN, speed=175)
     model, _ = loaded("whisper-base")
     context, _ = model.model.encode(log_mel(sound))
     prompt = np.array([[50258, 50259, 50359, 50363]])  # start, English, write down, no times
