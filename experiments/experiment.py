@@ -163,11 +163,8 @@ class Curves:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         if count := len(axes.get_legend_handles_labels()[0]):
-            # Many names would hide the lines.
-            if count > 8:
-                figure.legend(frameon=False, fontsize="small", loc="outside right upper")
-            else:
-                axes.legend(frameon=False, fontsize="small")
+            place, columns = ("outside right upper", 1) if count > 8 else ("outside upper center", min(count, 3))
+            figure.legend(frameon=False, fontsize="small", loc=place, ncols=columns)  # inside it would hide lines
         return figure
 
 
