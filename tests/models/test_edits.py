@@ -97,7 +97,7 @@ def test_gradients_reach_the_vector_of_every_layer():
         ({"resid": Causal()}, TypeError, r"edits\['resid'\] must be an Edit, got Causal"),
         ({"weights": Causal()}, TypeError, r"edits\['weights'\] must be a weight map or an Edit, got Causal"),
         ({"scores": jnp.zeros(3)}, TypeError, r"edits\['scores'\] must be a mask, a bias, a score map or an Edit"),
-        ({"scores": OnlyAt(Add(1.0), jnp.arange(2))}, TypeError, "got OnlyAt, which acts on tokens"),
+        ({"scores": OnlyAt(Patch(jnp.arange(2), jnp.ones((2, 1))))}, TypeError, "got OnlyAt, which acts on tokens"),
         (
             {"scores": lambda x, where: x},
             TypeError,

@@ -11,7 +11,7 @@ from jaxattn import Bias, Entropy, Explicit, KeyBias, Map, Temperature, Window, 
 from jaxattn.core.attend import Temporal
 from jaxattn.models import Spec, Transformer, TransformerConfig, pre_norm
 from jaxattn.nn import Context, MultiHeadAttention, Recurrent, Tap, Tokens
-from jaxattn.trace import Add, Layers, OnlyAt, Patch, Put, Scale
+from jaxattn.trace import Add, Cut, Layers, OnlyAt, Pairs, Patch, Put, Scale
 
 L, B, T, N, D, V = 3, 2, 9, 4, 16, 11
 H = D // N
@@ -66,6 +66,12 @@ EDITS = {
     "marked span": ("scores", Layers(KeyBias(drawn(L, N, T)))),
     "score map": ("scores", Marked(jnp.float32(2.0), jnp.array([1, 4]))),
     "colder": ("scores", Temperature(jnp.asarray([0.5, 1, 2, 1], jnp.float32))),
+    "scores of some rows": (
+        "scores",
+        OnlyAt(Scale(0.5), jnp.array([2, 6]), jnp.asarray([True, False, True, False])),
+    ),
+    "a cut span": ("scores", {0: Cut(jnp.array([6, 7]), jnp.array([1, 2]), jnp.asarray([False, True, True, False]))}),
+    "pairs": ("weights", Pairs(1 + 0.3 * drawn(N, T, T), 0.1 * jnp.abs(drawn(T, T)))),
     "weights by row": ("weights", {0: Reweigh(1 + jnp.abs(drawn(N, T)))}),
     "frozen norm": ("mlp_norm_scale", Put(jnp.float32(1.0))),
     "embedding": ("embed", Add(drawn(D))),
