@@ -400,8 +400,8 @@ class Recurrent(Mixer):
 
     @property
     def keys_from(self) -> str:  # type: ignore[override]
-        """The `keys_from` of the mechanism."""
-        return self.mechanism.keys_from
+        """The `keys_from` of the mechanism; "none" for a module that only has the methods of one."""
+        return self.mechanism.keys_from if isinstance(self.mechanism, Mechanism) else "none"
 
     def __call__(
         self,

@@ -480,3 +480,22 @@ def test_weights_of_a_memory_with_a_state_are_refused():
     mixer = build(SPECS["deltanet"])
     with pytest.raises(ValueError, match="record has 'weights', which leave out what a state holds"):
         call(mixer, X, record=("weights",), state=start(mixer, B, T))
+
+
+def test_a_module_that_has_the_two_methods_is_a_mechanism():
+    """It need not be derived from the base class."""
+    mixer = build(SPECS["gla"])
+
+    class Plain(nnx.Module):
+        def __init__(self, inner):
+            self.inner, self.in_features = inner, inner.in_features
+
+        def inputs(self, x, positions, past):
+            return self.inner.inputs(x, positions, past)
+
+        def output(self, read, rest):
+            return self.inner.output(read, rest)
+
+    plain = nn.Recurrent(Plain(mixer.mechanism))
+    assert plain.keys_from == "none"
+    np.testing.assert_array_equal(run(plain, X)[0], run(mixer, X)[0])
