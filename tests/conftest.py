@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import warnings
 from importlib.metadata import version
 
 # Nearly all time is compiling: so programs are compiled sooner, and run slower. What is set already holds.
@@ -21,6 +22,41 @@ if jax.config.jax_compilation_cache_dir is None:
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(caches / "jaxattn-tests" / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
+
+
+SLOW = pathlib.Path(__file__).with_name("slow.txt")  # as choose_slow.py writes it
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cpu-times", metavar="FILE", help="add the seconds of CPU of every test to a file")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Marks what is slow, and warns of names in the list that no test has, where all tests are collected."""
+    listed = set(SLOW.read_text().splitlines())
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+    whole = {argument.split("::")[0] for argument in config.args} <= {"tests", str(SLOW.parent)}
+    if whole and (gone := sorted(listed - {item.nodeid for item in items})):
+        warnings.warn(
+            pytest.PytestCollectionWarning(f"slow.txt names tests that there are not: {gone}; see choose_slow.py"),
+            stacklevel=1,
+        )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    def seconds():
+        return sum(os.times()[:4])  # of this process and of those that it started
+
+    before = seconds()
+    result = yield
+    if file := item.config.getoption("--cpu-times"):
+        with open(file, "a") as lines:
+            lines.write(f"{seconds() - before:.2f}\t{item.nodeid}\n")
+    return result
 
 
 # Linux lets a process map so many pieces of memory; a compiled program takes some, and XLA crashes without one.
