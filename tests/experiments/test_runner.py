@@ -189,9 +189,9 @@ def test_a_point_alone_has_its_name_beside_it_and_its_seeds_on_a_line():
     figure = Curves.draw([Curves("x", "y", {"a": [(2, y)], "b": [(1, 0.0), (2, 0.0)]}) for y in (1.0, 3.0)])
     axes = figure.axes[0]
     assert [(text.get_text(), *text.xy) for text in axes.texts] == [("a", 2, 2)]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["b"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["b"]
     np.testing.assert_allclose(axes.collections[0].get_segments(), [[[2, 1], [2, 3]]])
-    assert Curves.draw([Curves("x", "y", {"a": [(2, 1.0)]})]).axes[0].get_legend() is None
+    assert Curves.draw([Curves("x", "y", {"a": [(2, 1.0)]})]).legends == []
 
 
 def test_points_that_lie_elsewhere_for_every_seed_are_not_joined():
