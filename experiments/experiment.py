@@ -163,8 +163,10 @@ class Curves:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         if count := len(axes.get_legend_handles_labels()[0]):
-            place, columns = ("outside right upper", 1) if count > 8 else ("outside upper center", min(count, 3))
-            figure.legend(frameon=False, fontsize="small", loc=place, ncols=columns)  # inside it would hide lines
+            if count > 8:  # inside the axes names would hide lines
+                figure.legend(frameon=False, fontsize="small", loc="outside right upper")
+            else:
+                figure.legend(frameon=False, fontsize="small", loc="outside upper center", ncols=min(count, 3))
         return figure
 
 
