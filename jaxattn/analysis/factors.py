@@ -91,9 +91,7 @@ class Weights:
             branches = [branch for branch in run.branches if isinstance(branch.module, nn.MultiHeadAttention)]
             if len(branches) != 1 or branches[0].module.keys_from != "self" or branches[0].module.out is None:
                 raise ValueError("model has a layer without one attention of its own keys: need one in every layer")
-            made = len(branches[0].module.query.kernel[...])  # 1 where layers share their parameters
-            maps = _maps(branches[0], made, gains, biases)
-            layers.append(tuple(jnp.broadcast_to(each, (count, *each.shape[1:])) for each in maps))
+            layers.append(_maps(branches[0], count, gains, biases))
             self.positions += [branches[0].module.position] * count
             self.attentions.append(branches[0].module)
         shapes = {tuple(x.shape[1:] for x in maps) for maps in layers}
@@ -130,7 +128,7 @@ def _maps(branch: Any, count: int, gains: bool, biases: bool) -> tuple[Array, ..
 
     def into(map_: Any, own: int) -> Array:
         kernel = map_.kernel[...]  # [l, D, own * H]
-        bias = jnp.zeros((1, kernel.shape[-1]), kernel.dtype) if map_.bias is None else map_.bias[...]
+        bias = jnp.zeros((len(kernel), kernel.shape[-1]), kernel.dtype) if map_.bias is None else map_.bias[...]
         if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
             bias = bias + jnp.einsum("ld,ldh->lh", norm.bias[...], kernel)
         kernel = _normed(norm, kernel)

@@ -194,3 +194,14 @@ def test_models_without_such_heads_are_refused():
     layer = Layer([Branch(Spec(nn.FeedForward, hidden=8), Spec(nn.RMSNorm))])
     with pytest.raises(ValueError, match="need one in every layer"):
         ov(Transformer(TransformerConfig(V, T, D, [layer]), rngs=nnx.Rngs(0)))
+
+
+def test_maps_without_a_bias_have_one_of_zero():
+    """Of several layers, as keys in Whisper: the further row and column of QK, and of OV, are 0."""
+    attention = Spec(nn.MultiHeadAttention, heads=N, key_heads=K, head_dim=10)
+    model = noised(TransformerConfig(V, T, D, [Layer([Branch(attention, Spec(nn.RMSNorm))])] * L, dtype="float64"))
+    for function in (qk, ov):
+        wide = np.asarray(function(model, biases=True).array)
+        assert wide.shape == (L, N, D + 1, D + 1)
+        np.testing.assert_allclose(wide[..., :-1, :-1], function(model).array, **CLOSE)
+        assert abs(wide[..., -1, :]).max() == abs(wide[..., -1]).max() == 0
