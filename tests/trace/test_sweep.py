@@ -18,6 +18,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 @pytest.fixture(autouse=True)
 def _float64():
     with jax.enable_x64(True):
+        model()  # made here: not while a function that calls it is traced
         yield
 
 
