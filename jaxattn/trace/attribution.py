@@ -82,13 +82,7 @@ def changes_and_gradients(
     def gradients(before: Any, after: Any, nothing: Any) -> Any:
         if steps is None:
             return jax.grad(value)(nothing, None)
-        one, other = before["embed"], after["embed"]
-
-        def add(total: Any, share: Array) -> tuple[Any, None]:
-            found = jax.grad(value)(nothing, one + share * (other - one))
-            return jax.tree.map(lambda x, y: x + y / steps, total, found), None
-
-        return jax.lax.scan(add, nothing, (jnp.arange(steps) + 0.5) / steps)[0]
+        return mean_along(lambda embed: jax.grad(value)(nothing, embed), before["embed"], after["embed"], steps)
 
     found = compiled(gradients, {k: before[k] for k in record}, {k: after[k] for k in record}, nothing)
     change = {site: after[site] - before[site] for site in sites}
@@ -127,12 +121,22 @@ def integrated_gradients(F: Callable[[Any], Array], end: Any, start: Any = None,
     end = jax.tree.map(jnp.asarray, end)
     start = jax.tree.map(jnp.zeros_like, end) if start is None else jax.tree.map(jnp.asarray, start)
 
-    def mean(start: Any, end: Any) -> Any:
-        def add(total: Any, share: Array) -> tuple[Any, None]:
-            found = jax.grad(F)(jax.tree.map(lambda x, y: x + share * (y - x), start, end))
-            return jax.tree.map(lambda x, y: x + y / steps, total, found), None
+    def products(start: Any, end: Any) -> Any:
+        gradient = mean_along(jax.grad(F), start, end, steps)
+        return jax.tree.map(lambda x, y, g: (y - x) * g, start, end, gradient)
 
-        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, end), (jnp.arange(steps) + 0.5) / steps)
-        return jax.tree.map(lambda x, y, g: (y - x) * g, start, end, total)
+    return compiled(products, start, end)
 
-    return compiled(mean, start, end)
+
+def mean_along(function: Callable[[Any], Any], start: Any, end: Any, steps: int) -> Any:
+    """Returns the mean of a function at the midpoints of `steps` intervals of the straight line from start to end."""
+
+    def at(share: Any) -> Any:
+        return function(jax.tree.map(lambda x, y: x + share * (y - x), start, end))
+
+    def add(total: Any, share: Array) -> tuple[Any, None]:
+        return jax.tree.map(lambda x, y: x + y / steps, total, at(share)), None
+
+    shares = (jnp.arange(steps) + 0.5) / steps
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(at, shares[0]))
+    return jax.lax.scan(add, nothing, shares)[0]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Shaped
 from jaxattn.core.part import part
 from jaxattn.nn import MultiHeadAttention
 from jaxattn.nn.tap import Layers
+from jaxattn.trace.attribution import mean_along
 from jaxattn.trace.edits import Add, Put
 from jaxattn.trace.patching import Metric, check_layers_alone, same_shapes
 from jaxattn.trace.sweep import compiled, run, unchanged
@@ -234,10 +235,7 @@ def edge_attribution(
         if steps is None:
             found = scores(change, before["embed"])
         else:
-            one, other = before["embed"], after["embed"]
-            points = (jnp.arange(steps) + 0.5) / steps
-            each = jax.lax.map(lambda share: scores(change, one + share * (other - one)), points)
-            found = jax.tree.map(lambda x: x.mean(0), each)
+            found = mean_along(lambda embed: scores(change, embed), before["embed"], after["embed"], steps)
         return jax.tree.map(lambda x, there: jnp.where(there, x, 0), found, _edges(parts))
 
     return compiled(mean, at_base, at_source)
