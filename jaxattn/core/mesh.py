@@ -1,8 +1,10 @@
-"""Arrays that differ between the devices of a mesh, as `jax.shard_map` types them."""
+"""Arrays spread over the devices of a mesh, as the types of JAX say: by `jax.shard_map`, or by Explicit axes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 
@@ -24,3 +26,51 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
 def vary_like(tree: Any, like: Any) -> Any:
     """Applies `vary` over the axes over which `like` differs."""
     return vary(tree, mesh_axes(like))
+
+
+def spread(x: Any) -> "Axes":
+    """Returns the Explicit mesh axes over which each axis of an array is spread: names, tuples of names, or None."""
+    sharding = jax.typeof(x).sharding
+    explicit = {
+        name
+        for name, kind in zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+
+    def kept(entry: Any) -> Any:
+        names = tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name in explicit)
+        return names[0] if len(names) == 1 else names or None
+
+    spec = tuple(map(kept, sharding.spec))
+    return Axes(spec + (None,) * (x.ndim - len(spec)))
+
+
+def explicit_mesh(tree: Any) -> Any:
+    """Returns the mesh with Explicit axes by which an array of the tree is typed, or None."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types:
+            return jax.typeof(leaf).sharding.mesh
+    return None
+
+
+def under_auto_axes(function: Callable[[Any], Any], given: Any, out: Callable[[], Any]) -> Any:
+    """Returns function(given); where `given` is typed by Explicit mesh axes the compiler spreads what is in between.
+
+    Args:
+        function: A function of one pytree, without other arrays that are typed so.
+        given: The pytree.
+        out: Makes the `Axes` of the results, in a pytree that is a prefix of theirs. Called only where there are
+            Explicit axes.
+    """
+    mesh = explicit_mesh(given)
+    if mesh is None:
+        return function(given)
+    mesh = mesh if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_abstract_mesh()
+    specs = jax.tree.map(
+        lambda axes: NamedSharding(mesh, PartitionSpec(*axes)), out(), is_leaf=lambda x: isinstance(x, Axes)
+    )
+    return jax.sharding.auto_axes(function, out_sharding=specs)(given)
+
+
+class Axes(tuple):
+    """The mesh axes of one result, as `spread` says them."""

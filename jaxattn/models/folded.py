@@ -92,13 +92,13 @@ class FoldedDecoder(nnx.Module):
         self.decoder = Transformer(replace(map_mixers(config, opened), causal=False), rngs=rngs)
         self._config = config
         self.segment, self.carry, self.bptt, self.documents = segment, carry, bptt, documents
-        self.start = undecayed(jax.random.normal(rngs.params(), (carry, config.width)))
+        self.start = undecayed(jax.random.normal(rngs.params(), (carry, config.width)), None, "width")
         self.norm = RMSNorm(config.width)
         identity = nnx.initializers.constant(jnp.eye(config.width))
-        self.enter = linear_map(config.width, config.width, None, rngs, start=identity)
+        self.enter = linear_map(config.width, config.width, None, rngs, ("width", None), start=identity)
         given: dict[str, Any] = {"position": None, "rngs": rngs}
         pooled, queries = condense == "queries", (carry, config.width)
-        self.queries = undecayed(jax.random.normal(rngs.params(), queries)) if pooled else None
+        self.queries = undecayed(jax.random.normal(rngs.params(), queries), None, "width") if pooled else None
         self.pool = nn.MultiHeadAttention(config.width, heads[0], **given) if pooled else None
 
     @property

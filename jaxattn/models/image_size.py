@@ -51,7 +51,7 @@ def with_image_size(model: Transformer, height: int, width: int) -> Transformer:
     new = nnx.clone(model)
     size = (height, width)
     new.config = dataclasses.replace(model.config, length=len(table), embed=model.config.embed.replace(size=size))
-    new.embed.size, new.positions.length, new.positions.table = size, len(table), decayed(table)
+    new.embed.size, new.positions.length, new.positions.table = size, len(table), decayed(table, None, "width")
     return new
 
 

@@ -233,7 +233,8 @@ class Transformer(nnx.Module):
         self.embed: Any = built(config.embed, **sizes)
         self.positions, self.embed_norm = built(config.positions, **sizes), built(config.embed_norm, **sizes)
         up = config.embed_width is not None
-        self.embed_map = linear_map(inner, config.width, None, rngs, use_bias=True, role="decayed") if up else None
+        options: dict[str, Any] = {"axes": (None, "width"), "use_bias": True, "role": "decayed"}
+        self.embed_map = linear_map(inner, config.width, None, rngs, **options) if up else None
         sizes |= {"features": config.width}
         self.bias = owned(built(config.bias, **sizes))
         runs = [(spec, len(list(run))) for spec, run in itertools.groupby(config.layers)]
@@ -254,7 +255,9 @@ class Transformer(nnx.Module):
                 "there is a context: need 0"
             )
         meta = (config.meta_tokens, config.width)
-        self.meta = undecayed(jax.random.normal(rngs.params(), meta) * 0.02) if config.meta_tokens else None
+        self.meta = (
+            undecayed(jax.random.normal(rngs.params(), meta) * 0.02, None, "width") if config.meta_tokens else None
+        )
         self.norm: Any = built(config.norm, **sizes)
         self.head: Any = built(config.head, **sizes)
         tied = isinstance(self.head, nn.Head | nn.MaskedTokenHead) and self.head.tied
@@ -561,7 +564,7 @@ def _stack(spec: Layer, length: int, config: TransformerConfig, rngs: nnx.Rngs) 
     """Makes `length` layers of one spec as one module, every array with a leading layer axis: of 1 where shared."""
 
     @nnx.split_rngs(splits=length)
-    @nnx.vmap(in_axes=0, out_axes=0)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None, "axes": "layers"})
     def create(rngs: nnx.Rngs) -> Block:
         return Block(spec, config.width, jnp.dtype(config.dtype), rngs)
 

@@ -66,6 +66,7 @@ from jaxattn.nn.recurrent import (
     Recurrent,
     as_mixer,
 )
+from jaxattn.nn.sharding import RULES, SITE_AXES, made_on, partition_spec, sharding_rules, shardings
 from jaxattn.nn.spec import Spec
 from jaxattn.nn.state_space import S6, Mamba2, mimetic_initialization
 from jaxattn.nn.tap import ALIASES, SITES, Edit, Layers, Reducer, Tap, Whole
@@ -76,9 +77,11 @@ __all__ = [
     "ALIASES",
     "GLA",
     "HGRN2",
+    "RULES",
     "RWKV7",
     "S6",
     "SITES",
+    "SITE_AXES",
     "TTT",
     "AcrossHeads",
     "AdditiveScore",
@@ -144,8 +147,12 @@ __all__ = [
     "as_mixer",
     "behind_prefix",
     "hymba_heads",
+    "made_on",
     "memory_as_gate",
     "memory_as_layer",
     "mimetic_initialization",
+    "partition_spec",
+    "sharding_rules",
+    "shardings",
     "with_prefix",
 ]

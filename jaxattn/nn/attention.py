@@ -22,7 +22,7 @@ from jaxattn.core.attend.slots import Slots
 from jaxattn.core.checks import check_array
 from jaxattn.nn.mechanisms import ShortConvolution
 from jaxattn.nn.mixer import Mixer
-from jaxattn.nn.parameter import linear_map
+from jaxattn.nn.parameter import Axis, linear_map
 from jaxattn.nn.recurrent import Past
 from jaxattn.nn.spec import Spec, built, owned, part_of
 from jaxattn.nn.tap import Tap, Whole
@@ -178,21 +178,25 @@ class MultiHeadAttention(Mixer):
         self.score_maps = nnx.data(tuple(maps[: len(score_maps)]))
         self.weight_maps = nnx.data(tuple(maps[len(score_maps) :]))
 
-        def linear(name: str, inputs: int, outputs: int) -> nnx.Linear:
-            return linear_map(inputs, outputs, dtype, rngs, use_bias=name in biased)
+        def linear(name: str, inputs: int, outputs: int, *axes: Axis) -> nnx.Linear:
+            return linear_map(inputs, outputs, dtype, rngs, axes, use_bias=name in biased)
 
         context_features = features if context_features is None else context_features
-        self.query = linear("query", features, heads * head_dim)
-        self.key = linear("key", context_features, key_heads * head_dim) if own_keys else None
-        self.value = linear("value", context_features, key_heads * head_dim) if own_keys else None
-        self.out = linear("out", heads * head_dim, features) if project else None
-        channels = {"query": heads * head_dim} | dict.fromkeys(("key", "value"), key_heads * head_dim)
+        by_head, by_key_head = ("heads", heads), ("key_heads", key_heads)
+        self.query = linear("query", features, heads * head_dim, "width", by_head)
+        self.key = linear("key", context_features, key_heads * head_dim, "width", by_key_head) if own_keys else None
+        self.value = linear("value", context_features, key_heads * head_dim, "width", by_key_head) if own_keys else None
+        self.out = linear("out", heads * head_dim, features, by_head, "width") if project else None
+        sides = {"query": by_head, "key": by_key_head, "value": by_key_head}
         self.convolution = nnx.Dict(
-            {name: ShortConvolution(size, convolution, rngs=rngs) for name, size in channels.items()}
+            {
+                name: ShortConvolution(side[1] * head_dim, convolution, axis=side, rngs=rngs)
+                for name, side in sides.items()
+            }
             if convolution
             else {}
         )
-        self.gate = linear("gate", features, heads * head_dim) if gate else None
+        self.gate = linear("gate", features, heads * head_dim, "width", by_head) if gate else None
         norm_sizes = {"features": head_dim, "dtype": dtype, "rngs": rngs}
         self.query_norm = built(qk_norm, heads=heads, **norm_sizes)
         self.key_norm = built(qk_norm, heads=key_heads, **norm_sizes) if own_keys else None

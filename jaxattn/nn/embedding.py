@@ -32,8 +32,8 @@ class TokenEmbedding(nnx.Module):
 
     def __init__(self, vocabulary: int, features: int, *, types: int = 0, scale: float = 1.0, rngs: nnx.Rngs):
         self.scale = scale
-        self.table = decayed(_small(rngs, vocabulary, features))
-        self.types = decayed(_small(rngs, types, features)) if types else None
+        self.table = decayed(_small(rngs, vocabulary, features), "vocabulary", "width")
+        self.types = decayed(_small(rngs, types, features), None, "width") if types else None
 
     def __call__(
         self,
@@ -83,7 +83,7 @@ class VectorEmbedding(nnx.Module):
         if inputs < 1:
             raise ValueError(f"inputs must be at least 1, got {inputs}")
         self.channels = inputs
-        self.map = linear_map(inputs, features, None, rngs, use_bias=True, role="decayed")
+        self.map = linear_map(inputs, features, None, rngs, (None, "width"), use_bias=True, role="decayed")
 
     def __call__(self, inputs: Float[Array, "b t c"], positions: Any = None, types: Any = None) -> Array:
         """Returns x of vectors [B, T, C].
@@ -125,8 +125,9 @@ class PatchEmbedding(nnx.Module):
         if len(patch) != 2 or min(patch) < 1:
             raise ValueError(f"patch is {patch}: need the height and the width of a patch, from 1 on")
         self.patch, self.channels, self.size = tuple(patch), channels, None if size is None else tuple(size)
-        self.map = linear_map(patch[0] * patch[1] * channels, features, None, rngs, use_bias=True, role="decayed")
-        self.class_token = decayed(_small(rngs, 1, features)) if class_token else None
+        inputs = patch[0] * patch[1] * channels
+        self.map = linear_map(inputs, features, None, rngs, (None, "width"), use_bias=True, role="decayed")
+        self.class_token = decayed(_small(rngs, 1, features), None, "width") if class_token else None
 
     def __call__(self, inputs: Float[Array, "b y x c"], positions: Any = None, types: Any = None) -> Array:
         """Returns x of images [B, height, width, channels].
@@ -167,9 +168,12 @@ class AudioEmbedding(nnx.Module):
 
     def __init__(self, features: int, *, channels: int = 80, rngs: nnx.Rngs):
         self.channels = channels
-        roles: dict[str, Any] = {"kernel_metadata": {"role": "decayed"}, "bias_metadata": {"role": "undecayed"}}
-        self.first = nnx.Conv(channels, features, 3, padding=1, **roles, rngs=rngs)
-        self.second = nnx.Conv(features, features, 3, strides=2, padding=1, **roles, rngs=rngs)
+        said: dict[str, Any] = {
+            "kernel_metadata": {"role": "decayed", "axes": (None, None, "width")},
+            "bias_metadata": {"role": "undecayed", "axes": ("width",)},
+        }
+        self.first = nnx.Conv(channels, features, 3, padding=1, **said, rngs=rngs)
+        self.second = nnx.Conv(features, features, 3, strides=2, padding=1, **said, rngs=rngs)
 
     def __call__(self, inputs: Float[Array, "b t c"], positions: Any = None, types: Any = None) -> Array:
         """Returns x of frames [B, T, channels].
@@ -195,7 +199,7 @@ class PositionEmbedding(nnx.Module):
 
     def __init__(self, length: int, features: int, *, offset: int = 0, rngs: nnx.Rngs):
         self.length, self.offset = length, offset
-        self.table = decayed(_small(rngs, offset + length, features))
+        self.table = decayed(_small(rngs, offset + length, features), None, "width")
 
     def __call__(self, positions: Int[Array, "#b t"]) -> Float[Array, "#b t d"]:
         """Returns the vectors to add at these positions: 0 at −1 (padding), and NaN beyond the table.
@@ -253,8 +257,10 @@ class Head(nnx.Module):
         if cap is not None and not cap > 0:
             raise ValueError(f"cap must be positive, or None, got {cap}")
         self.tied, self.scale, self.cap = tied, scale, cap
-        self.map = None if tied else linear_map(features, vocabulary, None, rngs, role="decayed")
-        self.bias = undecayed(jnp.zeros(vocabulary)) if use_bias else None
+        self.map = (
+            None if tied else linear_map(features, vocabulary, None, rngs, ("width", "vocabulary"), role="decayed")
+        )
+        self.bias = undecayed(jnp.zeros(vocabulary), "vocabulary") if use_bias else None
 
     def __call__(
         self, x: Float[Array, "b t d"], embed: Any, tokens: Tokens | None = None
@@ -298,9 +304,9 @@ class MaskedTokenHead(nnx.Module):
     ):
         inner = features if inner is None else inner
         self.activation: Activation = activation
-        self.map = linear_map(features, inner, None, rngs, use_bias=True)
+        self.map = linear_map(features, inner, None, rngs, ("width", None), use_bias=True)
         self.norm = LayerNorm(inner, eps=eps)
-        self.bias = undecayed(jnp.zeros(vocabulary))
+        self.bias = undecayed(jnp.zeros(vocabulary), "vocabulary")
 
     def __call__(
         self, x: Float[Array, "b t d"], embed: Any, tokens: Tokens | None = None
@@ -328,8 +334,12 @@ class Pooler(nnx.Module):
     """
 
     def __init__(self, features: int, *, classes: int | None = None, rngs: nnx.Rngs):
-        self.map = linear_map(features, features, None, rngs, use_bias=True)
-        self.classes = linear_map(features, classes, None, rngs, use_bias=True, role="decayed") if classes else None
+        self.map = linear_map(features, features, None, rngs, ("width", None), use_bias=True)
+        self.classes = (
+            linear_map(features, classes, None, rngs, ("width", None), use_bias=True, role="decayed")
+            if classes
+            else None
+        )
 
     def __call__(self, x: Float[Array, "b t d"], embed: Any, tokens: Tokens | None = None) -> Float[Array, "b d"]:
         """Returns the vector, or the logits, of each row.

@@ -51,13 +51,13 @@ class FeedForward(nnx.Module):
         if hidden < 1:
             raise ValueError(f"hidden must be at least 1, got {hidden}")
 
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return linear_map(inputs, outputs, dtype, rngs, use_bias=use_bias)
+        def linear(inputs: int, outputs: int, *axes: str) -> nnx.Linear:
+            return linear_map(inputs, outputs, dtype, rngs, axes, use_bias=use_bias)
 
         self.activation: Activation = activation
-        self.up = linear(features, hidden)
-        self.gate = linear(features, hidden) if gated else None
-        self.down = linear(hidden, features)
+        self.up = linear(features, hidden, "width", "hidden")
+        self.gate = linear(features, hidden, "width", "hidden") if gated else None
+        self.down = linear(hidden, features, "hidden", "width")
 
     def __call__(self, x: Float[Array, "*b d"], tap: Tap | None = None) -> Float[Array, "*b d"]:
         """Returns the result for x [..., D].

@@ -63,7 +63,11 @@ class Parallel(Mixer):
         if any(mixer.keys_from == "context" for mixer in self.mixers):
             raise ValueError("mixers holds cross-attention, which needs a branch of its own in a layer")
         self.norms = nnx.List([RMSNorm(channels, eps=eps, dtype=dtype) for _ in mixers])
-        self.out = linear_map(channels, features, dtype, rngs, use_bias=use_bias) if channels != features else None
+        self.out = (
+            linear_map(channels, features, dtype, rngs, (None, "width"), use_bias=use_bias)
+            if channels != features
+            else None
+        )
 
     @property
     def keys_from(self) -> str:  # type: ignore[override]

@@ -41,7 +41,11 @@ class BilinearScore(nnx.Module):
     def __init__(self, head_dim: int, heads: int | None = None):
         _check_sizes(self, head_dim=head_dim, heads=heads)
         weight = head_dim**-0.5 * jnp.eye(head_dim)
-        self.weight = decayed(weight if heads is None else jnp.tile(weight, (heads, 1, 1)))
+        self.weight = (
+            decayed(weight, "head_dim", None)
+            if heads is None
+            else decayed(jnp.tile(weight, (heads, 1, 1)), "heads", "head_dim", None)
+        )
 
     def __call__(self) -> Bilinear:
         return Bilinear(self.weight[...])
@@ -113,7 +117,7 @@ class RelativePositionBias(nnx.Module):
 
     def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False):
         _check_sizes(self, heads=heads, buckets=buckets, max_distance=max_distance)
-        self.table = undecayed(jnp.zeros((heads, buckets)))
+        self.table = undecayed(jnp.zeros((heads, buckets)), "heads", None)
         self.max_distance, self.bidirectional = max_distance, bidirectional
 
     def __call__(self) -> RelativeBias:
@@ -129,7 +133,7 @@ class LearnedTemperature(nnx.Module):
 
     def __init__(self, heads: int):
         _check_sizes(self, heads=heads)
-        self.log_temperature = undecayed(jnp.zeros(heads))
+        self.log_temperature = undecayed(jnp.zeros(heads), "heads")
 
     def __call__(self) -> Temperature:
         return Temperature(jnp.exp(self.log_temperature[...]))
@@ -146,7 +150,7 @@ class HeadMixing(nnx.Module):
 
     def __init__(self, heads: int):
         _check_sizes(self, heads=heads)
-        self.weight = undecayed(jnp.eye(heads))
+        self.weight = undecayed(jnp.eye(heads), "heads", None)
 
     def __call__(self) -> MixHeads:
         return MixHeads(self.weight[...])
@@ -171,7 +175,7 @@ class KeyQueryConvolution(nnx.Module):
         _check_sizes(self, heads=heads, queries=queries, keys=keys)
         if keys % 2 == 0:
             raise ValueError(f"KeyQueryConvolution: keys is {keys}: need an odd number, so that there is a centre")
-        self.kernel = undecayed(jnp.zeros((heads, queries, keys)).at[:, -1, keys // 2].set(1))
+        self.kernel = undecayed(jnp.zeros((heads, queries, keys)).at[:, -1, keys // 2].set(1), "heads", None, None)
 
     def __call__(self) -> Convolution:
         return Convolution(self.kernel[...])
@@ -203,8 +207,10 @@ class HedgehogMap(nnx.Module):
         _check_sizes(self, heads=heads, head_dim=head_dim, key_heads=key_heads)
         self.kind: HedgehogKind = kind
         start = HedgehogFeatures.identity(heads, head_dim, key_heads, kind)
-        self.query_weight, self.key_weight = undecayed(start.query_weight), undecayed(start.key_weight)
-        self.query_bias, self.key_bias = undecayed(start.query_bias), undecayed(start.key_bias)
+        self.query_weight = undecayed(start.query_weight, "heads", "head_dim", None)
+        self.key_weight = undecayed(start.key_weight, "key_heads", "head_dim", None)
+        self.query_bias = undecayed(start.query_bias, "heads", None)
+        self.key_bias = undecayed(start.key_bias, "key_heads", None)
 
     def __call__(self) -> HedgehogFeatures:
         weights = self.query_weight[...], self.key_weight[...]
@@ -256,7 +262,7 @@ class NullSoftmax(nnx.Module):
 
     def __init__(self, heads: int):
         _check_sizes(self, heads=heads)
-        self.null_logit = undecayed(jnp.zeros(heads))
+        self.null_logit = undecayed(jnp.zeros(heads), "heads")
 
     def __call__(self) -> Softmax:
         return Softmax(self.null_logit[...])

@@ -87,9 +87,13 @@ class NeuralMemory(Mechanism):
         self.loss, self.link = nnx.static(loss), nnx.static(link)
         sizes = dict.fromkeys(("query", "key", "value"), (heads, channels))
         self.project = Projections(features, sizes, convolution, dtype, rngs, silu=True)
-        self.rate, self.forget = (linear_map(features, heads, None, rngs, use_bias=True) for _ in range(2))
-        self.carry = linear_map(features, heads, None, rngs, use_bias=True) if momentum else None
-        self.weights = nnx.List([decayed(x) for x in _layers(rngs, heads, (channels, *hidden, channels))])
+        self.rate, self.forget = (
+            linear_map(features, heads, None, rngs, ("width", "heads"), use_bias=True) for _ in range(2)
+        )
+        self.carry = linear_map(features, heads, None, rngs, ("width", "heads"), use_bias=True) if momentum else None
+        self.weights = nnx.List(
+            [decayed(x, "heads", None, None) for x in _layers(rngs, heads, (channels, *hidden, channels))]
+        )
         self.out = HeadOutput(features, heads, channels, gate=gate, eps=eps, dtype=dtype, rngs=rngs)
 
     def inputs(self, x, positions, past):
@@ -163,21 +167,29 @@ class TTT(Mechanism):
             rotary_channels(channels, 1.0)
         self.inner_batch, self.documents = inner_batch, documents
         names = ("shared", "value") if convolution else ("query", "key", "value")
-        self.linear = nnx.Dict({name: linear_map(features, features, dtype, rngs) for name in names})
+        self.linear = nnx.Dict(
+            {name: linear_map(features, features, dtype, rngs, ("width", ("heads", heads))) for name in names}
+        )
         options: dict[str, Any] = {"use_bias": True, "silu": False, "rngs": rngs}
         self.convolution = nnx.Dict(
-            {name: ShortConvolution(features, convolution, **options) for name in ("query", "key")}
+            {
+                name: ShortConvolution(features, convolution, axis=("heads", heads), **options)
+                for name in ("query", "key")
+            }
             if convolution
             else {}
         )
-        self.rate = linear_map(features, heads, None, rngs, use_bias=True)
+        self.rate = linear_map(features, heads, None, rngs, ("width", "heads"), use_bias=True)
         self.rows = undecayed(jnp.zeros(inner_batch))
         layers = _layers(rngs, heads, (channels, 4 * channels, channels) if deep else (channels, channels))
-        self.weights = nnx.List([decayed(x) for x in layers])
-        self.biases = nnx.List([undecayed(jnp.zeros((heads, 1, x.shape[-1]))) for x in layers])
-        self.gain, self.shift = undecayed(jnp.ones((heads, channels))), undecayed(jnp.zeros((heads, channels)))
+        self.weights = nnx.List([decayed(x, "heads", None, None) for x in layers])
+        self.biases = nnx.List([undecayed(jnp.zeros((heads, 1, x.shape[-1])), "heads", None, None) for x in layers])
+        self.gain = undecayed(jnp.ones((heads, channels)), "heads", None)
+        self.shift = undecayed(jnp.zeros((heads, channels)), "heads", None)
         self.norm = LayerNorm(features, eps=eps, dtype=dtype)
-        self.gate, self.out = (linear_map(features, features, dtype, rngs) for _ in range(2))
+        inner = ("heads", heads)
+        self.gate = linear_map(features, features, dtype, rngs, ("width", inner))
+        self.out = linear_map(features, features, dtype, rngs, (inner, "width"))
 
     def inputs(self, x, positions, past):
         value = self.linear["value"](x)

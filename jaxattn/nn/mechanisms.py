@@ -27,7 +27,7 @@ from jaxattn.core.linear.recurrence import Delta, Erase
 from jaxattn.core.numeric import ratio
 from jaxattn.nn.feed_forward import FeedForward
 from jaxattn.nn.norm import LayerNorm, RMSNorm
-from jaxattn.nn.parameter import decayed, linear_map, undecayed
+from jaxattn.nn.parameter import Axis, decayed, linear_map, undecayed
 from jaxattn.nn.recurrent import LinearInputs, Mechanism, Passed, Past
 from jaxattn.nn.spec import Spec, built, owned, part_of
 
@@ -44,13 +44,23 @@ class ShortConvolution(nnx.Module):
         width: The number of tokens that a filter spans, at least 1.
         use_bias: Whether there is b.
         silu: Whether SiLU is applied; False for the sum itself.
+        axis: The name of the axis of channels, for sharding.
         rngs: Streams for the initial parameters.
 
     Raises:
         ValueError: `width` is below 1.
     """
 
-    def __init__(self, channels: int, width: int, *, use_bias: bool = False, silu: bool = True, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        use_bias: bool = False,
+        silu: bool = True,
+        axis: Axis = "hidden",
+        rngs: nnx.Rngs,
+    ):
         if width < 1:
             raise ValueError(f"convolution must be at least 1 token wide, got {width}")
         bound = width**-0.5
@@ -59,8 +69,8 @@ class ShortConvolution(nnx.Module):
             return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
 
         self.silu = silu
-        self.weight = decayed(uniform(width, channels))
-        self.bias = undecayed(uniform(channels)) if use_bias else None
+        self.weight = decayed(uniform(width, channels), None, axis)
+        self.bias = undecayed(uniform(channels), axis) if use_bias else None
 
     def __call__(self, name: str, x: Float[Array, "b t c"], past: Past) -> Float[Array, "b t c"]:
         weight = self.weight[...].astype(x.dtype)
@@ -105,10 +115,12 @@ class Projections(nnx.Module):
                 raise ValueError(f"{name} has {size[0]} heads of {size[1]} channels: need at least 1 of each")
         self.sizes = tuple(sizes.items())
         self.silu = convolution > 0 if silu is None else silu
-        self.linear = nnx.Dict({name: linear_map(features, n * h, dtype, rngs) for name, (n, h) in sizes.items()})
+        self.linear = nnx.Dict(
+            {name: linear_map(features, n * h, dtype, rngs, ("width", ("heads", n))) for name, (n, h) in sizes.items()}
+        )
         options: dict[str, Any] = {"use_bias": use_bias, "silu": False, "rngs": rngs}
         self.convolution = nnx.Dict(
-            {name: ShortConvolution(n * h, convolution, **options) for name, (n, h) in sizes.items()}
+            {name: ShortConvolution(n * h, convolution, axis=("heads", n), **options) for name, (n, h) in sizes.items()}
             if convolution
             else {}
         )
@@ -159,12 +171,13 @@ class HeadOutput(nnx.Module):
         self.kind = gate
         self.norm = RMSNorm(value_dim, eps=eps, dtype=dtype) if norm else None
         gates: nnx.Linear | LowRank | None = None
+        by_head = ("heads", heads)
         if gate is not None and gate_rank is not None:
-            gates = LowRank(features, gate_rank, heads * value_dim, rngs=rngs)
+            gates = LowRank(features, gate_rank, heads * value_dim, axis=by_head, rngs=rngs)
         elif gate is not None:
-            gates = linear_map(features, heads * value_dim, dtype, rngs)
+            gates = linear_map(features, heads * value_dim, dtype, rngs, ("width", by_head))
         self.gate = gates
-        self.out = linear_map(heads * value_dim, features, dtype, rngs)
+        self.out = linear_map(heads * value_dim, features, dtype, rngs, (by_head, "width"))
 
     def __call__(self, z: Float[Array, "b t n v"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         z = z if self.norm is None else self.norm(z)
@@ -319,7 +332,7 @@ class GLA(Mechanism):
         self.in_features = features
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
         self.project = Projections(features, sizes, convolution, dtype, rngs)
-        self.decay = LowRank(features, rank, heads * key_dim, rngs=rngs)
+        self.decay = LowRank(features, rank, heads * key_dim, axis=("heads", heads), rngs=rngs)
         self.out = HeadOutput(features, heads, value_dim, gate="silu", eps=eps, dtype=dtype, rngs=rngs)
 
     def inputs(self, x, positions, past):
@@ -367,7 +380,7 @@ class HGRN2(Mechanism):
         sizes = dict.fromkeys(("query", "forget", "value"), (heads, channels))
         self.project = Projections(features, sizes, convolution, dtype, rngs, silu=False)
         self.norm = RMSNorm(features, eps=eps, dtype=dtype)
-        self.out = linear_map(features, features, dtype, rngs)
+        self.out = linear_map(features, features, dtype, rngs, (("heads", heads), "width"))
 
     def inputs(self, x, positions, past):
         query, forget, value = self.project(x, past)
@@ -428,16 +441,18 @@ class DeltaNet(Mechanism):
         self.in_features, self.kind, self.negative = features, decay, negative
         sizes = {"query": (heads, key_dim), "key": (heads, key_dim), "value": (heads, value_dim)}
         self.project = Projections(features, sizes, convolution, dtype, rngs, silu=True)
-        self.beta = linear_map(features, heads, None, rngs)
+        self.beta = linear_map(features, heads, None, rngs, ("width", "heads"))
         step: nnx.Linear | LowRank | None = None
         if decay == "head":
-            step = linear_map(features, heads, None, rngs)
+            step = linear_map(features, heads, None, rngs, ("width", "heads"))
         elif decay == "channel":
-            step = LowRank(features, rank, heads * key_dim, bias=False, rngs=rngs)
+            step = LowRank(features, rank, heads * key_dim, axis=("heads", heads), bias=False, rngs=rngs)
         self.step = step
         if decay != "none":
-            self.step_bias = undecayed(step_bias(rngs, heads if decay == "head" else heads * key_dim))
-            self.a_log = undecayed(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
+            self.step_bias = undecayed(step_bias(rngs, heads if decay == "head" else heads * key_dim), ("heads", heads))
+            self.a_log = undecayed(
+                jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)), "heads"
+            )
         gate: dict[str, Gate | None] = {"none": None, "head": "silu", "channel": "sigmoid"}
         options: dict[str, Any] = {"gate_rank": rank if decay == "channel" else None, "eps": eps, "dtype": dtype}
         self.out = HeadOutput(features, heads, value_dim, gate=gate[decay], rngs=rngs, **options)
@@ -506,11 +521,14 @@ class RWKV7(Mechanism):
         channels = head_dim_of(features, heads)
         self.in_features, self.heads, self.keys_from, self.unit_eps = features, heads, keys_from, unit_eps
         names = ("receptance", "key", "value", "decay", "rate", "gate")
+        by_head = ("heads", heads)
         self.mix = nnx.Dict({name: undecayed(jnp.full(features, 0.5)) for name in names})
-        self.linear = nnx.Dict({name: linear_map(features, features, dtype, rngs) for name in names[:3]})
+        self.linear = nnx.Dict(
+            {name: linear_map(features, features, dtype, rngs, ("width", by_head)) for name in names[:3]}
+        )
 
         def low_rank(size: int | None, **options: Any) -> LowRank:
-            return LowRank(features, rank if size is None else size, features, **options, rngs=rngs)
+            return LowRank(features, rank if size is None else size, features, axis=by_head, **options, rngs=rngs)
 
         self.low_rank = nnx.Dict(
             decay=low_rank(rank, inner=jnp.tanh),
@@ -519,12 +537,13 @@ class RWKV7(Mechanism):
         )
         if keys_from == "layer":
             self.low_rank["value"] = low_rank(value_rank)
-        self.removed = undecayed(jnp.full(features, 0.85))
-        self.replaced = undecayed(jnp.ones(features))
-        self.bonus = undecayed(jnp.zeros((heads, channels)))
+        self.removed = undecayed(jnp.full(features, 0.85), by_head)
+        self.replaced = undecayed(jnp.ones(features), by_head)
+        self.bonus = undecayed(jnp.zeros((heads, channels)), "heads", None)
         self.norm = LayerNorm(channels, eps=eps, learned=False, dtype=dtype)
-        self.scale, self.shift = undecayed(jnp.ones((heads, channels))), undecayed(jnp.zeros((heads, channels)))
-        self.out = linear_map(features, features, dtype, rngs)
+        self.scale = undecayed(jnp.ones((heads, channels)), "heads", None)
+        self.shift = undecayed(jnp.zeros((heads, channels)), "heads", None)
+        self.out = linear_map(features, features, dtype, rngs, (by_head, "width"))
 
     def inputs(self, x, positions, past):
         now, before = past.lags("x", x, 2)
@@ -683,9 +702,11 @@ class GatedConvolution(Mechanism):
         if expand < 1:
             raise ValueError(f"expand must be at least 1, got {expand}")
         self.in_features, inner = features, expand * features
-        self.up, self.gate = (linear_map(features, inner, dtype, rngs, use_bias=use_bias) for _ in range(2))
+        self.up, self.gate = (
+            linear_map(features, inner, dtype, rngs, ("width", "hidden"), use_bias=use_bias) for _ in range(2)
+        )
         self.convolution = ShortConvolution(inner, width, rngs=rngs)
-        self.out = linear_map(inner, features, dtype, rngs, use_bias=use_bias)
+        self.out = linear_map(inner, features, dtype, rngs, ("hidden", "width"), use_bias=use_bias)
 
     def inputs(self, x, positions, past):
         return Passed(self.convolution("up", self.up(x), past)[..., None, :]), self.gate(x)
@@ -703,6 +724,7 @@ class LowRank(nnx.Module):
         outputs: The channels of the result.
         inner: f, the identity if not given.
         bias: Whether there is b.
+        axis: The name of the axis of outputs, for sharding.
         rngs: Streams for the initial parameters.
 
     Raises:
@@ -717,13 +739,14 @@ class LowRank(nnx.Module):
         *,
         inner: Callable[[Array], Array] | None = None,
         bias: bool = True,
+        axis: Axis = None,
         rngs: nnx.Rngs,
     ):
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         self.inner = inner
-        self.down = linear_map(features, rank, None, rngs)
-        self.up = linear_map(rank, outputs, None, rngs, use_bias=bias)
+        self.down = linear_map(features, rank, None, rngs, ("width", None))
+        self.up = linear_map(rank, outputs, None, rngs, (None, axis), use_bias=bias)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t o"]:
         y = self.down(x)

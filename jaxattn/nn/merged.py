@@ -110,7 +110,7 @@ class MergedSoftmaxHeads(nnx.Module):
         else:
             kq = start * jax.random.normal(rngs.params(), kq_shape)
             ov = start * jax.random.normal(rngs.params(), ov_shape)
-        self.kq, self.ov = decayed(kq), decayed(ov[:, 0] if outputs == 1 else ov)
+        self.kq, self.ov = decayed(kq, "heads", None, None), decayed(ov[:, 0] if outputs == 1 else ov)
 
     def __call__(self) -> merged.SoftmaxHeads:
         return merged.SoftmaxHeads(self.kq[...], self.ov[...])

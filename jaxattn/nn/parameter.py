@@ -1,4 +1,7 @@
-"""Parameters, and the layers of Flax that own some, as this package makes them: each says its role to an optimiser."""
+"""Parameters, and the layers of Flax that own some, as this package makes them.
+
+Each says its role to an optimiser (`role`) and the names of its axes to a mesh (`axes`), as metadata of its variable.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +10,21 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxattn.core.role import Role
+from jaxattn.nn.sharding import Axis
 
 
-def decayed(x: Any) -> nnx.Param:
-    """Makes a parameter that is decayed: see `jaxattn.core.role`."""
-    return nnx.Param(x, role="decayed")
+def decayed(x: Any, *axes: Axis) -> nnx.Param:
+    """Makes a parameter that is decayed (see `jaxattn.core.role`), with its axes (see `jaxattn.nn.sharding`)."""
+    return _parameter(x, "decayed", axes)
 
 
-def undecayed(x: Any) -> nnx.Param:
-    """Makes a parameter that is not decayed: see `jaxattn.core.role`."""
-    return nnx.Param(x, role="undecayed")
+def undecayed(x: Any, *axes: Axis) -> nnx.Param:
+    """Makes a parameter that is not decayed (see `jaxattn.core.role`), with its axes (see `jaxattn.nn.sharding`)."""
+    return _parameter(x, "undecayed", axes)
+
+
+def _parameter(x: Any, role: Role, axes: tuple[Axis, ...]) -> nnx.Param:
+    return nnx.Param(x, role=role, axes=axes or (None,) * x.ndim)
 
 
 def linear_map(
@@ -24,6 +32,7 @@ def linear_map(
     outputs: int,
     dtype: Any,
     rngs: nnx.Rngs,
+    axes: tuple[Axis, ...],
     *,
     use_bias: bool = False,
     role: Role = "hidden",
@@ -36,6 +45,7 @@ def linear_map(
         outputs: The channels of the result.
         dtype: The dtype of the computation.
         rngs: Streams for the initial parameters.
+        axes: The names of the two axes of W, see `jaxattn.nn.sharding`.
         use_bias: Whether there is b.
         role: The role of W, see `jaxattn.core.role`.
         start: The initializer of W.
@@ -46,7 +56,7 @@ def linear_map(
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=start,
-        kernel_metadata={"role": role},
-        bias_metadata={"role": "undecayed"},
+        kernel_metadata={"role": role, "axes": axes},
+        bias_metadata={"role": "undecayed", "axes": axes[1:]},
         rngs=rngs,
     )

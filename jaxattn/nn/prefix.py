@@ -109,7 +109,7 @@ class Prefixed(Mixer):
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}")
         self.mixer, self.documents = as_mixer(mixer, features=features, rngs=rngs), documents
-        self.prefix = undecayed(jax.random.normal(rngs.params(), (tokens, features)))
+        self.prefix = undecayed(jax.random.normal(rngs.params(), (tokens, features)), None, "width")
 
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -59,17 +59,22 @@ class S6(Mechanism):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.in_features = features
-        self.signal, self.gate = (linear_map(features, inner, dtype, rngs, use_bias=use_bias) for _ in range(2))
+        self.signal, self.gate = (
+            linear_map(features, inner, dtype, rngs, ("width", "hidden"), use_bias=use_bias) for _ in range(2)
+        )
         self.convolution = ShortConvolution(inner, convolution, use_bias=True, rngs=rngs)
         sizes = {"step": rank, "key": state, "query": state}
-        self.selection = nnx.Dict({name: linear_map(inner, size, dtype, rngs) for name, size in sizes.items()})
+        self.selection = nnx.Dict(
+            {name: linear_map(inner, size, dtype, rngs, ("hidden", None)) for name, size in sizes.items()}
+        )
         norms = {name: RMSNorm(size, eps=eps, dtype=dtype) for name, size in sizes.items()} if norm else {}
         self.norms = nnx.Dict(norms)
-        self.step = linear_map(rank, inner, None, rngs)
-        self.step_bias = undecayed(step_bias(rngs, inner))
-        self.a_log = undecayed(jnp.tile(jnp.log(jnp.arange(1.0, state + 1)), (inner, 1)))
-        self.skip = undecayed(jnp.ones(inner))
-        self.out = linear_map(inner, features, dtype, rngs, use_bias=use_bias) if project else None
+        self.step = linear_map(rank, inner, None, rngs, (None, "hidden"))
+        self.step_bias = undecayed(step_bias(rngs, inner), "hidden")
+        self.a_log = undecayed(jnp.tile(jnp.log(jnp.arange(1.0, state + 1)), (inner, 1)), "hidden", None)
+        self.skip = undecayed(jnp.ones(inner), "hidden")
+        back = ("hidden", "width")
+        self.out = linear_map(inner, features, dtype, rngs, back, use_bias=use_bias) if project else None
 
     def inputs(self, x, positions, past):
         signal = self.convolution("signal", self.signal(x), past)
@@ -127,11 +132,12 @@ class Mamba2(Mechanism):
         self.in_features = features
         sizes = {"value": (heads, value_dim), "key": (1, state), "query": (1, state)}
         self.project = Projections(features, sizes, convolution, dtype, rngs, use_bias=True)
-        self.step = linear_map(features, heads, None, rngs)
-        self.step_bias = undecayed(step_bias(rngs, heads))
-        self.a_log = undecayed(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
-        self.skip = undecayed(jnp.ones(heads))
-        self.gate, self.out = linear_map(features, inner, dtype, rngs), linear_map(inner, features, dtype, rngs)
+        self.step = linear_map(features, heads, None, rngs, ("width", "heads"))
+        self.step_bias = undecayed(step_bias(rngs, heads), "heads")
+        self.a_log = undecayed(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)), "heads")
+        self.skip = undecayed(jnp.ones(heads), "heads")
+        self.gate = linear_map(features, inner, dtype, rngs, ("width", ("heads", heads)))
+        self.out = linear_map(inner, features, dtype, rngs, (("heads", heads), "width"))
         self.norm = RMSNorm(inner, eps=eps, dtype=dtype)
         if mimetic:
             mimetic_initialization(self)

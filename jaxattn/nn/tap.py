@@ -24,6 +24,7 @@ from jaxattn.core.attend.measure import Measure, View
 from jaxattn.core.attend.slots import Slots
 from jaxattn.core.attend.tile import Tile
 from jaxattn.core.part import part
+from jaxattn.nn.sharding import SITE_AXES, constrained
 from jaxattn.nn.tokens import Tokens, may_change
 
 Value = TypeVar("Value")
@@ -308,7 +309,8 @@ class Tap:
         for name, (asked, reducer) in self.asked.items():
             if asked == site:
                 self.records[name] = reducer(value, self.where)
-        return value
+        axes = SITE_AXES.get(site.rpartition(".")[2])  # without the name of the branch
+        return value if axes is None else constrained(value, axes)  # type: ignore[arg-type, return-value]
 
     def join(self, slots: Slots) -> tuple[Slots, bool]:
         """Returns a pair: the slots of a call to `attend` with the edits and measures, and whether the lse is wanted.

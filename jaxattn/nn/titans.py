@@ -146,7 +146,9 @@ class MemoryAsContext(Mixer):
         self.in_features, self.segment, self.memory = features, segment, learning
         self.attention = MultiHeadAttention(features, heads, mask=Causal(), dtype=dtype, rngs=rngs)
         self.count = persistent
-        self.persistent = undecayed(jax.random.normal(rngs.params(), (persistent, features))) if persistent else None
+        self.persistent = (
+            undecayed(jax.random.normal(rngs.params(), (persistent, features)), None, "width") if persistent else None
+        )
         self.norms = nnx.List([RMSNorm(features, eps=eps, dtype=dtype) for _ in range(2)])
 
     def __call__(self, x, tokens=None, tap=None, state=None, context=None):

@@ -16,6 +16,8 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxattn.nn.sharding import RULES, Rules, partition_spec, sharding_rules, shardings
+
 Params = Any
 Metrics = dict[str, jax.Array]
 LossFunction = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -181,31 +183,65 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
-def on_mesh(step: Step, mesh: Mesh) -> Step:
-    """Compiles the step for a mesh with an axis `data`: rows of the batch are spread over that axis, the state is not.
+def on_mesh(step: Step, mesh: Mesh, rules: Rules = RULES) -> Step:
+    """Compiles the step for a mesh, over which state and batch are spread by the rules of `jaxattn.nn.sharding`.
 
-    The compiled step takes the memory of the state it is given.
+    The axes of the mesh say what is done: `data` spreads the rows of the batch, `fsdp` also the parameters and the
+    state of the optimiser, `tensor` heads and hidden units, `context` the tokens of each row. The step computes the
+    same numbers as on one device, up to rounding. The compiled step takes the memory of the state it is given.
 
     Args:
         step: A step without an `axis_name`: the compiler finds the sums over devices that it needs.
-        mesh: The mesh.
+        mesh: The mesh, of any axis types.
+        rules: The rules.
 
     Raises:
-        ValueError: The mesh has no such axis, or its axis types are not Auto (`jax.make_mesh` makes them explicit), or
-            the axis does not divide the batch.
+        ValueError: The rules spread nothing over an axis of the mesh. When called, an axis of the mesh does not divide
+            the batch, its length or a parameter.
     """
-    if "data" not in mesh.axis_names:
-        raise ValueError(f"mesh has the axes {mesh.axis_names}: need one named 'data', as data_mesh() makes it")
-    if any(axis_type != AxisType.Auto for axis_type in mesh.axis_types):
-        raise ValueError(f"mesh has the axis types {mesh.axis_types}: need AxisType.Auto, as data_mesh() makes it")
-    replicated, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    compiled = jax.jit(step, in_shardings=(replicated, spread), out_shardings=replicated, donate_argnums=0)
+    known = {axis for axes in rules.values() for axis in ((axes,) if isinstance(axes, str) else axes or ())}
+    if unknown := [name for name in mesh.axis_names if name not in known]:
+        raise ValueError(
+            f"mesh has the axes {mesh.axis_names}, but no rule spreads anything over {unknown}: need some of "
+            f"{sorted(known)}, or rules for them"
+        )
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def under_rules(state: State, batch: Any) -> tuple[State, Metrics]:
+        with sharding_rules(rules):
+            return step(state, batch)
+
+    compiled: dict[Any, Any] = {}
 
     def step_on_mesh(state: State, batch: Any) -> tuple[State, Metrics]:
-        _check_rows(batch, mesh.shape["data"])
-        return compiled(jax.device_put(state, replicated), jax.device_put(batch, spread))
+        kind = jax.tree.structure((state, batch)), *(jnp.shape(leaf) for leaf in jax.tree.leaves((state, batch)))
+        if kind not in compiled:
+            spread = shardings(state, mesh, rules), batch_shardings(batch, mesh, rules)
+            step = jax.jit(under_rules, in_shardings=spread, out_shardings=(spread[0], whole), donate_argnums=0)
+            compiled[kind] = spread, step
+        spread, step = compiled[kind]
+        with jax.set_mesh(mesh):
+            return step(*jax.device_put((state, batch), spread))
 
     return step_on_mesh
+
+
+def batch_shardings(batch: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Returns a pytree like the batch, of arrays [B, T, ...] or [B], with the `NamedSharding` of every array.
+
+    Raises:
+        ValueError: An axis of the mesh does not divide the batch or its length.
+    """
+
+    def of(path: Any, x: Any) -> NamedSharding:
+        axes = ("batch", "length", *(None,) * (len(x.shape) - 2))[: len(x.shape)]
+        try:
+            return NamedSharding(mesh, partition_spec(axes, x.shape, mesh.shape, rules))
+        except ValueError as error:
+            raise ValueError(f"batch{jax.tree_util.keystr(path)}: {error}") from None
+
+    return jax.tree_util.tree_map_with_path(of, batch)
 
 
 def on_pmap(step: Step, axis_name: str, devices: Sequence[jax.Device] | None = None) -> Step:

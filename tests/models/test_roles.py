@@ -1,4 +1,4 @@
-"""What weight decay takes its share of, and what Muon serves, for every parameter of every module."""
+"""The role of every parameter of every module for weight decay and Muon, and the names of its axes for a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -143,18 +143,29 @@ def assert_roles(module, decayed, undecayed):
     assert said == expected | dict.fromkeys(undecayed, "undecayed")
     for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         assert "role" in param.get_metadata(), path
+        axes = param.get_metadata()["axes"]
+        assert {axis[0] if isinstance(axis, tuple) else axis for axis in axes} - {None} <= set(nn.RULES), path
+        for axis, size in zip(axes, param.shape, strict=True):
+            assert not isinstance(axis, tuple) or size % axis[1] == 0, path
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_every_parameter_of_a_mixer_says_its_role(name):
+def test_every_parameter_of_a_mixer_says_its_role_and_its_axes(name):
     spec, decayed, undecayed = MIXERS[name]
     assert_roles(nn.as_mixer(spec, features=D, dtype=jnp.float32, rngs=nnx.Rngs(0)), decayed, undecayed)
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_parameter_of_a_module_says_its_role(name):
+def test_every_parameter_of_a_module_says_its_role_and_its_axes(name):
     make, decayed, undecayed = MODULES[name]
     assert_roles(make(nnx.Rngs(0)), decayed, undecayed)
+
+
+def test_scanned_layers_name_the_axis_of_layers():
+    for path, param in nnx.to_flat_state(nnx.state(decoder().runs, nnx.Param)):
+        axes = param.get_metadata()["axes"]
+        assert axes[0] == "layers", path
+        assert len(axes) == param.ndim, path
 
 
 def test_every_mechanism_there_is_stands_in_the_table():

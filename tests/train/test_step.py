@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 
 from jaxattn.train import (
     data_mesh,
@@ -217,15 +216,9 @@ def test_a_batch_that_cannot_be_cut_is_refused():
 def test_a_batch_that_devices_do_not_divide_is_refused(way):
     wrap, options = WAYS[way]
     (batch,) = random_batches(1)
-    with pytest.raises(ValueError, match="batch has 12 rows but there are 8 devices: need a multiple of 8"):
+    words = r"batch has 12 rows but there are 8 devices|batch\[.[a-z]+.\]: axis .batch. of 12 does not divide"
+    with pytest.raises(ValueError, match=f"({words}).*: need a multiple of 8"):
         train(wrap, batches=[{name: array[:12] for name, array in batch.items()}], **options)
-
-
-def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"mesh has the axes \('model',\): need one named 'data'"):
-        on_mesh(lambda state, batch: (state, {}), jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,)))
-    with pytest.raises(ValueError, match=r"mesh has the axis types .*Explicit.*: need AxisType.Auto"):
-        on_mesh(lambda state, batch: (state, {}), jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,)))
 
 
 def test_some_of_the_devices_can_be_chosen(reference):

@@ -28,6 +28,7 @@ from jaxattn.core.attend.slots import Slots
 from jaxattn.core.attend.tiled import apart_of, tiled
 from jaxattn.core.checks import check_array
 from jaxattn.core.matmul import accumulator
+from jaxattn.core.mesh import Axes, spread, under_auto_axes
 
 Implementation = Literal["auto", "dense", "rows", "tiled", "fused"]
 IMPLEMENTATIONS = ("dense", "rows", "tiled", "fused")
@@ -121,15 +122,27 @@ def attend(
     call = Given(query, key, value, Slots(*slots), query_positions, key_positions).in_parts()
     for argument in ("query", "key", "value"):
         check_array(argument, getattr(call, argument))
-    name, _ = _choose(call, block, implementation, return_lse)
-    block = (block, block) if isinstance(block, int | np.integer) else block
-    kernel = fused.plan(call, return_lse) if name == "fused" else None
     call = call._replace(slots=dataclasses.replace(call.slots, measures=dict(measures)))
-    # NumPy leaves in the dtypes that JAX has now: an int64 table may else be taken for one under x64, or for none.
-    call = jax.tree.map(lambda x: x.astype(jnp.result_type(x)) if isinstance(x, np.ndarray) else x, call)
-    out, lse, measured = _attend(call, block=block, implementation=name, kernel=kernel)
-    extras = ({"lse": lse} if return_lse else {}) | measured
-    return (out, extras) if return_lse or measures else out
+
+    def called(call: Given) -> Any:
+        name, _ = _choose(call, block, implementation, return_lse)
+        tile = (block, block) if isinstance(block, int | np.integer) else block
+        kernel = fused.plan(call, return_lse) if name == "fused" else None
+        # NumPy leaves in the dtypes that JAX has now: an int64 table may else be taken for one under x64, or for none.
+        call = jax.tree.map(lambda x: x.astype(jnp.result_type(x)) if isinstance(x, np.ndarray) else x, call)
+        out, lse, measured = _attend(call, block=tile, implementation=name, kernel=kernel)
+        extras = ({"lse": lse} if return_lse else {}) | measured
+        return (out, extras) if return_lse or measures else out
+
+    def axes() -> Any:
+        *batch, length, heads, _ = spread(query)
+        out = Axes((*batch, length, heads, None))
+        by_row = Axes((*batch, length, heads))
+        extras = {name: by_row if each.over == "rows" else Axes(batch) for name, each in measures.items()}
+        extras |= {"lse": by_row} if return_lse else {}
+        return (out, extras) if return_lse or measures else out
+
+    return under_auto_axes(called, call, axes)
 
 
 def attention_weights(
@@ -156,8 +169,16 @@ def attention_weights(
     call = Given(query, key, key, Slots(*slots), query_positions, key_positions).in_parts()
     for argument in ("query", "key"):
         check_array(argument, getattr(call, argument))
-    check(call)
-    return _weights(call)
+
+    def called(call: Given) -> Any:
+        check(call)
+        return _weights(call)
+
+    def axes() -> Any:
+        *batch, length, heads, _ = spread(query)
+        return Axes((*batch, heads, length, None))
+
+    return under_auto_axes(called, call, axes)
 
 
 def explain(query: Any, key: Any, value: Any, **options: Any) -> str:

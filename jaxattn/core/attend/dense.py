@@ -48,13 +48,17 @@ def weigh(call: Call, wrong: Wrong) -> tuple[View, Tile, Rows | None]:
 def _seen(shown: Bool[Array, "*#b #n t s"], keys: Bool[Array, "*b g s"], heads: int) -> tuple[Array, Rows]:
     """Returns the rows [..., 1 or N, T] that see any key, and those that see one of these keys.
 
-    Both come from a product with columns of zeros and ones, which is faster than looking at every pair of every head.
+    The second come from a product with columns of zeros and ones, which is faster than looking at every pair of every
+    head. Heads that see different keys get the first from it too, by a column of ones. Heads that see the same do not:
+    a column beside those of heads would make devices exchange them where heads are spread over a mesh.
     """
-    columns = keys[..., None, :, :] if shown.shape[-3] == 1 else repeated(keys, heads)[..., None, :]
-    columns = jnp.concatenate([jnp.ones_like(columns[..., :1, :]), columns], -2).swapaxes(-1, -2)
-    counts = product(shown.astype(jnp.float32), columns.astype(jnp.float32))  # [..., 1, T, 1 + G] or [..., N, T, 2]
-    found = counts[..., 0, :, 1:].swapaxes(-1, -2) if shown.shape[-3] == 1 else counts[..., 1]
-    return counts[..., 0] > 0, repeated(found > 0, heads)
+    if shown.shape[-3] == 1:
+        counts = product(shown.astype(jnp.float32), keys[..., None, :, :].swapaxes(-1, -2).astype(jnp.float32))
+        return shown.any(-1), repeated(counts[..., 0, :, :].swapaxes(-1, -2) > 0, heads)  # counts: [..., 1, T, G]
+    columns = repeated(keys, heads)[..., None, :]
+    columns = jnp.concatenate([jnp.ones_like(columns), columns], -2).swapaxes(-1, -2)
+    counts = product(shown.astype(jnp.float32), columns.astype(jnp.float32))  # [..., N, T, 2]
+    return counts[..., 0] > 0, counts[..., 1] > 0
 
 
 def marked(view: View, tile: Tile, rows: Rows | None) -> tuple[View, Tile]:

@@ -18,7 +18,7 @@ from jaxattn.core.checks import check_floating, check_range, check_segments, che
 from jaxattn.core.linear.decay import CLOSED
 from jaxattn.core.linear.recurrence import CHUNK, Delta, Erase, Read, StateMap, Tokens, chunks, steps, tree, whole_map
 from jaxattn.core.matmul import accumulator, not_finite, product
-from jaxattn.core.mesh import vary_like
+from jaxattn.core.mesh import Axes, spread, under_auto_axes, vary_like
 from jaxattn.core.numeric import ratio
 
 Form = Literal["auto", "parallel", "chunk", "step", "associative"]
@@ -99,7 +99,14 @@ def linear_attention(
         form = "step" if length == 1 else "chunk"
     if form == "parallel":
         chunk = 1 << (length - 1).bit_length()
-    return _attention(given, read, form, int(chunk or CHUNK))
+
+    def axes() -> Any:
+        *batch, length, heads, _ = spread(query)
+        memory: Any = Axes((*batch, spread(key)[-2]))
+        rows: Any = Axes(batch)
+        return Axes((*batch, length, heads, None)), LinearState(memory, rows)
+
+    return under_auto_axes(lambda given: _attention(given, read, form, int(chunk or CHUNK)), given, axes)
 
 
 def linear_step(
@@ -188,7 +195,12 @@ def state_map(
     """
     given = _Given(key, key, value, log_decay, erase)
     _check(given, "post", "chunk", chunk)
-    return _state_map(given, int(chunk or CHUNK))
+
+    def axes() -> Any:
+        *batch, _, heads, _ = spread(key)
+        return Axes((*batch, heads))
+
+    return under_auto_axes(lambda given: _state_map(given, int(chunk or CHUNK)), given, axes)
 
 
 def append_one(value: Float[Array, "*b v"]) -> Float[Array, "*b v+1"]:

@@ -17,7 +17,7 @@ from jaxattn.core.checks import check_range, check_segments, check_static_int, c
 from jaxattn.core.matmul import accumulator, product
 from jaxattn.core.memory.inner import Identity, InnerLoss, Link, Memory, SquaredError
 from jaxattn.core.memory.inner_batch import Batch, FastRead, Weights, learn
-from jaxattn.core.mesh import vary_like
+from jaxattn.core.mesh import Axes, spread, under_auto_axes, vary_like
 from jaxattn.core.part import check_fields
 
 PerToken = Float[Array, "..."] | float
@@ -117,7 +117,14 @@ def memory_scan(
     _check(given, inner_batch, read)
     if read == "auto":
         read = "dual" if link.is_identity else "materialize"
-    return _memory(given, int(inner_batch), read)
+
+    def axes() -> Any:
+        *batch, length, heads, _ = spread(query)
+        each: Any = Axes((*batch, heads))
+        rows: Any = Axes(batch)
+        return Axes((*batch, length, heads, None)), MemoryState(each, each, each, rows, rows)
+
+    return under_auto_axes(lambda given: _memory(given, int(inner_batch), read), given, axes)
 
 
 def memory_read(

@@ -1,0 +1,205 @@
+"""Names of axes, and the one table of rules that says over which axes of a mesh they are spread.
+
+Every parameter of this package names its axes (metadata `axes` of its `nnx.Param`), and so does every site of a model.
+A table of rules maps these names to axes of a mesh:
+
+| axis of the mesh | what it spreads | known as |
+|---|---|---|
+| `data` | the rows of a batch | data parallelism |
+| `fsdp` | the rows of a batch, and every matrix along the width | fully sharded data parallelism |
+| `tensor` | heads, hidden units and the vocabulary | tensor parallelism |
+| `context` | the tokens of a row | context parallelism |
+
+So the axes that a mesh has say what is done: `jax.make_mesh((2, 4), ("fsdp", "tensor"))` does both. An axis that the
+mesh does not have spreads nothing. For your own, change the table: `RULES | {"vocabulary": None}`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Axis = str | tuple[str, int] | None
+"""The name of an axis of an array; (name, count) if it consists of `count` pieces that stay whole on a device, such as
+the channels of each head; None for an axis that is never spread."""
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+"""The name of an axis of arrays -> the axis of the mesh over which it is spread, or several, or None."""
+
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "length": "context",
+    "heads": "tensor",
+    "key_heads": "tensor",
+    "head_dim": None,
+    "width": "fsdp",
+    "hidden": "tensor",
+    "vocabulary": "tensor",
+    "layers": None,
+}
+"""The rules for data, fully sharded, tensor and context parallelism, and their mixtures."""
+
+SITE_AXES: dict[str, tuple[Axis, ...]] = {
+    **dict.fromkeys(
+        ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid", "final_norm"), ("batch", "length", None)
+    ),
+    **dict.fromkeys(("q", "q_rotated", "z"), ("batch", "length", "heads", None)),
+    **dict.fromkeys(("k", "v", "k_rotated"), ("batch", "length", "key_heads", None)),
+    **dict.fromkeys(("mlp_pre", "mlp_post"), ("batch", "length", "hidden")),
+    "logits": ("batch", "length", "vocabulary"),
+}
+"""The axes of the values that a model makes, by site. Activations are not spread along the width."""
+
+
+def partition_spec(
+    axes: tuple[Axis, ...], shape: tuple[int, ...], mesh: Mapping[str, int], rules: Rules = RULES
+) -> PartitionSpec:
+    """Returns how an array is spread over a mesh.
+
+    Key heads that are fewer than the devices along the axes of their rule are not spread, but stand on each of them.
+
+    Args:
+        axes: The names of the axes of the array.
+        shape: Its shape.
+        mesh: The name of each axis of the mesh -> its number of devices, `mesh.shape`.
+        rules: The rules.
+
+    Raises:
+        ValueError: There are more or fewer names than axes, the rules do not know a name, or the devices along the
+            mesh axes of a rule do not divide the axis of the array.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"axes are {axes} for an array of shape {shape}: need one name per axis")
+    used: set[str] = set()
+    spec: list[Any] = []
+    for axis, size in zip(axes, shape, strict=True):
+        name, count = axis if isinstance(axis, tuple) else (axis, size)
+        chosen = tuple(each for each in _mesh_axes(name, rules) if mesh.get(each, 1) > 1 and each not in used)
+        devices = math.prod(mesh[each] for each in chosen)
+        if name == "key_heads" and count < devices:
+            chosen, devices = (), 1
+        if count % devices:
+            raise ValueError(
+                f"axis {name!r} of {count} does not divide over the mesh axes {_words(chosen)} of {devices} devices: "
+                f"need a multiple of {devices}, another mesh, or rules with {name!r}: None"
+            )
+        used |= set(chosen)
+        spec.append(chosen[0] if len(chosen) == 1 else chosen or None)
+    return PartitionSpec(*spec)
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Returns a pytree like `tree` with the `NamedSharding` of every array.
+
+    Arrays in a `nnx.Variable` that names its `axes` follow the rules, also in optimiser states, which keep variables
+    where they have an array per parameter. All other arrays stand whole on every device, and so do arrays with another
+    number of axes than their variable names.
+
+    Args:
+        tree: A model, its parameters, a training state: arrays or `jax.ShapeDtypeStruct`s.
+        mesh: The mesh.
+        rules: The rules.
+
+    Raises:
+        ValueError: As `partition_spec`; the message names the place in the tree.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def of(path: Any, node: Any) -> Any:
+        axes = node.get_metadata().get("axes") if isinstance(node, nnx.Variable) else None
+
+        def of_array(x: Any) -> NamedSharding:
+            if axes is None or len(axes) != len(x.shape):
+                return whole
+            try:
+                return NamedSharding(mesh, partition_spec(axes, x.shape, mesh.shape, rules))
+            except ValueError as error:
+                raise ValueError(f"{jax.tree_util.keystr(path, simple=True, separator='.')}: {error}") from None
+
+        return jax.tree.map(of_array, node)
+
+    return jax.tree_util.tree_map_with_path(of, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def made_on(make: Callable[[], Any], mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Returns make(), of which each device makes its own part alone: no device holds an array that is spread.
+
+        params = nn.made_on(lambda: nnx.state(models.Transformer(config, rngs=nnx.Rngs(0)), nnx.Param), mesh)
+
+    Args:
+        make: A function that makes a pytree, as `shardings` takes it. Under `jax.jit` it draws the same numbers.
+        mesh: The mesh.
+        rules: The rules.
+    """
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh, rules))()
+
+
+_RULES: ContextVar[Rules | None] = ContextVar("rules", default=None)
+
+
+@contextmanager
+def sharding_rules(rules: Rules = RULES) -> Iterator[None]:
+    """Spreads the values that models make by these rules, in programs that are traced inside.
+
+    with jax.set_mesh(mesh), sharding_rules():
+        logits = jax.jit(forward)(params, tokens)
+
+    Without rules the compiler chooses from the shardings of parameters and inputs. `train.on_mesh` sets them itself.
+
+    Args:
+        rules: The rules.
+    """
+    token = _RULES.set(rules)
+    try:
+        yield
+    finally:
+        _RULES.reset(token)
+
+
+def rules_in_force() -> tuple[Any, Rules] | None:
+    """Returns the mesh of the context and the rules, or None where there is no mesh or there are no rules."""
+    rules, mesh = _RULES.get(), jax.sharding.get_abstract_mesh()
+    return None if rules is None or mesh.empty else (mesh, rules)
+
+
+def constrained(x: jax.Array, axes: tuple[Axis, ...]) -> jax.Array:
+    """Returns x, spread over the mesh of the context by the rules in force; x itself where there are none.
+
+    Axes of x that the mesh does not divide, such as the one token of a step of decoding, are not spread. Axes of the
+    mesh that are not Auto here (Explicit ones, and those of a `jax.shard_map` around) are left as they are.
+
+    Args:
+        x: The array.
+        axes: The names of its axes.
+    """
+    found = rules_in_force()
+    if found is None or len(axes) != x.ndim:
+        return x
+    mesh, rules = found
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    auto = {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+
+    def devices(axis: Axis) -> int:
+        name = axis[0] if isinstance(axis, tuple) else axis
+        return math.prod(auto.get(each, 1) for each in _mesh_axes(name, rules))
+
+    axes = tuple(axis if size % devices(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, auto, rules)) if auto else x
+
+
+def _mesh_axes(name: str | None, rules: Rules) -> tuple[str, ...]:
+    if name is None:
+        return ()
+    if name not in rules:
+        raise ValueError(f"rules do not know the axis {name!r}: need rules for it, such as RULES | {{{name!r}: None}}")
+    found = rules[name]
+    return (found,) if isinstance(found, str) else tuple(found or ())
+
+
+def _words(names: tuple[str, ...]) -> str:
+    return " and ".join(map(repr, names))

@@ -1,0 +1,93 @@
+"""Steps on meshes of any axes: the numbers of one device, and no device holds more than its part."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from jaxattn import models, nn
+from jaxattn.train import init_state, language_loss, make_step, on_mesh, on_one_device
+
+ROWS, LENGTH, VOCABULARY, WIDTH = 8, 16, 24, 32
+LAYER = models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=8, key_heads=2, qk_norm=models.Spec(nn.RMSNorm)))
+OTHER = models.pre_norm(models.Spec(nn.DeltaNet, heads=4, decay="head"), models.Spec(nn.ChannelMix))
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 8},  # more than there are key heads, or heads of the other mixer
+    "context": {"context": 8},
+    "all": {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
+    "two": {"data": 2, "tensor": 4},
+}
+OPTIMIZER = optax.adam(1e-2, eps=1e-3)  # a large eps: where a gradient is 0 but for rounding, so is the update
+
+
+def model(layers=(LAYER, LAYER), **changes):
+    config = {"vocabulary": VOCABULARY, "width": WIDTH, "length": LENGTH, "layers": list(layers)} | changes
+    return models.Transformer(models.TransformerConfig(**config), rngs=nnx.Rngs(0))
+
+
+def batch(rows=ROWS):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(VOCABULARY, size=(rows, LENGTH + 1))
+    weights = rng.integers(2, size=(rows, LENGTH)).astype(np.float32)
+    documents = np.sort(rng.integers(3, size=(rows, LENGTH)), 1).astype(np.int32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights, "documents": documents}
+
+
+def mesh_of(sizes, kind=AxisType.Auto):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+
+
+def in_float64(built):
+    nnx.update(built, jax.tree.map(lambda x: x.astype(jnp.float64), nnx.state(built, nnx.Param)))
+    return built
+
+
+def after_steps(wrap, built, **options):
+    params, loss_fn = language_loss(in_float64(built))
+    step = wrap(make_step(loss_fn, OPTIMIZER, **options))
+    state = init_state(params, OPTIMIZER, jax.random.key(0))
+    for _ in range(2):
+        state, metrics = step(state, batch())
+    return state, metrics
+
+
+@pytest.fixture(scope="module", autouse=True)
+def x64():
+    with jax.enable_x64():
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with jax.enable_x64():
+        return after_steps(on_one_device, model(dtype="float64"))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", MESHES)
+def test_two_steps_on_a_mesh_are_those_on_one_device(name, kind, alone):
+    state, metrics = after_steps(lambda step: on_mesh(step, mesh_of(MESHES[name], kind)), model(dtype="float64"))
+    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone[0].params), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-11)
+    for key, value in alone[1].items():
+        np.testing.assert_allclose(metrics[key], value, rtol=8 * np.finfo(np.float32).eps)  # sums are float32
+
+
+@pytest.mark.parametrize("name", ["fsdp", "all", "two"])
+def test_no_device_holds_more_than_its_part(name):
+    sizes = MESHES[name]
+    state, _ = after_steps(lambda step: on_mesh(step, mesh_of(sizes)), model())
+    spread = {axis: sizes.get(axis, 1) for axis in ("fsdp", "tensor")}
+    for tree in (state.params, optax.tree.get(state.opt_state, "mu"), optax.tree.get(state.opt_state, "nu")):
+        for path, param in nnx.to_flat_state(tree):
+            (shard, *_) = param.get_value().addressable_shards
+            names = [axis[0] if isinstance(axis, tuple) else axis for axis in param.get_metadata()["axes"]]
+            parts = spread["fsdp"] if "width" in names else 1
+            parts *= spread["tensor"] if {"heads", "hidden", "vocabulary"} & set(names) else 1
+            parts *= spread["tensor"] if "key_heads" in names and spread["tensor"] <= 2 else 1
+            assert shard.data.size * parts == param.size, (path, names)
