@@ -73,7 +73,8 @@ def alone():
 def test_two_steps_on_a_mesh_are_those_on_one_device(name, kind, alone):
     state, metrics = after_steps(lambda step: on_mesh(step, mesh_of(MESHES[name], kind)), model(dtype="float64"))
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone[0].params), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-11)
+        # The loss is in float32, so a gradient, which is below 0.1, is known to 1e-8; a step makes 10 times that of it.
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-7)
     for key, value in alone[1].items():
         np.testing.assert_allclose(metrics[key], value, rtol=8 * np.finfo(np.float32).eps)  # sums are float32
 
