@@ -13,11 +13,11 @@ from jaxattn.train import init_state, language_loss, make_step, on_mesh, on_one_
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 8, 16, 24, 32
 LAYER = models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=8, key_heads=2, qk_norm=models.Spec(nn.RMSNorm)))
-OTHER = models.pre_norm(models.Spec(nn.DeltaNet, heads=4, decay="head"), models.Spec(nn.ChannelMix))
+OTHER = models.pre_norm(models.Spec(nn.DeltaNet, heads=8, decay="head"), models.Spec(nn.ChannelMix))
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},
-    "tensor": {"tensor": 8},  # more than there are key heads, or heads of the other mixer
+    "tensor": {"tensor": 8},  # more than there are key heads
     "context": {"context": 8},
     "all": {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
     "two": {"data": 2, "tensor": 4},
@@ -25,7 +25,7 @@ MESHES = {
 OPTIMIZER = optax.adam(1e-2, eps=1e-3)  # a large eps: where a gradient is 0 but for rounding, so is the update
 
 
-def model(layers=(LAYER, LAYER), **changes):
+def model(layers=(LAYER, OTHER), **changes):
     config = {"vocabulary": VOCABULARY, "width": WIDTH, "length": LENGTH, "layers": list(layers)} | changes
     return models.Transformer(models.TransformerConfig(**config), rngs=nnx.Rngs(0))
 
