@@ -122,15 +122,12 @@ def attend(
     call = Given(query, key, value, Slots(*slots), query_positions, key_positions).in_parts()
     for argument in ("query", "key", "value"):
         check_array(argument, getattr(call, argument))
-    call = call._replace(slots=dataclasses.replace(call.slots, measures=dict(measures)))
 
     def called(call: Given) -> Any:
         name, _ = _choose(call, block, implementation, return_lse)
         tile = (block, block) if isinstance(block, int | np.integer) else block
         kernel = fused.plan(call, return_lse) if name == "fused" else None
-        # NumPy leaves in the dtypes that JAX has now: an int64 table may else be taken for one under x64, or for none.
-        call = jax.tree.map(lambda x: x.astype(jnp.result_type(x)) if isinstance(x, np.ndarray) else x, call)
-        out, lse, measured = _attend(call, block=tile, implementation=name, kernel=kernel)
+        out, lse, measured = _attend(traceable(call), block=tile, implementation=name, kernel=kernel)
         extras = ({"lse": lse} if return_lse else {}) | measured
         return (out, extras) if return_lse or measures else out
 
@@ -142,6 +139,8 @@ def attend(
         extras |= {"lse": by_row} if return_lse else {}
         return (out, extras) if return_lse or measures else out
 
+    if isinstance(measures, Mapping):  # a read-only mapping is no pytree
+        call = call._replace(slots=dataclasses.replace(call.slots, measures=dict(measures)))
     return under_auto_axes(called, call, axes)
 
 
@@ -218,6 +217,27 @@ def _tiles_of(given: Given, block: Any) -> str:
     return words[0]
 
 
+def check_block(block: Any) -> None:
+    """Raises TypeError or ValueError for a block that is no size."""
+    if block is None:
+        return
+    sizes = block if isinstance(block, tuple) else (block, block)
+    whole = [isinstance(size, int | np.integer) and not isinstance(size, bool) for size in sizes]
+    if len(sizes) != 2 or not all(whole):
+        raise TypeError(f"block must be an int or a tuple of two, (queries, keys), got {block!r}")
+    if min(sizes) < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+
+
+def traceable(given: Given) -> Given:
+    """Returns the same call as a pytree, with NumPy leaves in the dtypes that JAX has now.
+
+    An int64 table may else be taken for one under x64, or for none.
+    """
+    given = given._replace(slots=dataclasses.replace(given.slots, measures=dict(given.slots.measures)))
+    return jax.tree.map(lambda x: x.astype(jnp.result_type(x)) if isinstance(x, np.ndarray) else x, given)
+
+
 @jax.jit
 def _weights(given: Given):
     view, tile = marked(*weigh(*hide(prepare(given))))
@@ -235,8 +255,13 @@ def _attend(given: Given, *, block, implementation, kernel):
         out, lse, measured = rows(call, None if block is None else block[0])
     else:
         out, lse, measured = tiled(call, block)
+    return in_form(given, out, lse, measured)
+
+
+def in_form(given: Given, out: Array, lse: Array, measured: dict[str, Any]) -> tuple[Array, Array, dict[str, Any]]:
+    """Returns the results of an implementation in the dtypes and the layout of those of `attend`."""
     batch = given.query.ndim - 3
-    by_row = {name for name, measure in call.slots.measures.items() if measure.over == "rows"}
+    by_row = {name for name, measure in given.slots.measures.items() if measure.over == "rows"}
     measured = {
         name: jax.tree.map(lambda x: x.swapaxes(batch, batch + 1), result) if name in by_row else result
         for name, result in measured.items()
@@ -244,7 +269,7 @@ def _attend(given: Given, *, block, implementation, kernel):
     return out.astype(given.value.dtype), lse.astype(accumulator(given.query, given.key, given.value)), measured
 
 
-def _needs(given: Given) -> dict[Need, list[str]]:
+def needs_of(given: Given) -> dict[Need, list[str]]:
     """Which parts need complete rows, and which the whole matrix."""
     needs: dict[Need, list[str]] = {"tile": [], "rows": [], "matrix": []}
     slots = given.slots
@@ -266,13 +291,7 @@ def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> 
     if implementation not in ("auto", *IMPLEMENTATIONS):
         choices = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation {implementation!r} is unknown: need 'auto', {choices}")
-    if block is not None:
-        sizes = block if isinstance(block, tuple) else (block, block)
-        whole = [isinstance(size, int | np.integer) and not isinstance(size, bool) for size in sizes]
-        if len(sizes) != 2 or not all(whole):
-            raise TypeError(f"block must be an int or a tuple of two, (queries, keys), got {block!r}")
-        if min(sizes) < 1:
-            raise ValueError(f"block must be at least 1, got {block}")
+    check_block(block)
     check(given)
     query, key = given.query, given.key
     size = accumulator(query, key).itemsize * query.size // query.shape[-1] * key.shape[-3]
@@ -285,7 +304,7 @@ def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> 
     # A few queries that see some keys, as in decoding: zeros for what they must not see would be a copy of all keys.
     decoding = query.shape[-3] <= FEW_QUERIES and not sees_all and held_anyway > READ_BYTES
     decoding &= jax.default_backend() == "cpu"
-    needs = _needs(given)
+    needs = needs_of(given)
     by_rows, by_matrix = (" and ".join(needs[need]) for need in ("rows", "matrix"))
     kernel = fused.plan(given, return_lse)
     refusals: dict[str, str | None] = {"dense": None, "rows": None, "tiled": None}

@@ -32,7 +32,7 @@ class Named(NamedTuple):
 
 def named_axes(hint: Any, rank: int) -> Named:
     """Returns the axes that the annotation of a field names, for an array of this rank; none where it names none."""
-    for names in _dimensions(hint):
+    for names in dimensions(hint):
         variadic = next((i for i, name in enumerate(names) if name.startswith("*") or name == "..."), None)
         more = rank - len(names)
         if more != 0 if variadic is None else more < -1:
@@ -43,11 +43,11 @@ def named_axes(hint: Any, rank: int) -> Named:
     return Named(0, ())
 
 
-def _dimensions(hint: Any) -> list[list[str]]:
+def dimensions(hint: Any) -> list[list[str]]:
     """Returns the names of the axes in every array type inside an annotation."""
     if hasattr(hint, "dim_str"):
         return [hint.dim_str.replace("#", "").split()]
-    return [names for inner in typing.get_args(hint) for names in _dimensions(inner)]
+    return [names for inner in typing.get_args(hint) for names in dimensions(inner)]
 
 
 @functools.cache
@@ -55,8 +55,8 @@ def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _leaves(tree: Any) -> list[tuple[Array, Named]]:
-    """Returns the leaves of a pytree of parts, as `jax.tree.leaves` orders them, with their named axes."""
+def hinted_leaves(tree: Any) -> list[tuple[str, Array, Any]]:
+    """Returns the leaves of a pytree of parts, as `jax.tree.leaves` orders them: (where, leaf, annotation or None)."""
     found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         owner, hint = tree, None
@@ -69,8 +69,13 @@ def _leaves(tree: Any) -> list[tuple[Array, Named]]:
             else:  # inside a pytree of another library: what its axes are is not said
                 hint = None
                 break
-        found.append((leaf, named_axes(hint, np.ndim(leaf))))
+        found.append((jax.tree_util.keystr(path), leaf, hint))
     return found
+
+
+def _leaves(tree: Any) -> list[tuple[Array, Named]]:
+    """Returns the leaves with their named axes."""
+    return [(leaf, named_axes(hint, np.ndim(leaf))) for _, leaf, hint in hinted_leaves(tree)]
 
 
 class Pieces(NamedTuple):

@@ -17,6 +17,7 @@ d_valueᵀ = d_numeratorᵀ · weights leaves the large operand, the weights, as
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,6 +60,15 @@ class Sums(NamedTuple):
     numerator: Float[Array, "*b n t v"]
     total: Float[Array, "*b n t"]
     reference: Float[Array, "*b n t"]
+
+
+class Gradients(NamedTuple):
+    """Gradients so far, in float32 or better: those of keys and values as `_columns` lays them out."""
+
+    key: Float[Array, "*b k h s"]
+    value: Float[Array, "*b kv v s"]
+    leaves: list[Array]  # of score, score maps, normaliser and weight maps
+    bias_leaves: list[Array]
 
 
 class Learned(NamedTuple):
@@ -200,8 +210,8 @@ def _over_keys(plan: Plan, learned: Learned, given: Given, row: Any, visit: Any,
     return carry
 
 
-def _sums(plan: Plan, learned: Learned, given: Given, row: Any) -> Sums:
-    """Returns the three numbers of one query tile."""
+def _sums(plan: Plan, learned: Learned, given: Given, row: Any, before: Sums | None = None) -> Sums:
+    """Returns the three numbers of one query tile, over these keys and those of the sums `before`."""
     score, bias, score_maps, normalize, weight_maps = learned.parts
     query, query_positions = _queries(plan, learned, given, row)
 
@@ -226,15 +236,38 @@ def _sums(plan: Plan, learned: Learned, given: Given, row: Any) -> Sums:
         shrink = jnp.exp(sums.reference - finite)
         return Sums(sums.numerator * shrink[..., None] + numerator, sums.total * shrink + total, reference)
 
-    start = None
-    if not plan.kinds.single:
-        rows, dtype = query.shape[:-1], accumulator(learned.query, learned.key, learned.value)
-        start = Sums(
-            jnp.zeros((*rows, learned.value.shape[-1]), dtype), jnp.zeros(rows, dtype), jnp.full(rows, -jnp.inf, dtype)
-        )
-        start = vary(start, mesh_axes((learned, given)))
-    sums = _over_keys(plan, learned, given, row, visit, start)
+    if before is None and not plan.kinds.single:
+        before = no_sums(learned, query.shape[:-1], mesh_axes((learned, given)))
+    return _over_keys(plan, learned, given, row, visit, before)
+
+
+def no_sums(learned: Learned, rows: tuple[int, ...], axes: frozenset[str]) -> Sums:
+    """Returns the sums of rows [*b, n, t] over no keys."""
+    dtype = accumulator(learned.query, learned.key, learned.value)
+    numerator = jnp.zeros((*rows, learned.value.shape[-1]), dtype)
+    return vary(Sums(numerator, jnp.zeros(rows, dtype), jnp.full(rows, -jnp.inf, dtype)), axes)
+
+
+def referred(sums: Sums) -> Sums:
+    """Returns sums over all keys, with the reference 0 for rows that see none."""
     return sums._replace(reference=jnp.where(jnp.isneginf(sums.reference), 0, sums.reference))
+
+
+def _sums_of(sums: Sums, row: Any, size: int) -> Sums:
+    """Returns the sums of a query tile."""
+    return Sums(_slice(sums.numerator, row * size, size, -2), *(_slice(x, row * size, size, -1) for x in sums[1:]))
+
+
+def add_keys(plan: Plan, learned: Learned, given: Given, sums: Sums) -> Sums:
+    """Adds these keys to the sums [*b, n, t, v] and [*b, n, t] of all queries over other keys."""
+    size = plan.block.queries
+
+    def one_query_tile(row: Any, sums: Sums) -> Sums:
+        new = _sums(plan, learned, given, row, _sums_of(sums, row, size))
+        axes = -2, -1, -1
+        return Sums(*(_put(x, part, row * size, axis) for x, part, axis in zip(sums, new, axes, strict=True)))
+
+    return jax.lax.fori_loop(0, learned.query.shape[-3] // size, one_query_tile, sums)
 
 
 def _forward(plan: Plan, learned: Learned, given: Given, keep: bool) -> tuple[Array, Array, Sums | None]:
@@ -247,7 +280,7 @@ def _forward(plan: Plan, learned: Learned, given: Given, keep: bool) -> tuple[Ar
 
     def one_query_tile(row: Any, carry: Any) -> Any:
         out, lse, kept = carry
-        sums = _sums(plan, learned, given, row)
+        sums = referred(_sums(plan, learned, given, row))
         start = row * plan.block.queries
         out_row, lse_row = learned.parts[3].finish(*sums)
         if kept is not None:
@@ -261,7 +294,7 @@ def _forward(plan: Plan, learned: Learned, given: Given, keep: bool) -> tuple[Ar
     return jax.lax.fori_loop(0, count, one_query_tile, vary(carry, mesh_axes((learned, given))))
 
 
-def _without_wrong(learned: Learned, given: Given) -> Learned:
+def without_wrong_keys(learned: Learned, given: Given) -> Learned:
     """Puts zeros in place of wrong keys and values. Doing so earlier would also cost in the gradient."""
     if given.wrong is None or given.wrong.keys is None or given.wrong.values is None:
         return learned
@@ -271,132 +304,207 @@ def _without_wrong(learned: Learned, given: Given) -> Learned:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(plan: Plan, learned: Learned, given: Given) -> tuple[Array, Array]:
-    return _forward(plan, _without_wrong(learned, given), given, keep=False)[:2]
+    return _forward(plan, without_wrong_keys(learned, given), given, keep=False)[:2]
 
 
 def _attention_forward(plan: Plan, learned: Learned, given: Given) -> tuple[tuple[Array, Array], Any]:
-    learned = _without_wrong(learned, given)
+    learned = without_wrong_keys(learned, given)
     out, lse, sums = _forward(plan, learned, given, keep=True)
     return (out, lse), (learned, given, sums)
+
+
+class _Parts(NamedTuple):
+    """The floating-point leaves of the parts of a call, and how the parts are made of them."""
+
+    leaves: list[Array]
+    rebuild: Any
+    bias: Any
+    bias_leaves: list[Array]
+    rebuild_bias: Any
+
+    @classmethod
+    def of(cls, learned: Learned) -> "_Parts":
+        score, bias, *others = learned.parts
+        return cls(*inexact_leaves((score, *others)), bias, *inexact_leaves(bias))
+
+
+def without_wrong_rows(sums: Sums) -> tuple[Sums, Array]:
+    """Returns sums that are finite, and which rows are wrong.
+
+    Weights of those rows under a reference above all scores are 0, and so is what comes of their cotangents.
+    """
+    wrong = jnp.isnan(sums.total)
+    above = jnp.finfo(sums.total.dtype).max / 4
+    return Sums(
+        jnp.where(wrong[..., None], 0, sums.numerator),
+        jnp.where(wrong, 1, sums.total),
+        jnp.where(wrong, above, sums.reference),
+    ), wrong
+
+
+def _through_keys(
+    plan: Plan,
+    learned: Learned,
+    given: Given,
+    row: Any,
+    d_sums: Sums,
+    d_query: Array | None,
+    gradients: Gradients,
+) -> tuple[Array, Gradients]:
+    """Adds what one query tile gives to the gradients, its own and those of these keys and of the parts.
+
+    Args:
+        plan: The plan.
+        learned: The learned arguments.
+        given: The others.
+        row: The tile.
+        d_sums: The cotangents of its numerator and total, and its reference.
+        d_query: Its gradient so far, None for none.
+        gradients: The other gradients so far.
+    """
+    leaves, rebuild, bias, bias_leaves, rebuild_bias = _Parts.of(learned)
+    groups, dtype = learned.value.shape[-3 if plan.heads_first else -2], d_sums.total.dtype
+    d_numerator, d_total, reference = d_sums
+    query, query_positions = _queries(plan, learned, given, row)
+    query = jnp.where(jnp.isfinite(query), query, 0)
+    *batch, heads, rows, width = d_numerator.shape
+    d_numerator_by_group = d_numerator.reshape(*batch, groups, heads // groups * rows, width)
+    # Transposed here and not where it is read, which is in the loop over keys.
+    transposed = d_numerator_by_group.swapaxes(-1, -2)
+
+    def visit(keys: Keys, carry: Any) -> Any:
+        d_query, d_key, d_value, d_leaves, d_bias_leaves = carry
+        tile = _tile(given.mask, query_positions, keys)
+
+        def weights_of(query, key, bias_tile, leaves):
+            """The weights of the tile, and what weight maps make of them."""
+            score, score_maps, normalize, weight_maps = rebuild(leaves)
+            scores = mapped_scores(score, bias_tile, score_maps, query, key, tile)
+            scores = jnp.where(tile.visible, scores, -jnp.inf) if keys.masked else scores
+            weights = normalize.weight(scores, reference)
+            if not weight_maps:
+                return weights, None
+            mapped = weights
+            for weight_map in weight_maps:
+                mapped = weight_map(mapped, tile)
+            return weights, mapped
+
+        bias_tile: Any = None
+        pull_bias: Any = None
+        if bias is not None:
+            bias_tile, pull_bias = jax.vjp(lambda leaves: rebuild_bias(leaves)(tile), bias_leaves)
+        (weights, mapped), pull = jax.vjp(weights_of, query, keys.key, bias_tile, leaves)
+        d_mapped = matmul(d_numerator_by_group, keys.value.astype(dtype), (-1, -1))
+        d_mapped = d_mapped.reshape(weights.shape).astype(weights.dtype)
+        every = jnp.broadcast_to(d_total[..., None], weights.shape).astype(weights.dtype)
+        d_weights = (d_mapped + every, None) if mapped is None else (every, d_mapped)
+        d_query_here, d_key_here, d_bias, d_leaves_here = pull(d_weights)
+        kept = weights if mapped is None else mapped
+        d_value_here = matmul(transposed, kept.reshape(*transposed.shape[:-2], -1, kept.shape[-1]))
+        if bias is not None and bias.accumulates:
+            total = rebuild_bias(d_bias_leaves).accumulate(d_bias, tile)
+            d_bias_leaves = inexact_leaves(total)[0]
+        elif bias is not None:
+            d_bias_leaves = jax.tree.map(jnp.add, d_bias_leaves, pull_bias(d_bias)[0])
+        return (
+            d_query_here if d_query is None else d_query + d_query_here,
+            _add(d_key, one_batch_axis(d_key_here).swapaxes(-1, -2), keys.start),
+            _add(d_value, d_value_here, keys.start),
+            jax.tree.map(jnp.add, d_leaves, d_leaves_here),
+            d_bias_leaves,
+        )
+
+    if d_query is None and not plan.kinds.single:
+        d_query = vary(jnp.zeros(query.shape, dtype), mesh_axes((learned, given)))
+    d_query, *after = _over_keys(plan, learned, given, row, visit, (d_query, *gradients))
+    return d_query, Gradients(*after)
+
+
+def pull_keys(
+    plan: Plan, learned: Learned, given: Given, d_sums: Sums, d_query: Array, gradients: Gradients
+) -> tuple[Array, Gradients]:
+    """Adds what all queries give to the gradients [*b, n, t, h], and of these keys and of the parts.
+
+    The derivative of `add_keys`; the arguments are those of `_through_keys`.
+    """
+    size = plan.block.queries
+
+    def one_query_tile(row: Any, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
+        d_query, gradients = carry
+        part = _slice(d_query, row * size, size, -2)
+        part, gradients = _through_keys(plan, learned, given, row, _sums_of(d_sums, row, size), part, gradients)
+        return _put(d_query, part, row * size, -2), gradients
+
+    return jax.lax.fori_loop(0, learned.query.shape[-3] // size, one_query_tile, (d_query, gradients))
+
+
+def _heads_and_keys(plan: Plan) -> tuple[int, int]:
+    """Returns the axes of heads and of keys, of keys and values."""
+    return (-3, -2) if plan.heads_first else (-2, -3)
+
+
+def no_gradients(plan: Plan, learned: Learned) -> Gradients:
+    """Returns zeros."""
+    dtype = accumulator(learned.query, learned.key, learned.value)
+
+    def zeros(leaves):
+        return [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+
+    def columns(x: Array) -> Array:
+        """Zeros [*b, k, h, s]. Rows of a length that is a power of two would share a few sets of the cache."""
+        heads, keys = (x.shape[axis] for axis in _heads_and_keys(plan))
+        return jnp.zeros((*x.shape[:-3], heads, x.shape[-1], keys + 16), dtype)
+
+    parts = _Parts.of(learned)
+    return Gradients(columns(learned.key), columns(learned.value), zeros(parts.leaves), zeros(parts.bias_leaves))
+
+
+def gradient_of(plan: Plan, learned: Learned, d_query: Array, gradients: Gradients) -> Learned:
+    """Returns the gradients in the form of the learned arguments."""
+
+    def like(x: Array, total: Array) -> Array:
+        total = total[..., : x.shape[_heads_and_keys(plan)[1]]]
+        total = total.swapaxes(-1, -2) if plan.heads_first else jnp.moveaxis(total, -1, -3)
+        return total.astype(x.dtype)
+
+    score, bias, *others = learned.parts
+    d_score, *d_others = cotangent((score, *others), gradients.leaves)
+    return Learned(
+        d_query,
+        like(learned.key, gradients.key),
+        like(learned.value, gradients.value),
+        (d_score, cotangent(bias, gradients.bias_leaves), *d_others),
+    )
 
 
 def _attention_backward(plan: Plan, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Learned, None]:
     learned, given, all_sums = residuals
     d_out, d_lse = cotangents
-    score, bias, *others = learned.parts
-    leaves, rebuild = inexact_leaves((score, *others))
-    bias_leaves, rebuild_bias = inexact_leaves(bias)
-    size, groups = plan.block.queries, learned.value.shape[-3 if plan.heads_first else -2]
-    dtype = all_sums.total.dtype
+    leaves, rebuild, *_ = _Parts.of(learned)
+    size, dtype = plan.block.queries, all_sums.total.dtype
 
     def one_query_tile(row: Any, carry: Any) -> Any:
-        d_all_queries, *carry, d_leaves, d_bias_leaves = carry
+        d_all_queries, gradients = carry
         start = row * size
-        query, query_positions = _queries(plan, learned, given, row)
         sums = Sums(
             _slice(all_sums.numerator, start, size, -3).swapaxes(-2, -3),
             *(_slice(x, start, size, -1) for x in all_sums[1:]),
         )
-        # Wrong rows: weights under a reference above all scores are 0, and so is what comes of their cotangents.
-        wrong = jnp.isnan(sums.total)
-        sums = Sums(
-            jnp.where(wrong[..., None], 0, sums.numerator),
-            jnp.where(wrong, 1, sums.total),
-            jnp.where(wrong, jnp.finfo(dtype).max / 4, sums.reference),
-        )
-        query = jnp.where(jnp.isfinite(query), query, 0)
+        sums, _ = without_wrong_rows(sums)
         d_out_row = _slice(d_out, start, size, -3).swapaxes(-2, -3).astype(dtype)
         (out_row, _), pull = jax.vjp(lambda leaves, *sums: rebuild(leaves)[2].finish(*sums), leaves, *sums)
         d_more, d_numerator, d_total, _ = pull((d_out_row.astype(out_row.dtype), _slice(d_lse, start, size, -1)))
-        d_leaves = jax.tree.map(jnp.add, d_leaves, d_more)
-        *batch, heads, rows, width = d_numerator.shape
-        d_numerator_by_group = d_numerator.reshape(*batch, groups, heads // groups * rows, width)
-        # Transposed here and not where it is read, which is in the loop over keys.
-        transposed = d_numerator_by_group.swapaxes(-1, -2)
+        gradients = gradients._replace(leaves=jax.tree.map(jnp.add, gradients.leaves, d_more))
+        d_sums = Sums(d_numerator, d_total, sums.reference)
+        d_query, gradients = _through_keys(plan, learned, given, row, d_sums, None, gradients)
+        return _put(d_all_queries, d_query.swapaxes(-2, -3), start, -3), gradients
 
-        def visit(keys: Keys, carry: Any) -> Any:
-            d_query, d_key, d_value, d_leaves, d_bias_leaves = carry
-            tile = _tile(given.mask, query_positions, keys)
-
-            def weights_of(query, key, bias_tile, leaves):
-                """The weights of the tile, and what weight maps make of them."""
-                score, score_maps, normalize, weight_maps = rebuild(leaves)
-                scores = mapped_scores(score, bias_tile, score_maps, query, key, tile)
-                scores = jnp.where(tile.visible, scores, -jnp.inf) if keys.masked else scores
-                weights = normalize.weight(scores, sums.reference)
-                if not weight_maps:
-                    return weights, None
-                mapped = weights
-                for weight_map in weight_maps:
-                    mapped = weight_map(mapped, tile)
-                return weights, mapped
-
-            bias_tile: Any = None
-            pull_bias: Any = None
-            if bias is not None:
-                bias_tile, pull_bias = jax.vjp(lambda leaves: rebuild_bias(leaves)(tile), bias_leaves)
-            (weights, mapped), pull = jax.vjp(weights_of, query, keys.key, bias_tile, leaves)
-            d_mapped = matmul(d_numerator_by_group, keys.value.astype(dtype), (-1, -1))
-            d_mapped = d_mapped.reshape(weights.shape).astype(weights.dtype)
-            every = jnp.broadcast_to(d_total[..., None], weights.shape).astype(weights.dtype)
-            d_weights = (d_mapped + every, None) if mapped is None else (every, d_mapped)
-            d_query_here, d_key_here, d_bias, d_leaves_here = pull(d_weights)
-            kept = weights if mapped is None else mapped
-            d_value_here = matmul(transposed, kept.reshape(*transposed.shape[:-2], -1, kept.shape[-1]))
-            if bias is not None and bias.accumulates:
-                total = rebuild_bias(d_bias_leaves).accumulate(d_bias, tile)
-                d_bias_leaves = inexact_leaves(total)[0]
-            elif bias is not None:
-                d_bias_leaves = jax.tree.map(jnp.add, d_bias_leaves, pull_bias(d_bias)[0])
-            return (
-                d_query_here if d_query is None else d_query + d_query_here,
-                _add(d_key, one_batch_axis(d_key_here).swapaxes(-1, -2), keys.start),
-                _add(d_value, d_value_here, keys.start),
-                jax.tree.map(jnp.add, d_leaves, d_leaves_here),
-                d_bias_leaves,
-            )
-
-        d_query = None
-        if not plan.kinds.single:
-            d_query = vary(jnp.zeros(query.shape, dtype), mesh_axes((learned, given)))
-        d_query, *carry = _over_keys(plan, learned, given, row, visit, (d_query, *carry, d_leaves, d_bias_leaves))
-        return _put(d_all_queries, d_query.swapaxes(-2, -3), start, -3), *carry
-
-    def zeros(leaves):
-        return [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
-
-    heads_and_keys = (-3, -2) if plan.heads_first else (-2, -3)
-
-    def columns(x: Array) -> Array:
-        """Zeros [*b, k, h, s]. Rows of a length that is a power of two would share a few sets of the cache."""
-        heads, keys = (x.shape[axis] for axis in heads_and_keys)
-        return jnp.zeros((*x.shape[:-3], heads, x.shape[-1], keys + 16), dtype)
-
-    def like(x: Array, total: Array) -> Array:
-        total = total[..., : x.shape[heads_and_keys[1]]]
-        total = total.swapaxes(-1, -2) if plan.heads_first else jnp.moveaxis(total, -1, -3)
-        return total.astype(x.dtype)
-
-    carry = (
-        jnp.zeros(learned.query.shape, learned.query.dtype),
-        columns(learned.key),
-        columns(learned.value),
-        zeros(leaves),
-        zeros(bias_leaves),
-    )
+    carry = jnp.zeros(learned.query.shape, learned.query.dtype), no_gradients(plan, learned)
     count = learned.query.shape[-3] // size
     carry = jax.lax.fori_loop(0, count, one_query_tile, vary(carry, mesh_axes((learned, given, cotangents))))
     if not plan.kinds.single:  # how often its loops run is known to the program alone: they have no reverse mode
         carry = not_reversed(carry, FIRST_ORDER)
-    d_query, d_key, d_value, d_leaves, d_bias_leaves = carry
-    d_score, *d_others = cotangent((score, *others), d_leaves)
-    gradient = Learned(
-        d_query,
-        like(learned.key, d_key),
-        like(learned.value, d_value),
-        (d_score, cotangent(bias, d_bias_leaves), *d_others),
-    )
-    return gradient, None
+    return gradient_of(plan, learned, *carry), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -421,7 +529,7 @@ def tiled(call: Call, block: tuple[int, int] | None) -> Results:
     apart = apart_of(call, block)[0]
 
     def index_of(block: Block) -> tuple[Schedule, Kinds]:
-        places, batch = _in_tiles(call, block), call.query.shape[:-3]
+        places, batch = in_tiles(call.query_positions, call.key_positions, block), call.query.shape[:-3]
         return schedule(call.slots.mask, *places, block.keys // block.granule, apart, batch)
 
     if block is None:
@@ -437,7 +545,7 @@ def tiled(call: Call, block: tuple[int, int] | None) -> Results:
     count = active.count
     pieces = math.prod(apart.pieces)
     visits = int(count.sum()) / pieces * chosen.keys / keys if isinstance(count, np.ndarray) else count.shape[-1]
-    run = partial(_together, chosen, kinds, keys, visits > FEW_VISITS)
+    attention = partial(_attention_of, chosen, kinds, keys, visits > FEW_VISITS)
     active = jax.tree.map(jnp.asarray, active)
 
     batch, levels = call.query.ndim - 3, [size for size in apart[1:] if size > 1]
@@ -445,7 +553,7 @@ def tiled(call: Call, block: tuple[int, int] | None) -> Results:
     def stacked(call: Call, active: Schedule, depth: int) -> Results:
         """Of the groups of heads, and in these of their members, along axes in front."""
         if depth == len(levels):
-            return run(call, active)
+            return with_measures(lambda call: attention(call, active), call)
         return by_heads(call, levels[depth]).each(partial(stacked, depth=depth + 1), active)
 
     def of_entry(call: Call, active: Schedule) -> Results:
@@ -465,15 +573,18 @@ def tiled(call: Call, block: tuple[int, int] | None) -> Results:
     return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1 + batch :]), by_entries(call).each(of_entry, active))
 
 
-def _in_tiles(call: Call, block: Block) -> tuple[Any, Any]:
-    """Returns the positions as [*b, 1, qb, 1, bq] and [*b, #n, 1, g, granule], with empty slots at the end."""
+def in_tiles(query_positions: Any, key_positions: Any, block: Block) -> tuple[Any, Any]:
+    """Returns positions [*b, 1, t, 1] and [*b, #n, 1, s] in tiles, with empty slots at the end.
+
+    Those of queries are [*b, 1, qb, 1, bq], and those of keys [*b, #n, 1, g, granule].
+    """
 
     def cut(x: Any, size: int) -> Any:
         x = _pad(x, -1, -(-x.shape[-1] // size) * size, fill=-1)
         return x.reshape(*x.shape[:-1], -1, size)
 
-    query = cut(call.query_positions[..., 0], block.queries)
-    return query[..., None, :], cut(call.key_positions, block.granule)
+    query = cut(query_positions[..., 0], block.queries)
+    return query[..., None, :], cut(key_positions, block.granule)
 
 
 def apart_of(call: Call, block: tuple[int, int] | None) -> tuple[Apart, str]:
@@ -487,7 +598,7 @@ def apart_of(call: Call, block: tuple[int, int] | None) -> tuple[Apart, str]:
     tile = fit(Block(*block, block[1]) if block is not None else blocks_for(lengths[0], 1)[-1], lengths)
     if lengths[1] <= tile.keys:
         return TOGETHER, "all heads share the one tile of keys"
-    places = _in_tiles(call, tile)
+    places = in_tiles(call.query_positions, call.key_positions, tile)
 
     def axes(query: Any, key: Any) -> tuple[int, ...]:
         """The batch axes and the number of heads for which the mask differs at these positions."""
@@ -510,29 +621,28 @@ def apart_of(call: Call, block: tuple[int, int] | None) -> tuple[Apart, str]:
     return ways, " and ".join(words) or "all heads share their tiles"
 
 
-def _together(chosen: Block, kinds: Kinds, keys: int, heads_first: bool, call: Call, active: Schedule) -> Results:
-    """Computes a call whose heads and batch entries share the schedule, over `keys` slots of keys.
+def with_measures(attention: Callable[[Call], tuple[Array, Array]], call: Call) -> Results:
+    """Computes a call with linear measures by a function that returns (out, lse) of one without.
 
     Columns of linear measures are read as more columns of the values. They are read in a pass of their own in two
     cases: where the values are read with dropout, which measures do not see, and for few queries, where more columns
     would take a copy of all values.
     """
-    attention = partial(_attention_of, chosen, kinds, keys, heads_first)
     measures: dict[str, Any] = dict(call.slots.measures)
     if not measures:
-        return *attention(call, active), {}
+        return *attention(call), {}
     columns, widths = _columns(call)
     length, width = call.query.shape[-3], call.value.shape[-1]
     plain = dataclasses.replace(call.slots, dropout=None)
     if call.slots.dropout is not None or length <= FEW_QUERIES:
-        out, lse = attention(call, active)
-        sums, _ = attention(dataclasses.replace(call, value=columns, slots=plain), active)
+        out, lse = attention(call)
+        sums, _ = attention(dataclasses.replace(call, value=columns, slots=plain))
         sums = jnp.where(jnp.isnan(lse)[..., None], jnp.nan, sums)  # a value that is not finite makes all of a row NaN
     else:
         heads = columns.shape[-2] if columns.shape[-2] > 1 else call.value.shape[-2]
         value = jnp.repeat(call.value, heads // call.value.shape[-2], -2)
         columns = jnp.broadcast_to(columns, (*value.shape[:-1], columns.shape[-1]))
-        read, lse = attention(dataclasses.replace(call, value=jnp.concatenate([value, columns], -1)), active)
+        read, lse = attention(dataclasses.replace(call, value=jnp.concatenate([value, columns], -1)))
         out, sums = read[..., :width], read[..., width:]
     parts = jnp.split(sums.swapaxes(-2, -3), np.cumsum(widths)[:-1], -1)
     measured = {name: measure.finish(x) for (name, measure), x in zip(measures.items(), parts, strict=True)}
@@ -550,15 +660,23 @@ def _columns(call: Call) -> tuple[Float[Array, "*b s #n c"], list[int]]:
     return jnp.concatenate(wide, -1).swapaxes(-2, -3), [x.shape[-1] for x in each]
 
 
-def _attention_of(
-    chosen: Block, kinds: Kinds, keys: int, heads_first: bool, call: Call, active: Schedule
-) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"]]:
-    """Returns (out, lse) of such a call."""
-    slots, lengths = call.slots, (call.query.shape[-3], call.key.shape[-3])
-    queries = -(-lengths[0] // chosen.queries) * chosen.queries
+def operands(
+    plan: Plan, keys: int, call: Call, active: Schedule | None, axes: frozenset[str] = frozenset()
+) -> tuple[Learned, Given]:
+    """Returns the arguments of a call as the loops need them.
+
+    Args:
+        plan: The plan.
+        keys: The number of slots of keys.
+        call: The call, without measures.
+        active: The schedule.
+        axes: Mesh axes over which the arrays differ even if they do not look like it.
+    """
+    slots, length = call.slots, call.query.shape[-3]
+    queries = -(-length // plan.block.queries) * plan.block.queries
     weight_maps = slots.weight_maps if slots.dropout is None else (*slots.weight_maps, slots.dropout)
     key, value = (_pad(x, -3, keys) for x in (call.key, call.value))
-    if heads_first:
+    if plan.heads_first:
         key, value = key.swapaxes(-2, -3), value.swapaxes(-2, -3)
     learned = Learned(
         _pad(call.query, -3, queries),
@@ -567,14 +685,22 @@ def _attention_of(
         (slots.score, slots.bias, slots.score_maps, slots.normalize, weight_maps),
     )
     positions = _pad(call.query_positions, -2, queries, fill=-1), _pad(call.key_positions, -1, keys, fill=-1)
-    guard, wrong = guard_of(call), None
-    if heads_first:
-        found = wrong_keys(guard, call.key, call.value, slots.mask, call.query_positions, call.key_positions)
-        axes = zip(found, (-1, -2, -2), strict=True)
-        wrong = WrongKeys(*(None if x is None else _pad(x, axis, keys) for x, axis in axes))
+    wrong = None
+    if plan.heads_first:
+        found = wrong_keys(plan.guard, call.key, call.value, slots.mask, call.query_positions, call.key_positions)
+        lengths = zip(found, (-1, -2, -2), strict=True)
+        wrong = WrongKeys(*(None if x is None else _pad(x, axis, keys) for x, axis in lengths))
     given = Given(slots.mask, *jax.tree.map(jnp.asarray, (*positions, active, wrong)))
-    learned = vary(jax.tree.map(jnp.asarray, learned), mesh_axes((learned, given)))
+    return vary(jax.tree.map(jnp.asarray, learned), mesh_axes((learned, given)) | axes), given
+
+
+def _attention_of(
+    chosen: Block, kinds: Kinds, keys: int, heads_first: bool, call: Call, active: Schedule
+) -> tuple[Float[Array, "*b t n v"], Float[Array, "*b t n"]]:
+    """Returns (out, lse) of a call whose heads and batch entries share the schedule, over `keys` slots of keys."""
+    plan, length = Plan(chosen, kinds, heads_first, guard_of(call), call.value.dtype), call.query.shape[-3]
+    learned, given = operands(plan, keys, call, active)
     leaves, rebuild = inexact_leaves(learned)
     learned = rebuild(reverse_only(leaves, FIRST_ORDER))
-    out, lse = _attention(Plan(chosen, kinds, heads_first, guard, call.value.dtype), learned, given)
-    return out[..., : lengths[0], :, :], lse.swapaxes(-1, -2)[..., : lengths[0], :]
+    out, lse = _attention(plan, learned, given)
+    return out[..., :length, :, :], lse.swapaxes(-1, -2)[..., :length, :]
