@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 from jaxattn.core import noise
 from jaxattn.core.attend.tile import Tile
 from jaxattn.core.checks import check_positive, check_static_int
+from jaxattn.core.mesh import vary_like
 from jaxattn.core.noise import Seed
 from jaxattn.core.numeric import in_range, largest, per_head, ratio
 from jaxattn.core.part import part
@@ -279,7 +280,7 @@ def _support(scores: Scores, visible: Bool[Array, "*b n t s"], power: int) -> tu
         new = jnp.maximum(threshold, threshold + excess / jnp.where(slope > 0, slope, 1))
         return new, (new > threshold).any(), count + 1
 
-    start = jnp.where(jnp.isneginf(top), 0, -jnp.ones_like(top)), jnp.array(True), 0
+    start = vary_like((jnp.where(jnp.isneginf(top), 0, -jnp.ones_like(top)), jnp.array(True), jnp.int32(0)), fixed)
     # Rounding might let the last steps creep by an epsilon each.
     threshold, _, _ = jax.lax.while_loop(lambda state: state[1] & (state[2] < 100), step, start)
     return x, visible & ~(fixed <= threshold)  # a row with a NaN stays NaN
