@@ -82,9 +82,11 @@ from jaxattn.core.attend.position import (
     rotary_2d,
     sinusoidal,
 )
+from jaxattn.core.attend.ring import gathered, ring, split_keys
 from jaxattn.core.attend.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum, Score
 from jaxattn.core.attend.slots import Slots
 from jaxattn.core.attend.tile import Tile
+from jaxattn.core.shards import striped, unstriped, unzigzag, zigzag
 
 __all__ = [
     "EMPTY",
@@ -178,14 +180,21 @@ __all__ = [
     "block_means",
     "dot_product_attention",
     "explain",
+    "gathered",
     "merge",
     "merge_axis",
     "psum_merge",
+    "ring",
     "rotary",
     "rotary_2d",
     "score_function",
     "select_tokens",
     "sinusoidal",
+    "split_keys",
+    "striped",
     "take_tokens",
+    "unstriped",
+    "unzigzag",
     "with_log_mass",
+    "zigzag",
 ]
