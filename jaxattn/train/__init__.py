@@ -11,18 +11,24 @@ from jaxattn.train.data import (
     Document,
     Drawn,
     Windows,
-    batches,
     decode,
     encode,
-    ordered_batches,
     read_documents,
     split,
     standard_library,
 )
-from jaxattn.train.language import language_loss, with_params
+from jaxattn.train.language import language_loss, module_loss, with_params
 from jaxattn.train.loop import Result, TrainConfig, fit
-from jaxattn.train.loss import bits_per_byte, next_token_loss
+from jaxattn.train.losses import (
+    bits_per_byte,
+    classification_loss,
+    contrastive_loss,
+    distillation_loss,
+    next_token_loss,
+    squared_error_loss,
+)
 from jaxattn.train.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer, parameter_roles
+from jaxattn.train.sources import Batched, batches, ordered_batches, packed
 from jaxattn.train.step import (
     State,
     data_mesh,
@@ -40,6 +46,7 @@ __all__ = [
     "BOS",
     "EOS",
     "VOCABULARY",
+    "Batched",
     "Checkpoints",
     "Document",
     "Drawn",
@@ -53,9 +60,12 @@ __all__ = [
     "batches",
     "bits_per_byte",
     "check_config",
+    "classification_loss",
+    "contrastive_loss",
     "data_mesh",
     "decay_mask",
     "decode",
+    "distillation_loss",
     "drawn",
     "encode",
     "fit",
@@ -66,16 +76,19 @@ __all__ = [
     "make_evaluation",
     "make_optimizer",
     "make_step",
+    "module_loss",
     "next_token_loss",
     "on_mesh",
     "on_one_device",
     "on_pmap",
     "ordered_batches",
+    "packed",
     "parameter_roles",
     "prompt_loss",
     "read_documents",
     "repeated",
     "split",
+    "squared_error_loss",
     "standard_library",
     "with_params",
 ]

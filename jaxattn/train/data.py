@@ -1,8 +1,8 @@
-"""Text as bytes: documents, their split, windows cut from their stream, and the iterators over those windows.
+"""Text: documents, their split, and windows cut from their stream; and draws.
 
-A token is a byte, or one of two specials that open and close a document. The stream of a corpus is
-`BOS bytes EOS BOS bytes EOS ...`. A window is a stretch of it, with the ids and weights that keep its documents apart.
-A task that is a distribution rather than a text is `Drawn`.
+A token of a text is a byte, or one of two specials that open and close a document, unless the tokens are your own. A
+window is a stretch of the stream of tokens, with the ids and weights that keep its documents apart. A task that is a
+distribution rather than a text is `Drawn`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import grain
 import jax
 import numpy as np
 
@@ -172,41 +171,89 @@ def _cut(document: Document, validation_fraction: float) -> tuple[list[Document]
 
 
 class Windows:
-    """Random access to the windows of `length` tokens that the stream of `documents` is cut into.
+    """Random access to the windows of `length` tokens that a stream of tokens is cut into.
 
     With the stream x₀ x₁ ..., window i holds the inputs x at iL .. iL+L−1, as a dict of arrays `[L]`:
 
     - `tokens` int32: x.
     - `targets` int32: the token after each; it comes from the next window for the last one.
-    - `weights` float32: 0 where the target is a BOS, which belongs to another document, else 1.
-    - `documents` int32 ≥ 0: the index of each token's document, for the `Documents` attention mask.
+    - `weights` float32: 0 where the target is the first token of another document, else 1.
+    - `documents` int32 ≥ 0: the index of each token's document, for the `Documents` attention mask. A stream whose
+      documents are not known has none.
+    - `bytes` uint8: how many bytes of text the target stands for, where that is known.
 
-    A tail of the stream shorter than a window is left out. `digest` is a hexadecimal SHA-256 of the stream.
+    A tail of the stream shorter than a window is left out. `digest` says which stream it is: the SHA-256 of its
+    numbers, or of a part of them, spread evenly, where they take more than 256 MiB.
 
     Args:
-        documents: The documents.
+        source: Documents of text, whose tokens are bytes: the stream is `BOS bytes EOS BOS bytes EOS ...`. Or a stream
+            of any integers `[S]`, such as `np.memmap` of a file, which is neither read nor copied before it is used. Or
+            a sequence of such arrays, one per document, which are joined.
         length: L, at least 1.
+        starts: Where documents begin in a stream of integers, in increasing order, such as
+            `np.flatnonzero(stream == bos)`.
+        vocabulary: V: a token that is not from 0 to V − 1 raises when it is read. By default any that int32 holds, from
+            0 on, is taken.
+        token_bytes: The number of bytes that each token stands for, `[V]`, at most 255. With it the log says how many
+            bits the text costs per byte, which is comparable between vocabularies. Documents of text have it.
 
     Raises:
-        ValueError: The length is below 1, or the corpus has fewer than L+1 tokens.
+        TypeError: The tokens are no integers.
+        ValueError: The length is below 1, there are fewer than L+1 tokens, or an argument does not fit.
     """
 
-    def __init__(self, documents: Sequence[Document], length: int):
+    def __init__(
+        self,
+        source: Sequence[Document] | Sequence[np.ndarray] | np.ndarray,
+        length: int,
+        *,
+        starts: Any = None,
+        vocabulary: int | None = None,
+        token_bytes: Any = None,
+    ):
         if length < 1:
             raise ValueError(f"length is {length}: a window has at least 1 token")
-        parts = [np.pad(np.frombuffer(content, np.uint8).astype(np.uint16), 1) for _, content in documents]
+        self.length = length
+        of_text = not isinstance(source, np.ndarray | jax.Array) and any(isinstance(x, Document) for x in source)
+        if of_text:
+            if not (starts is None and vocabulary is None and token_bytes is None):
+                raise ValueError("starts, vocabulary and token_bytes are for streams of integers: documents are bytes")
+            documents = cast(Sequence[Document], source)
+            parts = [np.pad(np.frombuffer(content, np.uint8).astype(np.uint16), 1) for _, content in documents]
+            for part in parts:
+                part[0], part[-1] = BOS, EOS
+            token_bytes = np.arange(VOCABULARY) < BOS
+        elif isinstance(source, np.ndarray | jax.Array):
+            parts = [np.asanyarray(source)]
+        else:
+            if starts is not None:
+                raise ValueError("starts is given, but the source is a sequence of documents: need one of both")
+            parts = [np.asanyarray(part) for part in source]
         for part in parts:
-            part[0], part[-1] = BOS, EOS
+            if part.ndim != 1:
+                raise ValueError(f"source holds an array of shape {part.shape}: need one axis, as reshape(-1) makes")
+            if not np.issubdtype(part.dtype, np.integer):
+                raise TypeError(f"source holds tokens of dtype {part.dtype}: need integers")
         total = sum(part.size for part in parts)
         if total < length + 1:
-            raise ValueError(
-                f"documents hold {total} tokens (BOS and EOS included): a window of length {length} with its targets "
-                f"needs {length + 1}"
+            held = (
+                f"documents hold {total} tokens (BOS and EOS included)" if of_text else f"source holds {total} tokens"
             )
-        self.length = length
-        self.stream = np.concatenate(parts)
-        self.starts = np.cumsum([0] + [part.size for part in parts[:-1]])
-        self.digest = hashlib.sha256(self.stream.tobytes()).hexdigest()
+            raise ValueError(f"{held}: a window of length {length} with its targets needs {length + 1}")
+        self.stream = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self.starts = np.cumsum([0] + [part.size for part in parts[:-1]]) if starts is None else np.asarray(starts)
+        if starts is not None and (
+            self.starts.ndim != 1
+            or not np.issubdtype(self.starts.dtype, np.integer)
+            or (np.diff(self.starts, prepend=0, append=total) < 0).any()
+        ):
+            raise ValueError(f"starts must be integers [documents] that increase, from 0 to {total} at most")
+        if not self.starts.size or self.starts[0] > 0:  # what comes before the first start is a document too
+            self.starts = np.concatenate([[0], self.starts]).astype(int)
+        self._has_documents = of_text or starts is not None or not isinstance(source, np.ndarray | jax.Array)
+        self._limit = 2**31 if vocabulary is None else vocabulary
+        self._bytes = None if token_bytes is None else np.asarray(token_bytes).astype(np.uint8)
+        self.digest = _digest(self.stream, b"" if of_text or not self._has_documents else self.starts.tobytes())
 
     def __len__(self) -> int:
         return (self.stream.size - 1) // self.length
@@ -215,20 +262,46 @@ class Windows:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start = index * self.length
-        stretch = self.stream[start : start + self.length + 1].astype(np.int32)
+        stretch = np.asarray(self.stream[start : start + self.length + 1])
+        outside = np.flatnonzero((stretch < 0) | (stretch >= self._limit))
+        if outside.size:
+            place = int(outside[0])
+            raise ValueError(
+                f"the token at {start + place} of the stream is {stretch[place]}: need tokens from 0 to "
+                f"{self._limit - 1}"
+            )
+        stretch = stretch.astype(np.int32)
         tokens, targets = stretch[:-1], stretch[1:]
-        offsets = start + np.arange(self.length)
-        documents = np.searchsorted(self.starts, offsets, side="right") - 1
-        return {
-            "tokens": tokens,
-            "targets": targets,
-            "weights": (targets != BOS).astype(np.float32),
-            "documents": documents.astype(np.int32),
-        }
+        window: Batch = {"tokens": tokens, "targets": targets, "weights": np.ones(self.length, np.float32)}
+        if self._has_documents:
+            places = start + np.arange(self.length + 1)
+            documents = (np.searchsorted(self.starts, places, side="right") - 1).astype(np.int32)
+            window["weights"] = (documents[1:] == documents[:-1]).astype(np.float32)
+            window["documents"] = documents[:-1]
+        if self._bytes is not None:
+            if stretch.max() >= self._bytes.size:
+                raise ValueError(f"token_bytes has {self._bytes.size} entries but there is a token {stretch.max()}")
+            window["bytes"] = self._bytes[targets]
+        return window
 
     def __repr__(self) -> str:
         # Grain prints its sources: a summary, not the stream.
-        return f"Windows({len(self)} of length {self.length}, from {self.starts.size} documents)"
+        documents = f", from {self.starts.size} documents" if self._has_documents else ""
+        return f"Windows({len(self)} of length {self.length}{documents})"
+
+
+def _digest(stream: np.ndarray, more: bytes, limit: int = 2**28) -> str:
+    """Returns the SHA-256 of a stream, or of 1024 pieces of it where it takes more than `limit` bytes."""
+    content = hashlib.sha256()
+    if stream.nbytes <= limit:
+        content.update(np.ascontiguousarray(stream).data)
+    else:
+        content.update(f"{stream.dtype} {stream.size}".encode())
+        piece = limit // 1024 // stream.itemsize
+        for start in np.linspace(0, stream.size - piece, 1024).astype(int):
+            content.update(np.ascontiguousarray(stream[start : start + piece]).data)
+    content.update(more)
+    return content.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -249,60 +322,6 @@ class Drawn:
     length: int
     digest: str
     curriculum: bool = False
-
-
-def batches(source: Windows, batch_size: int, seed: int = 0) -> grain.DatasetIterator[Batch]:
-    """Returns an endless iterator over batches, which are dicts of arrays `[B, L]`.
-
-    Each pass over the windows has a new shuffled order. The order is a function of `seed` alone. `get_state()` of the
-    iterator is a small dict that JSON can hold, and `set_state(...)` continues from there exactly. Batches are made in
-    the calling thread: cutting a window costs microseconds.
-
-    Args:
-        source: The windows.
-        batch_size: B, at least 1.
-        seed: From 0 to 2³² − 1.
-
-    Raises:
-        ValueError: The batch size is below 1, or the seed is out of range.
-    """
-    _check_batch_size(batch_size)
-    check_seed(seed)
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
-
-
-def ordered_batches(source: Windows | Drawn, batch_size: int, limit: int | None = None) -> Iterator[Any]:
-    """Iterates over one ordered pass of the windows for validation, in batches `[B, L]` that all have the same shape.
-
-    The last batch is filled up with repeats of its last window whose `weights` are 0: they count for nothing in a
-    weighted sum. Of a `Drawn` source the batches are the first `limit` of a fixed sequence, the same in every run.
-
-    Args:
-        source: The windows, or the draws.
-        batch_size: B, at least 1.
-        limit: The largest number of batches, of windows spread evenly over the corpus. None takes all windows.
-
-    Raises:
-        ValueError: The batch size or the limit is below 1, or a drawn source has no limit.
-    """
-    _check_batch_size(batch_size)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}: need at least 1 batch, or None for all")
-    if isinstance(source, Drawn):
-        if limit is None:
-            raise ValueError("limit is None but batches are drawn without end: need a number of batches")
-        return (drawn_batch(source, batch_size, 0, VALIDATION, i) for i in range(limit))
-    count = len(source) if limit is None else min(len(source), limit * batch_size)
-    return _ordered_batches(source, batch_size, [i * len(source) // count for i in range(count)])
-
-
-def _ordered_batches(source: Windows, batch_size: int, indices: list[int]) -> Iterator[Batch]:
-    for first in range(0, len(indices), batch_size):
-        rows = [source[i] for i in indices[first : first + batch_size]]
-        empty = {**rows[-1], "weights": np.zeros(source.length, np.float32)}
-        rows += [empty] * (batch_size - len(rows))
-        yield {name: np.stack([row[name] for row in rows]) for name in empty}
 
 
 # Of a seed's random numbers, those for drawing data: streams that no step, which counts from 0, can reach.
@@ -327,9 +346,3 @@ def check_seed(seed: int) -> None:
     check_int("seed", seed)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: need one from 0 to 2**32 - 1")
-
-
-def _check_batch_size(batch_size: int) -> None:
-    check_int("batch_size", batch_size)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: need at least 1 window per batch")

@@ -1,5 +1,6 @@
-"""The language-model loss of any NNX model that is called as `model(tokens, mask=...) -> (logits, ...)`."""
+"""The losses of NNX models: of any, and of a language model, `model(tokens, mask=...) -> (logits, ...)`."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -8,47 +9,96 @@ from flax import nnx
 
 from jaxattn.core.attend.mask import Documents
 from jaxattn.core.checks import check_range
-from jaxattn.train.loss import next_token_loss
+from jaxattn.train.losses import column, next_token_loss
 from jaxattn.train.step import LossFunction, Params
 
 M = TypeVar("M", bound=nnx.Module)
 
 
-def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossFunction]:
-    """Returns the model's parameters, and their next-token loss on packed batches, as `fit` and `make_step` take them.
+def module_loss(model: nnx.Module, loss: Callable[[Any, Any, Any], Any]) -> tuple[Params, LossFunction]:
+    """Returns the parameters of a model, and a loss of it as a function of them, as `fit` and `make_step` take them.
 
-    No token sees another document: the batch's document ids are passed to the model as a `Documents` mask. The random
-    streams of the model (dropout) restart at every step from the step's key, so a resumed run draws the same numbers.
-    Without a key (in evaluations) the model has no dropout.
+    The random streams of the model (dropout) restart at every step from the step's key, so a resumed run draws the same
+    numbers. Without a key (in evaluations) the model has no dropout. What the model holds beside parameters stays as it
+    is.
+
+    Args:
+        model: The model: any NNX module.
+        loss: loss(model, batch, key) -> (total, sums), such as a loss of `train.losses` of what the model says, or a
+            scalar; see `make_step`. The key is None in evaluations.
+    """
+    graph, *states = nnx.split(model, nnx.Param, nnx.RngCount, ...)
+    params, counts, rest = states
+
+    def loss_fn(params: Params, batch: Any, key: Any) -> Any:
+        start = 0 if key is None else jax.random.bits(key, dtype=jnp.uint32)
+        restarted = jax.tree.map(lambda count: jnp.full_like(count, start), counts)
+        called = nnx.merge(graph, params, restarted, rest)
+        called.eval() if key is None else called.train()
+        return loss(called, batch, key)
+
+    return params, loss_fn
+
+
+def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossFunction]:
+    """Returns the model's parameters, and their next-token loss on rows of tokens, as `fit` and `make_step` take them.
+
+    A batch has `tokens` `[B, T]`. It may have `targets`, `weights`, `documents` and `bytes`, as those of `Windows` are.
+    Without `targets` these are the next tokens of the row and of the document, and the last token has none.
+
+    No token sees another document: the batch's document ids are passed to the model as a `Documents` mask. For the
+    random streams of the model see `module_loss`.
 
     A token is padding if its document id is negative. A negative token is padding too where nothing in its row counts
     from there on. The model sees token 0 in document −1 in its place, so that no padding id (such as −100) reaches the
-    loss or a gradient. Any other token outside the vocabulary is the model's to judge.
+    loss or a gradient. Any other token outside the vocabulary is the model's to judge. Without `documents` there is no
+    mask, and a padding token of a model that is not causal is seen.
 
     Args:
         model: The model.
         z_loss: The factor of the penalty on large logits, at least 0.
 
     Raises:
-        ValueError: `z_loss` is known and below 0. The loss raises as `next_token_loss`.
+        ValueError: `z_loss` is known and below 0. The loss raises as `next_token_loss`, and for a batch with other
+            columns.
     """
     check_range("z_loss", z_loss, lambda x: (x >= 0) & (x < jnp.inf), "from 0 on")
-    graph, *states = nnx.split(model, nnx.Param, nnx.RngCount, ...)
-    params, counts, rest = states
 
-    def loss_fn(params, batch, key):
-        start = 0 if key is None else jax.random.bits(key, dtype=jnp.uint32)
-        restarted = jax.tree.map(lambda count: jnp.full_like(count, start), counts)
-        called = nnx.merge(graph, params, restarted, rest)
-        called.eval() if key is None else called.train()
-        tokens, documents, weights = (jnp.asarray(batch[name]) for name in ("tokens", "documents", "weights"))
+    def loss(model: Any, batch: Any, key: Any) -> Any:
+        tokens = jnp.asarray(column(batch, "tokens"))
+        if unknown := sorted(set(batch) - {"tokens", "targets", "weights", "documents", "bytes"}):
+            raise ValueError(f"batch has the columns {unknown}, which this loss does not read: drop or rename them")
+        batch = {name: jnp.asarray(value) for name, value in batch.items()}
+        if "targets" not in batch:
+            batch = batch | _next_tokens(batch)
+        weights = batch.get("weights", jnp.ones(tokens.shape))
         counts_later = jax.lax.cummax((weights != 0).astype(jnp.int32), axis=weights.ndim - 1, reverse=True) > 0
-        padding = (documents < 0) | ((tokens < 0) & ~counts_later)
-        tokens, documents = jnp.where(padding, 0, tokens), jnp.where(padding, -1, documents)
-        logits, *_ = called(tokens, mask=Documents(documents))
+        padding = (tokens < 0) & ~counts_later
+        if "documents" not in batch:
+            logits, *_ = model(jnp.where(padding, 0, tokens))
+            return next_token_loss(logits, batch, z_loss)
+        padding |= batch["documents"] < 0
+        documents = jnp.where(padding, -1, batch["documents"])
+        logits, *_ = model(jnp.where(padding, 0, tokens), mask=Documents(documents))
         return next_token_loss(logits, batch, z_loss)
 
-    return params, loss_fn
+    return module_loss(model, loss)
+
+
+def _next_tokens(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the targets of rows of tokens, with weights: the last token of a row and of a document has none."""
+
+    def next_of(x: jax.Array, last: Any) -> jax.Array:
+        return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], last)], axis=1)
+
+    tokens = batch["tokens"]
+    there = next_of(jnp.ones(tokens.shape, bool), False) & (next_of(tokens, -1) >= 0)
+    if "documents" in batch:
+        documents = batch["documents"]
+        there &= (documents == next_of(documents, -1)) & (documents >= 0)
+    given = next_of(batch["weights"], 0) if "weights" in batch else jnp.ones(tokens.shape)
+    moved = {"bytes": next_of(batch["bytes"], 0)} if "bytes" in batch else {}
+    return moved | {"targets": next_of(tokens, 0), "weights": jnp.where(there, given, 0)}
 
 
 def with_params(model: M, params: Any) -> M:

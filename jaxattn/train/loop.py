@@ -27,9 +27,10 @@ from rich.console import Console
 
 from jaxattn.core.checks import check_int
 from jaxattn.train.checkpoint import Checkpoints, check_config, is_full_disk
-from jaxattn.train.data import TRAINING, Drawn, Windows, batches, check_seed, drawn_batch, ordered_batches
+from jaxattn.train.data import TRAINING, Drawn, check_seed, drawn_batch
 from jaxattn.train.log import Display, Log
-from jaxattn.train.loss import bits_per_byte
+from jaxattn.train.losses import bits_per_byte
+from jaxattn.train.sources import batches, check_source, described, ordered_batches
 from jaxattn.train.step import (
     LossFunction,
     Params,
@@ -113,8 +114,8 @@ def fit(
     loss_fn: LossFunction,
     params: Params,
     optimizer: optax.GradientTransformation,
-    train_data: Windows | Drawn,
-    validation_data: Windows | Drawn,
+    train_data: Any,
+    validation_data: Any,
     config: TrainConfig,
     run_config: Mapping[str, Any],
     folder: str | Path,
@@ -127,17 +128,21 @@ def fit(
     once.
 
     A line of the log has the metrics of one step: `loss`, `grad_norm`, the mean per token of each sum of `loss_fn`, and
-    `tokens_per_second` since the last stop (null where only steps that compile were run). With `Windows`, whose tokens
-    are bytes, it also has `bits_per_byte` where the sums have `nll` and `bytes`. Draws have neither `bits_per_byte` nor
-    `bytes`. Evaluations add the same with `validation_` before the name.
+    `tokens_per_second` since the last stop (null where only steps that compile were run). It also has `bits_per_byte`
+    where the sums have `nll` and `bytes`. Evaluations add the same with `validation_` before the name.
+
+    The tokens of a row, by which speed is measured, are the `length` of the source, or else what its `tokens` hold, or
+    its `weights`. A row without them is one.
 
     Args:
         loss_fn: loss_fn(params, batch, key), as `make_step` takes it.
         params: The first parameters.
         optimizer: The optimiser.
-        train_data: `Windows`, whose batches are `[B, L]`, or a `Drawn` source. Steps on drawn batches run as one
-            compiled loop from each stop (for the log, an evaluation, a checkpoint) to the next, on one device.
-        validation_data: The data of evaluations, likewise.
+        train_data: A source of records: `Windows`, anything with a length and records by index, a dict of arrays with
+            rows, a pipeline of grain, anything that can be iterated over (`jaxattn.train.sources` says what resumes
+            how), or `Drawn`. Steps on drawn batches run as one compiled loop from each stop (for the log, an
+            evaluation, a checkpoint) to the next, on one device.
+        validation_data: The data of evaluations, likewise; it has to be readable again and again.
         config: The config of the training.
         run_config: The values that a resumed run must share with its checkpoints, beside `config` (but for
             `FREE_FIELDS`) and the data. JSON can hold them. Put everything in it that determines the model and the
@@ -147,14 +152,16 @@ def fit(
 
     Raises:
         ValueError: The config makes no sense, or the folder holds another run or other files. Nothing is changed then.
+            Or the data end before the last step: the run is saved as it is, and the error names the step.
+        TypeError: The data are no source, or the loss function returns neither a scalar nor (total, sums).
         FloatingPointError: Loss, gradient or parameters are not finite. Nothing that is not finite is saved, and the
             error names the step and the last good checkpoint.
         OSError: The disk is full.
     """
     console = console or Console()
     folder = Path(folder).absolute()
-    record = _record(run_config, config, train_data, validation_data)
     _check(config, train_data, validation_data)
+    record = _record(run_config, config, train_data, validation_data)
     _claim(folder, record)
     evaluation = _on_devices(config.devices, lambda axis: make_evaluation(loss_fn, axis_name=axis))
     iterator = None if isinstance(train_data, Drawn) else batches(train_data, config.batch_size, config.seed)
@@ -178,9 +185,22 @@ def fit(
         train_step = _train_step(loss_fn, optimizer, config, train_data, stride)
         with Display(console, first, config.steps) as display:
             pending: dict[int, Any] = {}
+            tokens_per_row = 0
             started = time.perf_counter()
             for step in range(first + stride, config.steps + 1, stride):
-                state, pending[step] = train_step(state, None if iterator is None else next(iterator))
+                batch = None if iterator is None else next(iterator, None)
+                if iterator is not None and batch is None:
+                    _finite(jax.device_get(pending), checkpoints)
+                    if step - 1 not in (0, *checkpoints.steps()):
+                        _check_finite(state, step - 1, checkpoints)
+                        checkpoints.save(state, iterator.get_state(), record)
+                    raise ValueError(
+                        f"train_data ended after step {step - 1} of {config.steps}, with less than the "
+                        f"{config.batch_size} rows of a batch left: need data that repeat, or fewer steps; "
+                        f"{checkpoints.describe_latest()}"
+                    )
+                tokens_per_row = tokens_per_row or _tokens_per_row(train_data, batch)
+                state, pending[step] = train_step(state, batch)
 
                 last = step == config.steps
                 stop = interrupted.is_set()
@@ -193,14 +213,16 @@ def fit(
 
                 metrics = _finite(jax.device_get(pending), checkpoints)
                 seconds = time.perf_counter() - started
-                speed = None if compiled else len(pending) * stride * config.batch_size * train_data.length / seconds
+                speed = None if compiled else len(pending) * stride * config.batch_size * tokens_per_row / seconds
                 display.update(step, metrics["loss"], speed)
                 line: dict[str, Any] = {"step": step}
                 if logs:
-                    line |= {**_readable(metrics, train_data), "tokens_per_second": speed}
+                    line |= {**_readable(metrics), "tokens_per_second": speed}
                 if evaluates:
-                    batches_in_order = ordered_batches(validation_data, config.batch_size, config.eval_batches)
-                    state, validation = _evaluate(evaluation, state, batches_in_order, validation_data)
+                    batches_in_order = ordered_batches(
+                        validation_data, config.batch_size, config.eval_batches, _count(config)
+                    )
+                    state, validation = _evaluate(evaluation, state, batches_in_order)
                     line |= {f"validation_{name}": value for name, value in validation.items()}
                 if logs or evaluates:
                     _write(log, line, checkpoints)
@@ -235,7 +257,7 @@ def _train_step(
     loss_fn: LossFunction,
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
-    data: Windows | Drawn,
+    data: Any,
     stride: int,
 ) -> Step:
     def make(axis_name: str | None) -> Step:
@@ -249,12 +271,14 @@ def _train_step(
     return _on_devices(config.devices, make)
 
 
-def _record(
-    run_config: Mapping[str, Any], config: TrainConfig, train: Windows | Drawn, validation: Windows | Drawn
-) -> dict[str, Any]:
+def _record(run_config: Mapping[str, Any], config: TrainConfig, train: Any, validation: Any) -> dict[str, Any]:
     own = {
         "train": json.loads(json.dumps(dataclasses.asdict(config), default=_plain)),
-        "corpus": {"length": train.length, "train": train.digest, "validation": validation.digest},
+        "corpus": {
+            "length": getattr(train, "length", None),
+            "train": described(train),
+            "validation": None if validation is None else described(validation),
+        },
     }
     try:
         given = json.loads(json.dumps(run_config, default=_plain))
@@ -273,7 +297,10 @@ def _plain(x: Any) -> Any:
     raise TypeError(f"Object of type {type(x).__name__} is not JSON serializable")
 
 
-def _check(config: TrainConfig, train: Windows | Drawn, validation: Windows | Drawn) -> None:
+def _check(config: TrainConfig, train: Any, validation: Any) -> None:
+    for name, source in (("train_data", train), ("validation_data", validation)):
+        if source is not None or name == "train_data":
+            check_source(name, source)
     for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every", "keep", "log_every"):
         value = getattr(config, name)
         if name != "eval_batches" or value is not None:
@@ -287,12 +314,17 @@ def _check(config: TrainConfig, train: Windows | Drawn, validation: Windows | Dr
         raise ValueError(f"devices is {config.devices!r} but batches are drawn inside the step: need 'one'")
     if isinstance(validation, Drawn) and config.eval_batches is None:
         raise ValueError("eval_batches is None but validation batches are drawn without end: need a number")
-    devices = 1 if config.devices == "one" else len(jax.devices())
+    devices = _count(config)
     if config.batch_size % (devices * config.accumulate):
         raise ValueError(
             f"batch_size is {config.batch_size} for {devices} device(s) and {config.accumulate} micro-batch(es): "
             f"need a multiple of {devices * config.accumulate}"
         )
+
+
+def _count(config: TrainConfig) -> int:
+    """Returns the number of devices that share the rows of a batch."""
+    return 1 if config.devices == "one" else len(jax.devices())
 
 
 def _claim(folder: Path, record: Mapping[str, Any]) -> None:
@@ -324,24 +356,31 @@ def _on_devices(devices: str, make: Callable[[str | None], Step]) -> Step:
     return on_one_device(make(None))
 
 
-def _evaluate(
-    evaluation: Step, state: State, validation: Iterator[Any], data: Windows | Drawn
-) -> tuple[State, dict[str, float]]:
+def _evaluate(evaluation: Step, state: State, validation: Iterator[Any]) -> tuple[State, dict[str, float]]:
     sums: dict[str, float] = {}
     for batch in validation:
         state, of_batch = evaluation(state, batch)
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in of_batch.items()}
+    if not sums:
+        raise ValueError("validation_data has no full batch: need at least batch_size rows, or none at all")
     weight = sums.pop("weight")
     means = {name: value / weight if weight else math.nan for name, value in sums.items()}
-    return state, _readable({**means, "weight": weight}, data)
+    return state, _readable({**means, "weight": weight})
 
 
-def _readable(metrics: Mapping[str, Any], data: Windows | Drawn) -> dict[str, float]:
-    """Returns the metrics as the log has them; those that count bytes only for data that are text."""
+def _readable(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics as the log has them."""
     values = {name: float(value) for name, value in metrics.items() if name != "weight"}
-    if not isinstance(data, Windows):
-        return {name: value for name, value in values.items() if name != "bytes"}
     return values | {"bits_per_byte": bits_per_byte(values)} if {"nll", "bytes"} <= values.keys() else values
+
+
+def _tokens_per_row(source: Any, batch: Any) -> int:
+    """Returns how many tokens a row has."""
+    if hasattr(source, "length"):
+        return int(source.length)
+    columns = batch if isinstance(batch, Mapping) else {}
+    shape = next((np.shape(columns[name]) for name in ("tokens", "weights") if name in columns), (1,))
+    return math.prod(shape[1:])
 
 
 def _finite(pending: Mapping[int, Mapping[str, Any]], checkpoints: Checkpoints) -> Mapping[str, Any]:
@@ -349,6 +388,7 @@ def _finite(pending: Mapping[int, Mapping[str, Any]], checkpoints: Checkpoints) 
 
     Metrics are those of the step they are filed under, or of several steps up to it.
     """
+    metrics: Mapping[str, Any] = {}
     for last, metrics in pending.items():
         for name, words in (("loss", "the loss"), ("grad_norm", "the norm of the gradient")):
             values = np.atleast_1d(metrics[name])

@@ -20,9 +20,9 @@ from jaxattn.nn.sharding import RULES, Rules, partition_spec, sharding_rules, sh
 
 Params = Any
 Metrics = dict[str, jax.Array]
-LossFunction = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+LossFunction = Callable[..., Any]
 """(params, batch, key) -> (total, sums): sums over the batch's tokens, `weight` (their number) among them. `key` is a
-PRNG key in training, and None in evaluation, where nothing is random."""
+PRNG key in training, and None in evaluation, where nothing is random. Or a scalar, the mean over the batch's rows."""
 
 
 class State(NamedTuple):
@@ -72,8 +72,12 @@ def make_step(
     `loss`, `grad_norm` (before clipping), and Σ/Σw for every sum but `weight`, which is the number of tokens itself. A
     batch whose weights are all 0 has loss and gradient 0.
 
+    A loss function that returns a scalar m is taken as a mean over rows, all of which weigh the same: Lᵢ = mᵢ · rowsᵢ
+    and wᵢ = rowsᵢ. If it is a mean over tokens, and micro-batches or devices have different numbers of them, that is
+    not the mean over the tokens of the batch: such a loss has to return (total, sums).
+
     Args:
-        loss_fn: loss_fn(params, batch, key) -> (total, sums), with the weight among the sums.
+        loss_fn: loss_fn(params, batch, key) -> (total, sums), with the weight among the sums, or a scalar.
         optimizer: The optimiser.
         accumulate: The number of micro-batches that a batch is cut in, at least 1. They are worked off in turn, for
             memory. Micro-batch i holds rows i, i+accumulate, ..., which leaves rows where they are when a mesh shards
@@ -82,7 +86,7 @@ def make_step(
 
     Raises:
         ValueError: `accumulate` is below 1 or, when tracing, does not divide the batch.
-        TypeError: When tracing, the loss function does not return (total, sums).
+        TypeError: When tracing, the loss function returns neither (total, sums) nor a scalar.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate is {accumulate}: need at least 1 micro-batch")
@@ -124,15 +128,32 @@ def make_step(
     return step
 
 
-def _checked(loss_fn: LossFunction, *arguments: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the loss function's result; raises TypeError unless it is (total, sums) with a weight among the sums."""
-    result = loss_fn(*arguments)
-    pair = isinstance(result, tuple) and len(result) == 2
-    if not pair or not isinstance(result[1], Mapping) or "weight" not in result[1] or jnp.shape(result[0]):
-        said = f"a {type(result).__name__}" if not pair else f"({type(result[0]).__name__}, {result[1]!r})"
-        needed = "(total, sums), a scalar and a dict of scalars, 'weight' being the number of tokens"
-        raise TypeError(f"loss_fn returns {said}: need {needed}")
-    return result
+def _checked(loss_fn: LossFunction, params: Params, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the total and the sums of a loss function; raises TypeError if it returns something else."""
+    result = loss_fn(params, batch, key)
+    if _is_scalar(result):
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        return result * rows, {"weight": jnp.float32(rows)}
+    if isinstance(result, tuple) and len(result) == 2:
+        total, sums = result
+        if _is_scalar(total) and isinstance(sums, Mapping) and "weight" in sums and all(map(_is_scalar, sums.values())):
+            return total, dict(sums)
+        said = f"({_said(total)}, {_said(sums)})"
+    else:
+        said = _said(result)
+    needed = "(total, sums), a scalar and a dict of scalars, 'weight' being the number of tokens, or one scalar, a mean"
+    raise TypeError(f"loss_fn returns {said}: need {needed} over rows")
+
+
+def _is_scalar(x: Any) -> bool:
+    return not isinstance(x, Mapping | tuple | list | str | None) and jnp.shape(x) == ()
+
+
+def _said(x: Any) -> str:
+    """Returns what something is, for a message."""
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_said(value)}" for name, value in x.items()) + "}"
+    return f"an array of shape {x.shape}" if hasattr(x, "shape") else f"a {type(x).__name__}"
 
 
 def repeated(step: Step, count: int, draw: Callable[[jax.Array], Any]) -> Step:

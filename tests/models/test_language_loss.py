@@ -167,3 +167,28 @@ def test_a_negative_token_before_one_that_counts_makes_the_loss_nan():
 def test_a_z_loss_below_0_is_refused_before_training():
     with pytest.raises(ValueError, match=r"z_loss holds -0\.5: need numbers from 0 on"):
         language_loss(shared((PLAIN,)), -0.5)
+
+
+def test_a_batch_of_tokens_alone_has_the_next_ones_as_targets():
+    """And without documents there is no mask: the numbers are those of one document in each row."""
+    _, loss = language_loss(decoder((PLAIN, PLAIN)))
+    params, _ = language_loss(decoder((PLAIN, PLAIN)))
+    whole = tokens(B, T + 1)
+    ones, one = jnp.ones((B, T)), jnp.zeros((B, T), int)
+    given = {"tokens": whole[:, :-1], "targets": whole[:, 1:], "weights": ones, "documents": one}
+    total, sums = loss(params, given, None)
+    bare, of_bare = loss(params, {"tokens": whole}, None)  # its last token is read, and is no target
+    assert_close(bare, total)
+    assert float(of_bare["weight"]) == float(sums["weight"]) == B * T
+    split = jnp.arange(T + 1) // 4 * jnp.ones((B, 1), int)
+    said = loss(params, {"tokens": whole, "documents": split}, None)
+    weights = (split[:, 1:] == split[:, :-1]).astype(float)
+    assert_close(said[0], loss(params, given | {"weights": weights, "documents": split[:, :-1]}, None)[0])
+
+
+def test_a_batch_without_tokens_and_columns_that_are_not_read_are_named():
+    params, loss = language_loss(decoder((PLAIN, PLAIN)))
+    with pytest.raises(ValueError, match="batch has no 'tokens', but 'input_ids': need 'tokens'"):
+        loss(params, {"input_ids": tokens(B, T)}, None)
+    with pytest.raises(ValueError, match=r"batch has the columns \['attention_mask'\], which this loss does not read"):
+        loss(params, {"tokens": tokens(B, T), "attention_mask": jnp.ones((B, T))}, None)

@@ -21,6 +21,7 @@ from jaxattn.train import (
     split,
     standard_library,
 )
+from jaxattn.train.data import _digest
 
 
 def documents_of_one_byte(lengths):
@@ -188,7 +189,7 @@ def test_windows_have_static_shapes_and_dtypes():
     window = Windows(documents_of_one_byte([5, 9]), 4)[0]
     dtypes = {name: (array.shape, array.dtype.name) for name, array in window.items()}
     integers = dict.fromkeys(("tokens", "targets", "documents"), ((4,), "int32"))
-    assert dtypes == {**integers, "weights": ((4,), "float32")}
+    assert dtypes == {**integers, "weights": ((4,), "float32"), "bytes": ((4,), "uint8")}
 
 
 def test_the_smallest_corpus_is_one_window_and_its_target():
@@ -196,7 +197,7 @@ def test_the_smallest_corpus_is_one_window_and_its_target():
     assert len(Windows(documents, 4)) == 1
     with pytest.raises(ValueError, match=r"documents hold 5 tokens .* needs 6"):
         Windows(documents, 5)
-    with pytest.raises(ValueError, match="documents hold 0 tokens"):
+    with pytest.raises(ValueError, match="source holds 0 tokens"):
         Windows([], 5)
     with pytest.raises(ValueError, match="length is 0: a window has at least 1 token"):
         Windows(documents, 0)
@@ -229,6 +230,76 @@ def test_each_pass_over_the_windows_has_each_once_in_a_new_order():
     assert Counter(first) == Counter(second) == Counter(windows[i]["tokens"][0] for i in range(12))
     assert first != second
     assert first != sorted(first)
+
+
+STREAM = np.array([7, 3, 4, 7, 5, 7, 6, 6, 6, 9], np.uint16)
+
+
+def test_a_stream_of_integers_is_neither_copied_nor_read_before_it_is_used(tmp_path):
+    STREAM.tofile(tmp_path / "tokens")
+    stream = np.memmap(tmp_path / "tokens", np.uint16, "r")
+    windows = Windows(stream, 4)
+    assert windows.stream is stream
+    assert len(windows) == 2
+    assert {name: array.tolist() for name, array in windows[1].items()} == {
+        "tokens": [5, 7, 6, 6],
+        "targets": [7, 6, 6, 6],
+        "weights": [1, 1, 1, 1],
+    }
+    assert windows.digest == Windows(STREAM, 4).digest != Windows(STREAM + 1, 4).digest
+
+
+def test_documents_of_a_stream_are_where_it_says_and_a_first_token_is_no_target():
+    by_starts = Windows(STREAM, 9, starts=np.flatnonzero(STREAM == 7))
+    by_parts = Windows(np.split(STREAM, [3, 5]), 9)
+    for windows in (by_starts, by_parts):
+        assert windows[0]["documents"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+        assert windows[0]["weights"].tolist() == [1, 1, 0, 1, 0, 1, 1, 1, 1]
+    assert by_starts.digest == by_parts.digest != Windows(STREAM, 9).digest
+    tail = Windows(STREAM, 9, starts=[3])  # what comes before the first start is a document too
+    assert tail[0]["documents"].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_streams_that_take_much_memory_are_told_apart_by_pieces():
+    stream = np.arange(10**6)
+    other = np.where(stream == 10**6 - 1, 0, stream)
+    first, second = (_digest(each, b"", limit=2**18) for each in (stream, other))
+    assert first != second
+    assert first == _digest(stream, b"", limit=2**18) != _digest(stream, b"")
+
+
+def test_the_bytes_of_tokens_are_those_of_the_table():
+    windows = Windows(STREAM, 9, token_bytes=np.arange(10))
+    assert windows[0]["bytes"].tolist() == windows[0]["targets"].tolist()
+    with pytest.raises(ValueError, match="token_bytes has 9 entries but there is a token 9"):
+        Windows(STREAM, 9, token_bytes=np.arange(9))[0]
+    text = Windows([Document("a", b"abc")], 4)
+    assert text[0]["bytes"].tolist() == [1, 1, 1, 0]  # EOS is none
+
+
+def test_tokens_that_are_none_are_refused_when_they_are_read():
+    with pytest.raises(ValueError, match="the token at 9 of the stream is 9: need tokens from 0 to 8"):
+        Windows(STREAM, 9, vocabulary=9)[0]
+    with pytest.raises(ValueError, match="the token at 1 of the stream is -1"):
+        Windows(np.array([0, -1, 2]), 2)[0]
+    with pytest.raises(ValueError, match="the token at 0 of the stream is 2147483648"):
+        Windows(np.array([2**31, 0, 0]), 2)[0]
+
+
+def test_streams_that_are_none_are_refused():
+    with pytest.raises(ValueError, match=r"source holds an array of shape \(2, 5\): need one axis"):
+        Windows(STREAM.reshape(2, 5), 2)
+    with pytest.raises(TypeError, match="source holds tokens of dtype float64: need integers"):
+        Windows(np.zeros(5), 2)
+    with pytest.raises(ValueError, match="source holds 10 tokens: a window of length 10 with its targets needs 11"):
+        Windows(STREAM, 10)
+    for starts in ([3, 1], [0, 11], [[0]], [0.0]):
+        with pytest.raises(ValueError, match="starts must be integers"):
+            Windows(STREAM, 4, starts=starts)
+    with pytest.raises(ValueError, match="starts is given, but the source is a sequence of documents"):
+        Windows([STREAM], 4, starts=[0])
+    with pytest.raises(ValueError, match="are for streams of integers: documents are bytes"):
+        Windows([Document("a", b"abc")], 4, vocabulary=300)
 
 
 def test_batches_larger_than_the_corpus_repeat_it():

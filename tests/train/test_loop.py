@@ -248,6 +248,47 @@ def test_a_full_disk_names_the_line_that_was_not_logged(tmp_path, monkeypatch):
     assert e.value.errno == errno.ENOSPC
 
 
+def pairs(count):
+    """Records of a bigram that is no text: token i is followed by i + 1."""
+    return [{"tokens": np.arange(4) + i % 50, "targets": np.arange(1, 5) + i % 50} for i in range(count)]
+
+
+def test_records_that_are_no_text_are_trained_on_and_no_bytes_are_counted(tmp_path):
+    result = run(tmp_path, train_data=pairs(40), validation_data={"tokens": [[1, 2]] * 3, "targets": [[2, 3]] * 3})
+    assert result.complete
+    assert result.metrics["validation_loss"] < result.history[0]["loss"] - 0.5
+    assert not [name for name in result.metrics if "byte" in name]
+    assert result.tokens_per_second > 0
+
+
+@pytest.mark.filterwarnings("ignore:train_data has no get_state")
+def test_data_that_end_before_the_last_step_save_what_was_done(tmp_path):
+    for _ in range(2):  # also when it is run again
+        with pytest.raises(ValueError, match=r"train_data ended after step 5 of 12, .* last good checkpoint is step 5"):
+            run(tmp_path, train_data=iter(pairs(43)))
+    assert load(tmp_path, lambda config: initial_params()).step == 5
+    with pytest.raises(ValueError, match=r"train_data ended after step 0 .*there is no checkpoint"):
+        run(tmp_path / "none", train_data=iter([]))
+
+
+def test_a_run_on_what_can_be_iterated_over_ends_as_if_it_had_not_been_stopped(tmp_path):
+    whole = run(tmp_path / "whole", train_data=iter(pairs(200)))
+    run(tmp_path / "parts", train_data=iter(pairs(200)))
+    for step in ("12", "9"):
+        (tmp_path / "parts" / "checkpoints" / step / "params" / "_METADATA").unlink()
+    with pytest.warns(UserWarning, match="48 records that the run has used are read again"):
+        again = run(tmp_path / "parts", train_data=iter(pairs(200)))
+    np.testing.assert_array_equal(again.params["embedding"], whole.params["embedding"])
+
+
+@pytest.mark.parametrize("data", [[], np.zeros((3, 4), int), 5])
+def test_data_that_are_none_are_refused_before_anything_is_written(data, tmp_path):
+    for name in ("train_data", "validation_data"):
+        with pytest.raises((TypeError, ValueError), match=f"{name} is "):
+            run(tmp_path / "run", **{name: data})
+    assert not (tmp_path / "run").exists()
+
+
 def shown(folder, terminal):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
     run(folder, changed(steps=4), console=console)

@@ -44,6 +44,7 @@ def random_batches(count=STEPS, seed=0):
             "targets": random.integers(0, VOCABULARY, (ROWS, LENGTH)),
             # Rows differ in how many of their tokens count: a mean of means would be wrong.
             "weights": (random.random((ROWS, LENGTH)) < np.linspace(0.1, 1, ROWS)[:, None]).astype(np.float32),
+            "bytes": np.ones((ROWS, LENGTH), np.uint8),
         }
         for _ in range(count)
     ]
@@ -230,10 +231,33 @@ def test_some_of_the_devices_can_be_chosen(reference):
         np.testing.assert_allclose(state.params["table"], reference[0].params["table"], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("way", ["accumulating", "mesh", "pmap, accumulating"])
+def test_a_scalar_loss_is_a_mean_over_rows(way):
+    """Its gradient is that of the mean over all rows, however they are cut."""
+
+    def mean(params, batch, key):
+        return jnp.mean((params["w"] - batch["x"]) ** 2)
+
+    wrap, options = WAYS[way]
+    x = np.random.default_rng(0).standard_normal(ROWS).astype(np.float32)
+    optimizer = optax.sgd(0.5)
+    state = init_state({"w": jnp.zeros(())}, optimizer, jax.random.key(0))
+    state, metrics = wrap(make_step(mean, optimizer, **options))(state, {"x": x})
+    # The slope at 0 is −2 · mean(x), and half of it is gone down.
+    exact = x.astype(np.float64)
+    assert float(state.params["w"]) == pytest.approx(exact.mean(), abs=ROWS * EPS)
+    assert float(metrics["loss"]) == pytest.approx((exact**2).mean(), rel=ROWS * EPS)
+    assert float(metrics["weight"]) == ROWS
+    _, sums = make_evaluation(mean)(init_state({"w": jnp.zeros(())}, optimizer, jax.random.key(0)), {"x": x})
+    assert float(sums["loss"] / sums["weight"]) == pytest.approx((exact**2).mean(), rel=ROWS * EPS)
+
+
 @pytest.mark.parametrize(
     "result",
     [
-        lambda total: total,
+        lambda total: None,
+        lambda total: total[None],
+        lambda total: {"loss": total},
         lambda total: (total,),
         lambda total: (total, total),
         lambda total: (total, {"nll": total}),

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn.train import BOS, EOS, VOCABULARY, bits_per_byte, next_token_loss
+from jaxattn.train import (
+    BOS,
+    EOS,
+    VOCABULARY,
+    bits_per_byte,
+    classification_loss,
+    contrastive_loss,
+    distillation_loss,
+    next_token_loss,
+    squared_error_loss,
+)
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -23,7 +33,7 @@ def random_batch(tokens=6, vocabulary=VOCABULARY, batch=3, scale=3.0):
 def test_a_loss_computed_by_hand():
     # Weights 1, 1, 0. Row 1: p = (1/4, 3/4), target 1. Row 2: p = (1/2, 1/2), target 0. Row 3 counts for nothing.
     logits = jnp.log(jnp.array([[1.0, 3.0], [2.0, 2.0], [9.0, 1.0]]))
-    batch = {"targets": jnp.array([1, 0, 1]), "weights": jnp.array([1.0, 1.0, 0.0])}
+    batch = {"targets": jnp.array([1, 0, 1]), "weights": jnp.array([1.0, 1.0, 0.0]), "bytes": jnp.array([2, 0, 5])}
     total, sums = next_token_loss(logits, batch)
     assert float(total) == float(sums["nll"]) == pytest.approx(math.log(4 / 3) + math.log(2), rel=4 * EPS)
     assert {k: float(v) for k, v in sums.items() if k != "nll"} == {"weight": 2, "bytes": 2, "correct": 2}
@@ -89,9 +99,11 @@ def test_bfloat16_logits_are_summed_in_float32():
     assert total == next_token_loss(half.astype(jnp.float32), batch)[0]
 
 
-def test_bytes_are_the_weighted_targets_that_are_no_specials():
+def test_bytes_are_counted_only_where_the_batch_says_what_they_are():
     batch = {"targets": jnp.array([0, 255, BOS, EOS, 7]), "weights": jnp.array([1.0, 1.0, 1.0, 1.0, 0.0])}
     _, sums = next_token_loss(jnp.zeros((5, VOCABULARY)), batch)
+    assert sums.keys() == {"nll", "weight", "correct"}
+    _, sums = next_token_loss(jnp.zeros((5, VOCABULARY)), {**batch, "bytes": np.array([1, 1, 0, 0, 1], np.uint8)})
     assert (float(sums["bytes"]), float(sums["weight"])) == (2, 4)
 
 
@@ -99,6 +111,7 @@ def test_a_uniform_guess_costs_the_log_of_the_vocabulary():
     targets = jnp.arange(200) % 256
     _, sums = next_token_loss(jnp.zeros((200, VOCABULARY)), {"targets": targets, "weights": jnp.ones(200)})
     # log2(258) = 8 + log2(1 + 2/256) = 8.01123 bits.
+    sums["bytes"] = sums["weight"]
     assert bits_per_byte(sums) == pytest.approx(8.01122725542, rel=(200 + VOCABULARY) * EPS)
     means = {name: value / sums["weight"] for name, value in sums.items()}
     assert bits_per_byte(means) == pytest.approx(8.01122725542, rel=(200 + VOCABULARY) * EPS)
@@ -155,15 +168,10 @@ def test_a_target_that_counts_and_is_no_token_makes_the_loss_nan(target):
     total, sums = jax.jit(next_token_loss)(logits, batch)
     assert np.isnan(total)
     assert np.isnan(sums["nll"])
-    assert np.isfinite([sums["weight"], sums["bytes"], sums["correct"]]).all()
+    assert np.isfinite([sums["weight"], sums["correct"]]).all()
     gradient = gradient_of_logits(logits, batch)
     assert np.isnan(gradient[0, 2]).all()
     assert np.isfinite(np.delete(gradient.reshape(18, 7), 2, 0)).all()
-
-
-def test_a_negative_target_is_no_byte():
-    _, sums = next_token_loss(jnp.zeros((2, VOCABULARY)), {"targets": jnp.array([-1, 3]), "weights": jnp.ones(2)})
-    assert float(sums["bytes"]) == 1
 
 
 def test_logits_that_overflow_when_squared_cost_nothing_without_a_z_loss():
@@ -192,10 +200,125 @@ def test_a_traced_weight_below_0_makes_the_loss_nan():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int64])
 def test_narrow_integers_are_the_numbers_they_say(dtype):
-    """258 in 8 bits is 2: a target of 100 is inside a vocabulary of 300 all the same, and a byte."""
+    """258 in 8 bits is 2: a target of 100 is inside a vocabulary of 300 all the same."""
     logits, weights = jax.random.normal(jax.random.key(0), (1, 2, 300)), jnp.ones((1, 2))
     targets = np.array([[1, 100]], dtype)
-    total, sums = next_token_loss(logits, {"targets": targets, "weights": weights})
+    total, _ = next_token_loss(logits, {"targets": targets, "weights": weights})
     expected, _ = next_token_loss(logits, {"targets": targets.astype(np.int32), "weights": weights})
     np.testing.assert_array_equal(total, expected)
-    assert sums["bytes"] == 2
+
+
+def log_softmax(x, axis=-1):
+    """In float64."""
+    x = np.asarray(x, np.float64)
+    return x - np.log(np.exp(x).sum(axis, keepdims=True))
+
+
+def classification(logits, _, weights):
+    labels = np.array([1, 0, 3, 2, 1, 0])
+    batch = {"labels": labels, "weights": weights}
+    return lambda x: classification_loss(x, batch), -log_softmax(logits)[np.arange(6), labels], 6
+
+
+def squared(predictions, targets, weights):
+    batch = {"targets": targets, "weights": weights}
+    exact = np.asarray(predictions, np.float64) - np.asarray(targets, np.float64)
+    return lambda x: squared_error_loss(x, batch), (exact**2).sum(-1), 4
+
+
+def distillation(logits, teacher, weights):
+    tau = 2.5
+    log_p, log_q = log_softmax(np.asarray(teacher, np.float64) / tau), log_softmax(np.asarray(logits, np.float64) / tau)
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    return lambda x: distillation_loss(x, teacher, {"weights": weights}, tau), tau**2 * divergence, 4
+
+
+def contrastive(queries, keys, weights):
+    q, k = (np.asarray(x, np.float64) / np.linalg.norm(x, axis=-1, keepdims=True) for x in (queries, keys))
+    scores = np.where(weights > 0, q @ k.T / 0.5, -np.inf)  # a pair that does not count is no negative
+    down = np.where(weights[:, None] > 0, q @ k.T / 0.5, -np.inf)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        each = np.nan_to_num(-(np.diagonal(log_softmax(scores)) + np.diagonal(log_softmax(down, 0))) / 2)
+    return lambda x: contrastive_loss(x, keys, {"weights": weights}, 0.5), each, 6
+
+
+@pytest.mark.parametrize("case", [classification, squared, distillation, contrastive])
+def test_a_loss_is_the_weighted_sum_of_float64_and_reads_nothing_of_weight_0(case):
+    rng = np.random.default_rng(0)
+    said, other = (rng.standard_normal((6, 4)).astype(np.float32) for _ in range(2))
+    weights = np.array([1, 0, 2, 0.5, 0, 1], np.float32)
+    loss, each, terms = case(said, other, weights)
+    expected = (weights * each)[weights > 0].sum()
+    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (total, sums), gradient = value_and_grad(said)
+    # Sums of 6 rows of `terms` numbers, of scores of at most 4 / 0.5.
+    assert float(total) == pytest.approx(expected, rel=6 * terms * 8 * EPS)
+    assert float(sums["weight"]) == pytest.approx(weights.sum() * (terms if case is squared else 1))
+    spoiled = np.where(weights[:, None] > 0, said, np.nan)
+    (same, _), of_spoiled = value_and_grad(spoiled)
+    assert same == total
+    np.testing.assert_array_equal(of_spoiled, gradient)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[weights == 0], 0)
+    assert (abs(gradient[weights > 0]).max(-1) > 0).all()
+    nudge = 1e-3 * rng.standard_normal((6, 4)) * (weights > 0)[:, None]  # a central difference, of third order
+    ahead, behind = (case((said + sign * nudge), other, weights)[1] for sign in (1, -1))
+    slope = (weights * (ahead - behind))[weights > 0].sum() / 2
+    assert (np.asarray(gradient, np.float64) * nudge).sum() == pytest.approx(slope, rel=1e-3)
+
+
+def test_losses_without_weights_count_all_alike():
+    x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    ones = {"weights": np.ones(6, np.float32)}
+    for loss in (
+        lambda batch: classification_loss(x, {"labels": np.zeros(6, int), **batch}),
+        lambda batch: squared_error_loss(x, {"targets": x[::-1], **batch}),
+        lambda batch: distillation_loss(x, x[::-1], batch),
+        lambda batch: contrastive_loss(x, x[::-1], batch),
+        lambda batch: next_token_loss(x, {"targets": np.zeros(6, int), **batch}),
+    ):
+        assert jax.tree.map(float, loss({})) == jax.tree.map(float, loss(ones))
+
+
+def test_a_number_by_itself_can_have_weight_0():
+    batch = {"targets": np.array([[1.0, np.nan]]), "weights": np.array([[1.0, 0.0]])}
+    total, sums = squared_error_loss(np.array([[3.0, 1.0]]), batch)
+    assert (float(total), float(sums["weight"])) == (4, 1)
+    assert np.isnan(squared_error_loss(np.zeros((1, 2)), {"targets": batch["targets"]})[0])
+
+
+def test_what_the_teacher_rules_out_costs_nothing():
+    teacher = jnp.array([[0.0, -jnp.inf]])
+    (total, sums), gradient = jax.value_and_grad(lambda x: distillation_loss(x, teacher, {}), has_aux=True)(
+        jnp.array([[0.0, 0.0]])
+    )
+    assert float(total) == pytest.approx(math.log(2), rel=4 * EPS)  # p = (1, 0), q = (1/2, 1/2)
+    np.testing.assert_allclose(gradient, [[-0.5, 0.5]], atol=EPS)
+    assert float(sums["agree"]) == 1
+    ruled_out = distillation_loss(jnp.array([[0.0, -jnp.inf]]), teacher, {})[0]
+    assert float(ruled_out) == 0
+    assert (jax.grad(lambda x: distillation_loss(teacher * 0, x, {})[0])(jnp.ones((1, 2))) == 0).all()
+
+
+def test_a_vector_of_zeros_has_no_direction_and_no_gradient_that_is_nan():
+    gradient = jax.grad(lambda x: contrastive_loss(x, jnp.eye(3), {})[0])(jnp.zeros((3, 3)))
+    assert np.isfinite(gradient).all()
+
+
+def test_batches_that_do_not_fit_a_loss_are_named():
+    x = jnp.zeros((6, 4))
+    for loss, batch, message in (
+        (next_token_loss, {"tokens": x}, r"batch has no 'targets', but 'tokens': need 'targets'"),
+        (classification_loss, {}, "batch has no 'labels', but nothing"),
+        (classification_loss, [1], "batch is a list: need a dict with 'labels'"),
+        (classification_loss, {"labels": jnp.zeros(5, int)}, r"batch\['targets'\] has shape \(5,\) but logits"),
+        (squared_error_loss, {"targets": jnp.zeros((6, 3))}, r"batch\['targets'\] has shape \(6, 3\) but predictions"),
+        (squared_error_loss, {"targets": x, "weights": -jnp.ones(6)}, r"batch\['weights'\] holds -1.0"),
+        (squared_error_loss, {"targets": x, "weights": jnp.ones(5)}, r"batch\['weights'\] has shape \(5,\)"),
+        (lambda x, batch: distillation_loss(x, x[1:], batch), {}, r"teacher_logits has shape \(5, 4\) but logits"),
+        (lambda x, batch: distillation_loss(x, x, batch, 0), {}, "temperature holds 0: need numbers above 0"),
+        (lambda x, batch: contrastive_loss(x, x[1:], batch), {}, r"keys has shape \(5, 4\) but queries"),
+        (lambda x, batch: contrastive_loss(x[None], x, batch), {}, r"queries has shape \(1, 6, 4\): need \[rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss(x, batch)
