@@ -37,7 +37,6 @@ try:
         encode,
         fit,
         language_loss,
-        make_optimizer,
         read_documents,
         split,
         standard_library,
@@ -91,14 +90,13 @@ def train(
     result = fit(
         loss_fn=loss_fn,
         params=params,
-        optimizer=make_optimizer(optimizer, train.steps),
+        optimizer=optimizer,
         train_data=Windows(training, model.length),
         validation_data=Windows(validation, model.length),
         config=train,
         run_config={
             "model": models.to_plain(model),
             "data": dataclasses.asdict(data),
-            "optimizer": dataclasses.asdict(optimizer),
             "z_loss": z_loss,
         },
         folder=folder,

@@ -17,6 +17,7 @@ from jaxattn.train.data import (
     split,
     standard_library,
 )
+from jaxattn.train.hooks import csv_log, tensorboard_log
 from jaxattn.train.language import language_loss, module_loss, with_params
 from jaxattn.train.loop import Result, TrainConfig, fit
 from jaxattn.train.losses import (
@@ -62,6 +63,7 @@ __all__ = [
     "check_config",
     "classification_loss",
     "contrastive_loss",
+    "csv_log",
     "data_mesh",
     "decay_mask",
     "decode",
@@ -90,5 +92,6 @@ __all__ = [
     "split",
     "squared_error_loss",
     "standard_library",
+    "tensorboard_log",
     "with_params",
 ]

@@ -124,6 +124,17 @@ class Checkpoints:
         message = f"the disk is full: the checkpoint of step {step} was not saved; {self.describe_latest()}"
         raise OSError(errno.ENOSPC, message)
 
+    def replace(self, state: State, config: Mapping[str, Any]) -> None:
+        """Writes a checkpoint without a place in the data, and removes those of the same and of later steps before.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        for step in self.steps():
+            if step >= int(state.step):
+                self._manager.delete(step)
+        self.save(state, None, config)
+
     def restore_latest(self, like: State, config: Mapping[str, Any], free: Sequence[str] = ()) -> Restored | None:
         """Returns the newest checkpoint that can be read, or None without checkpoints.
 

@@ -1,6 +1,7 @@
 """The training loop: from where the output folder stands to the last step, with a log, evaluations and checkpoints.
 
-The folder of a run holds `config.json`, the log `metrics.jsonl`, one JSON object per line, and `checkpoints/`.
+The folder of a run holds `config.json`, the log `metrics.jsonl`, one JSON object per line, `checkpoints/`, and if asked
+for `best/`, the checkpoint whose evaluation was the best.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from jaxattn.train.checkpoint import Checkpoints, check_config, is_full_disk
 from jaxattn.train.data import TRAINING, Drawn, check_seed, drawn_batch
 from jaxattn.train.log import Display, Log
 from jaxattn.train.losses import bits_per_byte
+from jaxattn.train.optimizer import OptimizerConfig, decay_start, make_optimizer
 from jaxattn.train.sources import batches, check_source, described, ordered_batches
 from jaxattn.train.step import (
     LossFunction,
@@ -49,8 +51,23 @@ from jaxattn.train.step import (
 # Fields that a resumed run may change, by their dotted names in the run's config: they do not alter what is learned
 # (but that `pmap` draws other random numbers on each device).
 FREE_FIELDS = tuple(
-    f"train.{name}" for name in ("eval_every", "eval_batches", "log_every", "save_every", "keep", "devices")
+    f"train.{name}"
+    for name in (
+        "eval_every",
+        "eval_batches",
+        "log_every",
+        "save_every",
+        "keep",
+        "devices",
+        "keep_best",
+        "patience",
+        "best_metric",
+        "best_is",
+    )
 )
+
+
+Hooks = Callable[..., Any] | Sequence[Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,10 @@ class TrainConfig:
         accumulate: Micro-batches that a step is worked off in, to save memory.
         eval_every: Steps between evaluations on the validation data; the last step is always evaluated.
         eval_batches: Batches per evaluation, spread evenly over the validation data; null for all of it.
+        keep_best: Whether the checkpoint of the best evaluation is kept too, in the folder `best` of the run.
+        patience: The run ends after this many evaluations in a row without a new best one; null for never.
+        best_metric: The metric of evaluations that says which is the best: `loss`, or any other that they have.
+        best_is: Whether the smallest or the largest is the best.
         save_every: Steps between checkpoints; the last step is always saved.
         keep: Newest checkpoints that are kept.
         log_every: Steps between lines in the log; the last step always has one.
@@ -75,6 +96,10 @@ class TrainConfig:
     accumulate: int = 1
     eval_every: int = 100
     eval_batches: int | None = 16
+    keep_best: bool = False
+    patience: int | None = None
+    best_metric: str = "loss"
+    best_is: Literal["smallest", "largest"] = "smallest"
     save_every: int = 100
     keep: int = 3
     log_every: int = 10
@@ -90,7 +115,7 @@ class Result:
         folder: The output folder.
         params: The parameters after `step` steps.
         step: The number of steps done.
-        complete: Whether these are all steps of the run; False after an interruption.
+        complete: Whether these are all steps of the run, or its patience came to an end; False after an interruption.
         metrics: The latest value of every metric in the log.
         history: The log, a dict per line: `step`, then the metrics of this step.
     """
@@ -113,12 +138,16 @@ def fit(
     *,
     loss_fn: LossFunction,
     params: Params,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | OptimizerConfig,
     train_data: Any,
-    validation_data: Any,
+    validation_data: Any = None,
     config: TrainConfig,
     run_config: Mapping[str, Any],
     folder: str | Path,
+    on_step: Hooks = (),
+    on_log: Hooks = (),
+    on_eval: Hooks = (),
+    extend: bool = False,
     console: Console | None = None,
 ) -> Result:
     """Trains from `params`, or from the newest checkpoint in `folder`, to the last step.
@@ -131,23 +160,37 @@ def fit(
     `tokens_per_second` since the last stop (null where only steps that compile were run). It also has `bits_per_byte`
     where the sums have `nll` and `bytes`. Evaluations add the same with `validation_` before the name.
 
+    A run may be given more `steps` than it had, also when it is complete, if the learning rate of the steps that it has
+    done does not depend on their number: with the schedule constant, or stable before it falls. It ends as if it had
+    had them from the start.
+
     The tokens of a row, by which speed is measured, are the `length` of the source, or else what its `tokens` hold, or
     its `weights`. A row without them is one.
 
     Args:
         loss_fn: loss_fn(params, batch, key), as `make_step` takes it.
         params: The first parameters.
-        optimizer: The optimiser.
+        optimizer: The optimiser: an `OptimizerConfig`, which becomes part of the config of the run, or any of optax.
         train_data: A source of records: `Windows`, anything with a length and records by index, a dict of arrays with
             rows, a pipeline of grain, anything that can be iterated over (`jaxattn.train.sources` says what resumes
             how), or `Drawn`. Steps on drawn batches run as one compiled loop from each stop (for the log, an
             evaluation, a checkpoint) to the next, on one device.
-        validation_data: The data of evaluations, likewise; it has to be readable again and again.
+        validation_data: The data of evaluations, likewise, which have to be readable again and again; None for none.
         config: The config of the training.
         run_config: The values that a resumed run must share with its checkpoints, beside `config` (but for
             `FREE_FIELDS`) and the data. JSON can hold them. Put everything in it that determines the model and the
             optimiser.
         folder: The output folder.
+        on_step: A function, or several: on_step(step, state, metrics), after each step. `step` is the number of steps
+            done. Metrics are arrays on the device, not yet waited for, those of a line of the log and `weight`. The
+            memory of the state is used again by the next step: copy what is to be kept. Drawn batches are then worked
+            off step by step.
+        on_log: on_log(line), for each new line of the log: a dict with `step` and numbers.
+            `train.csv_log` and `train.tensorboard_log` make such functions.
+        on_eval: on_eval(step, params, metrics), after each evaluation, with its metrics without `validation_` before
+            their names, as numbers, and the parameters that it was of.
+        extend: Whether an optimiser that is no `OptimizerConfig` allows more steps: whether its schedule does not
+            depend on their number.
         console: The console for progress.
 
     Raises:
@@ -157,32 +200,40 @@ def fit(
         FloatingPointError: Loss, gradient or parameters are not finite. Nothing that is not finite is saved, and the
             error names the step and the last good checkpoint.
         OSError: The disk is full.
+        Exception: Whatever a hook raises. Checkpoints that were saved are intact.
     """
     console = console or Console()
     folder = Path(folder).absolute()
+    step_hooks, log_hooks, eval_hooks = (
+        _hooks(*each) for each in (("on_step", on_step), ("on_log", on_log), ("on_eval", on_eval))
+    )
     _check(config, train_data, validation_data)
-    record = _record(run_config, config, train_data, validation_data)
-    _claim(folder, record)
+    record = _record(run_config, config, train_data, validation_data, optimizer)
+    transformation = make_optimizer(optimizer, config.steps) if isinstance(optimizer, OptimizerConfig) else optimizer
+    _claim(folder, record, lambda steps: None if extend else _forbids_more_steps(optimizer, folder, steps))
     evaluation = _on_devices(config.devices, lambda axis: make_evaluation(loss_fn, axis_name=axis))
     iterator = None if isinstance(train_data, Drawn) else batches(train_data, config.batch_size, config.seed)
-    state = init_state(params, optimizer, jax.random.key(config.seed))
+    state = init_state(params, transformation, jax.random.key(config.seed))
 
     with Checkpoints(folder / "checkpoints", config.keep) as checkpoints, _interruptions() as interrupted:
-        restored = checkpoints.restore_latest(state, record, FREE_FIELDS)
+        restored = checkpoints.restore_latest(state, record, (*FREE_FIELDS, "train.steps"))
         if restored is not None:
             state = restored.state
-            if iterator is not None:
-                iterator.set_state(restored.iterator)
         first = int(state.step)
         log = Log(folder / "metrics.jsonl", first)
-        if first >= config.steps:
-            console.print(f"the run in {folder} is complete: step {first} of {config.steps}", soft_wrap=True)
+        out_of_patience = _out_of_patience(log, config)
+        if first >= config.steps or out_of_patience:
+            why = ", out of patience" if out_of_patience else ""
+            console.print(f"the run in {folder} is complete: step {first} of {config.steps}{why}", soft_wrap=True)
             return _result(folder, state, config, log)
         if restored is not None:
+            if iterator is not None:
+                iterator.set_state(restored.iterator)
             console.print(f"resuming the run in {folder} after step {first} of {config.steps}", soft_wrap=True)
 
-        stride = _stride(config, first) if isinstance(train_data, Drawn) else 1
-        train_step = _train_step(loss_fn, optimizer, config, train_data, stride)
+        drawn = isinstance(train_data, Drawn)
+        stride = _stride(config, first) if drawn and not step_hooks else 1
+        train_step = _train_step(loss_fn, transformation, config, train_data, stride)
         with Display(console, first, config.steps) as display:
             pending: dict[int, Any] = {}
             tokens_per_row = 0
@@ -201,11 +252,14 @@ def fit(
                     )
                 tokens_per_row = tokens_per_row or _tokens_per_row(train_data, batch)
                 state, pending[step] = train_step(state, batch)
+                for hook in step_hooks:
+                    metrics = pending[step]
+                    hook(step, state, {name: value[0] for name, value in metrics.items()} if drawn else metrics)
 
                 last = step == config.steps
                 stop = interrupted.is_set()
                 logs = last or step % config.log_every == 0
-                evaluates = last or step % config.eval_every == 0
+                evaluates = validation_data is not None and (last or step % config.eval_every == 0)
                 saves = last or stop or step % config.save_every == 0
                 compiled = step == first + stride
                 if not (logs or evaluates or saves or compiled):
@@ -227,9 +281,22 @@ def fit(
                 if logs or evaluates:
                     _write(log, line, checkpoints)
                     display.line(line)
-                if saves:
+                    for hook in log_hooks:
+                        hook(dict(line))
+                if evaluates:
+                    for hook in eval_hooks:
+                        hook(step, state.params, dict(validation))
+                    out_of_patience = _out_of_patience(log, config)
+                    if config.keep_best and _since_best(log, config) == 0:
+                        _check_finite(state, step, checkpoints)
+                        with Checkpoints(folder / "best", 1) as best:
+                            best.replace(state, record)
+                if saves or out_of_patience:
                     _check_finite(state, step, checkpoints)
                     checkpoints.save(state, None if iterator is None else iterator.get_state(), record)
+                if out_of_patience and not last:
+                    console.print(f"stopped after step {step} of {config.steps}, out of patience", soft_wrap=True)
+                    break
                 if stop and not last:
                     console.print(
                         f"stopped after step {step} of {config.steps} and saved: run the same again with the output "
@@ -245,7 +312,51 @@ def fit(
 def _result(folder: Path, state: State, config: TrainConfig, log: Log) -> Result:
     latest = {name: value for line in log.lines for name, value in line.items() if value is not None}
     step = int(state.step)
-    return Result(folder, state.params, step, step >= config.steps, latest, log.lines)
+    complete = step >= config.steps or _out_of_patience(log, config)
+    return Result(folder, state.params, step, complete, latest, log.lines)
+
+
+def _hooks(name: str, given: Hooks) -> Sequence[Callable[..., Any]]:
+    hooks = given if isinstance(given, list | tuple) else (given,)
+    for hook in hooks:
+        if not callable(hook):
+            raise TypeError(f"{name} is a {type(hook).__name__}: need a function, or a list of several")
+    return hooks
+
+
+def _since_best(log: Log, config: TrainConfig) -> int:
+    """Returns the number of evaluations after the best one, the first of equals."""
+    name = f"validation_{config.best_metric}"
+    lines = [line for line in log.lines if "validation_loss" in line]
+    if any(name not in line for line in lines):
+        there = ", ".join(each.removeprefix("validation_") for each in lines[-1] if each.startswith("validation_"))
+        raise ValueError(f"best_metric is {config.best_metric!r}, which evaluations do not have: need one of {there}")
+    sign = 1 if config.best_is == "smallest" else -1
+    values = np.nan_to_num([sign * line[name] for line in lines], nan=np.inf)
+    return len(values) - 1 - int(np.argmin(values)) if len(values) else 0
+
+
+def _out_of_patience(log: Log, config: TrainConfig) -> bool:
+    return config.patience is not None and _since_best(log, config) >= config.patience
+
+
+def _forbids_more_steps(optimizer: Any, folder: Path, steps: int) -> str | None:
+    """Returns why a run of so many steps can have no other number of them, or None if it can."""
+    if not isinstance(optimizer, OptimizerConfig):
+        return "the schedule of an optimiser may depend on it: give an OptimizerConfig, or extend=True if it does not"
+    saved = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    begin = decay_start(optimizer, steps)
+    if optimizer.schedule == "constant" or (optimizer.schedule == "stable" and max(saved, default=0) <= begin):
+        return None
+    if optimizer.schedule == "stable":
+        return (
+            f"optimizer.schedule is 'stable', whose learning rate fell from step {begin} on: remove the checkpoints "
+            "after it, if there is one before"
+        )
+    return (
+        f"optimizer.schedule is {optimizer.schedule!r}, whose learning rate depends on it: need 'constant', or 'stable' "
+        "before it falls. To go on from here train in another folder, from these parameters"
+    )
 
 
 def _stride(config: TrainConfig, first: int) -> int:
@@ -271,7 +382,9 @@ def _train_step(
     return _on_devices(config.devices, make)
 
 
-def _record(run_config: Mapping[str, Any], config: TrainConfig, train: Any, validation: Any) -> dict[str, Any]:
+def _record(
+    run_config: Mapping[str, Any], config: TrainConfig, train: Any, validation: Any, optimizer: Any
+) -> dict[str, Any]:
     own = {
         "train": json.loads(json.dumps(dataclasses.asdict(config), default=_plain)),
         "corpus": {
@@ -280,13 +393,15 @@ def _record(run_config: Mapping[str, Any], config: TrainConfig, train: Any, vali
             "validation": None if validation is None else described(validation),
         },
     }
+    if isinstance(optimizer, OptimizerConfig):
+        own["optimizer"] = json.loads(json.dumps(dataclasses.asdict(optimizer), default=_plain))
     try:
         given = json.loads(json.dumps(run_config, default=_plain))
     except TypeError as error:
         raise TypeError(f"run_config is not JSON: {error}: need dicts, lists, strings, numbers, bools, None") from None
     for name, value in own.items():
         if given.get(name, value) != value:
-            raise ValueError(f"run_config has its own {name!r}: need a name other than 'train' and 'corpus'")
+            raise ValueError(f"run_config has its own {name!r}: need a name other than {', '.join(map(repr, own))}")
     return {**given, **own}
 
 
@@ -301,13 +416,19 @@ def _check(config: TrainConfig, train: Any, validation: Any) -> None:
     for name, source in (("train_data", train), ("validation_data", validation)):
         if source is not None or name == "train_data":
             check_source(name, source)
-    for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every", "keep", "log_every"):
+    numbers = ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every", "keep", "log_every")
+    for name in (*numbers, "patience"):
         value = getattr(config, name)
-        if name != "eval_batches" or value is not None:
+        if name not in ("eval_batches", "patience") or value is not None:
             check_int(name, value)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: need at least 1")
     check_seed(config.seed)
+    if config.best_is not in ("smallest", "largest"):
+        raise ValueError(f"best_is is {config.best_is!r}: need 'smallest' or 'largest'")
+    if validation is None and (config.patience is not None or config.keep_best):
+        name = "keep_best" if config.patience is None else "patience"
+        raise ValueError(f"{name} is {getattr(config, name)} without validation_data: need data to evaluate on")
     if config.devices not in ("one", "mesh", "pmap"):
         raise ValueError(f"devices is {config.devices!r}: need 'one', 'mesh' or 'pmap'")
     if isinstance(train, Drawn) and config.devices != "one":
@@ -327,8 +448,8 @@ def _count(config: TrainConfig) -> int:
     return 1 if config.devices == "one" else len(jax.devices())
 
 
-def _claim(folder: Path, record: Mapping[str, Any]) -> None:
-    """Makes the folder this run's, unless it holds another run or other files."""
+def _claim(folder: Path, record: Mapping[str, Any], forbids: Callable[[int], str | None]) -> None:
+    """Makes the folder this run's, unless it holds another run or other files, or the run can have no more steps."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder {str(folder)!r} is a file: need a new or empty folder")
     file, temporary = folder / "config.json", folder / "config.json.tmp"
@@ -342,7 +463,10 @@ def _claim(folder: Path, record: Mapping[str, Any]) -> None:
             saved = json.loads(file.read_text())
         except ValueError as error:
             raise ValueError(f"{file} is not JSON ({error}): restore it, or use another output folder") from None
-        check_config(saved, record, f"the run in folder {str(folder)!r}", FREE_FIELDS)
+        check_config(saved, record, f"the run in folder {str(folder)!r}", (*FREE_FIELDS, "train.steps"))
+        before, now = saved["train"]["steps"], record["train"]["steps"]
+        if before != now and (why := forbids(before)):
+            raise ValueError(f"steps was {before} in the run in folder {str(folder)!r}, now {now}, and {why}")
     folder.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(record, indent=2) + "\n")
     temporary.replace(file)

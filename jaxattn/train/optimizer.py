@@ -25,7 +25,11 @@ class OptimizerConfig:
         name: The rule: adamw; or muon (orthogonalised momentum) for hidden matrices, with AdamW for all else.
         learning_rate: The peak learning rate, reached at the end of the warm-up.
         warmup_steps: Steps over which the learning rate rises linearly.
-        final_fraction: The learning rate at the last step, as a fraction of the peak, between 0 and 1.
+        schedule: The learning rate after the warm-up: cosine falls to the last step; constant stays, so that a run can
+            be made longer; stable stays, and falls linearly over the last part of the steps.
+        decay_fraction: The part of all steps over which the schedule stable falls, between 0 and 1.
+        final_fraction: The learning rate at the last step, as a fraction of the peak, between 0 and 1. The schedule
+            constant has none.
         weight_decay: Decoupled weight decay: each step takes learning_rate * weight_decay of a decayed parameter away.
             Which parameters are decayed is said where they are made (`decay_mask`).
         beta1: Decay of the first moment's running mean (of the momentum, for muon).
@@ -37,6 +41,8 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
+    schedule: Literal["cosine", "constant", "stable"] = "cosine"
+    decay_fraction: float = 0.2
     final_fraction: float = 0.1
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -80,16 +86,38 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate of step t = 0, 1, ..., with W warm-up steps, peak p and final fraction f:
 
         p · (t+1) / (W+1)                                              for t ≤ W, then
-        p · (f + (1−f) · (1 + cos(π · (t−W) / (steps−W))) / 2)
+        p · (f + (1−f) · (1 + cos(π · (t−W) / (steps−W))) / 2)         for cosine,
+        p                                                              for constant, and for stable until S,
+        p · (1 − (1−f) · (t−S) / (steps−S)),  S = `decay_start`,       for stable from there on
 
-    No step is wasted on a rate of 0, the peak is reached at t = W, and p · f at t = steps.
+    No step is wasted on a rate of 0, the peak is reached at t = W, and p · f at t = steps. Warmup-stable-decay is that
+    of Hu et al. (MiniCPM, 2024), with a straight line.
     """
+    peak, end = config.learning_rate, config.learning_rate * config.final_fraction
+    if config.schedule != "cosine":
+        start = peak / (config.warmup_steps + 1)
+        stable = optax.linear_schedule(start, peak, config.warmup_steps) if config.warmup_steps else lambda _: peak
+        if config.schedule == "constant":
+            return stable
+        begin = decay_start(config, steps)
+        return optax.join_schedules([stable, optax.linear_schedule(peak, end, steps - begin)], [begin])
     return optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (config.warmup_steps + 1),
-        peak_value=config.learning_rate,
+        init_value=peak / (config.warmup_steps + 1),
+        peak_value=peak,
         warmup_steps=config.warmup_steps,
         decay_steps=steps,
-        end_value=config.learning_rate * config.final_fraction,
+        end_value=end,
+    )
+
+
+def decay_start(config: OptimizerConfig, steps: int) -> int:
+    """Returns the step from which the learning rate depends on the number of all steps."""
+    if config.schedule == "constant":
+        return steps
+    return (
+        config.warmup_steps
+        if config.schedule == "cosine"
+        else max(config.warmup_steps, steps - round(config.decay_fraction * steps))
     )
 
 
@@ -179,6 +207,10 @@ def _check(config: OptimizerConfig, steps: int) -> None:
         raise ValueError(
             f"warmup_steps is {config.warmup_steps} of {steps} steps: need 0 or more, and fewer than all steps"
         )
+    if config.schedule not in ("cosine", "constant", "stable"):
+        raise ValueError(f"schedule is {config.schedule!r}: need 'cosine', 'constant' or 'stable'")
+    if not 0 < config.decay_fraction <= 1:
+        raise ValueError(f"decay_fraction is {config.decay_fraction}: need a number above 0, and 1 at most")
     if not 0 <= config.final_fraction <= 1:
         raise ValueError(f"final_fraction is {config.final_fraction}: need a number from 0 to 1")
     if config.weight_decay < 0:

@@ -42,7 +42,7 @@ def run(folder, config=CONFIG, loss_fn=loss_fn, train_data=None, run_config=None
     return fit(
         loss_fn=loss_fn,
         params=initial_params() if params is None else params,
-        optimizer=optax.adam(0.05),
+        optimizer=options.pop("optimizer", optax.adam(0.05)),
         train_data=train if train_data is None else train_data,
         validation_data=options.pop("validation_data", validation),
         config=config,

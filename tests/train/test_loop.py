@@ -155,7 +155,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 def test_a_folder_with_another_run_is_refused_and_unchanged(tmp_path):
     run(tmp_path, changed(steps=2))
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"the run in folder '.*' is of another config: train.steps was 2, now 3\."):
+    with pytest.raises(ValueError, match=r"the run in folder '.*' is of another config: train.seed was 5, now 6\."):
+        run(tmp_path, changed(steps=2, seed=6))
+    with pytest.raises(ValueError, match=r"steps was 2 in the run in folder '.*', now 3, and the schedule of an optim"):
         run(tmp_path, changed(steps=3))
     with pytest.raises(ValueError, match='model was "bigram", now "trigram"'):
         run(tmp_path, changed(steps=2), run_config={"model": "trigram"})
@@ -203,6 +205,8 @@ def test_a_folder_where_a_run_never_began_can_be_used(tmp_path):
         ({"keep": 0}, "keep is 0"),
         ({"log_every": 0}, "log_every is 0"),
         ({"seed": -1}, r"seed is -1: need one from 0 to 2\*\*32 - 1"),
+        ({"patience": 0}, "patience is 0: need at least 1"),
+        ({"best_is": "best"}, "best_is is 'best': need 'smallest' or 'largest'"),
         ({"devices": "tpu"}, "devices is 'tpu': need 'one', 'mesh' or 'pmap'"),
         ({"batch_size": 6, "accumulate": 4}, "need a multiple of 4"),
         ({"batch_size": 12, "accumulate": 1, "devices": "mesh"}, r"12 for 8 device\(s\) .*: need a multiple of 8"),
@@ -233,7 +237,7 @@ def test_numbers_of_numpy_are_those_of_python(tmp_path):
 def test_a_run_config_that_json_cannot_hold_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"run_config is not JSON: .*PosixPath"):
         run(tmp_path / "run", run_config={"path": tmp_path})
-    with pytest.raises(ValueError, match="run_config has its own 'train': need a name other than"):
+    with pytest.raises(ValueError, match="run_config has its own 'train': need a name other than 'train', 'corpus'"):
         run(tmp_path / "run", run_config={"train": 1})
     assert not (tmp_path / "run").exists()
 

@@ -1,5 +1,7 @@
 """The schedule, the clipping, and which parameters are decayed."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +35,26 @@ def test_the_schedule_at_points_computed_by_hand():
         assert float(schedule(step)) == pytest.approx(rate, rel=8 * EPS), step
 
 
-def test_a_schedule_without_warm_up_begins_at_the_peak():
-    schedule = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=0), steps=10)
+@pytest.mark.parametrize("name", ["cosine", "constant", "stable"])
+def test_a_schedule_without_warm_up_begins_at_the_peak(name):
+    schedule = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=0, schedule=name), steps=10)
     assert float(schedule(0)) == pytest.approx(2.0, rel=8 * EPS)
+
+
+def test_schedules_that_stay_do_not_know_the_last_step_until_they_fall():
+    config = OptimizerConfig(
+        learning_rate=2.0, warmup_steps=3, schedule="stable", decay_fraction=0.5, final_fraction=0.1
+    )
+    constant = learning_rate(dataclasses.replace(config, schedule="constant"), steps=10)
+    short, long = (learning_rate(config, steps) for steps in (10, 100))
+    for step in range(60):
+        expected = min(2.0, 2.0 * (step + 1) / 4)
+        assert float(constant(step)) == pytest.approx(expected, rel=8 * EPS)
+        if step <= 50:
+            assert float(long(step)) == pytest.approx(expected, rel=8 * EPS)
+    # From step 5 on to 0.2 at step 10, along a line.
+    for step, rate in ((5, 2.0), (6, 2.0 - 1.8 / 5), (9, 2.0 - 4 * 1.8 / 5), (10, 0.2), (11, 0.2)):
+        assert float(short(step)) == pytest.approx(rate, rel=16 * EPS)
 
 
 class Model(nnx.Module):
@@ -211,6 +230,8 @@ def test_muon_without_matrices_is_refused():
         ({"warmup_steps": 10}, "warmup_steps is 10 of 10 steps"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"final_fraction": 1.5}, "final_fraction is 1.5"),
+        ({"schedule": "linear"}, "schedule is 'linear': need 'cosine', 'constant' or 'stable'"),
+        ({"decay_fraction": 0.0}, "decay_fraction is 0.0: need a number above 0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"beta1": 1.0}, "beta1 is 1.0"),
         ({"beta2": -0.1}, "beta2 is -0.1"),
