@@ -21,8 +21,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxattn.core.attend.api import Implementation, attend, needs_of
+from jaxattn.core.attend.call import Given
+from jaxattn.core.attend.ring import gathered, ring
+from jaxattn.core.attend.slots import Slots
 
 Axis = str | tuple[str, int] | None
 """The name of an axis of an array; (name, count) if it consists of `count` pieces that stay whole on a device, such as
@@ -190,6 +196,73 @@ def constrained(x: jax.Array, axes: tuple[Axis, ...]) -> jax.Array:
 
     axes = tuple(axis if size % devices(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=True))
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, auto, rules)) if auto else x
+
+
+def attend_in_shards(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    slots: Slots,
+    *,
+    query_positions: Any = None,
+    key_positions: Any = None,
+    return_lse: bool = False,
+    implementation: Implementation = "auto",
+) -> Any:
+    """Calls `attend`, around the devices over which the rules in force spread the length, if there are any.
+
+    `ring` serves the call where it can and no other implementation than "tiled" is named, else `gathered`. Where the
+    devices do not divide the lengths, as for the one token of a step of decoding, the compiler spreads the call.
+
+    Args:
+        query: As in `attend`, [B, T, N, H]; likewise what follows.
+        key: [B, S, K, H].
+        value: [B, S, K, V].
+        slots: The slots of the call.
+        query_positions: [T] or [B, T].
+        key_positions: [S], [B, S] or [B, S, K].
+        return_lse: Whether the lse is returned too.
+        implementation: The implementation.
+    """
+    positions: dict[str, Any] = {"query_positions": query_positions, "key_positions": key_positions}
+    axis, devices = _length_axis()
+    if devices == 1 or query.shape[1] % devices or key.shape[1] % devices:
+        options: dict[str, Any] = {"return_lse": return_lse, "implementation": implementation}
+        return attend(query, key, value, **vars(slots), **positions, **options)
+
+    def in_shard(query: Any, key: Any, value: Any, slots: Slots, positions: dict[str, Any]) -> Any:
+        if goes_round:
+            return ring(query, key, value, axis, **vars(slots), **positions, return_lse=return_lse)
+        options = {"return_lse": return_lse, "implementation": implementation}
+        return gathered(query, key, value, axis, **vars(slots), **positions, **options)
+
+    def of(x: Any) -> Any:
+        """Positions are spread along their length, which is the axis after those of the batch."""
+        return None if x is None else PartitionSpec(*(None,) * min(jnp.ndim(x) - 1, 1), axis)
+
+    needs = needs_of(Given(query, key, value, slots, **positions).in_parts())
+    goes_round = implementation in ("auto", "tiled") and not (needs["rows"] or needs["matrix"])
+    along, whole = PartitionSpec(None, axis), PartitionSpec()
+    extras = {name: along if each.over == "rows" else whole for name, each in slots.measures.items()}
+    extras |= {"lse": along} if return_lse else {}
+    spread = jax.shard_map(
+        in_shard,
+        in_specs=(along, along, along, whole, {name: of(x) for name, x in positions.items()}),
+        out_specs=(along, extras) if extras else along,
+        axis_names=set(axis),
+    )
+    return spread(query, key, value, slots, positions)
+
+
+def _length_axis() -> tuple[tuple[str, ...], int]:
+    """Returns the mesh axes over which the rules in force spread the length, and the number of devices along them."""
+    found = rules_in_force()
+    if found is None:
+        return (), 1
+    mesh, rules = found
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = tuple(name for name in _mesh_axes("length", rules) if kinds.get(name) == AxisType.Auto)
+    return axes, math.prod(mesh.shape[name] for name in axes)
 
 
 def _mesh_axes(name: str | None, rules: Rules) -> tuple[str, ...]:
