@@ -270,6 +270,7 @@ class Transformer(nnx.Module):
         if tied and reads != inner:
             raise ValueError(f"head is {config.head}, tied to an embedding of {inner} channels, but has {reads}")
 
+    @nn.on_any_mesh
     def __call__(
         self,
         inputs: Shaped[Array, "b t ..."],

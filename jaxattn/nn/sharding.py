@@ -14,6 +14,7 @@ So the axes that a mesh has say what is done: `jax.make_mesh((2, 4), ("fsdp", "t
 mesh does not have spreads nothing. For your own, change the table: `RULES | {"vocabulary": None}`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -29,6 +31,7 @@ from jaxattn.core.attend.api import Implementation, attend, needs_of
 from jaxattn.core.attend.call import Given
 from jaxattn.core.attend.ring import gathered, ring
 from jaxattn.core.attend.slots import Slots
+from jaxattn.core.mesh import Axes, auto_axes, explicit_mesh, in_context, spread
 
 Axis = str | tuple[str, int] | None
 """The name of an axis of an array; (name, count) if it consists of `count` pieces that stay whole on a device, such as
@@ -67,7 +70,8 @@ def partition_spec(
 ) -> PartitionSpec:
     """Returns how an array is spread over a mesh.
 
-    Key heads that are fewer than the devices along the axes of their rule are not spread, but stand on each of them.
+    Key heads that are fewer than the devices along the axes of their rule are not spread, but stand on each of them. So
+    does an axis of one piece.
 
     Args:
         axes: The names of the axes of the array.
@@ -87,7 +91,7 @@ def partition_spec(
         name, count = axis if isinstance(axis, tuple) else (axis, size)
         chosen = tuple(each for each in _mesh_axes(name, rules) if mesh.get(each, 1) > 1 and each not in used)
         devices = math.prod(mesh[each] for each in chosen)
-        if name == "key_heads" and count < devices:
+        if count == 1 or (name == "key_heads" and count < devices):
             chosen, devices = (), 1
         if count % devices:
             raise ValueError(
@@ -252,6 +256,57 @@ def attend_in_shards(
         axis_names=set(axis),
     )
     return spread(query, key, value, slots, positions)
+
+
+def on_any_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the call of a module work on arrays that are typed by Explicit axes of a mesh, which `jax.make_mesh` makes.
+
+    There the compiler spreads what is inside. A result whose first axes are those of x, [B, T, ...], is spread as x is,
+    and one whose first axis, or the one after an axis of layers, is that of rows, as the rows of x are. All others
+    stand whole on every device. Elsewhere the call is what it is without.
+
+    Args:
+        method: method(module, x, ...), where x is [B, T, ...].
+    """
+
+    @functools.wraps(method)
+    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        context = jax.sharding.get_abstract_mesh()
+        mesh = context if AxisType.Explicit in context.axis_types else explicit_mesh(x)
+        if mesh is None:
+            return method(self, x, *args, **kwargs)
+        graph, state = nnx.split(self)
+        leaves, structure = jax.tree.flatten((state, x, args, kwargs))
+        is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+        arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+
+        def function(arrays: list[Any]) -> Any:
+            given = iter(arrays)
+            filled = [next(given) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
+            state, x, args, kwargs = jax.tree.unflatten(structure, filled)
+            module = nnx.merge(graph, state)
+            before = jax.tree.leaves(nnx.state(module, nnx.RngCount))
+            result, counts = method(module, x, *args, **kwargs), nnx.state(module, nnx.RngCount)
+            still = all(a is b for a, b in zip(before, jax.tree.leaves(counts), strict=True))
+            return result, None if still else counts
+
+        rows, length, *_ = spread(x)
+
+        def of(result: Any) -> Axes:
+            if result.shape[:2] == x.shape[:2]:
+                return Axes((rows, length))
+            if result.shape[:1] == x.shape[:1]:
+                return Axes((rows,))
+            return Axes((None, rows)) if result.shape[1:2] == x.shape[:1] else Axes(())
+
+        with in_context(arrays):
+            results = jax.eval_shape(auto_axes(function, mesh, Axes()), arrays)
+            found, counts = auto_axes(function, mesh, jax.tree.map(of, results))(arrays)
+        if counts is not None:
+            nnx.update(self, counts)
+        return found
+
+    return call
 
 
 def _length_axis() -> tuple[tuple[str, ...], int]:
