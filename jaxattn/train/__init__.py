@@ -28,7 +28,15 @@ from jaxattn.train.losses import (
     next_token_loss,
     squared_error_loss,
 )
-from jaxattn.train.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer, parameter_roles
+from jaxattn.train.optimizer import (
+    OptimizerConfig,
+    decay_mask,
+    evaluation_params,
+    learning_rate,
+    loss_scaling,
+    make_optimizer,
+    parameter_roles,
+)
 from jaxattn.train.sources import Batched, batches, ordered_batches, packed
 from jaxattn.train.step import (
     State,
@@ -70,11 +78,13 @@ __all__ = [
     "distillation_loss",
     "drawn",
     "encode",
+    "evaluation_params",
     "fit",
     "init_state",
     "language_loss",
     "learning_rate",
     "load",
+    "loss_scaling",
     "make_evaluation",
     "make_optimizer",
     "make_step",

@@ -1,8 +1,9 @@
 """Checkpoints of a run: its state, its place in the data, its config; written whole or not at all, the last few kept.
 
-A checkpoint is a folder named by its step. It holds the arrays as Orbax writes them (`params` apart from the `rest`), a
-JSON record of the config and the data iterator, and the checksums of all of these files. Orbax writes under a temporary
-name and renames at the end, so a process that dies while saving leaves the earlier checkpoints as they were.
+A checkpoint is a folder named by its step. It holds the arrays as Orbax writes them (`params` apart from the `rest`,
+and parameters to evaluate where these are others, `evaluated`), a JSON record of the config and the data iterator, and
+the checksums of all of these files. Orbax writes under a temporary name and renames at the end, so a process that dies
+while saving leaves the earlier checkpoints as they were.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxattn.train.optimizer import evaluation_params
 from jaxattn.train.step import Params, State
 
 _CHECKSUMS = "checksums.json"
@@ -104,14 +106,16 @@ class Checkpoints:
         arrays = _to_arrays(state)
         params = {name: array for name, array in arrays.items() if _is_parameter(name)}
         rest = {name: array for name, array in arrays.items() if not _is_parameter(name)}
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            rest=ocp.args.StandardSave(rest),
-            record=ocp.args.JsonSave({"config": dict(config), "iterator": iterator}),
-        )
+        items = {
+            "params": ocp.args.StandardSave(params),
+            "rest": ocp.args.StandardSave(rest),
+            "record": ocp.args.JsonSave({"config": dict(config), "iterator": iterator}),
+        }
+        if (evaluated := evaluation_params(state.opt_state, state.params)) is not state.params:
+            items["evaluated"] = ocp.args.StandardSave(_to_arrays({"params": evaluated}))
         with _quiet():
             try:
-                self._manager.save(step, args=items, force=True)
+                self._manager.save(step, args=ocp.args.Composite(**items), force=True)
                 _write_checksums(self.folder / str(step))
                 return
             except Exception as error:  # Orbax passes on what its storage raises, of several types
@@ -183,7 +187,8 @@ class Checkpoints:
 def load(folder: str | Path, like: Callable[[dict[str, Any]], Params]) -> Loaded:
     """Returns the config, parameters and step of the newest checkpoint that can be read, and changes nothing.
 
-    The optimiser is not needed. A damaged checkpoint is passed over with a `UserWarning`.
+    The optimiser is not needed; of one that is schedule-free the parameters are those that it averages.
+    A damaged checkpoint is passed over with a `UserWarning`.
 
     Args:
         folder: The output folder of a run, or its folder of checkpoints.
@@ -201,7 +206,8 @@ def load(folder: str | Path, like: Callable[[dict[str, Any]], Params]) -> Loaded
     with _manager(folder, None) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
-                record, arrays = _read(manager, folder / str(step), step, ("params",))
+                name = "evaluated" if (folder / str(step) / "evaluated").is_dir() else "params"
+                record, arrays = _read(manager, folder / str(step), step, (name,))
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 damaged[step] = _reason(error)
                 continue

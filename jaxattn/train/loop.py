@@ -31,7 +31,7 @@ from jaxattn.train.checkpoint import Checkpoints, check_config, is_full_disk
 from jaxattn.train.data import TRAINING, Drawn, check_seed, drawn_batch
 from jaxattn.train.log import Display, Log
 from jaxattn.train.losses import bits_per_byte
-from jaxattn.train.optimizer import OptimizerConfig, decay_start, make_optimizer
+from jaxattn.train.optimizer import OptimizerConfig, decay_start, evaluation_params, make_optimizer
 from jaxattn.train.sources import batches, check_source, described, ordered_batches
 from jaxattn.train.step import (
     LossFunction,
@@ -113,7 +113,7 @@ class Result:
 
     Attributes:
         folder: The output folder.
-        params: The parameters after `step` steps.
+        params: The parameters after `step` steps: of a schedule-free optimiser those that it averages.
         step: The number of steps done.
         complete: Whether these are all steps of the run, or its patience came to an end; False after an interruption.
         metrics: The latest value of every metric in the log.
@@ -285,7 +285,7 @@ def fit(
                         hook(dict(line))
                 if evaluates:
                     for hook in eval_hooks:
-                        hook(step, state.params, dict(validation))
+                        hook(step, evaluation_params(state.opt_state, state.params), dict(validation))
                     out_of_patience = _out_of_patience(log, config)
                     if config.keep_best and _since_best(log, config) == 0:
                         _check_finite(state, step, checkpoints)
@@ -313,7 +313,7 @@ def _result(folder: Path, state: State, config: TrainConfig, log: Log) -> Result
     latest = {name: value for line in log.lines for name, value in line.items() if value is not None}
     step = int(state.step)
     complete = step >= config.steps or _out_of_patience(log, config)
-    return Result(folder, state.params, step, complete, latest, log.lines)
+    return Result(folder, evaluation_params(state.opt_state, state.params), step, complete, latest, log.lines)
 
 
 def _hooks(name: str, given: Hooks) -> Sequence[Callable[..., Any]]:
@@ -354,8 +354,8 @@ def _forbids_more_steps(optimizer: Any, folder: Path, steps: int) -> str | None:
             "after it, if there is one before"
         )
     return (
-        f"optimizer.schedule is {optimizer.schedule!r}, whose learning rate depends on it: need 'constant', or 'stable' "
-        "before it falls. To go on from here train in another folder, from these parameters"
+        f"optimizer.schedule is {optimizer.schedule!r}, whose learning rate depends on it: need 'constant', or "
+        "'stable' before it falls. To go on from here train in another folder, from these parameters"
     )
 
 

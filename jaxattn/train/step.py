@@ -17,6 +17,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxattn.nn.sharding import RULES, Rules, partition_spec, sharding_rules, shardings
+from jaxattn.train.optimizer import evaluation_params, loss_scale
 
 Params = Any
 Metrics = dict[str, jax.Array]
@@ -47,10 +48,10 @@ Step = Callable[[State, Any], tuple[State, Metrics]]
 def init_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
     """Returns the state before step 0.
 
-    Arrays are copied: steps give a state's memory away, and the caller keeps its own.
+    Arrays are copied: steps give a state's memory away, and the caller keeps its own. An optimiser may keep parameters.
     """
-    params, key = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, key))
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+    first = State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), first)
 
 
 def make_step(
@@ -76,6 +77,9 @@ def make_step(
     and wᵢ = rowsᵢ. If it is a mean over tokens, and micro-batches or devices have different numbers of them, that is
     not the mean over the tokens of the batch: such a loss has to return (total, sums).
 
+    The optimiser is given the loss as `value`, as `optax.contrib.reduce_on_plateau` needs it. With `loss_scaling` the
+    metrics have `loss_scale`, and `skipped`, 1 for a step that changed nothing, whose gradient overflowed.
+
     Args:
         loss_fn: loss_fn(params, batch, key) -> (total, sums), with the weight among the sums, or a scalar.
         optimizer: The optimiser.
@@ -91,11 +95,19 @@ def make_step(
     if accumulate < 1:
         raise ValueError(f"accumulate is {accumulate}: need at least 1 micro-batch")
 
-    def sums_and_gradients(params: Params, batch: Any, key: jax.Array) -> Any:
-        (total, sums), gradients = jax.value_and_grad(partial(_checked, loss_fn), has_aux=True)(params, batch, key)
-        return {"loss": total, **sums}, gradients
+    update = optax.with_extra_args_support(optimizer).update
+
+    def scaled_sums_and_gradients(scale: Any, params: Params, batch: Any, key: jax.Array) -> Any:
+        def scaled(params: Params) -> Any:
+            total, sums = _checked(loss_fn, params, batch, key)
+            return total if scale is None else total * scale, {"loss": total, **sums}
+
+        (_, sums), gradients = jax.value_and_grad(scaled, has_aux=True)(params)
+        return sums, gradients
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
+        scale = loss_scale(state.opt_state)
+        sums_and_gradients = partial(scaled_sums_and_gradients, scale)
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -118,11 +130,17 @@ def make_step(
             sums, gradients = jax.lax.psum((sums, gradients), axis_name)
         weight = sums.pop("weight")
         per_token = 1 / jnp.where(weight == 0, 1, weight)
-        gradients = jax.tree.map(lambda gradient: (gradient * per_token).astype(gradient.dtype), gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        factor = per_token if scale is None else per_token / scale
+        gradients = jax.tree.map(lambda gradient: (gradient * factor).astype(gradient.dtype), gradients)
         metrics = {name: value * per_token for name, value in sums.items()}
-        metrics |= {"grad_norm": optax.tree.norm(gradients), "weight": weight}
+        updates, opt_state = update(gradients, state.opt_state, state.params, value=metrics["loss"])
+        params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(gradients)
+        if scale is not None and (following := loss_scale(opt_state)) is not None:
+            skipped = following < scale
+            norm = jnp.where(skipped, 0, norm)
+            metrics |= {"loss_scale": scale, "skipped": skipped.astype(jnp.float32)}
+        metrics |= {"grad_norm": norm, "weight": weight}
         return State(state.step + 1, params, opt_state, state.key), metrics
 
     return step
@@ -180,13 +198,14 @@ def _micro_batches(batch: Any, accumulate: int) -> Any:
 def make_evaluation(loss_fn: LossFunction, *, axis_name: str | None = None) -> Step:
     """Makes a pure function evaluation(state, batch) -> (state, sums) that leaves the state alone.
 
-    Nothing in it is random. `sums` are those of `loss_fn`, with the total as `loss`, over the whole batch, and with an
-    `axis_name` over all devices. An evaluation has the form of a step, so that the functions which run steps on devices
-    run evaluations too.
+    Nothing in it is random. Parameters are the `evaluation_params` of the state. `sums` are those of `loss_fn`, with
+    the total as `loss`, over the whole batch, and with an `axis_name` over all devices. An evaluation has the form of a
+    step, so that the functions which run steps on devices run evaluations too.
     """
 
     def evaluation(state: State, batch: Any) -> tuple[State, Metrics]:
-        total, sums = _checked(loss_fn, state.params, batch, None)
+        params = evaluation_params(state.opt_state, state.params)
+        total, sums = _checked(loss_fn, params, batch, None)
         sums = {"loss": total, **sums}
         return state, sums if axis_name is None else jax.lax.psum(sums, axis_name)
 

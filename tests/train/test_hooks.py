@@ -212,3 +212,16 @@ def test_the_config_of_the_optimiser_is_that_of_the_run(tmp_path):
     run(tmp_path, changed(steps=1), optimizer=dataclasses.replace(CONSTANT, warmup_steps=0))
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate was 0\.05, now 0\.1"):
         run(tmp_path, changed(steps=1), optimizer=dataclasses.replace(CONSTANT, warmup_steps=0, learning_rate=0.1))
+
+
+def test_what_is_evaluated_and_loaded_of_a_schedule_free_run_is_its_average(tmp_path):
+    """And it resumes to the bit."""
+    optimizer, seen = dataclasses.replace(CONSTANT, name="schedule_free"), {}
+    whole = run(tmp_path / "whole", optimizer=optimizer, on_eval=lambda step, params, _: seen.update({step: params}))
+    run(tmp_path / "parts", changed(steps=6), optimizer=optimizer)
+    parts = run(tmp_path / "parts", optimizer=optimizer)
+    loaded = load(tmp_path / "parts", lambda config: initial_params())
+    for params in (parts.params, loaded.params, seen[12]):
+        np.testing.assert_array_equal(params["embedding"], whole.params["embedding"])
+    validation = {x["step"]: x["validation_loss"] for x in parts.history if "validation_loss" in x}
+    assert validation == {x["step"]: x["validation_loss"] for x in whole.history if "validation_loss" in x}
