@@ -50,6 +50,7 @@ from jaxattn.train.step import (
     repeated,
 )
 from jaxattn.train.tasks import drawn, prompt_loss
+from jaxattn.train.tokenizer import Tokenizer
 
 __all__ = [
     "BOS",
@@ -64,6 +65,7 @@ __all__ = [
     "Restored",
     "Result",
     "State",
+    "Tokenizer",
     "TrainConfig",
     "Windows",
     "batches",

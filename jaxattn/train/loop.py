@@ -47,6 +47,7 @@ from jaxattn.train.step import (
     on_pmap,
     repeated,
 )
+from jaxattn.train.tokenizer import Tokenizer
 
 # Fields that a resumed run may change, by their dotted names in the run's config: they do not alter what is learned
 # (but that `pmap` draws other random numbers on each device).
@@ -148,6 +149,7 @@ def fit(
     on_log: Hooks = (),
     on_eval: Hooks = (),
     extend: bool = False,
+    tokenizer: Tokenizer | None = None,
     console: Console | None = None,
 ) -> Result:
     """Trains from `params`, or from the newest checkpoint in `folder`, to the last step.
@@ -191,6 +193,8 @@ def fit(
             their names, as numbers, and the parameters that it was of.
         extend: Whether an optimiser that is no `OptimizerConfig` allows more steps: whether its schedule does not
             depend on their number.
+        tokenizer: The tokenizer of the tokens, which is saved in the folder: the command line and `Tokenizer.of_run`
+            read it there. None for bytes, and for what is no text.
         console: The console for progress.
 
     Raises:
@@ -208,9 +212,11 @@ def fit(
         _hooks(*each) for each in (("on_step", on_step), ("on_log", on_log), ("on_eval", on_eval))
     )
     _check(config, train_data, validation_data)
-    record = _record(run_config, config, train_data, validation_data, optimizer)
+    record = _record(run_config, config, train_data, validation_data, optimizer, tokenizer)
     transformation = make_optimizer(optimizer, config.steps) if isinstance(optimizer, OptimizerConfig) else optimizer
     _claim(folder, record, lambda steps: None if extend else _forbids_more_steps(optimizer, folder, steps))
+    if tokenizer is not None:
+        tokenizer.save(folder)
     evaluation = _on_devices(config.devices, lambda axis: make_evaluation(loss_fn, axis_name=axis))
     iterator = None if isinstance(train_data, Drawn) else batches(train_data, config.batch_size, config.seed)
     state = init_state(params, transformation, jax.random.key(config.seed))
@@ -383,7 +389,12 @@ def _train_step(
 
 
 def _record(
-    run_config: Mapping[str, Any], config: TrainConfig, train: Any, validation: Any, optimizer: Any
+    run_config: Mapping[str, Any],
+    config: TrainConfig,
+    train: Any,
+    validation: Any,
+    optimizer: Any,
+    tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     own = {
         "train": json.loads(json.dumps(dataclasses.asdict(config), default=_plain)),
@@ -395,6 +406,8 @@ def _record(
     }
     if isinstance(optimizer, OptimizerConfig):
         own["optimizer"] = json.loads(json.dumps(dataclasses.asdict(optimizer), default=_plain))
+    if tokenizer is not None and tokenizer.record is not None:
+        own["tokenizer"] = tokenizer.record
     try:
         given = json.loads(json.dumps(run_config, default=_plain))
     except TypeError as error:
