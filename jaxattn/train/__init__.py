@@ -18,7 +18,7 @@ from jaxattn.train.data import (
     standard_library,
 )
 from jaxattn.train.hooks import csv_log, tensorboard_log
-from jaxattn.train.language import language_loss, module_loss, with_params
+from jaxattn.train.language import language_loss, masked_language_loss, module_loss, sequence_loss, with_params
 from jaxattn.train.loop import Result, TrainConfig, fit
 from jaxattn.train.losses import (
     bits_per_byte,
@@ -90,6 +90,7 @@ __all__ = [
     "make_evaluation",
     "make_optimizer",
     "make_step",
+    "masked_language_loss",
     "module_loss",
     "next_token_loss",
     "on_mesh",
@@ -101,6 +102,7 @@ __all__ = [
     "prompt_loss",
     "read_documents",
     "repeated",
+    "sequence_loss",
     "split",
     "squared_error_loss",
     "standard_library",
