@@ -767,6 +767,33 @@ def test_the_page_on_models(page):
     assert models.again.config == models.published
 
 
+def test_the_page_on_training(page):
+    p = page("training")
+    whole = p.result.history
+    assert (
+        [line["step"] for line in p.lines] == [line["step"] for line in whole if line["step"] > 20] == [25, 30, 35, 40]
+    )
+    assert whole[-1]["loss"] < whole[0]["loss"] - 0.5
+    assert "validation_bits_per_byte" in whole[-1]
+    assert not [name for name in p.by_rule.metrics if "byte" in name]  # of tokens that are no text
+    best = min((x["validation_loss"], x["step"]) for x in whole if "validation_loss" in x and x["step"] > 20)
+    assert p.step == best[1]
+    assert p.model.config == p.decoder
+    updates, _ = p.chain.update(p.params, p.chain.init(p.params), p.params)
+    assert jax.tree.structure(updates) == jax.tree.structure(p.params)
+
+
+def test_the_page_on_other_models_and_losses(page):
+    p = page("training_models")
+    for result in (p.masked, p.pictures, p.answered, p.series):
+        first, *_, last = (line["loss"] for line in result.history)
+        assert last < first - 0.1, result.folder
+    assert p.pictures.metrics["correct"] == 1
+    assert float(p.total) / float(p.sums["weight"]) > 0
+    # 64 pairs, none of which is known yet: about log 64.
+    assert 1 < float(p.of_pairs) / 64 < 2 * np.log(64)
+
+
 def test_the_page_on_a_look_inside(page):
     """The page of the page has its arrays, and every picture is in its table."""
     look = page("look")
