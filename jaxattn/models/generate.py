@@ -303,8 +303,8 @@ def generate(
     # Reducers and measures are parts, so that they go into the program as arrays and not as constants.
     asked, sites = {name: reducer for name, (_, reducer) in names}, tuple((name, site) for name, (site, _) in names)
     parts = runs, asked, tuple(processors), combine, store, context
-    given = (arrays, prompts, lengths, key, parts, *scalars)
-    new, lost = under_auto_axes(lambda given: _generate(graph, int(max_new_tokens), sites, *given), given, Axes)
+    dynamic = (arrays, prompts, lengths, key, parts, *scalars)
+    new, lost = under_auto_axes(lambda given: _generate(graph, int(max_new_tokens), sites, *given), dynamic, Axes)
     if lost.any():
         row = int(lost.argmax())
         raise FloatingPointError(

@@ -237,7 +237,7 @@ def attend_in_shards(
     def in_shard(query: Any, key: Any, value: Any, slots: Slots, positions: dict[str, Any]) -> Any:
         if goes_round:
             return ring(query, key, value, axis, **vars(slots), **positions, return_lse=return_lse)
-        options = {"return_lse": return_lse, "implementation": implementation}
+        options: dict[str, Any] = {"return_lse": return_lse, "implementation": implementation}
         return gathered(query, key, value, axis, **vars(slots), **positions, **options)
 
     def of(x: Any) -> Any:

@@ -324,7 +324,7 @@ class Tap:
             if asked == site:
                 self.records[name] = reducer(value, self.where)
         if site in self.kept:
-            value = checkpoint_name(value, KEPT)  # type: ignore[arg-type, assignment]
+            value = checkpoint_name(value, KEPT)
         axes = SITE_AXES.get(site.rpartition(".")[2])  # without the name of the branch
         return value if axes is None else constrained(value, axes)  # type: ignore[arg-type, return-value]
 
