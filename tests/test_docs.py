@@ -14,8 +14,9 @@ from html_pages import decoded, payload
 from pages import ROOT, run_page
 
 import jaxattn
-from jaxattn import BlockIndex, Causal, Explicit, attend, rotary, viz
+from jaxattn import BlockIndex, Causal, Documents, Explicit, Window, attend, linear_attention, rotary, viz
 from jaxattn.core.attend import NTK, PairSum
+from jaxattn.core.linear import Delta
 
 PAGES = {file.name: file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
 EPS = float(np.finfo(np.float32).eps)
@@ -651,12 +652,30 @@ def test_memories_learn_what_the_page_says_they_do(page):
     assert p.unexplained["network"] < 0.4
 
 
+# devices.md
+
+
+def test_sequences_over_devices_are_those_on_one(page):
+    p = page("devices")
+    assert_close(p.out, attend(p.query, p.key, p.value, mask=Causal()))
+    assert_close(p.by_document, attend(p.query, p.key, p.value, mask=Causal() & Documents(p.documents)))
+    assert_close(p.balanced, p.out)
+    window = {"mask": Window(40), "query_positions": jnp.array([p.T - 1])}
+    assert_close(p.step, attend(p.query[:, -1:], p.key, p.value, **window))
+    read, state = linear_attention(p.query, p.unit, p.value, erase=Delta(p.beta))
+    assert_close(p.read, read)
+    assert_close(p.state.memory, state.memory)
+    np.testing.assert_array_equal(p.before[:, 1:], p.value[:, :-1])
+    assert not np.any(p.before[:, 0])
+
+
 # All pages
 
 
 def test_the_pages_name_every_part_and_call():
     text = " ".join(
-        PAGES[f"{name}.md"] for name in ("attend", "measures", "positions", "blocks", "features", "linear", "memory")
+        PAGES[f"{name}.md"]
+        for name in ("attend", "measures", "positions", "blocks", "devices", "features", "linear", "memory")
     )
     text = " ".join(re.findall(r"`[^`\n]+`", text))
     packages = jaxattn, jaxattn.core.attend, jaxattn.core.linear, jaxattn.core.memory

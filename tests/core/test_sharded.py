@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collectives import collectives
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from test_linear import CASES, recurrence
@@ -157,16 +158,39 @@ def test_the_map_of_tokens_with_segments_forgets_where_one_starts(name):
 
 
 def test_what_is_sent_are_states():
-    """Rounds for 8 devices: one on, and three to combine; nothing of the length of the sequence."""
+    """Of 8 devices: one step on, and three to combine, whatever the length; then the last state."""
 
     def run(query, key, value, beta):
         return sharded_linear_attention(query, key, value, "context", erase=Delta(beta))
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 2, 4), (64, 2, 4), (64, 2, 3), (64, 2))]
     run = jax.shard_map(run, mesh=mesh_of(8), in_specs=SHARD, out_specs=(SHARD, P()))
-    text = str(jax.make_jaxpr(run)(*shapes))
-    assert text.count(" ppermute[") == 2 * 4
-    assert "all_gather" not in text
+    found = collectives(run, *shapes)
+    maps = [(each.times, each.size) for each in found if each.name == "ppermute"]
+    assert sorted(maps) == sorted([(1, 4 * 2 * 4 * 4), (1, 4 * 2 * 4 * 3)] * 4)
+    assert {each.name for each in found} - {"ppermute"} <= {"psum", "psum_invariant"}
+
+
+def test_no_device_waits_in_a_branch_that_others_do_not_take():
+    """Gradients of what all devices share are added up once, outside of loops: of decays, bonus, memory and rates."""
+
+    def linear(query, key, value, decay, bonus):
+        out, _ = sharded_linear_attention(query, key, value, "context", log_decay=-decay * decay, bonus=bonus)
+        return jax.lax.psum(out.sum(), "context")
+
+    def memory(query, key, value, decay, bonus):
+        options = {"rate": decay * decay, "log_decay": -decay * decay, "inner_batch": 4}
+        out, _ = sharded_memory_scan(MatrixMemory(bonus), query, key, value, "context", **options)
+        return jax.lax.psum(out.sum(), "context")
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((T, 2, 4), (T, 2, 4), (T, 2, 3))]
+    decay, of_linear, of_memory = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2,), (2, 4), (2, 4, 3)))
+    for function, own in ((linear, of_linear), (memory, of_memory)):
+        specs = (SHARD, SHARD, SHARD, P(), P())
+        run = jax.shard_map(function, mesh=mesh_of(4), in_specs=specs, out_specs=P())
+        found = collectives(jax.grad(run, range(5)), *shapes, decay, own)
+        assert not [each for each in found if each.in_branch]
+        assert not [each for each in found if each.name != "ppermute" and each.times > 1]
 
 
 # Memories that are trained while they read.

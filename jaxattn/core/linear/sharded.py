@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.core.linear.api import Form, LinearState, linear_attention, state_map
 from jaxattn.core.linear.recurrence import Delta, Erase, Read, StateMap, combine
-from jaxattn.core.shards import Axis, from_last, passed_on
+from jaxattn.core.shards import Axis, from_last, passed_on, vary_arrays
 
 
 def sharded_linear_attention(
@@ -62,6 +62,9 @@ def sharded_linear_attention(
     Raises:
         TypeError or ValueError: As `linear_attention`.
     """
+    arrays = query, key, value, log_decay, erase, bonus, segment_ids
+    arrays = vary_arrays(arrays, jax.lax.axis_index(axis_name))
+    query, key, value, log_decay, erase, bonus, segment_ids = arrays
     by_token: dict[str, Any] = {"log_decay": log_decay, "erase": erase, "segment_ids": segment_ids}
     options: dict[str, Any] = {"bonus": bonus, "read": read, "form": form, "chunk": chunk}
 

@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn.core.memory.api import MemoryState, PerToken, memory_scan
 from jaxattn.core.memory.inner import Identity, InnerLoss, Link, Memory, SquaredError
 from jaxattn.core.memory.inner_batch import FastRead
-from jaxattn.core.mesh import mesh_axes, vary
-from jaxattn.core.shards import Axis, from_last, passed_on
+from jaxattn.core.shards import Axis, from_last, passed_on, vary_arrays
 
 
 def sharded_memory_scan(
@@ -66,26 +65,35 @@ def sharded_memory_scan(
         TypeError or ValueError: As `memory_scan`.
     """
     device, size = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
-    options: dict[str, Any] = {
-        "rate": rate,
-        "log_decay": log_decay,
-        "log_momentum": log_momentum,
-        "row_rate": row_rate,
-        "loss": loss,
-        "link": link,
-        "inner_batch": inner_batch,
-        "read": read,
-        "segment_ids": segment_ids,
-    }
     if lengths is not None:
-        options["lengths"] = jnp.clip(jnp.asarray(lengths, jnp.int32) - device * query.shape[-3], 0, query.shape[-3])
+        lengths = jnp.clip(jnp.asarray(lengths, jnp.int32) - device * query.shape[-3], 0, query.shape[-3])
+    gates = rate, log_decay, log_momentum, row_rate
+    # Also what all devices share differs from here on, so that its gradients are added up once, and not by one device
+    # while it learns and the others wait.
+    given = vary_arrays((memory, query, key, value, gates, loss, link, segment_ids, lengths), device)
 
     def learn(state: MemoryState | None) -> tuple[Array, MemoryState]:
-        return memory_scan(memory, query, key, value, state=state, **options)
+        memory, query, key, value, (rate, log_decay, log_momentum, row_rate), loss, link, segment_ids, lengths = given
+        return memory_scan(
+            memory,
+            query,
+            key,
+            value,
+            rate=rate,
+            log_decay=log_decay,
+            log_momentum=log_momentum,
+            row_rate=row_rate,
+            loss=loss,
+            link=link,
+            inner_batch=inner_batch,
+            read=read,
+            state=state,
+            segment_ids=segment_ids,
+            lengths=lengths,
+        )
 
-    start = _start(memory, jax.eval_shape(learn, state)[1], segment_ids) if state is None else state
-    arrays = [x for x in jax.tree.leaves((start, memory, query, key, value, options)) if hasattr(x, "dtype")]
-    axes = mesh_axes((device, arrays))
+    like = jax.eval_shape(learn, state)[1]
+    start = vary_arrays(_start(given[0], like, given[7]) if state is None else state, (device, given))
 
     @jax.checkpoint
     def turn(number: Any, carry: tuple[MemoryState, MemoryState]) -> tuple[MemoryState, MemoryState]:
@@ -93,10 +101,9 @@ def sharded_memory_scan(
         state, found = carry
         now = number == device
         found = jax.tree.map(lambda x, y: jnp.where(now, x, y), state, found)
-        left = jax.lax.cond(now, lambda state: vary(learn(state)[1], axes), lambda state: state, state)
+        left = jax.lax.cond(now, lambda state: vary_arrays(learn(state)[1], start), lambda state: state, state)
         return passed_on(left, axis_name), found
 
-    start = vary(start, axes)
     _, entering = jax.lax.fori_loop(0, size, turn, (start, start))
     out, last = learn(entering)
     return out, from_last(last, axis_name)
