@@ -78,8 +78,8 @@ def in_context(tree: Any) -> Iterator[None]:
     if traced or not jax.sharding.get_abstract_mesh().empty or explicit_mesh(leaves) is None:
         yield
         return
-    (mesh, *_) = (x.sharding.mesh for x in leaves if explicit_mesh(x) is not None)
-    with jax.set_mesh(mesh):
+    first: Any = next(x for x in leaves if explicit_mesh(x) is not None)
+    with jax.set_mesh(first.sharding.mesh):
         yield
 
 
