@@ -247,7 +247,7 @@ def fit(
             for step in range(first + stride, config.steps + 1, stride):
                 batch = None if iterator is None else next(iterator, None)
                 if iterator is not None and batch is None:
-                    _finite(jax.device_get(pending), checkpoints)
+                    _finite(jax.device_get(pending), checkpoints, None)
                     if step - 1 not in (0, *checkpoints.steps()):
                         _check_finite(state, step - 1, checkpoints)
                         checkpoints.save(state, iterator.get_state(), record)
@@ -271,7 +271,7 @@ def fit(
                 if not (logs or evaluates or saves or compiled):
                     continue
 
-                metrics = _finite(jax.device_get(pending), checkpoints)
+                metrics = _finite(jax.device_get(pending), checkpoints, batch)
                 seconds = time.perf_counter() - started
                 speed = None if compiled else len(pending) * stride * config.batch_size * tokens_per_row / seconds
                 display.update(step, metrics["loss"], speed)
@@ -520,10 +520,10 @@ def _tokens_per_row(source: Any, batch: Any) -> int:
     return math.prod(shape[1:])
 
 
-def _finite(pending: Mapping[int, Mapping[str, Any]], checkpoints: Checkpoints) -> Mapping[str, Any]:
+def _finite(pending: Mapping[int, Mapping[str, Any]], checkpoints: Checkpoints, batch: Any) -> Mapping[str, Any]:
     """Returns the metrics of the last of the pending steps, when loss and gradient of all of them are finite.
 
-    Metrics are those of the step they are filed under, or of several steps up to it.
+    Metrics are those of the step they are filed under, or of several steps up to it. The batch is the last one.
     """
     metrics: Mapping[str, Any] = {}
     for last, metrics in pending.items():
@@ -531,8 +531,19 @@ def _finite(pending: Mapping[int, Mapping[str, Any]], checkpoints: Checkpoints) 
             values = np.atleast_1d(metrics[name])
             for step, value in enumerate(values, last + 1 - len(values)):
                 if not np.isfinite(value):
-                    raise FloatingPointError(f"{words} is {value} at step {step}: {checkpoints.describe_latest()}")
+                    seen = _tokens_of(batch) if step == max(pending) and np.isnan(value) else ""
+                    raise FloatingPointError(
+                        f"{words} is {value} at step {step}: {checkpoints.describe_latest()}{seen}"
+                    )
     return {name: np.atleast_1d(values)[-1] for name, values in metrics.items()}
+
+
+def _tokens_of(batch: Any) -> str:
+    """Returns words that say between what the tokens of a batch are: one outside the vocabulary makes a loss NaN."""
+    tokens = batch.get("tokens") if isinstance(batch, Mapping) else None
+    if tokens is None or not np.issubdtype(tokens.dtype, np.integer):
+        return ""
+    return f"; the tokens of this step are from {np.min(tokens)} to {np.max(tokens)}"
 
 
 @jax.jit

@@ -48,10 +48,14 @@ Step = Callable[[State, Any], tuple[State, Metrics]]
 def init_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
     """Returns the state before step 0.
 
-    Arrays are copied: steps give a state's memory away, and the caller keeps its own. An optimiser may keep parameters.
+    Arrays are copied: steps give a state's memory away, and the caller keeps its own.
     """
-    first = State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), first)
+    params, key = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, key))
+    own = {id(leaf) for leaf in jax.tree.leaves(params)}  # an optimiser may keep the parameters themselves
+    opt_state = jax.tree.map(
+        lambda leaf: jnp.array(leaf, copy=True) if id(leaf) in own else leaf, optimizer.init(params)
+    )
+    return State(jnp.zeros((), jnp.int32), params, opt_state, key)
 
 
 def make_step(
@@ -155,6 +159,8 @@ def _checked(loss_fn: LossFunction, params: Params, batch: Any, key: Any) -> tup
     if isinstance(result, tuple) and len(result) == 2:
         total, sums = result
         if _is_scalar(total) and isinstance(sums, Mapping) and "weight" in sums and all(map(_is_scalar, sums.values())):
+            if taken := sorted({"loss", "grad_norm", "loss_scale", "skipped"} & sums.keys()):
+                raise ValueError(f"loss_fn returns sums with the names {taken}, which the step has itself: need others")
             return total, dict(sums)
         said = f"({_said(total)}, {_said(sums)})"
     else:

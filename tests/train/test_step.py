@@ -329,3 +329,19 @@ def test_a_loss_that_is_not_a_total_with_its_sums_is_named(result):
     for step in (make_step(loss_fn, optimizer), make_evaluation(loss_fn)):
         with pytest.raises(TypeError, match=f"loss_fn returns .*: {needed}"):
             jax.jit(step)(state, {"tokens": jnp.zeros((2, 3), int)})
+
+
+def test_sums_with_names_that_the_step_has_itself_are_refused():
+    step = make_step(lambda params, batch, key: (params["w"], {"weight": 1.0, "loss": params["w"]}), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"sums with the names \['loss'\], which the step has itself"):
+        step(init_state({"w": jnp.ones(())}, optax.sgd(0.1), jax.random.key(0)), {"x": jnp.ones(2)})
+
+
+def test_an_optimiser_may_keep_the_parameters_themselves():
+    """As a teacher or a starting point: a step must not give the memory of both away."""
+    kept = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
+    optimizer = optax.chain(kept, optax.sgd(0.1))
+    step = on_one_device(make_step(lambda params, batch, key: params["w"], optimizer))
+    state = init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0))
+    state, _ = step(state, {"x": jnp.ones(2)})
+    assert float(state.opt_state[0]["w"]) == 1
