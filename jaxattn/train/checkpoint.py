@@ -221,21 +221,27 @@ def check_config(saved: Mapping[str, Any], config: Mapping[str, Any], where: str
         saved: The config that was saved.
         config: The config of now.
         where: The name of the thing that `saved` is the config of, for the message.
-        free: Fields that may differ.
+        free: Fields that may differ, with all that is in them.
     """
-    old, new = _flat(saved), _flat(json.loads(json.dumps(config)))
-    names = [name for name in {**old, **new} if name not in free and old.get(name, "absent") != new.get(name, "absent")]
+    names = [name for name in differing(saved, config) if not f"{name}.".startswith(tuple(f"{each}." for each in free))]
+    old, new = flat(saved), flat(config)
     if names:
         fields = "; ".join(f"{name} was {old.get(name, 'absent')}, now {new.get(name, 'absent')}" for name in names)
         raise ValueError(f"{where} is of another config: {fields}. Use that config, or another output folder")
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, str]:
+def differing(one: Any, other: Any) -> list[str]:
+    """Returns the dotted names of the values in which two configs differ."""
+    old, new = flat(one), flat(other)
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, str]:
     """Maps the dotted name of each value that is not itself a non-empty object or list to its JSON text."""
-    if isinstance(config, dict | list) and config:
-        items = config.items() if isinstance(config, dict) else enumerate(config)
+    if isinstance(config, Mapping | list | tuple) and config:
+        items = config.items() if isinstance(config, Mapping) else enumerate(config)
         return {
-            k: v for name, value in items for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()
+            k: v for name, value in items for k, v in flat(value, f"{prefix}.{name}" if prefix else str(name)).items()
         }
     return {prefix: json.dumps(config)}
 
