@@ -146,7 +146,8 @@ class Checkpoints:
         the folder `damaged` beside `folder`, so that the run can save that step anew.
 
         Args:
-            like: A state with the structure and dtypes of the result.
+            like: A state with the structure, dtypes and shardings of the result. The checkpoint may have been written
+                by a run on other devices.
             config: The config that the checkpoint must have.
             free: Dotted names of fields of the config that may differ.
 
@@ -156,13 +157,19 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
+            where = self.folder / str(step)
             try:
-                record, arrays = _read(self._manager, self.folder / str(step), step, ("params", "rest"))
+                record, stored = _look(self._manager, where, step, ("params", "rest"))
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 damaged[step] = _reason(error)
                 continue
-            check_config(record["config"], config, f"checkpoint {self.folder / str(step)}", free)
-            state = _from_arrays(like, arrays, self.folder / str(step))
+            check_config(record["config"], config, f"checkpoint {where}", free)
+            _check_arrays(like, stored, where)
+            try:
+                state = _read(self._manager, step, ("params", "rest"), like)
+            except Exception as error:
+                damaged[step] = _reason(error)
+                continue
             self._set_aside(damaged, step)
             return Restored(state, record["iterator"])
         if damaged:
@@ -193,7 +200,7 @@ def load(folder: str | Path, like: Callable[[dict[str, Any]], Params]) -> Loaded
     Args:
         folder: The output folder of a run, or its folder of checkpoints.
         like: A function that makes, from the config, a pytree with the structure, shapes and dtypes of the parameters:
-            arrays or `jax.ShapeDtypeStruct`s.
+            arrays or `jax.ShapeDtypeStruct`s. Those with a sharding are read to it.
 
     Raises:
         ValueError: The folder has no checkpoint, none can be read, or its parameters are not those of `like`.
@@ -207,11 +214,17 @@ def load(folder: str | Path, like: Callable[[dict[str, Any]], Params]) -> Loaded
         for step in sorted(manager.all_steps(), reverse=True):
             try:
                 name = "evaluated" if (folder / str(step) / "evaluated").is_dir() else "params"
-                record, arrays = _read(manager, folder / str(step), step, (name,))
+                record, stored = _look(manager, folder / str(step), step, (name,))
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 damaged[step] = _reason(error)
                 continue
-            tree = _from_arrays({"params": like(record["config"])}, arrays, folder / str(step))
+            wanted = {"params": like(record["config"])}
+            _check_arrays(wanted, stored, folder / str(step))
+            try:
+                tree = _read(manager, step, (name,), wanted)
+            except Exception as error:
+                damaged[step] = _reason(error)
+                continue
             for bad, reason in damaged.items():
                 message = f"the checkpoint of step {bad} is damaged ({reason}): step {step} is used instead"
                 warnings.warn(message, stacklevel=2)
@@ -227,21 +240,27 @@ def check_config(saved: Mapping[str, Any], config: Mapping[str, Any], where: str
         saved: The config that was saved.
         config: The config of now.
         where: The name of the thing that `saved` is the config of, for the message.
-        free: Fields that may differ.
+        free: Fields that may differ, with all that is in them.
     """
-    old, new = _flat(saved), _flat(json.loads(json.dumps(config)))
-    names = [name for name in {**old, **new} if name not in free and old.get(name, "absent") != new.get(name, "absent")]
+    names = [name for name in differing(saved, config) if not f"{name}.".startswith(tuple(f"{each}." for each in free))]
+    old, new = flat(saved), flat(config)
     if names:
         fields = "; ".join(f"{name} was {old.get(name, 'absent')}, now {new.get(name, 'absent')}" for name in names)
         raise ValueError(f"{where} is of another config: {fields}. Use that config, or another output folder")
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, str]:
+def differing(one: Any, other: Any) -> list[str]:
+    """Returns the dotted names of the values in which two configs differ."""
+    old, new = flat(one), flat(other)
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, str]:
     """Maps the dotted name of each value that is not itself a non-empty object or list to its JSON text."""
-    if isinstance(config, dict | list) and config:
-        items = config.items() if isinstance(config, dict) else enumerate(config)
+    if isinstance(config, Mapping | list | tuple) and config:
+        items = config.items() if isinstance(config, Mapping) else enumerate(config)
         return {
-            k: v for name, value in items for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()
+            k: v for name, value in items for k, v in flat(value, f"{prefix}.{name}" if prefix else str(name)).items()
         }
     return {prefix: json.dumps(config)}
 
@@ -253,7 +272,11 @@ def is_full_disk(error: BaseException) -> bool:
 
 def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=keep is not None)
-    return ocp.CheckpointManager(folder, options=options)
+    handlers = {  # named, so that shapes can be looked at before arrays are read
+        **{name: ocp.StandardCheckpointHandler() for name in ("params", "rest", "evaluated")},
+        "record": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
 @contextmanager
@@ -276,12 +299,24 @@ def _remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(manager: ocp.CheckpointManager, folder: Path, step: int, names: Sequence[str]) -> tuple[Any, Any]:
+def _look(manager: ocp.CheckpointManager, folder: Path, step: int, names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Returns the record of a checkpoint, and the shape and dtype of each of its arrays by name."""
     # Checksums first: they find every changed byte, also in numbers that would still read as numbers.
     _verify_checksums(folder)
-    items = {name: ocp.args.StandardRestore() for name in names}
-    restored = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore(), **items))
-    return restored["record"], {key: array for name in names for key, array in restored[name].items()}
+    record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+    metadata = manager.item_metadata(step)
+    return record, {key: array for name in names for key, array in metadata[name].items()}
+
+
+def _read(manager: ocp.CheckpointManager, step: int, names: Sequence[str], like: Any) -> Any:
+    """Returns the arrays of a checkpoint as a tree like another, each on the devices of its like."""
+    stored = {name: _as_stored(leaf) for name, leaf in _stored_leaves(like).items()}
+    items = {
+        item: {name: leaf for name, leaf in stored.items() if _is_parameter(name) == (item != "rest")} for item in names
+    }
+    args = {item: ocp.args.StandardRestore(leaves) for item, leaves in items.items()}
+    restored = manager.restore(step, args=ocp.args.Composite(**args))
+    return _from_arrays(like, {key: array for item in names for key, array in restored[item].items()})
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -329,30 +364,41 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
-def _to_arrays(tree: Any) -> dict[str, np.ndarray]:
-    # Arrays without elements hold nothing to save, and Orbax refuses them.
-    leaves = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in _named_leaves(tree).items()}
-    return {name: np.asarray(leaf) for name, leaf in jax.device_get(leaves).items() if np.size(leaf)}
+def _stored_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the arrays of a tree by name, but those without elements: these hold nothing, and Orbax refuses them."""
+    return {name: leaf for name, leaf in _named_leaves(tree).items() if np.prod(leaf.shape, dtype=int)}
 
 
-def _from_arrays(like: Any, arrays: Mapping[str, np.ndarray], where: Path) -> Any:
-    stored = {name: leaf for name, leaf in _named_leaves(like).items() if np.prod(leaf.shape, dtype=int)}
+def _to_arrays(tree: Any) -> dict[str, Any]:
+    leaves = _stored_leaves(tree)
+    return {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves.items()}
+
+
+def _as_stored(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns the array that a checkpoint has for a leaf, with the sharding that it is to be read to, if any."""
+    found = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _check_arrays(like: Any, arrays: Mapping[str, Any], where: Path) -> None:
+    stored = _stored_leaves(like)
     if missing := sorted(stored.keys() - arrays.keys()):
         raise ValueError(f"checkpoint {where} lacks {', '.join(missing)}: it is of another model or optimiser")
     if unknown := sorted(arrays.keys() - stored.keys()):
         raise ValueError(f"checkpoint {where} also holds {', '.join(unknown)}: it is of another model or optimiser")
     for name, leaf in stored.items():
-        array = arrays[name]
-        if not _is_key(leaf) and (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
-            found, needed = f"{array.dtype}{list(array.shape)}", f"{leaf.dtype}{list(leaf.shape)}"
+        array, wanted = arrays[name], _as_stored(leaf)
+        if (tuple(array.shape), array.dtype) != (wanted.shape, wanted.dtype):
+            found, needed = f"{array.dtype}{list(array.shape)}", f"{wanted.dtype}{list(wanted.shape)}"
             raise ValueError(f"checkpoint {where} holds {name} as {found}: the model or optimiser needs {needed}")
 
+
+def _from_arrays(like: Any, arrays: Mapping[str, Any]) -> Any:
     def restore(path: Any, leaf: Any) -> jax.Array:
         array = arrays.get(jax.tree_util.keystr(path, simple=True, separator="."))
         if array is None:
             return jnp.zeros(leaf.shape, leaf.dtype)
-        if _is_key(leaf):
-            return jax.random.wrap_key_data(jnp.array(array), impl=jax.random.key_impl(leaf))
-        return jnp.array(array)
+        array = array if isinstance(array, jax.Array) else jnp.array(array)
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
 
     return jax.tree_util.tree_map_with_path(restore, like)

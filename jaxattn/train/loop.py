@@ -24,9 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, Mesh
 from rich.console import Console
 
 from jaxattn.core.checks import check_int
+from jaxattn.nn.sharding import RULES, Rules, shardings
 from jaxattn.train.checkpoint import Checkpoints, check_config, is_full_disk
 from jaxattn.train.data import TRAINING, Drawn, check_seed, drawn_batch
 from jaxattn.train.log import Display, Log
@@ -38,8 +40,8 @@ from jaxattn.train.step import (
     Params,
     State,
     Step,
-    data_mesh,
     init_state,
+    is_function,
     make_evaluation,
     make_step,
     on_mesh,
@@ -60,6 +62,7 @@ FREE_FIELDS = tuple(
         "save_every",
         "keep",
         "devices",
+        "mesh",
         "keep_best",
         "patience",
         "best_metric",
@@ -90,6 +93,9 @@ class TrainConfig:
         log_every: Steps between lines in the log; the last step always has one.
         seed: Seed of the order of the data and of the random numbers inside the steps.
         devices: one device; mesh for all devices by sharding; pmap for all devices by jax.pmap.
+        mesh: With mesh, the axes over which state and batch are spread, each with its number of devices: some of data,
+            fsdp, tensor and context, as `nn.RULES` names them, whose product is the number of devices. Null puts all
+            devices on data.
     """
 
     steps: int = 1000
@@ -106,6 +112,7 @@ class TrainConfig:
     log_every: int = 10
     seed: int = 0
     devices: Literal["one", "mesh", "pmap"] = "one"
+    mesh: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,7 @@ def fit(
     on_eval: Hooks = (),
     extend: bool = False,
     tokenizer: Tokenizer | None = None,
+    rules: Rules = RULES,
     console: Console | None = None,
 ) -> Result:
     """Trains from `params`, or from the newest checkpoint in `folder`, to the last step.
@@ -171,7 +179,8 @@ def fit(
 
     Args:
         loss_fn: loss_fn(params, batch, key), as `make_step` takes it.
-        params: The first parameters.
+        params: The first parameters, or a function without arguments that makes them: on a mesh no device then ever
+            holds an array that is spread.
         optimizer: The optimiser: an `OptimizerConfig`, which becomes part of the config of the run, or any of optax.
         train_data: A source of records: `Windows`, anything with a length and records by index, a dict of arrays with
             rows, a pipeline of grain, anything that can be iterated over (`jaxattn.train.sources` says what resumes
@@ -195,6 +204,7 @@ def fit(
             depend on their number.
         tokenizer: The tokenizer of the tokens, which is saved in the folder: the command line and `Tokenizer.of_run`
             read it there. None for bytes, and for what is no text.
+        rules: The rules by which state and batch are spread over a mesh.
         console: The console for progress.
 
     Raises:
@@ -211,15 +221,18 @@ def fit(
     step_hooks, log_hooks, eval_hooks = (
         _hooks(*each) for each in (("on_step", on_step), ("on_log", on_log), ("on_eval", on_eval))
     )
-    _check(config, train_data, validation_data)
+    _check(config, train_data, validation_data, rules)
+    mesh = _mesh(config)
     record = _record(run_config, config, train_data, validation_data, optimizer, tokenizer)
     transformation = make_optimizer(optimizer, config.steps) if isinstance(optimizer, OptimizerConfig) else optimizer
+    if mesh is not None:  # raises where the mesh does not fit the parameters
+        shardings(jax.eval_shape(params) if is_function(params) else params, mesh, rules)
     _claim(folder, record, lambda steps: None if extend else _forbids_more_steps(optimizer, folder, steps))
     if tokenizer is not None:
         tokenizer.save(folder)
-    evaluation = _on_devices(config.devices, lambda axis: make_evaluation(loss_fn, axis_name=axis))
+    evaluation = _on_devices(config.devices, mesh, rules, lambda axis: make_evaluation(loss_fn, axis_name=axis))
     iterator = None if isinstance(train_data, Drawn) else batches(train_data, config.batch_size, config.seed)
-    state = init_state(params, transformation, jax.random.key(config.seed))
+    state = init_state(params, transformation, jax.random.key(config.seed), mesh, rules)
 
     with Checkpoints(folder / "checkpoints", config.keep) as checkpoints, _interruptions() as interrupted:
         restored = checkpoints.restore_latest(state, record, (*FREE_FIELDS, "train.steps"))
@@ -239,7 +252,7 @@ def fit(
 
         drawn = isinstance(train_data, Drawn)
         stride = _stride(config, first) if drawn and not step_hooks else 1
-        train_step = _train_step(loss_fn, transformation, config, train_data, stride)
+        train_step = _train_step(loss_fn, transformation, config, train_data, stride, mesh, rules)
         with Display(console, first, config.steps) as display:
             pending: dict[int, Any] = {}
             tokens_per_row = 0
@@ -280,7 +293,7 @@ def fit(
                     line |= {**_readable(metrics), "tokens_per_second": speed}
                 if evaluates:
                     batches_in_order = ordered_batches(
-                        validation_data, config.batch_size, config.eval_batches, _count(config)
+                        validation_data, config.batch_size, config.eval_batches, _count(config, rules)[0]
                     )
                     state, validation = _evaluate(evaluation, state, batches_in_order)
                     line |= {f"validation_{name}": value for name, value in validation.items()}
@@ -376,6 +389,8 @@ def _train_step(
     config: TrainConfig,
     data: Any,
     stride: int,
+    mesh: Mesh | None,
+    rules: Rules,
 ) -> Step:
     def make(axis_name: str | None) -> Step:
         step = make_step(loss_fn, optimizer, accumulate=config.accumulate, axis_name=axis_name)
@@ -385,7 +400,7 @@ def _train_step(
             step, stride, lambda number: drawn_batch(data, config.batch_size, config.seed, TRAINING, number)
         )
 
-    return _on_devices(config.devices, make)
+    return _on_devices(config.devices, mesh, rules, make)
 
 
 def _record(
@@ -425,7 +440,7 @@ def _plain(x: Any) -> Any:
     raise TypeError(f"Object of type {type(x).__name__} is not JSON serializable")
 
 
-def _check(config: TrainConfig, train: Any, validation: Any) -> None:
+def _check(config: TrainConfig, train: Any, validation: Any, rules: Rules) -> None:
     for name, source in (("train_data", train), ("validation_data", validation)):
         if source is not None or name == "train_data":
             check_source(name, source)
@@ -448,17 +463,65 @@ def _check(config: TrainConfig, train: Any, validation: Any) -> None:
         raise ValueError(f"devices is {config.devices!r} but batches are drawn inside the step: need 'one'")
     if isinstance(validation, Drawn) and config.eval_batches is None:
         raise ValueError("eval_batches is None but validation batches are drawn without end: need a number")
-    devices = _count(config)
+    _check_mesh(config, rules)
+    devices, along = _count(config, rules)
     if config.batch_size % (devices * config.accumulate):
+        where = f" along {' and '.join(map(repr, along))}" if along else ""
         raise ValueError(
-            f"batch_size is {config.batch_size} for {devices} device(s) and {config.accumulate} micro-batch(es): "
-            f"need a multiple of {devices * config.accumulate}"
+            f"batch_size is {config.batch_size} for {devices} device(s){where} and {config.accumulate} "
+            f"micro-batch(es): need a multiple of {devices * config.accumulate}"
+        )
+    pieces = math.prod(_sizes(config).get(axis, 1) for axis in _axes(rules, "length"))
+    if config.devices == "mesh" and (length := getattr(train, "length", pieces)) % pieces:
+        along = tuple(axis for axis in _axes(rules, "length") if axis in _sizes(config))
+        raise ValueError(
+            f"train_data has rows of length {length} for {pieces} device(s) along {' and '.join(map(repr, along))}: "
+            f"need a multiple of {pieces}"
         )
 
 
-def _count(config: TrainConfig) -> int:
-    """Returns the number of devices that share the rows of a batch."""
-    return 1 if config.devices == "one" else len(jax.devices())
+def _check_mesh(config: TrainConfig, rules: Rules) -> None:
+    if config.mesh is None:
+        return
+    if config.devices != "mesh":
+        raise ValueError(f"mesh is {config.mesh} but devices is {config.devices!r}: need devices 'mesh'")
+    known = sorted({axis for name in rules for axis in _axes(rules, name)})
+    for name, size in config.mesh.items():
+        if name not in known:
+            raise ValueError(f"mesh has the axis {name!r}, over which nothing is spread: need some of {known}")
+        check_int(f"mesh[{name!r}]", size)
+    devices, product = len(jax.devices()), math.prod(config.mesh.values())
+    if min(config.mesh.values(), default=0) < 1 or product != devices:
+        raise ValueError(
+            f"mesh is {config.mesh}, of {product} device(s), but there are {devices}: need sizes from 1 on whose "
+            f"product is {devices}"
+        )
+
+
+def _axes(rules: Rules, name: str) -> tuple[str, ...]:
+    """Returns the axes of a mesh over which an axis of arrays is spread."""
+    axes = rules.get(name)
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _sizes(config: TrainConfig) -> Mapping[str, int]:
+    return {"data": len(jax.devices())} if config.mesh is None else config.mesh
+
+
+def _mesh(config: TrainConfig) -> Mesh | None:
+    if config.devices != "mesh":
+        return None
+    sizes = _sizes(config)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _count(config: TrainConfig, rules: Rules) -> tuple[int, tuple[str, ...]]:
+    """Returns the number of devices that share the rows of a batch, and the axes of the mesh along which they do."""
+    if config.devices != "mesh":
+        return 1 if config.devices == "one" else len(jax.devices()), ()
+    sizes = _sizes(config)
+    along = tuple(axis for axis in _axes(rules, "batch") if axis in sizes)
+    return math.prod(sizes[axis] for axis in along), along
 
 
 def _claim(folder: Path, record: Mapping[str, Any], forbids: Callable[[int], str | None]) -> None:
@@ -485,9 +548,9 @@ def _claim(folder: Path, record: Mapping[str, Any], forbids: Callable[[int], str
     temporary.replace(file)
 
 
-def _on_devices(devices: str, make: Callable[[str | None], Step]) -> Step:
-    if devices == "mesh":
-        return on_mesh(make(None), data_mesh())
+def _on_devices(devices: str, mesh: Mesh | None, rules: Rules, make: Callable[[str | None], Step]) -> Step:
+    if mesh is not None:
+        return on_mesh(make(None), mesh, rules)
     if devices == "pmap":
         return on_pmap(make("devices"), "devices")
     return on_one_device(make(None))

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxattn.nn.sharding import RULES, Rules, partition_spec, sharding_rules, shardings
+from jaxattn.nn.sharding import RULES, Rules, made_on, partition_spec, sharding_rules, shardings
 from jaxattn.train.optimizer import evaluation_params, loss_scale
 
 Params = Any
@@ -45,17 +45,59 @@ class State(NamedTuple):
 Step = Callable[[State, Any], tuple[State, Metrics]]
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+def init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+) -> State:
     """Returns the state before step 0.
 
     Arrays are copied: steps give a state's memory away, and the caller keeps its own.
+
+    Args:
+        params: The parameters, or a function without arguments that makes them. On a mesh each device then makes its
+            own part alone, so that no device ever holds an array that is spread.
+        optimizer: The optimiser.
+        key: The run's random key.
+        mesh: A mesh over which the state is spread, as `on_mesh` keeps it.
+        rules: The rules by which it is spread.
+
+    Raises:
+        ValueError: As `nn.shardings`.
     """
+
+    def before(params: Params) -> State:
+        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+
+    def make() -> State:
+        return before(params())
+
+    if mesh is not None and is_function(params):
+        return made_on(make, mesh, rules)
+    if mesh is not None:
+        spread = shardings(jax.eval_shape(before, params), mesh, rules)
+        return jax.jit(before, out_shardings=spread)(jax.tree.map(_put, params, spread.params))
+    params = params() if is_function(params) else params
     params, key = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, key))
     own = {id(leaf) for leaf in jax.tree.leaves(params)}  # an optimiser may keep the parameters themselves
     opt_state = jax.tree.map(
         lambda leaf: jnp.array(leaf, copy=True) if id(leaf) in own else leaf, optimizer.init(params)
     )
     return State(jnp.zeros((), jnp.int32), params, opt_state, key)
+
+
+def is_function(params: Any) -> bool:
+    """Returns whether these are no parameters, but a function that makes them."""
+    return callable(params) and jax.tree_util.all_leaves([params])
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Returns x as it is to be spread. Each process puts its part of what all processes have on its own devices."""
+    if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
 
 
 def make_step(

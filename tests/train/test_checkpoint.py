@@ -12,6 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from jaxattn.train import Checkpoints, State, check_config, init_state, load
 
@@ -82,6 +83,26 @@ def test_the_parameters_of_flax_modules_come_back(tmp_path):
         assert_bitwise(checkpoints.restore_latest(like, CONFIG).state, state)
     loaded = load(tmp_path, lambda config: nnx.split(nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0))))[1])
     assert_bitwise(loaded.params, params)
+
+
+def test_a_checkpoint_is_read_to_the_mesh_of_the_run_that_reads_it(tmp_path):
+    def spread(mesh, value):
+        params = {"kernel": nnx.Param(jnp.full((8, 16), value) + jnp.arange(16), axes=("width", "hidden"))}
+        return init_state(params, OPTIMIZER, jax.random.key(7), mesh)
+
+    def mesh(**sizes):
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+    saved = spread(mesh(fsdp=8), 1.0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(saved, {}, CONFIG)
+        for other in (mesh(fsdp=2, tensor=4), mesh(data=8), None):
+            like = spread(other, 0.0)
+            restored = checkpoints.restore_latest(like, CONFIG).state
+            assert_bitwise(restored, saved)
+            for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
+                assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+    assert_bitwise(load(tmp_path, lambda config: spread(None, 0.0).params).params, saved.params)
 
 
 def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):

@@ -5,14 +5,16 @@ import errno
 import io
 import json
 import math
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from bigram import CONFIG, initial_params, loss_fn, run, windows
+from flax import nnx
 from rich.console import Console
 
-from jaxattn.train import OptimizerConfig, Result, TrainConfig, load, next_token_loss, ordered_batches
+from jaxattn.train import OptimizerConfig, Result, TrainConfig, Windows, load, next_token_loss, ordered_batches
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -101,12 +103,27 @@ def test_eight_devices_train_and_evaluate_like_one(devices, tmp_path):
     assert many.complete
 
 
+def test_rows_that_a_mesh_cannot_cut_are_refused_before_anything_is_written(tmp_path):
+    mesh = changed(accumulate=1, devices="mesh", mesh={"context": 8})
+    train_data = Windows(windows()[0].stream, 12)
+    with pytest.raises(ValueError, match=r"rows of length 12 for 8 device\(s\) along 'context': need a multiple of 8"):
+        run(tmp_path / "run", mesh, train_data=train_data)
+    params = {"odd": nnx.Param(jnp.ones(3), axes=("hidden",))}
+    with pytest.raises(ValueError, match="odd: axis 'hidden' of 3 does not divide over the mesh axes 'tensor' of 8"):
+        run(tmp_path / "run", changed(devices="mesh", mesh={"tensor": 8}), params=params)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resumed_run_may_move_to_other_devices(tmp_path):
     run(tmp_path, changed(steps=12, accumulate=1))
     for step in ("12", "9"):
         (tmp_path / "checkpoints" / step / "params" / "_METADATA").unlink()
     with pytest.warns(UserWarning, match="is damaged"):
         assert run(tmp_path, changed(accumulate=1, devices="mesh", keep=1, log_every=5)).complete
+    for step in ("12", "9"):
+        shutil.rmtree(tmp_path / "checkpoints" / step, ignore_errors=True)
+    moved = changed(accumulate=1, devices="mesh", mesh={"data": 2, "context": 4})
+    assert run(tmp_path, moved).complete
 
 
 def stopping(value, at):
@@ -226,6 +243,17 @@ def test_a_folder_where_a_run_never_began_can_be_used(tmp_path):
         ({"batch_size": 6, "accumulate": 4}, "need a multiple of 4"),
         ({"batch_size": 12, "accumulate": 1, "devices": "mesh"}, r"12 for 8 device\(s\) .*: need a multiple of 8"),
         ({"batch_size": 8, "accumulate": 2, "devices": "pmap"}, r"and 2 micro-batch\(es\): need a multiple of 16"),
+        ({"mesh": {"data": 8}}, "mesh is {'data': 8} but devices is 'one': need devices 'mesh'"),
+        (
+            {"devices": "mesh", "mesh": {"rows": 8}},
+            "the axis 'rows', over which nothing is spread: need some of .*'data'",
+        ),
+        ({"devices": "mesh", "mesh": {"data": 3}}, r"of 3 device\(s\), but there are 8: need .* product is 8"),
+        ({"devices": "mesh", "mesh": {"data": -2, "fsdp": -4}}, "need sizes from 1 on whose product is 8"),
+        (
+            {"batch_size": 6, "accumulate": 1, "devices": "mesh", "mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+            r"batch_size is 6 for 4 device\(s\) along 'data' and 'fsdp' and 1 .*: need a multiple of 4",
+        ),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused_before_anything_is_written(changes, message, tmp_path):

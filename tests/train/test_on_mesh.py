@@ -98,3 +98,20 @@ def test_no_device_holds_more_than_its_part(name):
             parts *= spread["tensor"] if {"heads", "hidden", "vocabulary"} & set(names) else 1
             parts *= spread["tensor"] if "key_heads" in names and spread["tensor"] <= 2 else 1
             assert shard.data.size * parts == param.size, (path, names)
+
+
+@pytest.mark.parametrize("given", ["arrays", "a function"])
+def test_the_first_state_is_spread_and_is_that_of_one_device(given):
+    def make():
+        return nnx.state(model([LAYER]), nnx.Param)
+
+    mesh, key = mesh_of(MESHES["all"]), jax.random.key(0)
+    expected = init_state(make(), OPTIMIZER, key)
+    state = init_state(make() if given == "arrays" else make, OPTIMIZER, key, mesh)
+    wanted = nn.shardings(expected, mesh)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for ours, theirs, sharding in zip(*map(jax.tree.leaves, (state, expected, wanted)), strict=True):
+        assert ours.sharding.is_equivalent_to(sharding, ours.ndim)
+        if not jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            # What is drawn is computed by another program.
+            np.testing.assert_allclose(ours, theirs, rtol=4 * np.finfo(np.float32).eps)
