@@ -103,7 +103,9 @@ STREAMING = [name for name, slot in SLOTS.items() if slot.tiles]
 
 def often(i: int, name: str, devices: int) -> bool:
     """One number of devices for each kind of slot; the rest is among the slow tests."""
-    return devices == (4, 8)[i % 2] and not any(word in name for word in (" by ", " of ", ", two", "Relu", ", both"))
+    return devices == (4, 8)[i % 2] and not any(
+        word in name for word in (" by ", " of ", ", two", "Relu", ", both", "Elu1, n", "Weights, n")
+    )
 
 
 OF_SLOTS = [
@@ -256,9 +258,8 @@ def drawn(seed: int, kind: str, devices: int, empty: float = 0.0):
     return np.where(rng.random((B, T)) < empty, -1, rows).astype(np.int32)
 
 
-@pytest.mark.parametrize(
-    "devices", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # for four devices see the next law
+@pytest.mark.parametrize("devices", [1, 2, 8])
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped", "scattered"])
 def test_documents_in_any_order_over_any_number_of_devices(devices, kind):
     with jax.enable_x64(True):
@@ -503,7 +504,7 @@ def test_steps_are_found_by_positions_where_they_are_not_known():
     assert hops(None, np.full(32, -1, np.int32)) == 0
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_memory_of_a_device_does_not_grow_with_the_number_of_devices(known):
     """64 tokens on each of 2 or 8 devices, forward and backward: temporary memory is the same."""
 

@@ -49,10 +49,9 @@ OFTEN = [
     ("per channel", 4, "segments"),
     ("delta per channel", 4, "both"),
     ("erase per token", 8, "segments"),
-    ("shared keys", 2, "state"),
-    ("grouped values", 4, "nothing"),
 ]
 EVERY = [(name, devices, "both") for name in CASES for devices in (1, 2, 4, 8)]
+EVERY += [("shared keys", 2, "state"), ("grouped values", 4, "nothing")]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +207,7 @@ MEMORIES = {
 }
 OF_MEMORIES = [
     ("matrix", 4, "state"),
-    ("network", 2, "lengths"),
+    pytest.param("network", 2, "lengths", marks=pytest.mark.slow),
     *(
         pytest.param(name, devices, more, marks=pytest.mark.slow)
         for name in MEMORIES
