@@ -101,11 +101,12 @@ def over_devices(arrays, positions, *, name, devices):
 STREAMING = [name for name, slot in SLOTS.items() if slot.tiles]
 
 
+RARELY = (" by ", " of ", ", two", ", both", "Relu", "Elu1, normalised", "LinearWeights, normalised")
+
+
 def often(i: int, name: str, devices: int) -> bool:
     """One number of devices for each kind of slot; the rest is among the slow tests."""
-    return devices == (4, 8)[i % 2] and not any(
-        word in name for word in (" by ", " of ", ", two", "Relu", ", both", "Elu1, n", "Weights, n")
-    )
+    return devices == (4, 8)[i % 2] and not any(words in name for words in RARELY)
 
 
 OF_SLOTS = [
