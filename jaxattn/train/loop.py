@@ -171,8 +171,8 @@ def fit(
     where the sums have `nll` and `bytes`. Evaluations add the same with `validation_` before the name.
 
     A run may be given more `steps` than it had, also when it is complete, if the learning rate of the steps that it has
-    done does not depend on their number: with the schedule constant, or stable before it falls. It ends as if it had
-    had them from the start.
+    done does not depend on their number: with the schedule constant, or stable before it falls. It ends with the
+    parameters of a run that had them from the start.
 
     The tokens of a row, by which speed is measured, are the `length` of the source, or else what its `tokens` hold, or
     its `weights`. A row without them is one.
