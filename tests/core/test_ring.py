@@ -288,7 +288,9 @@ def test_drawn_orders_documents_and_empty_slots(seed, kind, empty, ids):
 @pytest.mark.parametrize(
     ("mask", "function"),
     [
-        pytest.param(Window(3), ring, id="window"),
+        pytest.param(Window(3, 2), ring, id="window both ways"),
+        pytest.param(Window(3), ring, id="window", marks=pytest.mark.slow),
+        pytest.param(~Causal() & ~Window(0, 8), ring, id="far ahead", marks=pytest.mark.slow),
         pytest.param(None, ring, id="none"),
         pytest.param(Causal(), gathered, id="causal, gathered"),
         pytest.param(Explicit(RNG.random((N, T, T)) < 0.2), ring, id="table", marks=pytest.mark.slow),
@@ -462,6 +464,14 @@ def test_a_window_stops_after_the_steps_it_needs_and_sends_key_heads(window, hop
     assert {each.name for each in found} == {"ppermute"}
     # Keys go round again, with their gradients, which are brought home by one more step unless they are there.
     assert {each.times for each in found} == ({8} if hops == 8 else {hops, 1})
+
+
+def test_a_window_both_ways_begins_ahead():
+    """Shards of 8 tokens and keys up to 8 on either side: one step back, and then three, of 8."""
+    arrays = [jax.ShapeDtypeStruct((B, 64, heads, 4), jnp.float32) for heads in (2, 2, 2)]
+    specs = {"mesh": mesh_of(8), "in_specs": SHARD, "out_specs": SHARD}
+    function = jax.shard_map(partial(ring, axis_name="context", mask=Window(8, 8)), **specs)
+    assert {each.times for each in collectives(function, *arrays)} == {1, 3}
 
 
 @pytest.mark.parametrize("function", [ring, split_keys])
