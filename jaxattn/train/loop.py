@@ -411,7 +411,7 @@ def _record(
     optimizer: Any,
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
-    own = {
+    own: dict[str, Any] = {
         "train": json.loads(json.dumps(dataclasses.asdict(config), default=_plain)),
         "corpus": {
             "length": getattr(train, "length", None),
@@ -419,6 +419,8 @@ def _record(
             "validation": None if validation is None else described(validation),
         },
     }
+    if not (isinstance(train, Drawn) or getattr(train, "of_text", False)):
+        own["corpus"]["bytes"] = False
     if isinstance(optimizer, OptimizerConfig):
         own["optimizer"] = json.loads(json.dumps(dataclasses.asdict(optimizer), default=_plain))
     if tokenizer is not None and tokenizer.record is not None:
