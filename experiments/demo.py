@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxattn import Causal, Sigmoid, Sinks, Window, analysis, models, nn, viz
-from jaxattn.__main__ import DataConfig, begin, generate, look, token_labels, train
-from jaxattn.train import OptimizerConfig, TrainConfig
+from jaxattn.__main__ import DataConfig, generate, look, train
+from jaxattn.train import OptimizerConfig, Tokenizer, TrainConfig
 
 # Chosen by measuring the softmax decoder's validation bits per byte after about a minute on two cores (x86-64, jax
 # 0.10.2, seed 0): width 192, batch 16, rate 3e-3: 2.67; 128, 16, 6e-3: 2.43; 128, 16, 3e-3: 2.43; 96, 16, 4e-3: 2.35;
@@ -43,7 +43,7 @@ def main(folder: Path, steps: int) -> dict[str, float]:
     console, started = Console(), time.perf_counter()
     training = dataclasses.replace(TRAINING, steps=steps)
     optimizer = dataclasses.replace(OPTIMIZER, warmup_steps=min(OPTIMIZER.warmup_steps, steps // 2))
-    results, weights, captions, tokens = {}, {}, {}, begin(TEXT[: CONTEXT - 1])
+    results, weights, captions, tokens = {}, {}, {}, Tokenizer().opened(TEXT[: CONTEXT - 1])
     for name, attention in ATTENTIONS.items():
         console.rule(f"training: {name}")
         config = models.TransformerConfig(length=CONTEXT, width=WIDTH, layers=[models.pre_norm(attention)] * LAYERS)
@@ -69,7 +69,7 @@ def main(folder: Path, steps: int) -> dict[str, float]:
 
     curves = viz.show_curves({name: result.history for name, result in results.items()})
     loss = viz.save(curves, folder / "loss.png")
-    heads = viz.save(viz.show_heads(weights, captions, token_labels(tokens)), folder / "attention.png")
+    heads = viz.save(viz.show_heads(weights, captions, Tokenizer().strings(tokens)), folder / "attention.png")
     console.rule()
     look(TEXT[: CONTEXT - 1], str(folder / "softmax"), str(folder / "look.html"))
     console.print(f"figures: {loss} and {heads}; {time.perf_counter() - started:.0f} s in all", soft_wrap=True)

@@ -27,14 +27,10 @@ try:
 
     from jaxattn import viz
     from jaxattn.train import (
-        BOS,
-        EOS,
-        VOCABULARY,
         OptimizerConfig,
+        Tokenizer,
         TrainConfig,
         Windows,
-        decode,
-        encode,
         fit,
         language_loss,
         read_documents,
@@ -57,11 +53,17 @@ class DataConfig:
             library if not given.
         validation_fraction: Share of the documents that is kept for validation, between 0 and 1.
         seed: Seed of the split.
+        tokenizer: A file tokenizer.json, as the library tokenizers writes it; tokens are bytes if not given.
+        begin_token: The token of this tokenizer that opens each document, such as <s>; none if not given.
+        end_token: The token that closes each document, such as <|endoftext|>; none if not given.
     """
 
     path: str | None = None
     validation_fraction: float = 0.05
     seed: int = 0
+    tokenizer: str | None = None
+    begin_token: str | None = None
+    end_token: str | None = None
 
 
 def train(
@@ -72,7 +74,7 @@ def train(
     z_loss: float = 0.0,
     folder: str = DEFAULT_FOLDER,
 ):
-    """Train a byte-level language model; run it again to resume.
+    """Train a language model, of bytes or of the tokens of a tokenizer; run it again to resume.
 
     Args:
         model: The decoder.
@@ -82,17 +84,29 @@ def train(
         z_loss: Weight of the squared log-partition in the loss; keeps logits small.
         folder: Output folder: config, log, checkpoints and the loss figure.
     """
-    if model.vocabulary < VOCABULARY:
-        raise ValueError(f"vocabulary is {model.vocabulary}: bytes and their specials need {VOCABULARY}")
+    if data.tokenizer is None:
+        tokenizer = Tokenizer(begin=data.begin_token, end=data.end_token)
+    else:
+        tokenizer = Tokenizer.of_file(data.tokenizer, data.begin_token, data.end_token)
+    if model.vocabulary < (tokenizer.vocabulary or 0):
+        of = "bytes and their specials" if data.tokenizer is None else "the tokens of the tokenizer"
+        raise ValueError(f"vocabulary is {model.vocabulary}: {of} need {tokenizer.vocabulary}")
     documents = standard_library() if data.path is None else read_documents(data.path)
     training, validation = split(documents, data.validation_fraction, data.seed)
+
+    def windows(texts: Any) -> Windows:
+        if tokenizer.tokenizer is None:
+            return Windows(texts, model.length)
+        return Windows(tokenizer.documents(texts), model.length, token_bytes=tokenizer.token_bytes)
+
     params, loss_fn = language_loss(models.Transformer(model, rngs=nnx.Rngs(train.seed)), z_loss)
     result = fit(
         loss_fn=loss_fn,
         params=params,
         optimizer=optimizer,
-        train_data=Windows(training, model.length),
-        validation_data=Windows(validation, model.length),
+        train_data=windows(training),
+        validation_data=windows(validation),
+        tokenizer=tokenizer,
         config=train,
         run_config={
             "model": models.to_plain(model),
@@ -103,7 +117,8 @@ def train(
     )
     if result.complete:
         figure = viz.save(viz.show_curves({Path(folder).name: result.history}), Path(folder) / "loss.png")
-        print(f"validation bits per byte {result.metrics['validation_bits_per_byte']:.3f}; loss figure {figure}")
+        name = next(x for x in ("validation_bits_per_byte", "validation_loss") if x in result.metrics)
+        print(f"{name.replace('_', ' ')} {result.metrics[name]:.3f}; loss figure {figure}")
     return result
 
 
@@ -122,11 +137,11 @@ def generate(
 
     Args:
         prompt: The text to continue; empty for the start of a document.
-        max_new_tokens: Number of bytes to add at most, with `model` of tokens; if not given, up to the model's context,
-            and with `model` 256 at most.
-        temperature: Divides the logits; 0 always takes the likeliest byte.
-        top_k: Draw from this many likeliest bytes only.
-        top_p: Draw from the fewest likeliest bytes that have this probability together.
+        max_new_tokens: Number of tokens to add at most (of bytes, if the run has no tokenizer); if not given, up to the
+            model's context, and with `model` 256 at most.
+        temperature: Divides the logits; 0 always takes the likeliest token.
+        top_k: Draw from this many likeliest tokens only.
+        top_p: Draw from the fewest likeliest tokens that have this probability together.
         seed: Seed of the draw.
         folder: Output folder of the training run.
         model: A published model in place of one that was trained here: a folder with config.json, a GGUF file, or a
@@ -139,15 +154,16 @@ def generate(
         if chat:
             raise ValueError("chat is True without model: need a published model, which knows conversations")
         decoder, _ = models.load_model(folder)
-        tokens, end, limit, read = begin(prompt), EOS, decoder.config.length, decode
+        tokenizer = Tokenizer.of_run(folder)
+        tokens, end, limit, read = tokenizer.opened(prompt), tokenizer.end, decoder.config.length, tokenizer.decode
     else:
         loaded = models.load_pretrained(found(model))
         decoder, end, limit, read = loaded.model, loaded.end_token, 256, loaded.decode
         if not (isinstance(decoder, models.Transformer) and decoder.config.causal):
             raise ValueError(f"model {model!r} is of kind {loaded.config['model_type']!r}: need a decoder of text")
         tokens = loaded.chat([{"role": "user", "content": prompt}]) if chat else loaded.encode(prompt)
-        if not len(tokens):
-            raise ValueError("prompt is empty, and this model has no token that begins a text: need a prompt")
+    if not len(tokens):
+        raise ValueError("prompt is empty, and this model has no token that begins a text: need a prompt")
     room = min(decoder.config.length - len(tokens), limit)
     drawn = models.generate(
         decoder,
@@ -265,11 +281,6 @@ def weights(name: str):
     return path
 
 
-def begin(text: str) -> np.ndarray:
-    """The tokens [T] of a document that starts with this text."""
-    return np.concatenate([[BOS], encode(text)])
-
-
 def found(model: str) -> str:
     """The path of a model: of one that `jaxattn weights` knows by name if there is no such path."""
     known = not Path(model).exists() and model in models.pretrained.PACKAGED
@@ -279,7 +290,8 @@ def found(model: str) -> str:
 def opened(path: str) -> tuple[Any, Callable[[str], np.ndarray], Callable[[Any], list[str]]]:
     """A model, what turns a text into its tokens [T], and what turns tokens into strings."""
     if (Path(path) / "checkpoints").is_dir():
-        return models.load_model(path)[0], begin, token_labels
+        tokenizer = Tokenizer.of_run(path)
+        return models.load_model(path)[0], tokenizer.opened, tokenizer.strings
     path = found(path)
     if not Path(path).exists():
         hint = ": run `make demo` first, or give --model" if path == DEMO else ""
@@ -358,12 +370,6 @@ def lens(model: models.Transformer, tokens: np.ndarray, strings: Callable[[Any],
     words = [[[known[token] for token in place] for place in row] for row in np.asarray(best).tolist()]
     rows = ["embed", *(f"layer {layer}" for layer in range(len(words) - 1))]
     return viz.Lens(words, probabilities, rows, ahead=int(model.config.causal))
-
-
-def token_labels(tokens: np.ndarray) -> list[str]:
-    """One short label per byte token."""
-    names = {BOS: "BOS", EOS: "EOS"}
-    return [names.get(token) or (chr(token) if token < 128 else f"{token:02x}") for token in tokens.tolist()]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,8 @@
 """Every test sees 8 simulated CPU devices; compiled programs are kept for later runs, of this checkout and others."""
 
+import functools
 import gc
+import itertools
 import os
 import pathlib
 import warnings
@@ -17,12 +19,16 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 if jax.config.jax_compilation_cache_dir is None:
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(caches / "jaxattn-tests" / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
 
+# JAX makes a context of MLIR with all its dialects for every program: milliseconds, half of what a small program takes.
+if hasattr(mlir, "make_ir_context"):
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 SLOW = pathlib.Path(__file__).with_name("slow.txt")  # as choose_slow.py writes it
 
@@ -59,24 +65,26 @@ def pytest_runtest_protocol(item):
     return result
 
 
-# Linux lets a process map so many pieces of memory; a compiled program takes some, and XLA crashes without one.
-MOST_MAPS = 65530
-MAPS = pathlib.Path("/proc/self/maps")
+# Collecting garbage goes through all objects: those of the imported libraries stay, the others are tried less often.
+gc.set_threshold(20_000, 10, 20)
 
 
-def forget_programs():
-    jax.clear_caches()
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session):
     gc.collect()
+    gc.freeze()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forget_programs_of_other_files():
-    yield
-    forget_programs()
+# A compiled program takes about 2 MB and some of the 65530 pieces of memory that a process may map, and XLA crashes
+# without one. Until there are many, programs are kept: tests of other files run single operations of the same shapes.
+MANY_MAPS = 10_000
+MAPS = pathlib.Path("/proc/self/maps")
+TESTS = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
 def forget_programs_in_time():
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS // 2:
-        forget_programs()
+    if next(TESTS) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()

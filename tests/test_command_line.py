@@ -13,9 +13,10 @@ import pytest
 import yaml
 from flax import nnx
 from html_pages import array, decoded, payload
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.trainers import BpeTrainer
 
 from jaxattn import Causal, Sigmoid, Window, models, nn
 from jaxattn.__main__ import main, seen
@@ -93,6 +94,34 @@ def test_generate_continues_the_prompt_the_same_way_for_the_same_seed(run, capsy
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("line")
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_run_keeps_its_tokenizer_and_writes_with_it(config, corpus, tmp_path, capsys):
+    words = Tokenizer(BPE())
+    words.pre_tokenizer, words.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [file.read_text() for file in corpus.iterdir()]
+    alphabet = ByteLevel.alphabet()
+    words.train_from_iterator(texts, BpeTrainer(vocab_size=270, special_tokens=["<end>"], initial_alphabet=alphabet))
+    words.save(str(tmp_path / "words.json"))
+    asked = ["train", "--config", str(config), "--data.tokenizer", str(tmp_path / "words.json")]
+    folder = tmp_path / "run"
+    vocabulary = ["--model.vocabulary", "270"]
+    asked += ["--data.begin_token", "<end>", "--data.end_token", "<end>", "--folder", str(folder)]
+    main([*asked, *vocabulary])
+    assert "validation bits per byte" in capsys.readouterr().out
+    assert (folder / "tokenizer.json").exists()
+    main(["generate", "--folder", str(folder), "--prompt", "line", "--max_new_tokens", "6"])
+    assert capsys.readouterr().out.startswith("line")
+    looked_at(capsys, tmp_path / "page.html", "line 1", "--model", folder)
+    assert "vocabulary is 258: the tokens of the tokenizer need 270" in fails(capsys, *asked)
+    assert "begin is '<s>', which the tokenizer does not know" in fails(capsys, *asked, "--data.begin_token", "<s>")
+    missing = fails(capsys, *asked, *vocabulary, "--data.tokenizer", tmp_path / "none.json")
+    assert "none.json' is no tokenizer" in missing
+    assert "begin and end are for a tokenizer" in fails(capsys, "train", "--data.end_token", "<end>")
+    (folder / "tokenizer.json").unlink()
+    assert "tokenizer.json' is missing: the run was trained on its tokens" in fails(
+        capsys, "generate", "--folder", folder
+    )
 
 
 def test_generate_continues_with_a_published_model(tmp_path, capsys):

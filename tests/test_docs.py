@@ -14,8 +14,9 @@ from html_pages import decoded, payload
 from pages import ROOT, run_page
 
 import jaxattn
-from jaxattn import BlockIndex, Causal, Explicit, attend, rotary, viz
+from jaxattn import BlockIndex, Causal, Documents, Explicit, Window, attend, linear_attention, rotary, viz
 from jaxattn.core.attend import NTK, PairSum
+from jaxattn.core.linear import Delta
 
 PAGES = {file.name: file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
 EPS = float(np.finfo(np.float32).eps)
@@ -651,12 +652,30 @@ def test_memories_learn_what_the_page_says_they_do(page):
     assert p.unexplained["network"] < 0.4
 
 
+# devices.md
+
+
+def test_sequences_over_devices_are_those_on_one(page):
+    p = page("devices")
+    assert_close(p.out, attend(p.query, p.key, p.value, mask=Causal()))
+    assert_close(p.by_document, attend(p.query, p.key, p.value, mask=Causal() & Documents(p.documents)))
+    assert_close(p.balanced, p.out)
+    window = {"mask": Window(40), "query_positions": jnp.array([p.T - 1])}
+    assert_close(p.step, attend(p.query[:, -1:], p.key, p.value, **window))
+    read, state = linear_attention(p.query, p.unit, p.value, erase=Delta(p.beta))
+    assert_close(p.read, read)
+    assert_close(p.state.memory, state.memory)
+    np.testing.assert_array_equal(p.before[:, 1:], p.value[:, :-1])
+    assert not np.any(p.before[:, 0])
+
+
 # All pages
 
 
 def test_the_pages_name_every_part_and_call():
     text = " ".join(
-        PAGES[f"{name}.md"] for name in ("attend", "measures", "positions", "blocks", "features", "linear", "memory")
+        PAGES[f"{name}.md"]
+        for name in ("attend", "measures", "positions", "blocks", "devices", "features", "linear", "memory")
     )
     text = " ".join(re.findall(r"`[^`\n]+`", text))
     packages = jaxattn, jaxattn.core.attend, jaxattn.core.linear, jaxattn.core.memory
@@ -765,6 +784,33 @@ def test_the_page_on_models(page):
     first, second = (np.asarray(each(tokens)[0]) for each in (models.gpt2, models.again.model))
     np.testing.assert_array_equal(second, first)
     assert models.again.config == models.published
+
+
+def test_the_page_on_training(page):
+    p = page("training")
+    whole = p.result.history
+    assert (
+        [line["step"] for line in p.lines] == [line["step"] for line in whole if line["step"] > 20] == [25, 30, 35, 40]
+    )
+    assert whole[-1]["loss"] < whole[0]["loss"] - 0.5
+    assert "validation_bits_per_byte" in whole[-1]
+    assert not [name for name in p.by_rule.metrics if "byte" in name]  # of tokens that are no text
+    best = min((x["validation_loss"], x["step"]) for x in whole if "validation_loss" in x and x["step"] > 20)
+    assert p.step == best[1]
+    assert p.model.config == p.decoder
+    updates, _ = p.chain.update(p.params, p.chain.init(p.params), p.params)
+    assert jax.tree.structure(updates) == jax.tree.structure(p.params)
+
+
+def test_the_page_on_other_models_and_losses(page):
+    p = page("training_models")
+    for result in (p.masked, p.pictures, p.answered, p.series):
+        first, *_, last = (line["loss"] for line in result.history)
+        assert last < first - 0.1, result.folder
+    assert p.pictures.metrics["correct"] == 1
+    assert float(p.total) / float(p.sums["weight"]) > 0
+    # 64 pairs, none of which is known yet: about log 64.
+    assert 1 < float(p.of_pairs) / 64 < 2 * np.log(64)
 
 
 def test_the_page_on_a_look_inside(page):

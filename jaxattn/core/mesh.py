@@ -1,6 +1,7 @@
 """Arrays spread over the devices of a mesh, as the types of JAX say: by `jax.shard_map`, or by Explicit axes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -65,11 +66,31 @@ def under_auto_axes(function: Callable[[Any], Any], given: Any, out: Callable[[]
     mesh = explicit_mesh(given)
     if mesh is None:
         return function(given)
-    mesh = mesh if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_abstract_mesh()
+    with in_context(given):
+        return auto_axes(function, mesh, out())(given)
+
+
+@contextmanager
+def in_context(tree: Any) -> Iterator[None]:
+    """Enters the mesh of an array of the tree, if there is no mesh yet and nothing is traced."""
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+    if traced or not jax.sharding.get_abstract_mesh().empty or explicit_mesh(leaves) is None:
+        yield
+        return
+    first: Any = next(x for x in leaves if explicit_mesh(x) is not None)
+    with jax.set_mesh(first.sharding.mesh):
+        yield
+
+
+def auto_axes(function: Callable[..., Any], mesh: Any, spread: Any) -> Callable[..., Any]:
+    """Returns the function under Auto axes, with results spread over the mesh so, a tree of `Axes`."""
+    context = jax.sharding.get_abstract_mesh()
+    mesh = mesh if context.empty else context
     specs = jax.tree.map(
-        lambda axes: NamedSharding(mesh, PartitionSpec(*axes)), out(), is_leaf=lambda x: isinstance(x, Axes)
+        lambda axes: NamedSharding(mesh, PartitionSpec(*axes)), spread, is_leaf=lambda x: isinstance(x, Axes)
     )
-    return jax.sharding.auto_axes(function, out_sharding=specs)(given)
+    return jax.sharding.auto_axes(function, out_sharding=specs)
 
 
 class Axes(tuple):

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 from jaxattn.core.checks import check_int
+from jaxattn.core.mesh import mesh_axes, vary
 
 Axis = str | tuple[str, ...]
 """The name of a mesh axis, or of several that are one, the first of them outermost."""
@@ -141,3 +143,16 @@ def from_last(tree: Any, axis_name: Axis) -> Any:
     """Returns what the last device of an axis holds, on every device."""
     last = jax.lax.axis_index(axis_name) == jax.lax.axis_size(axis_name) - 1
     return jax.tree.map(lambda x: jax.lax.psum(jnp.where(last, x, jnp.zeros_like(x)), axis_name), tree)
+
+
+def vary_arrays(tree: Any, like: Any) -> Any:
+    """Types the arrays of a pytree as differing over all mesh axes over which an array in it or in `like` differs.
+
+    Where that is done before a loop or a branch, the gradients of what all devices share are added up once, after it.
+    """
+
+    def is_array(x: Any) -> bool:
+        return isinstance(x, jax.Array | np.ndarray)
+
+    axes = mesh_axes([x for x in jax.tree.leaves((tree, like)) if is_array(x)])
+    return jax.tree.map(lambda x: vary(jnp.asarray(x), axes) if is_array(x) else x, tree)

@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from jaxattn.cache import Policy
 from jaxattn.core.checks import check_int, check_range
+from jaxattn.core.mesh import Axes, under_auto_axes
 from jaxattn.core.part import part
 from jaxattn.models.transformer import Transformer
 from jaxattn.nn.tap import as_records, site_of
@@ -302,7 +303,8 @@ def generate(
     # Reducers and measures are parts, so that they go into the program as arrays and not as constants.
     asked, sites = {name: reducer for name, (_, reducer) in names}, tuple((name, site) for name, (site, _) in names)
     parts = runs, asked, tuple(processors), combine, store, context
-    new, lost = _generate(graph, int(max_new_tokens), sites, arrays, prompts, lengths, key, parts, *scalars)
+    dynamic = (arrays, prompts, lengths, key, parts, *scalars)
+    new, lost = under_auto_axes(lambda given: _generate(graph, int(max_new_tokens), sites, *given), dynamic, Axes)
     if lost.any():
         row = int(lost.argmax())
         raise FloatingPointError(

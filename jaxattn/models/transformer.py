@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jaxattn.models.config import Branch, Layer, TransformerConfig
 from jaxattn.nn.parameter import linear_map, undecayed
 from jaxattn.nn.recurrent import as_mixer
 from jaxattn.nn.spec import built, owned, part_of
-from jaxattn.nn.tap import OF_MODEL, At, Tap, as_edits, as_records, scanned
+from jaxattn.nn.tap import KEPT, OF_MODEL, At, Tap, as_edits, as_records, scanned
 from jaxattn.nn.tokens import Tokens
 
 DOCUMENTS = 8  # how many of them may be packed in a row behind meta tokens: each has its own
@@ -240,6 +240,9 @@ class Transformer(nnx.Module):
         runs = [(spec, len(list(run))) for spec, run in itertools.groupby(config.layers)]
         self.lengths = tuple(length for _, length in runs)
         self.runs = nnx.List([_stack(spec, length, config, rngs) for spec, length in runs])
+        known = {site for run in self.runs for site in run.sites} - {"scores", "weights", "lse", "read"}  # no values
+        if not isinstance(config.remat, str) and (unknown := sorted(set(config.remat) - known)):
+            raise ValueError(f"remat names {unknown}, which no layer has: need some of {sorted(known)}")
         kinds = [{mixer.keys_from for mixer in run.mixers} for run in self.runs]
         self.reads = tuple("layer" in kind for kind in kinds)  # keys of a run before
         for number, (before, kind) in enumerate(itertools.pairwise([set(), *kinds])):
@@ -267,6 +270,7 @@ class Transformer(nnx.Module):
         if tied and reads != inner:
             raise ValueError(f"head is {config.head}, tied to an embedding of {inner} channels, but has {reads}")
 
+    @nn.on_any_mesh
     def __call__(
         self,
         inputs: Shaped[Array, "b t ..."],
@@ -447,6 +451,7 @@ class Transformer(nnx.Module):
         check_room(state, tokens.positions)  # here, since the layers are traced
         changes, asked = as_edits(edits, sum(self.lengths)), as_records(record)
         self._check_sites(changes, asked)
+        kept = () if isinstance(self.config.remat, str) else tuple(self.config.remat)
         # The residual stream, which the scan carries: at least float32, and as wide as what is added to it.
         x = x.astype(jnp.promote_types(jnp.promote_types(x.dtype, jnp.float32), self.config.dtype))
         states, recorded = [], []
@@ -469,7 +474,7 @@ class Transformer(nnx.Module):
                 x, keys = carry
                 params, rest, state, edits, _ = slices
                 block = nnx.merge(graph, params if every is None else every, rest)
-                tap = Tap(edits_of(edits), of_run).at(tokens)
+                tap = Tap(edits_of(edits), of_run).at(tokens).keeping(kept)
                 give: dict[str, Any] | None = {} if gives else None
                 x, state = block(x, tokens, tap, state, given, give, context)
                 keys = keys if give is None else give["keys"]
@@ -484,6 +489,7 @@ class Transformer(nnx.Module):
                 shapes = jax.eval_shape(lambda x, one, layer=layer: layer((x, None), one)[0][1], x, one)
                 keys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             some = layer if runs_all else _between(layer, start, count if stop is None else stop)
+            some = _remade(some, self.config.remat)
             (x, keys), (new_state, records, counts) = jax.lax.scan(some, (x, keys), own)
             shared = keys if gives else shared  # several runs may read the same keys
             first += length
@@ -536,6 +542,15 @@ class Transformer(nnx.Module):
             return state
         meta = jnp.broadcast_to(self.meta[...], (batch, *self.meta.shape))
         return self.layers(meta, state=state)[1]
+
+
+def _remade(layer: Callable[..., Any], remat: str | Sequence[str]) -> Callable[..., Any]:
+    """Returns the body of a scan, of which the backward pass computes anew what `TransformerConfig.remat` says."""
+    if remat == "none":
+        return layer
+    policies: dict[Any, Any] = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}
+    policy = policies[remat] if isinstance(remat, str) else jax.checkpoint_policies.save_only_these_names(KEPT)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def _between(layer: Callable[..., Any], start: Any, stop: Any) -> Callable[..., Any]:

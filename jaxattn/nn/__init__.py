@@ -66,7 +66,7 @@ from jaxattn.nn.recurrent import (
     Recurrent,
     as_mixer,
 )
-from jaxattn.nn.sharding import RULES, SITE_AXES, made_on, partition_spec, sharding_rules, shardings
+from jaxattn.nn.sharding import RULES, SITE_AXES, made_on, on_any_mesh, partition_spec, sharding_rules, shardings
 from jaxattn.nn.spec import Spec
 from jaxattn.nn.state_space import S6, Mamba2, mimetic_initialization
 from jaxattn.nn.tap import ALIASES, SITES, Edit, Layers, Reducer, Tap, Whole
@@ -151,6 +151,7 @@ __all__ = [
     "memory_as_gate",
     "memory_as_layer",
     "mimetic_initialization",
+    "on_any_mesh",
     "partition_spec",
     "sharding_rules",
     "shardings",

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.cache import Policy, Recent, Store, by_position, empty, unseen
 from jaxattn.cache.store import Held
-from jaxattn.core.attend.api import Implementation, attend
+from jaxattn.core.attend.api import Implementation
 from jaxattn.core.attend.bias import as_bias
 from jaxattn.core.attend.maps import Dropout
 from jaxattn.core.attend.mask import as_mask
@@ -24,6 +24,7 @@ from jaxattn.nn.mechanisms import ShortConvolution
 from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.parameter import Axis, linear_map
 from jaxattn.nn.recurrent import Past
+from jaxattn.nn.sharding import attend_in_shards
 from jaxattn.nn.spec import Spec, built, owned, part_of
 from jaxattn.nn.tap import Tap, Whole
 from jaxattn.nn.tokens import Tokens
@@ -363,7 +364,7 @@ class MultiHeadAttention(Mixer):
         # With a state positions are known to be where they are only as long as none is held before them.
         at = tokens.known if store is None else tokens.positions
         options |= {"query_positions": _one_or_all(at), "key_positions": _places(keys.positions)}
-        result = attend(query, keys.key, keys.value, **vars(slots), **options)
+        result = attend_in_shards(query, keys.key, keys.value, slots, **options)
         z, extras = result if lse or slots.measures else (result, {})
         if tap.wants("read"):
             places = jnp.arange(keys.key.shape[1])[None, :, None] if keys.positions is None else keys.positions

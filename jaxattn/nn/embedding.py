@@ -16,6 +16,7 @@ from jaxattn.core.checks import as_ids, check_array
 from jaxattn.nn.feed_forward import Activation, activated
 from jaxattn.nn.norm import LayerNorm
 from jaxattn.nn.parameter import decayed, linear_map, undecayed
+from jaxattn.nn.sharding import constrained
 from jaxattn.nn.tokens import Tokens
 
 
@@ -56,7 +57,8 @@ class TokenEmbedding(nnx.Module):
         if not jnp.issubdtype(inputs.dtype, jnp.integer) or inputs.ndim != 2:
             raise TypeError(f"tokens must be integers [batch, length], got {_said(inputs)}")
         padding = jnp.zeros((), bool) if positions is None else Tokens.of(inputs, positions=positions).positions < 0
-        x = self.scale * _rows(self.table[...], as_ids(inputs), padding)
+        table = constrained(self.table[...], ("vocabulary", None))  # else devices would exchange rows of all tokens
+        x = self.scale * _rows(table, as_ids(inputs), padding)
         if self.types is None:
             if types is not None:
                 raise ValueError("types are given, but the embedding has no table of them: need types=None")

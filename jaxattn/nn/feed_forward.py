@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxattn.nn.parameter import linear_map
+from jaxattn.nn.sharding import on_any_mesh
 from jaxattn.nn.tap import Tap
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
@@ -59,6 +60,7 @@ class FeedForward(nnx.Module):
         self.gate = linear(features, hidden, "width", "hidden") if gated else None
         self.down = linear(hidden, features, "hidden", "width")
 
+    @on_any_mesh
     def __call__(self, x: Float[Array, "*b d"], tap: Tap | None = None) -> Float[Array, "*b d"]:
         """Returns the result for x [..., D].
 

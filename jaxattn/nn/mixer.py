@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxattn.nn.sharding import on_any_mesh
 from jaxattn.nn.tap import Tap
 from jaxattn.nn.tokens import Tokens
 
@@ -27,6 +28,11 @@ class Mixer(nnx.Module):
     sites: ClassVar[tuple[str, ...]] = ("attn_out",)
     recorded_only: ClassVar[tuple[str, ...]] = ()
     keys_from: str = "none"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__call__" in vars(cls):
+            cls.__call__ = on_any_mesh(cls.__call__)  # type: ignore[method-assign]
 
     def __call__(
         self,

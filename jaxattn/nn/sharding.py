@@ -14,6 +14,7 @@ So the axes that a mesh has say what is done: `jax.make_mesh((2, 4), ("fsdp", "t
 mesh does not have spreads nothing. For your own, change the table: `RULES | {"vocabulary": None}`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +22,16 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxattn.core.attend.api import Implementation, attend, needs_of
+from jaxattn.core.attend.call import Given
+from jaxattn.core.attend.ring import gathered, ring
+from jaxattn.core.attend.slots import Slots
+from jaxattn.core.mesh import Axes, auto_axes, explicit_mesh, in_context, spread
 
 Axis = str | tuple[str, int] | None
 """The name of an axis of an array; (name, count) if it consists of `count` pieces that stay whole on a device, such as
@@ -61,7 +70,8 @@ def partition_spec(
 ) -> PartitionSpec:
     """Returns how an array is spread over a mesh.
 
-    Key heads that are fewer than the devices along the axes of their rule are not spread, but stand on each of them.
+    Key heads that are fewer than the devices along the axes of their rule are not spread, but stand on each of them. So
+    does an axis of one piece.
 
     Args:
         axes: The names of the axes of the array.
@@ -81,7 +91,7 @@ def partition_spec(
         name, count = axis if isinstance(axis, tuple) else (axis, size)
         chosen = tuple(each for each in _mesh_axes(name, rules) if mesh.get(each, 1) > 1 and each not in used)
         devices = math.prod(mesh[each] for each in chosen)
-        if name == "key_heads" and count < devices:
+        if count == 1 or (name == "key_heads" and count < devices):
             chosen, devices = (), 1
         if count % devices:
             raise ValueError(
@@ -190,6 +200,124 @@ def constrained(x: jax.Array, axes: tuple[Axis, ...]) -> jax.Array:
 
     axes = tuple(axis if size % devices(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=True))
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, auto, rules)) if auto else x
+
+
+def attend_in_shards(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    slots: Slots,
+    *,
+    query_positions: Any = None,
+    key_positions: Any = None,
+    return_lse: bool = False,
+    implementation: Implementation = "auto",
+) -> Any:
+    """Calls `attend`, around the devices over which the rules in force spread the length, if there are any.
+
+    `ring` serves the call where it can and no other implementation than "tiled" is named, else `gathered`. Where the
+    devices do not divide the lengths, as for the one token of a step of decoding, the compiler spreads the call.
+
+    Args:
+        query: As in `attend`, [B, T, N, H]; likewise what follows.
+        key: [B, S, K, H].
+        value: [B, S, K, V].
+        slots: The slots of the call.
+        query_positions: [T] or [B, T].
+        key_positions: [S], [B, S] or [B, S, K].
+        return_lse: Whether the lse is returned too.
+        implementation: The implementation.
+    """
+    positions: dict[str, Any] = {"query_positions": query_positions, "key_positions": key_positions}
+    axis, devices = _length_axis()
+    if devices == 1 or query.shape[1] % devices or key.shape[1] % devices:
+        options: dict[str, Any] = {"return_lse": return_lse, "implementation": implementation}
+        return attend(query, key, value, **vars(slots), **positions, **options)
+
+    def in_shard(query: Any, key: Any, value: Any, slots: Slots, positions: dict[str, Any]) -> Any:
+        if goes_round:
+            return ring(query, key, value, axis, **vars(slots), **positions, return_lse=return_lse)
+        options: dict[str, Any] = {"return_lse": return_lse, "implementation": implementation}
+        return gathered(query, key, value, axis, **vars(slots), **positions, **options)
+
+    def of(x: Any) -> Any:
+        """Positions are spread along their length, which is the axis after those of the batch."""
+        return None if x is None else PartitionSpec(*(None,) * min(jnp.ndim(x) - 1, 1), axis)
+
+    needs = needs_of(Given(query, key, value, slots, **positions).in_parts())
+    goes_round = implementation in ("auto", "tiled") and not (needs["rows"] or needs["matrix"])
+    along, whole = PartitionSpec(None, axis), PartitionSpec()
+    extras = {name: along if each.over == "rows" else whole for name, each in slots.measures.items()}
+    extras |= {"lse": along} if return_lse else {}
+    spread = jax.shard_map(
+        in_shard,
+        in_specs=(along, along, along, whole, {name: of(x) for name, x in positions.items()}),
+        out_specs=(along, extras) if extras else along,
+        axis_names=set(axis),
+    )
+    return spread(query, key, value, slots, positions)
+
+
+def on_any_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the call of a module work on arrays that are typed by Explicit axes of a mesh, which `jax.make_mesh` makes.
+
+    There the compiler spreads what is inside. A result whose first axes are those of x, [B, T, ...], is spread as x is,
+    and one whose first axis, or the one after an axis of layers, is that of rows, as the rows of x are. All others
+    stand whole on every device. Elsewhere the call is what it is without.
+
+    Args:
+        method: method(module, x, ...), where x is [B, T, ...].
+    """
+
+    @functools.wraps(method)
+    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        context = jax.sharding.get_abstract_mesh()
+        mesh = context if AxisType.Explicit in context.axis_types else explicit_mesh(x)
+        if mesh is None:
+            return method(self, x, *args, **kwargs)
+        graph, state = nnx.split(self)
+        leaves, structure = jax.tree.flatten((state, x, args, kwargs))
+        is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+        arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+
+        def function(arrays: list[Any]) -> Any:
+            given = iter(arrays)
+            filled = [next(given) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
+            state, x, args, kwargs = jax.tree.unflatten(structure, filled)
+            module = nnx.merge(graph, state)
+            before = jax.tree.leaves(nnx.state(module, nnx.RngCount))
+            result, counts = method(module, x, *args, **kwargs), nnx.state(module, nnx.RngCount)
+            still = all(a is b for a, b in zip(before, jax.tree.leaves(counts), strict=True))
+            return result, None if still else counts
+
+        rows, length, *_ = spread(x)
+
+        def of(result: Any) -> Axes:
+            if result.shape[:2] == x.shape[:2]:
+                return Axes((rows, length))
+            if result.shape[:1] == x.shape[:1]:
+                return Axes((rows,))
+            return Axes((None, rows)) if result.shape[1:2] == x.shape[:1] else Axes(())
+
+        with in_context(arrays):
+            results = jax.eval_shape(auto_axes(function, mesh, Axes()), arrays)
+            found, counts = auto_axes(function, mesh, jax.tree.map(of, results))(arrays)
+        if counts is not None:
+            nnx.update(self, counts)
+        return found
+
+    return call
+
+
+def _length_axis() -> tuple[tuple[str, ...], int]:
+    """Returns the mesh axes over which the rules in force spread the length, and the number of devices along them."""
+    found = rules_in_force()
+    if found is None:
+        return (), 1
+    mesh, rules = found
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = tuple(name for name in _mesh_axes("length", rules) if kinds.get(name) == AxisType.Auto)
+    return axes, math.prod(mesh.shape[name] for name in axes)
 
 
 def _mesh_axes(name: str | None, rules: Rules) -> tuple[str, ...]:

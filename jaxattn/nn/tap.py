@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool
 
 from jaxattn.core.attend.bias import ScoreBias
@@ -28,6 +29,9 @@ from jaxattn.nn.sharding import SITE_AXES, constrained
 from jaxattn.nn.tokens import Tokens, may_change
 
 Value = TypeVar("Value")
+
+KEPT = "kept"
+"""The name that `jax.checkpoint` knows the values of marked sites by."""
 
 SITES = {
     "embed": "[B, T, D] what goes into the first layer",
@@ -247,6 +251,7 @@ class Tap:
 
     Attributes:
         records: The records so far, by name.
+        kept: The sites whose values are marked for `jax.checkpoint`.
 
     Raises:
         ValueError: A name is no site: a record that is silently missing is the classic failure.
@@ -264,12 +269,20 @@ class Tap:
                 _check_edit(site, each.edit)
         self.asked = as_records(record)
         self.records: dict[str, Any] = {}
+        self.kept: tuple[str, ...] = ()
         self.where: Any = None
 
     def at(self, where: Any) -> "Tap":
         """Returns the same tap for values that stand there: `Tokens`, or a `Tile`."""
         new = Tap.__new__(Tap)
         new.edits, new.asked, new.records, new.where = self.edits, self.asked, self.records, where
+        new.kept = self.kept
+        return new
+
+    def keeping(self, sites: Iterable[str]) -> "Tap":
+        """Returns the same tap, which marks the values of these sites for `jax.checkpoint`, by their names."""
+        new = self.at(self.where)
+        new.kept = tuple(sites)
         return new
 
     def only(self, sites: Iterable[str]) -> "Tap":
@@ -281,6 +294,7 @@ class Tap:
         new = self.at(self.where)
         new.edits = {names[site]: each for site, each in self.edits.items() if site in names}
         new.asked = {name: (names[site], each) for name, (site, each) in self.asked.items() if site in names}
+        new.kept = tuple(names[site] for site in self.kept if site in names)
         return new
 
     @property
@@ -309,6 +323,8 @@ class Tap:
         for name, (asked, reducer) in self.asked.items():
             if asked == site:
                 self.records[name] = reducer(value, self.where)
+        if site in self.kept:
+            value = checkpoint_name(value, KEPT)
         axes = SITE_AXES.get(site.rpartition(".")[2])  # without the name of the branch
         return value if axes is None else constrained(value, axes)  # type: ignore[arg-type, return-value]
 

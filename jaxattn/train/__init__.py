@@ -18,7 +18,7 @@ from jaxattn.train.data import (
     standard_library,
 )
 from jaxattn.train.hooks import csv_log, tensorboard_log
-from jaxattn.train.language import language_loss, module_loss, with_params
+from jaxattn.train.language import language_loss, masked_language_loss, module_loss, sequence_loss, with_params
 from jaxattn.train.loop import Result, TrainConfig, fit
 from jaxattn.train.losses import (
     bits_per_byte,
@@ -28,7 +28,15 @@ from jaxattn.train.losses import (
     next_token_loss,
     squared_error_loss,
 )
-from jaxattn.train.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer, parameter_roles
+from jaxattn.train.optimizer import (
+    OptimizerConfig,
+    decay_mask,
+    evaluation_params,
+    learning_rate,
+    loss_scaling,
+    make_optimizer,
+    parameter_roles,
+)
 from jaxattn.train.sources import Batched, batches, ordered_batches, packed
 from jaxattn.train.step import (
     State,
@@ -42,6 +50,7 @@ from jaxattn.train.step import (
     repeated,
 )
 from jaxattn.train.tasks import drawn, prompt_loss
+from jaxattn.train.tokenizer import Tokenizer
 
 __all__ = [
     "BOS",
@@ -56,6 +65,7 @@ __all__ = [
     "Restored",
     "Result",
     "State",
+    "Tokenizer",
     "TrainConfig",
     "Windows",
     "batches",
@@ -70,14 +80,17 @@ __all__ = [
     "distillation_loss",
     "drawn",
     "encode",
+    "evaluation_params",
     "fit",
     "init_state",
     "language_loss",
     "learning_rate",
     "load",
+    "loss_scaling",
     "make_evaluation",
     "make_optimizer",
     "make_step",
+    "masked_language_loss",
     "module_loss",
     "next_token_loss",
     "on_mesh",
@@ -89,6 +102,7 @@ __all__ = [
     "prompt_loss",
     "read_documents",
     "repeated",
+    "sequence_loss",
     "split",
     "squared_error_loss",
     "standard_library",

@@ -1,9 +1,10 @@
 """Checkpoints of a run: its state, its place in the data, its config; written whole or not at all, the last few kept.
 
-A checkpoint is a folder named by its step. It holds the arrays as Orbax writes them (`params` apart from the `rest`), a
-JSON record of the config and the data iterator, and the checksums of all of these files. Orbax writes under a temporary
-name and renames at the end, so a process that dies while saving leaves the earlier checkpoints as they were. Where there
-are many processes, each writes the parts of arrays that it has, and process 0 all else.
+A checkpoint is a folder named by its step. It holds the arrays as Orbax writes them (`params` apart from the `rest`,
+and parameters to evaluate where these are others, `evaluated`), a JSON record of the config and the data iterator, and
+the checksums of all of these files. Orbax writes under a temporary name and renames at the end, so a process that dies
+while saving leaves the earlier checkpoints as they were. Of many processes each writes the parts of arrays that it has,
+and process 0 all else.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxattn.train.optimizer import evaluation_params
 from jaxattn.train.processes import by_first, gathered, is_first
 from jaxattn.train.step import Params, State
 
@@ -106,14 +108,16 @@ class Checkpoints:
         arrays = _to_arrays(state)
         params = {name: array for name, array in arrays.items() if _is_parameter(name)}
         rest = {name: array for name, array in arrays.items() if not _is_parameter(name)}
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            rest=ocp.args.StandardSave(rest),
-            record=ocp.args.JsonSave({"config": dict(config), "iterator": iterator}),
-        )
+        items = {
+            "params": ocp.args.StandardSave(params),
+            "rest": ocp.args.StandardSave(rest),
+            "record": ocp.args.JsonSave({"config": dict(config), "iterator": iterator}),
+        }
+        if (evaluated := evaluation_params(state.opt_state, state.params)) is not state.params:
+            items["evaluated"] = ocp.args.StandardSave(_to_arrays({"params": evaluated}))
         with _quiet():
             try:
-                self._manager.save(step, args=items, force=True)
+                self._manager.save(step, args=ocp.args.Composite(**items), force=True)
                 if is_first():
                     _write_checksums(self.folder / str(step))
                 return
@@ -197,8 +201,9 @@ class Checkpoints:
 def load(folder: str | Path, like: Callable[[dict[str, Any]], Params]) -> Loaded:
     """Returns the config, parameters and step of the newest checkpoint that can be read, and changes nothing.
 
-    The optimiser is not needed. A damaged checkpoint is passed over with a `UserWarning`. The run may have been one of
-    other devices or processes. Where there are many processes now, all have to call it.
+    The optimiser is not needed; of one that is schedule-free the parameters are those that it averages.
+    A damaged checkpoint is passed over with a `UserWarning`. The run may have had other devices and processes. Where
+    there are many processes now, all have to call it.
 
     Args:
         folder: The output folder of a run, or its folder of checkpoints.
@@ -216,14 +221,15 @@ def load(folder: str | Path, like: Callable[[dict[str, Any]], Params]) -> Loaded
     with _manager(folder, None) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
-                record, stored = _look(manager, folder / str(step), step, ("params",))
+                name = "evaluated" if (folder / str(step) / "evaluated").is_dir() else "params"
+                record, stored = _look(manager, folder / str(step), step, (name,))
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 damaged[step] = _reason(error)
                 continue
             wanted = {"params": like(record["config"])}
             _check_arrays(wanted, stored, folder / str(step))
             try:
-                tree = _read(manager, step, ("params",), wanted)
+                tree = _read(manager, step, (name,), wanted)
             except Exception as error:
                 damaged[step] = _reason(error)
                 continue
@@ -302,8 +308,7 @@ def is_full_disk(error: BaseException) -> bool:
 def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=keep is not None)
     handlers = {  # named, so that shapes can be looked at before arrays are read
-        "params": ocp.StandardCheckpointHandler(),
-        "rest": ocp.StandardCheckpointHandler(),
+        **{name: ocp.StandardCheckpointHandler() for name in ("params", "rest", "evaluated")},
         "record": ocp.JsonCheckpointHandler(),
     }
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
@@ -342,8 +347,7 @@ def _read(manager: ocp.CheckpointManager, step: int, names: Sequence[str], like:
     """Returns the arrays of a checkpoint as a tree like another, each on the devices of its like."""
     stored = {name: _as_stored(leaf) for name, leaf in _stored_leaves(like).items()}
     items = {
-        item: {name: leaf for name, leaf in stored.items() if _is_parameter(name) == (item == "params")}
-        for item in names
+        item: {name: leaf for name, leaf in stored.items() if _is_parameter(name) == (item != "rest")} for item in names
     }
     args = {item: ocp.args.StandardRestore(leaves) for item, leaves in items.items()}
     restored = manager.restore(step, args=ocp.args.Composite(**args))
@@ -406,7 +410,7 @@ def _to_arrays(tree: Any) -> dict[str, Any]:
 
 
 def _as_stored(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns the array that a checkpoint has for a leaf, with the sharding that it is to be read to, if there is one."""
+    """Returns the array that a checkpoint has for a leaf, with the sharding that it is to be read to, if any."""
     found = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
     return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=getattr(leaf, "sharding", None))
 

@@ -187,7 +187,7 @@ class Windows:
 
     Args:
         source: Documents of text, whose tokens are bytes: the stream is `BOS bytes EOS BOS bytes EOS ...`. Or a stream
-            of any integers `[S]`, such as `np.memmap` of a file, which is neither read nor copied before it is used. Or
+            of any integers `[S]`, such as `np.memmap` of a file, which is not copied. Or
             a sequence of such arrays, one per document, which are joined.
         length: L, at least 1.
         starts: Where documents begin in a stream of integers, in increasing order, such as

@@ -67,7 +67,8 @@ def tensorboard_log(folder: str | Path, writer: Any = None) -> Callable[[Line], 
         try:
             from tensorboardX import SummaryWriter
         except ModuleNotFoundError as error:
-            message = "tensorboard_log needs tensorboardX, which is not installed: install it, or give a writer"
+            needed = "install jaxattn[tensorboard], or give a writer"
+            message = f"tensorboard_log needs tensorboardX, which is not installed: {needed}"
             raise ModuleNotFoundError(message, name=error.name) from None
 
     def write(line: Line) -> None:

@@ -66,14 +66,11 @@ def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossF
 
     def loss(model: Any, batch: Any, key: Any) -> Any:
         tokens = jnp.asarray(column(batch, "tokens"))
-        if unknown := sorted(set(batch) - {"tokens", "targets", "weights", "documents", "bytes"}):
-            raise ValueError(f"batch has the columns {unknown}, which this loss does not read: drop or rename them")
+        check_columns(batch, "tokens", "targets", "weights", "documents", "bytes")
         batch = {name: jnp.asarray(value) for name, value in batch.items()}
         if "targets" not in batch:
             batch = batch | _next_tokens(batch)
-        weights = batch.get("weights", jnp.ones(tokens.shape))
-        counts_later = jax.lax.cummax((weights != 0).astype(jnp.int32), axis=weights.ndim - 1, reverse=True) > 0
-        padding = (tokens < 0) & ~counts_later
+        padding = (tokens < 0) & ~_counts_later(batch, tokens)
         if "documents" not in batch:
             logits, *_ = model(jnp.where(padding, 0, tokens))
             return next_token_loss(logits, batch, z_loss)
@@ -83,6 +80,97 @@ def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossF
         return next_token_loss(logits, batch, z_loss)
 
     return module_loss(model, loss)
+
+
+def masked_language_loss(
+    model: nnx.Module, mask_token: int, vocabulary: int, *, fraction: float = 0.15
+) -> tuple[Params, LossFunction]:
+    """Returns the parameters of an encoder, and its loss at tokens that it does not see (BERT, Devlin et al., 2019).
+
+    In each step a `fraction` of the tokens is drawn anew, in evaluations always the same: the model is to say what they
+    are. In their places it sees `mask_token` (80 %), any token (10 %), or the token itself (10 %). For the random
+    streams of the model see `module_loss`.
+
+    A batch has `tokens` `[B, T]`, and perhaps `documents`, as `language_loss` takes them, and `weights`: a token of
+    weight 0, or of document −1, or that is negative, is never drawn. Negative tokens are padding, which is not seen.
+
+    Args:
+        model: The model, `model(tokens, mask=...) -> (logits, ...)`, as a `Transformer` with `causal=False`.
+        mask_token: The id of the token that stands for one that is not seen.
+        vocabulary: V: random tokens are from 0 to V − 1.
+        fraction: The probability of each token to be drawn, above 0, and 1 at most.
+
+    Raises:
+        ValueError: A number makes no sense. The loss raises for a batch without `tokens`, or with other columns.
+    """
+    check_range("fraction", fraction, lambda x: (x > 0) & (x <= 1), "above 0, and 1 at most")
+    if not mask_token >= 0:
+        raise ValueError(f"mask_token is {mask_token}: need the id of a token")
+    if vocabulary < 1:
+        raise ValueError(f"vocabulary is {vocabulary}: need at least 1")
+
+    def loss(model: Any, batch: Any, key: Any) -> Any:
+        tokens = jnp.asarray(column(batch, "tokens"))
+        check_columns(batch, "tokens", "weights", "documents")
+        documents = jnp.asarray(batch.get("documents", jnp.zeros_like(tokens)))
+        padding = (tokens < 0) | (documents < 0)
+        weights = jnp.where(padding, 0, jnp.asarray(batch.get("weights", jnp.ones(tokens.shape))))
+        draws = jax.random.split(jax.random.key(0) if key is None else jax.random.fold_in(key, 1), 3)
+        drawn = (jax.random.uniform(draws[0], tokens.shape) < fraction) & (weights != 0)
+        kind = jax.random.uniform(draws[1], tokens.shape)
+        anything = jax.random.randint(draws[2], tokens.shape, 0, vocabulary, tokens.dtype)
+        other = jnp.where(kind < 0.8, mask_token, jnp.where(kind < 0.9, anything, tokens))
+        seen = jnp.where(padding, 0, jnp.where(drawn, other, tokens))
+        logits, *_ = model(seen, mask=Documents(jnp.where(padding, -1, documents)))
+        return next_token_loss(logits, {"targets": tokens, "weights": jnp.where(drawn, weights, 0)})
+
+    return module_loss(model, loss)
+
+
+def sequence_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossFunction]:
+    """Returns the parameters of an encoder and a decoder, and their next-token loss on the second of two sequences.
+
+    A batch has `inputs` `[B, S, ...]` of the encoder, and of the decoder `tokens` `[B, T]`, and perhaps `targets` and
+    `weights` `[B, T]`: without `targets` these are the next tokens, and the last has none. So `tokens` begin with the
+    token that starts every answer. Where inputs are integers, negative ones are padding, which is not seen. A negative
+    token is padding where nothing counts from there on. For the random streams of the model see `module_loss`.
+
+    Args:
+        model: The model, `model(inputs, tokens, input_positions=...) -> (logits, ...)`, as an `EncoderDecoder`.
+        z_loss: As of `next_token_loss`.
+
+    Raises:
+        ValueError: The loss raises for a batch without `inputs` or `tokens`, or with other columns.
+    """
+
+    def loss(model: Any, batch: Any, key: Any) -> Any:
+        inputs, tokens = (jnp.asarray(column(batch, name)) for name in ("inputs", "tokens"))
+        check_columns(batch, "inputs", "tokens", "targets", "weights")
+        batch = {name: jnp.asarray(value) for name, value in batch.items()}
+        if "targets" not in batch:
+            batch = batch | _next_tokens(batch)
+        positions = None
+        if jnp.issubdtype(inputs.dtype, jnp.integer) and inputs.ndim == 2:
+            padding = inputs < 0
+            positions = jnp.where(padding, -1, jnp.cumsum(~padding, axis=1) - 1)
+            inputs = jnp.where(padding, 0, inputs)
+        seen = jnp.where((tokens < 0) & ~_counts_later(batch, tokens), 0, tokens)
+        logits, *_ = model(inputs, seen, input_positions=positions)
+        return next_token_loss(logits, batch, z_loss)
+
+    return module_loss(model, loss)
+
+
+def check_columns(batch: Any, *names: str) -> None:
+    """Raises ValueError for columns that a loss would not read."""
+    if unknown := sorted(set(batch) - set(names)):
+        raise ValueError(f"batch has the columns {unknown}, which this loss does not read: drop or rename them")
+
+
+def _counts_later(batch: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+    """Returns where a token counts, there or later in its row."""
+    counts = (batch.get("weights", jnp.ones(tokens.shape)) != 0).astype(jnp.int32)
+    return jax.lax.cummax(counts, axis=tokens.ndim - 1, reverse=True) > 0
 
 
 def _next_tokens(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -33,7 +33,7 @@ from jaxattn.train.checkpoint import Checkpoints, check_config, check_same, is_f
 from jaxattn.train.data import TRAINING, Drawn, check_seed, drawn_batch
 from jaxattn.train.log import Display, Log
 from jaxattn.train.losses import bits_per_byte
-from jaxattn.train.optimizer import OptimizerConfig, decay_start, make_optimizer
+from jaxattn.train.optimizer import OptimizerConfig, decay_start, evaluation_params, make_optimizer
 from jaxattn.train.processes import (
     Share,
     by_first,
@@ -57,6 +57,7 @@ from jaxattn.train.step import (
     on_pmap,
     repeated,
 )
+from jaxattn.train.tokenizer import Tokenizer
 
 # Fields that a resumed run may change, by their dotted names in the run's config: they do not alter what is learned
 # (but that `pmap` draws other random numbers on each device).
@@ -128,7 +129,7 @@ class Result:
 
     Attributes:
         folder: The output folder.
-        params: The parameters after `step` steps.
+        params: The parameters after `step` steps: of a schedule-free optimiser those that it averages.
         step: The number of steps done.
         complete: Whether these are all steps of the run, or its patience came to an end; False after an interruption.
         metrics: The latest value of every metric in the log.
@@ -164,6 +165,7 @@ def fit(
     on_log: Hooks = (),
     on_eval: Hooks = (),
     extend: bool = False,
+    tokenizer: Tokenizer | None = None,
     rules: Rules = RULES,
     console: Console | None = None,
 ) -> Result:
@@ -178,8 +180,8 @@ def fit(
     where the sums have `nll` and `bytes`. Evaluations add the same with `validation_` before the name.
 
     A run may be given more `steps` than it had, also when it is complete, if the learning rate of the steps that it has
-    done does not depend on their number: with the schedule constant, or stable before it falls. It ends as if it had
-    had them from the start.
+    done does not depend on their number: with the schedule constant, or stable before it falls. It ends with the
+    parameters of a run that had them from the start.
 
     The tokens of a row, by which speed is measured, are the `length` of the source, or else what its `tokens` hold, or
     its `weights`. A row without them is one.
@@ -209,6 +211,8 @@ def fit(
             their names, as numbers, and the parameters that it was of.
         extend: Whether an optimiser that is no `OptimizerConfig` allows more steps: whether its schedule does not
             depend on their number.
+        tokenizer: The tokenizer of the tokens, which is saved in the folder: the command line and `Tokenizer.of_run`
+            read it there. None for bytes, and for what is no text.
         rules: The rules by which state and batch are spread over a mesh.
         console: The console for progress.
 
@@ -228,14 +232,18 @@ def fit(
     )
     _check(config, train_data, validation_data, rules)
     mesh = _mesh(config)
-    record = _record(run_config, config, train_data, validation_data, optimizer)
+    record = _record(run_config, config, train_data, validation_data, optimizer, tokenizer)
     transformation = make_optimizer(optimizer, config.steps) if isinstance(optimizer, OptimizerConfig) else optimizer
     if mesh is not None:  # raises where the mesh does not fit the parameters
         shardings(jax.eval_shape(params) if is_function(params) else params, mesh, rules)
     check_same(record, () if is_function(params) else params)
-    by_first(
-        lambda: _claim(folder, record, lambda steps: None if extend else _forbids_more_steps(optimizer, folder, steps))
-    )
+
+    def begin() -> None:
+        _claim(folder, record, lambda steps: None if extend else _forbids_more_steps(optimizer, folder, steps))
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+    by_first(begin)
     share = None if mesh is None or jax.process_count() == 1 else Share(mesh, rules, _count(config, rules)[0])
     evaluation = _on_devices(config.devices, mesh, rules, lambda axis: make_evaluation(loss_fn, axis_name=axis))
     mine = None if share is None else share.of(config.batch_size)
@@ -268,7 +276,7 @@ def fit(
             for step in range(first + stride, config.steps + 1, stride):
                 batch = None if iterator is None else next(iterator, None)
                 if iterator is not None and batch is None:
-                    _finite(jax.device_get(pending), checkpoints)
+                    _finite(jax.device_get(pending), checkpoints, None)
                     if step - 1 not in (0, *checkpoints.steps()):
                         _check_finite(state, step - 1, checkpoints)
                         checkpoints.save(state, iterator.get_state(), record)
@@ -292,7 +300,7 @@ def fit(
                 if not (logs or evaluates or saves or compiled):
                     continue
 
-                metrics = _finite(jax.device_get(pending), checkpoints)
+                metrics = _finite(jax.device_get(pending), checkpoints, batch)
                 seconds = time.perf_counter() - started
                 speed = None if compiled else len(pending) * stride * config.batch_size * tokens_per_row / seconds
                 display.update(step, metrics["loss"], speed)
@@ -318,7 +326,7 @@ def fit(
                         hook(dict(line))
                 if evaluates:
                     for hook in eval_hooks:
-                        hook(step, state.params, dict(validation))
+                        hook(step, evaluation_params(state.opt_state, state.params), dict(validation))
                     out_of_patience = _out_of_patience(log, config)
                     if config.keep_best and _since_best(log, config) == 0:
                         _check_finite(state, step, checkpoints)
@@ -346,7 +354,7 @@ def _result(folder: Path, state: State, config: TrainConfig, log: Log) -> Result
     latest = {name: value for line in log.lines for name, value in line.items() if value is not None}
     step = int(state.step)
     complete = step >= config.steps or _out_of_patience(log, config)
-    return Result(folder, state.params, step, complete, latest, log.lines)
+    return Result(folder, evaluation_params(state.opt_state, state.params), step, complete, latest, log.lines)
 
 
 def _hooks(name: str, given: Hooks) -> Sequence[Callable[..., Any]]:
@@ -387,8 +395,8 @@ def _forbids_more_steps(optimizer: Any, folder: Path, steps: int) -> str | None:
             "after it, if there is one before"
         )
     return (
-        f"optimizer.schedule is {optimizer.schedule!r}, whose learning rate depends on it: need 'constant', or 'stable' "
-        "before it falls. To go on from here train in another folder, from these parameters"
+        f"optimizer.schedule is {optimizer.schedule!r}, whose learning rate depends on it: need 'constant', or "
+        "'stable' before it falls. To go on from here train in another folder, from these parameters"
     )
 
 
@@ -418,7 +426,12 @@ def _train_step(
 
 
 def _record(
-    run_config: Mapping[str, Any], config: TrainConfig, train: Any, validation: Any, optimizer: Any
+    run_config: Mapping[str, Any],
+    config: TrainConfig,
+    train: Any,
+    validation: Any,
+    optimizer: Any,
+    tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     own = {
         "train": json.loads(json.dumps(dataclasses.asdict(config), default=_plain)),
@@ -430,6 +443,8 @@ def _record(
     }
     if isinstance(optimizer, OptimizerConfig):
         own["optimizer"] = json.loads(json.dumps(dataclasses.asdict(optimizer), default=_plain))
+    if tokenizer is not None and tokenizer.record is not None:
+        own["tokenizer"] = tokenizer.record
     try:
         given = json.loads(json.dumps(run_config, default=_plain))
     except TypeError as error:
@@ -592,10 +607,10 @@ def _tokens_per_row(source: Any, batch: Any) -> int:
     return math.prod(shape[1:])
 
 
-def _finite(pending: Mapping[int, Mapping[str, Any]], checkpoints: Checkpoints) -> Mapping[str, Any]:
+def _finite(pending: Mapping[int, Mapping[str, Any]], checkpoints: Checkpoints, batch: Any) -> Mapping[str, Any]:
     """Returns the metrics of the last of the pending steps, when loss and gradient of all of them are finite.
 
-    Metrics are those of the step they are filed under, or of several steps up to it.
+    Metrics are those of the step they are filed under, or of several steps up to it. The batch is the last one.
     """
     metrics: Mapping[str, Any] = {}
     for last, metrics in pending.items():
@@ -603,8 +618,19 @@ def _finite(pending: Mapping[int, Mapping[str, Any]], checkpoints: Checkpoints) 
             values = np.atleast_1d(metrics[name])
             for step, value in enumerate(values, last + 1 - len(values)):
                 if not np.isfinite(value):
-                    raise FloatingPointError(f"{words} is {value} at step {step}: {checkpoints.describe_latest()}")
+                    seen = _tokens_of(batch) if step == max(pending) and np.isnan(value) else ""
+                    raise FloatingPointError(
+                        f"{words} is {value} at step {step}: {checkpoints.describe_latest()}{seen}"
+                    )
     return {name: np.atleast_1d(values)[-1] for name, values in metrics.items()}
+
+
+def _tokens_of(batch: Any) -> str:
+    """Returns words that say between what the tokens of a batch are: one outside the vocabulary makes a loss NaN."""
+    tokens = batch.get("tokens") if isinstance(batch, Mapping) else None
+    if tokens is None or not np.issubdtype(tokens.dtype, np.integer):
+        return ""
+    return f"; the tokens of this step are from {np.min(tokens)} to {np.max(tokens)}"
 
 
 @jax.jit

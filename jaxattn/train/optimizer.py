@@ -1,11 +1,12 @@
-"""The optimiser: clipping, AdamW or Muon, decay where it belongs, and a schedule, all from optax."""
+"""The optimiser: clipping, AdamW or Muon, decay where it belongs, a schedule, averages, scaling; all from optax."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax import contrib
@@ -22,7 +23,8 @@ class OptimizerConfig:
     """The settings of the optimiser.
 
     Attributes:
-        name: The rule: adamw; or muon (orthogonalised momentum) for hidden matrices, with AdamW for all else.
+        name: The rule: adamw; muon (orthogonalised momentum) for hidden matrices, with AdamW for all else; or
+            schedule_free: AdamW whose parameters are averaged, with the schedule constant.
         learning_rate: The peak learning rate, reached at the end of the warm-up.
         warmup_steps: Steps over which the learning rate rises linearly.
         schedule: The learning rate after the warm-up: cosine falls to the last step; constant stays, so that a run can
@@ -32,13 +34,14 @@ class OptimizerConfig:
             constant has none.
         weight_decay: Decoupled weight decay: each step takes learning_rate * weight_decay of a decayed parameter away.
             Which parameters are decayed is said where they are made (`decay_mask`).
-        beta1: Decay of the first moment's running mean (of the momentum, for muon).
+        beta1: Decay of the first moment's running mean (of the momentum, for muon; for schedule_free the part of the
+            average in the parameters that gradients are taken at).
         beta2: Decay of the second moment's running mean.
         eps: Added to the root of the second moment before dividing by it.
         clip_norm: Gradients whose global norm exceeds this are scaled down to it; null for no clipping.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "schedule_free"] = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     schedule: Literal["cosine", "constant", "stable"] = "cosine"
@@ -135,6 +138,10 @@ def make_optimizer(
     ones are layers). Other than theirs, updates are scaled to a root mean square of 0.2, so that a learning rate fit
     for AdamW fits them too (Liu et al., 2025), and computed in the parameters' own type. AdamW serves all else.
 
+    `schedule_free` is that of Defazio et al. (2024), around AdamW without momentum: z goes down the gradients at
+    y = (1 − β) z + β x, with β = `beta1`, and x is the mean of z so far, weighted by squares of the learning rate. The
+    parameters of the state are y. Evaluations, loaded checkpoints and results have x, the `evaluation_params`.
+
     Args:
         config: The settings.
         steps: The number of steps of the run.
@@ -146,8 +153,9 @@ def make_optimizer(
             has no hidden matrix, or a hidden parameter has fewer than two axes.
     """
     _check(config, steps)
-    if config.name == "adamw":
-        direction = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    if config.name != "muon":
+        beta1 = config.beta1 if config.name == "adamw" else 0.0
+        direction = optax.scale_by_adam(beta1, config.beta2, config.eps)
     else:
         direction = optax.chain(
             optax.masked(optax.trace(config.beta1, nesterov=True), lambda params: _hidden(params, roles)),
@@ -166,7 +174,82 @@ def make_optimizer(
         )
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     decay = optax.add_decayed_weights(config.weight_decay, lambda params: decay_mask(params, roles))
-    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(learning_rate(config, steps)))
+    rate = learning_rate(config, steps)
+    rule = optax.chain(clip, direction, decay, optax.scale_by_learning_rate(rate))
+    return contrib.schedule_free(rule, rate, b1=config.beta1) if config.name == "schedule_free" else rule
+
+
+def evaluation_params(opt_state: Any, params: Any) -> Any:
+    """Returns the parameters that are to be used: those that a schedule-free optimiser averages, else `params`.
+
+    Args:
+        opt_state: The state of any optimiser of optax, such as a chain with `optax.contrib.schedule_free` in it.
+        params: The parameters that it trains.
+    """
+    averaging = _states(opt_state, contrib.ScheduleFreeState)
+    return contrib.schedule_free_eval_params(averaging[0], params) if averaging else params
+
+
+class LossScale(NamedTuple):
+    """The state of `loss_scaling`.
+
+    Attributes:
+        scale: The factor of the loss in the next step.
+        finite_steps: Steps since it changed.
+        inner: The state of the optimiser.
+    """
+
+    scale: jax.Array
+    finite_steps: jax.Array
+    inner: Any
+
+
+def loss_scaling(
+    optimizer: optax.GradientTransformation, scale: float = 2.0**15, period: int = 2000
+) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimiser for models that compute in float16 (Micikevicius et al., 2018).
+
+    `make_step` multiplies the loss by the scale, and divides the gradient by it: so small gradients are no zeros in
+    float16. A step whose gradient overflows changes nothing but the scale, which it halves; `period` steps without one
+    double it. At a scale of 1 a gradient that is not finite is an error as ever.
+
+    Args:
+        optimizer: The optimiser of gradients that are finite.
+        scale: The first factor, at least 1.
+        period: The number of steps, at least 1.
+
+    Raises:
+        ValueError: A number makes no sense.
+    """
+    if not 1 <= scale < float("inf"):
+        raise ValueError(f"scale is {scale}: need a number from 1 on")
+    if period < 1:
+        raise ValueError(f"period is {period}: need at least 1 step")
+    guarded = optax.apply_if_finite(optimizer, max_consecutive_errors=2**31 - 1)
+
+    def init(params: Any) -> LossScale:
+        return LossScale(jnp.float32(scale), jnp.int32(0), guarded.init(params))
+
+    def update(updates: Any, state: LossScale, params: Any = None, **extra: Any) -> tuple[Any, LossScale]:
+        updates, inner = guarded.update(updates, state.inner, params, **extra)
+        count = jnp.where(inner.last_finite, state.finite_steps + 1, 0)
+        grown = jnp.where(count == period, 2 * state.scale, state.scale)
+        following = jnp.where(inner.last_finite, grown, jnp.maximum(state.scale / 2, 1))
+        return updates, LossScale(following, count % period, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def loss_scale(opt_state: Any) -> jax.Array | None:
+    """Returns the factor of the loss that `loss_scaling` asks for, or None if it is not there."""
+    scaling = _states(opt_state, LossScale)
+    return scaling[0].scale if scaling else None
+
+
+def _states(opt_state: Any, kind: type) -> list[Any]:
+    """Returns the states of one kind among those of an optimiser."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
 def _roles(params: Any, roles: Roles) -> Any:
@@ -199,8 +282,12 @@ def _matrices(params: Any, roles: Roles) -> Any:
 
 
 def _check(config: OptimizerConfig, steps: int) -> None:
-    if config.name not in ("adamw", "muon"):
-        raise ValueError(f"name is {config.name!r}: need 'adamw' or 'muon'")
+    if config.name not in ("adamw", "muon", "schedule_free"):
+        raise ValueError(f"name is {config.name!r}: need 'adamw', 'muon' or 'schedule_free'")
+    if config.name == "schedule_free" and config.schedule != "constant":
+        raise ValueError(f"schedule is {config.schedule!r} with 'schedule_free': need 'constant'")
+    if config.name == "schedule_free" and config.beta1 == 0:
+        raise ValueError("beta1 is 0 with 'schedule_free': need a number above 0")
     if not config.learning_rate > 0:
         raise ValueError(f"learning_rate is {config.learning_rate}: need a number above 0")
     if not 0 <= config.warmup_steps < steps:

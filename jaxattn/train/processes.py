@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -133,16 +133,20 @@ def failing_together() -> Iterator[None]:
         yield
     except BaseException as error:
         over.set()
+        said = _said(client, key)
+        if not said:
+            with suppress(Exception):  # the service may be gone
+                words = f"process {jax.process_index()} failed: {type(error).__name__}: {error}"
+                client.key_value_set(key, words, allow_overwrite=True)
         if not _LOST.search(str(error)):
-            said = f"process {jax.process_index()} failed: {type(error).__name__}: {error}"
-            client.key_value_set(key, said, allow_overwrite=True)
             raise
-        why = _said(client, key) or f"another process of the run was lost ({str(error).splitlines()[0][:200]})"
+        why = said or f"another process of the run was lost ({str(error).splitlines()[0][:200]})"
         raise RuntimeError(f"{why}. {_ADVICE}") from error
     finally:
         over.set()
 
 
+# What JAX says in a collective, or in the coordination service, when another process is gone.
 _LOST = re.compile(r"Gloo|NCCL|[Cc]onnection (reset|closed)|[Hh]eartbeat|[Cc]oordination ?[Ss]ervice|[Bb]arrier")
 _ADVICE = (
     "This process stops. Run the same again, with as many processes or fewer: the run goes on from its last checkpoint"

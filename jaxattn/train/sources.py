@@ -404,6 +404,15 @@ def _column(name: str, value: Any) -> Any:
 
 def _stack(rows: Sequence[Any]) -> Any:
     """Returns the batch of rows."""
+    try:
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+    except ValueError:
+        _check_alike(rows)
+        raise
+
+
+def _check_alike(rows: Sequence[Any]) -> None:
+    """Raises ValueError that says in what rows differ."""
     first, structure = jax.tree.flatten_with_path(rows[0])
     for row in rows[1:]:
         leaves, other = jax.tree.flatten_with_path(row)
@@ -415,7 +424,6 @@ def _stack(rows: Sequence[Any]) -> Any:
                     f"records have {jax.tree_util.keystr(path)} of the shapes {one.shape} and {leaf.shape}: need one "
                     "for all; pad them, or pack them with train.packed"
                 )
-    return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
 
 
 def _whole(batch: Any, batch_size: int) -> Any:

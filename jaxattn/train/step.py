@@ -17,6 +17,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxattn.nn.sharding import RULES, Rules, made_on, partition_spec, sharding_rules, shardings
+from jaxattn.train.optimizer import evaluation_params, loss_scale
 
 Params = Any
 Metrics = dict[str, jax.Array]
@@ -80,7 +81,11 @@ def init_state(
         return jax.jit(before, out_shardings=spread)(jax.tree.map(_put, params, spread.params))
     params = params() if is_function(params) else params
     params, key = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, key))
-    return before(params)
+    own = {id(leaf) for leaf in jax.tree.leaves(params)}  # an optimiser may keep the parameters themselves
+    opt_state = jax.tree.map(
+        lambda leaf: jnp.array(leaf, copy=True) if id(leaf) in own else leaf, optimizer.init(params)
+    )
+    return State(jnp.zeros((), jnp.int32), params, opt_state, key)
 
 
 def is_function(params: Any) -> bool:
@@ -118,6 +123,9 @@ def make_step(
     and wᵢ = rowsᵢ. If it is a mean over tokens, and micro-batches or devices have different numbers of them, that is
     not the mean over the tokens of the batch: such a loss has to return (total, sums).
 
+    The optimiser is given the loss as `value`, as `optax.contrib.reduce_on_plateau` needs it. With `loss_scaling` the
+    metrics have `loss_scale`, and `skipped`, 1 for a step that changed nothing, whose gradient overflowed.
+
     Args:
         loss_fn: loss_fn(params, batch, key) -> (total, sums), with the weight among the sums, or a scalar.
         optimizer: The optimiser.
@@ -133,11 +141,19 @@ def make_step(
     if accumulate < 1:
         raise ValueError(f"accumulate is {accumulate}: need at least 1 micro-batch")
 
-    def sums_and_gradients(params: Params, batch: Any, key: jax.Array) -> Any:
-        (total, sums), gradients = jax.value_and_grad(partial(_checked, loss_fn), has_aux=True)(params, batch, key)
-        return {"loss": total, **sums}, gradients
+    update = optax.with_extra_args_support(optimizer).update
+
+    def scaled_sums_and_gradients(scale: Any, params: Params, batch: Any, key: jax.Array) -> Any:
+        def scaled(params: Params) -> Any:
+            total, sums = _checked(loss_fn, params, batch, key)
+            return total if scale is None else total * scale, {"loss": total, **sums}
+
+        (_, sums), gradients = jax.value_and_grad(scaled, has_aux=True)(params)
+        return sums, gradients
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
+        scale = loss_scale(state.opt_state)
+        sums_and_gradients = partial(scaled_sums_and_gradients, scale)
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -160,11 +176,17 @@ def make_step(
             sums, gradients = jax.lax.psum((sums, gradients), axis_name)
         weight = sums.pop("weight")
         per_token = 1 / jnp.where(weight == 0, 1, weight)
-        gradients = jax.tree.map(lambda gradient: (gradient * per_token).astype(gradient.dtype), gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        factor = per_token if scale is None else per_token / scale
+        gradients = jax.tree.map(lambda gradient: (gradient * factor).astype(gradient.dtype), gradients)
         metrics = {name: value * per_token for name, value in sums.items()}
-        metrics |= {"grad_norm": optax.tree.norm(gradients), "weight": weight}
+        updates, opt_state = update(gradients, state.opt_state, state.params, value=metrics["loss"])
+        params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(gradients)
+        if scale is not None and (following := loss_scale(opt_state)) is not None:
+            skipped = following < scale
+            norm = jnp.where(skipped, 0, norm)
+            metrics |= {"loss_scale": scale, "skipped": skipped.astype(jnp.float32)}
+        metrics |= {"grad_norm": norm, "weight": weight}
         return State(state.step + 1, params, opt_state, state.key), metrics
 
     return step
@@ -179,6 +201,8 @@ def _checked(loss_fn: LossFunction, params: Params, batch: Any, key: Any) -> tup
     if isinstance(result, tuple) and len(result) == 2:
         total, sums = result
         if _is_scalar(total) and isinstance(sums, Mapping) and "weight" in sums and all(map(_is_scalar, sums.values())):
+            if taken := sorted({"loss", "grad_norm", "loss_scale", "skipped"} & sums.keys()):
+                raise ValueError(f"loss_fn returns sums with the names {taken}, which the step has itself: need others")
             return total, dict(sums)
         said = f"({_said(total)}, {_said(sums)})"
     else:
@@ -222,13 +246,14 @@ def _micro_batches(batch: Any, accumulate: int) -> Any:
 def make_evaluation(loss_fn: LossFunction, *, axis_name: str | None = None) -> Step:
     """Makes a pure function evaluation(state, batch) -> (state, sums) that leaves the state alone.
 
-    Nothing in it is random. `sums` are those of `loss_fn`, with the total as `loss`, over the whole batch, and with an
-    `axis_name` over all devices. An evaluation has the form of a step, so that the functions which run steps on devices
-    run evaluations too.
+    Nothing in it is random. Parameters are the `evaluation_params` of the state. `sums` are those of `loss_fn`, with
+    the total as `loss`, over the whole batch, and with an `axis_name` over all devices. An evaluation has the form of a
+    step, so that the functions which run steps on devices run evaluations too.
     """
 
     def evaluation(state: State, batch: Any) -> tuple[State, Metrics]:
-        total, sums = _checked(loss_fn, state.params, batch, None)
+        params = evaluation_params(state.opt_state, state.params)
+        total, sums = _checked(loss_fn, params, batch, None)
         sums = {"loss": total, **sums}
         return state, sums if axis_name is None else jax.lax.psum(sums, axis_name)
 

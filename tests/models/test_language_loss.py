@@ -9,8 +9,8 @@ from tiny import ATTENTION, FEED, HEADS, MIXED, PLAIN, VOCABULARY, assert_close,
 
 from jaxattn import Causal, Documents, PerHead, Window, Yarn, nn
 from jaxattn.core.attend.position import Rotary
-from jaxattn.models import Spec, TransformerConfig, from_plain, pre_norm, to_plain
-from jaxattn.train import language_loss, with_params
+from jaxattn.models import Branch, EncoderDecoder, Layer, Spec, TransformerConfig, from_plain, pre_norm, to_plain
+from jaxattn.train import language_loss, masked_language_loss, sequence_loss, with_params
 
 B, T = 2, 10
 DROPPED = pre_norm(ATTENTION.replace(dropout=0.5), FEED)
@@ -192,3 +192,75 @@ def test_a_batch_without_tokens_and_columns_that_are_not_read_are_named():
         loss(params, {"input_ids": tokens(B, T)}, None)
     with pytest.raises(ValueError, match=r"batch has the columns \['attention_mask'\], which this loss does not read"):
         loss(params, {"tokens": tokens(B, T), "attention_mask": jnp.ones((B, T))}, None)
+
+
+class Seen(nnx.Module):
+    """A model that tells what it was given: the logits of a token are those of a row of a table."""
+
+    def __init__(self, vocabulary):
+        self.table = nnx.Param(jnp.eye(vocabulary) * 3)
+
+    def __call__(self, tokens, mask=None):
+        return self.table[...][tokens], mask, tokens
+
+
+def test_masked_tokens_are_drawn_as_bert_draws_them():
+    """What counts is drawn, padding never is, and 80 % of the drawn are masked, 10 % any token, 10 % as they are."""
+    rows, mask, size = 400, 9, 10
+    whole = np.random.default_rng(0).integers(0, 9, (rows, T))
+    whole[:, -2:] = -100
+    given = {"tokens": jnp.asarray(whole), "weights": jnp.ones((rows, T)).at[:, 0].set(0)}
+    seen = []
+
+    class Told(Seen):
+        def __call__(self, tokens, mask=None):
+            seen.append((np.asarray(tokens), np.asarray(mask.ids)))
+            return super().__call__(tokens)
+
+    params, loss = masked_language_loss(Told(size), mask, size, fraction=0.3)
+    totals = [loss(params, given, key) for key in (None, None, jax.random.key(1), jax.random.key(2))]
+    assert totals[0][0] == totals[1][0]
+    assert len({float(total) for total, _ in totals}) == 3
+    (inputs, documents), sums = seen[-1], totals[-1][1]
+    assert (documents[:, -2:] == -1).all()
+    assert (documents[:, :-2] == 0).all()
+    assert (inputs[:, 0] == whole[:, 0]).all()
+    places = rows * (T - 3)
+    drawn = float(sums["weight"])
+    assert abs(drawn - 0.3 * places) < 4 * np.sqrt(0.3 * 0.7 * places)
+    changed = inputs[:, 1:-2] != whole[:, 1:-2]
+    masked = inputs[:, 1:-2] == mask
+    for found, share in ((masked, 0.8 + 0.1 / size), (changed & ~masked, 0.1 * 8 / size)):
+        assert abs(found.sum() - share * drawn) < 4 * np.sqrt(share * (1 - share) * drawn)
+    # Each of the drawn that is not changed costs less than one that is: log(e^3 + 9) with or without 3 taken off.
+    z = np.log(np.exp(3) + size - 1)
+    assert float(totals[-1][0]) == pytest.approx(drawn * z - 3 * (drawn - changed.sum()), rel=1e-5)
+    for arguments, message in (
+        ((9, 10, 0.0), "fraction holds 0.0"),
+        ((-1, 10, 0.1), "mask_token is -1: need the id"),
+        ((9, 0, 0.1), "vocabulary is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            masked_language_loss(Seen(size), *arguments[:2], fraction=arguments[2])
+
+
+def test_the_loss_of_a_sequence_from_another_does_not_see_padding():
+    attention, cross = ATTENTION, ATTENTION.replace(keys_from="context", position=None, mask=None)
+    encoder = TransformerConfig(VOCABULARY, 12, 16, [pre_norm(attention.replace(mask=None))], causal=False, head=None)
+    layer = Layer([Branch(attention), Branch(cross, name="cross")])
+    model = EncoderDecoder(encoder, TransformerConfig(VOCABULARY, 12, 16, [layer]), rngs=nnx.Rngs(0))
+    params, loss = sequence_loss(model)
+    loss = jax.jit(loss, static_argnums=2)
+    inputs, answers = np.asarray(tokens(B, 6)), np.asarray(tokens(B, T))
+    total, sums = loss(params, {"inputs": inputs, "tokens": answers}, None)
+    assert float(sums["weight"]) == B * (T - 1)
+    left = np.concatenate([np.full((B, 2), -1), inputs], axis=1)
+    right = np.concatenate([answers, np.full((B, 2), -100)], axis=1)
+    padded, of_padded = loss(params, {"inputs": left, "tokens": right}, None)
+    assert_close(padded, total)
+    assert float(of_padded["weight"]) == B * (T - 1)
+    logits = np.asarray(model(jnp.asarray(inputs), jnp.asarray(answers))[0], np.float64)[:, :-1]
+    nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, answers[:, 1:, None], -1)[..., 0]
+    assert_close(total, nll.sum())
+    with pytest.raises(ValueError, match="batch has no 'inputs', but 'tokens'"):
+        loss(params, {"tokens": answers}, None)

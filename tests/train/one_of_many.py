@@ -1,8 +1,8 @@
 """A run that the processes of a test share; as a program, `one_of_many.py PROCESS PROCESSES PORT FOLDER OPTIONS`.
 
 The model is a bigram whose table is spread over `fsdp`. The program writes what `fit` returned or raised beside the
-folder. Its options are JSON: `config` and `seconds_per_step` for all processes, and by the number of a process what that
-one does otherwise.
+folder. Its options are JSON: `config`, `made` (parameters are given by a function), `not_finite` and `seconds_per_step`
+for all processes, and by the number of a process what that one does otherwise.
 """
 
 import dataclasses
@@ -22,7 +22,9 @@ from flax import nnx
 
 from jaxattn.train import VOCABULARY, TrainConfig, next_token_loss
 
-CONFIG = TrainConfig(steps=24, batch_size=8, eval_every=9, eval_batches=None, save_every=4, log_every=2, accumulate=2)
+CONFIG = TrainConfig(
+    steps=24, batch_size=8, eval_every=9, eval_batches=None, keep_best=True, save_every=4, log_every=2, accumulate=2
+)
 RATE, EPS = 0.05, 1e-3  # a large eps: else where a gradient is 0 but for rounding, its sign decides
 OPTIMIZER = optax.adam(RATE, eps=EPS)
 
@@ -41,7 +43,7 @@ def loss_fn(params, batch, key):
 
 def trained(folder, changes, **options):
     config = dataclasses.replace(CONFIG, **changes)
-    return run(folder, config, params=params(), optimizer=OPTIMIZER, **{"loss_fn": loss_fn} | options)
+    return run(folder, config, optimizer=OPTIMIZER, **{"loss_fn": loss_fn, "params": params()} | options)
 
 
 def main():
@@ -66,8 +68,9 @@ def main():
     said = {}
     try:
         changes = {"devices": "mesh", **options.get("config", {}), **mine.get("config", {})}
-        loss = {"loss_fn": not_finite} if options.get("not_finite") else {}
-        result = trained(folder, changes, on_step=on_step, **loss)
+        others = {"loss_fn": not_finite} if options.get("not_finite") else {}
+        others |= {"params": params} if options.get("made") else {}
+        result = trained(folder, changes, on_step=on_step, **others)
         said = {"step": result.step, "complete": result.complete, "history": result.history}
     except BaseException as error:
         said = {"error": f"{type(error).__name__}: {error}"}

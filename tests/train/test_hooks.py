@@ -5,11 +5,20 @@ import dataclasses
 import sys
 
 import numpy as np
+import optax
 import pytest
 from bigram import CONFIG, initial_params, run
 from test_drawn import COUNTING, ONE
 
-from jaxattn.train import OptimizerConfig, csv_log, learning_rate, load, tensorboard_log
+from jaxattn.train import (
+    OptimizerConfig,
+    csv_log,
+    learning_rate,
+    load,
+    loss_scaling,
+    next_token_loss,
+    tensorboard_log,
+)
 
 CONSTANT = OptimizerConfig(learning_rate=0.05, warmup_steps=2, schedule="constant", weight_decay=0.0)
 
@@ -161,6 +170,40 @@ def test_the_best_may_be_the_largest_of_any_metric(tmp_path):
         run(tmp_path / "run", dataclasses.replace(config, best_metric="accuracy"))
 
 
+def test_the_best_checkpoint_is_the_same_however_often_the_run_was_stopped(tmp_path):
+    config = changed(eval_every=2, save_every=5, keep_best=True)
+
+    def stopping(at):
+        def stop(step, state, metrics):
+            if step == at:
+                raise KeyboardInterrupt
+
+        return stop
+
+    for at in (5, 9):  # after an evaluation that the next start does again, too
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", config, validation_data=RISING, on_step=stopping(at))
+    whole, parts = (run(tmp_path / name, config, validation_data=RISING) for name in ("whole", "parts"))
+    assert without_speed(parts.history) == without_speed(whole.history)
+    one, other = (load(x.folder / "best", lambda config: initial_params()) for x in (whole, parts))
+    assert one.step == other.step
+    np.testing.assert_array_equal(one.params["embedding"], other.params["embedding"])
+
+
+def test_steps_that_overflow_in_float16_are_logged_and_left_out(tmp_path):
+    def half(params, batch, key):
+        return next_token_loss(params["embedding"].astype(np.float16)[batch["tokens"]], batch)
+
+    optimizer = loss_scaling(optax.adam(0.05), 2.0**34)
+    result = run(tmp_path, changed(log_every=1, steps=40), loss_fn=half, optimizer=optimizer)
+    skipped = [line["skipped"] for line in result.history]
+    assert skipped[0] == 1
+    assert 5 < sum(skipped) < 30
+    assert [line["loss_scale"] for line in result.history] == [2.0 ** (34 - sum(skipped[:i])) for i in range(40)]
+    assert all((line["grad_norm"] == 0) == line["skipped"] for line in result.history)
+    assert result.history[-1]["loss"] < result.history[0]["loss"] - 0.5
+
+
 def test_a_finished_run_goes_on_as_if_it_had_had_more_steps_from_the_start(tmp_path):
     whole = run(tmp_path / "whole", optimizer=CONSTANT)
     assert run(tmp_path / "parts", changed(steps=6), optimizer=CONSTANT).complete
@@ -212,3 +255,16 @@ def test_the_config_of_the_optimiser_is_that_of_the_run(tmp_path):
     run(tmp_path, changed(steps=1), optimizer=dataclasses.replace(CONSTANT, warmup_steps=0))
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate was 0\.05, now 0\.1"):
         run(tmp_path, changed(steps=1), optimizer=dataclasses.replace(CONSTANT, warmup_steps=0, learning_rate=0.1))
+
+
+def test_what_is_evaluated_and_loaded_of_a_schedule_free_run_is_its_average(tmp_path):
+    """And it resumes to the bit."""
+    optimizer, seen = dataclasses.replace(CONSTANT, name="schedule_free"), {}
+    whole = run(tmp_path / "whole", optimizer=optimizer, on_eval=lambda step, params, _: seen.update({step: params}))
+    run(tmp_path / "parts", changed(steps=6), optimizer=optimizer)
+    parts = run(tmp_path / "parts", optimizer=optimizer)
+    loaded = load(tmp_path / "parts", lambda config: initial_params())
+    for params in (parts.params, loaded.params, seen[12]):
+        np.testing.assert_array_equal(params["embedding"], whole.params["embedding"])
+    validation = {x["step"]: x["validation_loss"] for x in parts.history if "validation_loss" in x}
+    assert validation == {x["step"]: x["validation_loss"] for x in whole.history if "validation_loss" in x}

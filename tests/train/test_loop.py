@@ -151,6 +151,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, at, last_good, tmp_path)
     )
 
 
+def test_a_token_outside_the_vocabulary_is_seen_in_the_error(tmp_path):
+    """The model has 258 tokens: of another it knows no logits."""
+    data = [{"tokens": np.array([5, 9000]), "targets": np.array([3, 3])}]
+
+    def of_table(params, batch, key):
+        tokens = batch["tokens"]
+        logits = params["embedding"].at[tokens].get(mode="fill", fill_value=jnp.nan)
+        return next_token_loss(logits, batch)
+
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan at step 1: .*; the tokens of this step are from 5 to 9000"
+    ):
+        run(tmp_path, train_data=data, validation_data=None, loss_fn=of_table)
+
+
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     params = initial_params()
     params["unused"] = jnp.array([1.0, math.nan])

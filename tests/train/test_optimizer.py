@@ -9,7 +9,15 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxattn.train import OptimizerConfig, decay_mask, learning_rate, make_optimizer, parameter_roles
+from jaxattn.train import (
+    OptimizerConfig,
+    decay_mask,
+    evaluation_params,
+    learning_rate,
+    loss_scaling,
+    make_optimizer,
+    parameter_roles,
+)
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -222,10 +230,53 @@ def test_muon_without_matrices_is_refused():
         make_optimizer(OptimizerConfig("muon"), 200, roles="hidden").init(params)
 
 
+def test_schedule_free_averages_the_steps_of_its_rule():
+    """One parameter, gradients of constant sign and no decay: AdamW without momentum goes down by its rate."""
+    config = OptimizerConfig(
+        "schedule_free", 0.1, 0, "constant", weight_decay=0.0, beta1=0.9, beta2=0.5, clip_norm=None
+    )
+    optimizer = make_optimizer(config, 10)
+    params = {"w": jnp.ones(1)}
+    state, z, mean = optimizer.init(params), 1.0, 1.0
+    for step in range(4):
+        updates, state = optimizer.update({"w": jnp.ones(1)}, state, params)
+        params = optax.apply_updates(params, updates)
+        z -= 0.1
+        mean += (z - mean) / (step + 1)
+        # Means of 4 numbers, which the division by beta1 of differences of 1 magnifies.
+        np.testing.assert_allclose(evaluation_params(state, params)["w"], mean, rtol=100 * EPS)
+        np.testing.assert_allclose(params["w"], 0.9 * mean + 0.1 * z, rtol=100 * EPS)
+    assert evaluation_params(optax.adam(0.1).init(params), params) is params
+    inside = optax.chain(optax.identity(), optimizer)
+    np.testing.assert_allclose(evaluation_params(inside.init(params), params)["w"], params["w"], rtol=10 * EPS)
+
+
+def test_the_loss_scale_halves_where_the_gradient_overflows_and_grows_again():
+    optimizer = loss_scaling(optax.sgd(1.0, momentum=0.5), scale=8.0, period=2)
+    params = {"w": jnp.ones(2)}
+    state, scales, moved = optimizer.init(params), [], []
+    for value in (1.0, np.inf, 1.0, np.nan, 1.0, 1.0, 1.0):
+        updates, state = optimizer.update({"w": jnp.array([1.0, value])}, state, params)
+        scales.append(float(state.scale))
+        moved.append(updates["w"].tolist())
+    assert scales == [8, 4, 4, 2, 2, 4, 4]
+    assert moved[1] == moved[3] == [0, 0]
+    assert moved[2] == [-1.5, -1.5]  # the momentum is that of the steps that counted
+    for _ in range(9):
+        _, state = optimizer.update({"w": jnp.full(2, np.nan)}, state, params)
+    assert float(state.scale) == 1
+    with pytest.raises(ValueError, match=r"scale is 0\.5: need a number from 1 on"):
+        loss_scaling(optax.sgd(1.0), 0.5)
+    with pytest.raises(ValueError, match="period is 0"):
+        loss_scaling(optax.sgd(1.0), period=0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "sgd"}, "name is 'sgd': need 'adamw' or 'muon'"),
+        ({"name": "sgd"}, "name is 'sgd': need 'adamw', 'muon' or 'schedule_free'"),
+        ({"name": "schedule_free"}, "schedule is 'cosine' with 'schedule_free': need 'constant'"),
+        ({"name": "schedule_free", "schedule": "constant", "beta1": 0.0}, "beta1 is 0 with 'schedule_free'"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0: need a number above 0"),
         ({"warmup_steps": 10}, "warmup_steps is 10 of 10 steps"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),

@@ -105,9 +105,16 @@ def assert_same_params(folder, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_many_processes_train_as_one(processes, tmp_path, alone):
-    said = finished(tmp_path / "run", processes)
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (4, {}),
+        (2, {"made": True}),
+        (2, {"config": {"mesh": {"context": 2}}}),  # both read all rows
+    ],
+)
+def test_many_processes_train_as_one(processes, options, tmp_path, alone):
+    said = finished(tmp_path / "run", processes, options)
     for each in said:
         assert each["complete"]
         assert_same_log(each["history"], alone)
@@ -115,6 +122,7 @@ def test_many_processes_train_as_one(processes, tmp_path, alone):
     # One process writes what is written.
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == said[0]["history"]
+    assert load(tmp_path / "run" / "best", lambda config: params()).step == CONFIG.steps
 
 
 @pytest.mark.slow

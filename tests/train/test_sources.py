@@ -98,6 +98,20 @@ def test_batches_continue_from_a_state_that_went_through_json(name):
         assert [xs(next(batches(SOURCES[name](), 4, seed))) for seed in (1, 2)] != [first[0]] * 2
 
 
+def test_a_loader_of_another_library_makes_whole_batches():
+    class Loader:
+        """Has a length and is iterated over, but has no records by number; its arrays are arrays to NumPy."""
+
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            return iter([{"x": memoryview(np.arange(4))}, {"x": memoryview(np.arange(4, 8))}])
+
+    assert [xs(batch) for batch in batches(Batched(Loader()), 4)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [xs(batch) for batch in ordered_batches(Batched(Loader()), 4)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 def test_lists_of_numbers_are_arrays_and_tuples_keep_their_form():
     batch = next(batches(Records(), 4))
     assert batch["tokens"].shape == (4, 2)

@@ -9,6 +9,7 @@ import pytest
 from jaxattn.train import (
     data_mesh,
     init_state,
+    loss_scaling,
     make_evaluation,
     make_step,
     next_token_loss,
@@ -231,6 +232,60 @@ def test_some_of_the_devices_can_be_chosen(reference):
         np.testing.assert_allclose(state.params["table"], reference[0].params["table"], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_small_gradients_of_float16_reach_the_parameters_by_scaling(accumulate):
+    """In float16 a slope of 2⁻²⁷ is 0. With the loss times 2¹⁵ it is 2⁻¹², and exact; times 2²⁴ it is too large."""
+
+    def loss_fn(params, batch, key):
+        half = params["w"].astype(jnp.float16) * batch["x"].astype(jnp.float16)
+        return jnp.sum(half.astype(jnp.float32)) * 2.0**-27, {"weight": jnp.float32(batch["x"].shape[0])}
+
+    state, metrics = {}, {}
+    for name, optimizer in {
+        "plain": optax.sgd(1.0),
+        "scaled": loss_scaling(optax.sgd(1.0)),
+        "too much": loss_scaling(optax.sgd(1.0), 2.0**44),
+    }.items():
+        step = make_step(loss_fn, optimizer, accumulate=accumulate)
+        first = init_state({"w": jnp.zeros(3)}, optimizer, jax.random.key(0))
+        state[name], metrics[name] = jax.jit(step)(first, {"x": jnp.ones((4, 1))})
+    assert (state["plain"].params["w"] == 0).all()
+    np.testing.assert_array_equal(state["scaled"].params["w"], -(2.0**-27))
+    assert (float(metrics["scaled"]["loss_scale"]), float(metrics["scaled"]["skipped"])) == (2**15, 0)
+    assert (state["too much"].params["w"] == 0).all()
+    assert (float(metrics["too much"]["skipped"]), float(metrics["too much"]["grad_norm"])) == (1, 0)
+    assert float(state["too much"].opt_state.scale) == 2**43
+    assert float(metrics["scaled"]["loss"]) == float(metrics["plain"]["loss"]) == 0
+
+
+def test_a_gradient_that_no_scale_makes_finite_is_seen():
+    optimizer = loss_scaling(optax.sgd(1.0), 1.0)
+    state = init_state({"w": jnp.zeros(())}, optimizer, jax.random.key(0))
+    step = make_step(lambda params, batch, key: jnp.sqrt(params["w"]), optimizer)
+    _, metrics = step(state, {"x": jnp.ones(2)})
+    assert not np.isfinite(metrics["grad_norm"])
+
+
+def test_optimisers_that_need_the_loss_or_keep_parameters_or_several_steps_are_taken():
+    rows = {"x": np.arange(4.0, dtype=np.float32)}
+
+    def mean(params, batch, key):
+        return jnp.mean((params["w"] - batch["x"]) ** 2)
+
+    plateau = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(factor=0.5, patience=1))
+    for optimizer in (
+        plateau,
+        optax.polyak_sgd(1.0),
+        optax.MultiSteps(optax.sgd(0.4), 2),
+        optax.chain(optax.clip(1.0), optax.masked(optax.add_decayed_weights(0.1), {"w": True}), optax.adam(0.1)),
+    ):
+        step = on_one_device(make_step(mean, optimizer))
+        state = init_state({"w": jnp.zeros(())}, optimizer, jax.random.key(0))
+        for _ in range(4):
+            state, metrics = step(state, rows)
+        assert float(metrics["loss"]) < (rows["x"] ** 2).mean(), optimizer
+
+
 @pytest.mark.parametrize("way", ["accumulating", "mesh", "pmap, accumulating"])
 def test_a_scalar_loss_is_a_mean_over_rows(way):
     """Its gradient is that of the mean over all rows, however they are cut."""
@@ -274,3 +329,19 @@ def test_a_loss_that_is_not_a_total_with_its_sums_is_named(result):
     for step in (make_step(loss_fn, optimizer), make_evaluation(loss_fn)):
         with pytest.raises(TypeError, match=f"loss_fn returns .*: {needed}"):
             jax.jit(step)(state, {"tokens": jnp.zeros((2, 3), int)})
+
+
+def test_sums_with_names_that_the_step_has_itself_are_refused():
+    step = make_step(lambda params, batch, key: (params["w"], {"weight": 1.0, "loss": params["w"]}), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"sums with the names \['loss'\], which the step has itself"):
+        step(init_state({"w": jnp.ones(())}, optax.sgd(0.1), jax.random.key(0)), {"x": jnp.ones(2)})
+
+
+def test_an_optimiser_may_keep_the_parameters_themselves():
+    """As a teacher or a starting point: a step must not give the memory of both away."""
+    kept = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
+    optimizer = optax.chain(kept, optax.sgd(0.1))
+    step = on_one_device(make_step(lambda params, batch, key: params["w"], optimizer))
+    state = init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0))
+    state, _ = step(state, {"x": jnp.ones(2)})
+    assert float(state.opt_state[0]["w"]) == 1

@@ -127,7 +127,21 @@ def attend(
         name, _ = _choose(call, block, implementation, return_lse)
         tile = (block, block) if isinstance(block, int | np.integer) else block
         kernel = fused.plan(call, return_lse) if name == "fused" else None
-        out, lse, measured = _attend(traceable(call), block=tile, implementation=name, kernel=kernel)
+        given = traceable(call)
+        if name == "fused" and implementation == "auto":  # programs for other platforms have none of its kernels
+            other, _ = _choose(call, block, implementation, return_lse, kernels=False)
+            platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+            branches = {platform: (name, kernel), "default": (other, None)}
+            return jax.lax.platform_dependent(
+                given,
+                **{
+                    each: lambda given, name=name, kernel=kernel: _attend(
+                        given, block=tile, implementation=name, kernel=kernel
+                    )[0]
+                    for each, (name, kernel) in branches.items()
+                },
+            )
+        out, lse, measured = _attend(given, block=tile, implementation=name, kernel=kernel)
         extras = ({"lse": lse} if return_lse else {}) | measured
         return (out, extras) if return_lse or measures else out
 
@@ -286,8 +300,18 @@ def needs_of(given: Given) -> dict[Need, list[str]]:
     return needs
 
 
-def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> tuple[str, dict[str, str]]:
-    """The implementation to use, and for each one why (not). Raises what `attend` raises."""
+def _choose(
+    given: Given, block: Any, implementation: str, return_lse: bool, kernels: bool = True
+) -> tuple[str, dict[str, str]]:
+    """Returns the implementation to use, and for each one why (not). Raises what `attend` raises.
+
+    Args:
+        given: The call.
+        block: As of `attend`.
+        implementation: As of `attend`.
+        return_lse: As of `attend`.
+        kernels: Whether there are kernels of libraries.
+    """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         choices = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation {implementation!r} is unknown: need 'auto', {choices}")
@@ -306,7 +330,7 @@ def _choose(given: Given, block: Any, implementation: str, return_lse: bool) -> 
     decoding &= jax.default_backend() == "cpu"
     needs = needs_of(given)
     by_rows, by_matrix = (" and ".join(needs[need]) for need in ("rows", "matrix"))
-    kernel = fused.plan(given, return_lse)
+    kernel = fused.plan(given, return_lse) if kernels else "another platform"
     refusals: dict[str, str | None] = {"dense": None, "rows": None, "tiled": None}
     refusals["fused"] = kernel if isinstance(kernel, str) else None
     if by_matrix:

@@ -159,40 +159,38 @@ def gathered(
     """
     slots = _slots("gathered", options, "return_lse", "block", "implementation")
     _check_replicated(slots, axis_name)
-    places, size = _places((query, key), (query_positions, key_positions), axis_name), jax.lax.axis_size(axis_name)
-    if query_positions is None and key_positions is None:
-        _check_tables(slots, query, key, (size, size))
+    size, length = jax.lax.axis_size(axis_name), query.shape[-3]
+    all_rows = any(each.halo or "matrix" in (each.scores_need, each.weights_need) for each in slots.maps)
 
     def whole(x: Array, axis: int) -> Array:
         return jax.lax.all_gather(x, axis_name, axis=x.ndim + axis, tiled=True)
 
-    if query_positions is None and key_positions is None:
-        key_positions = None  # 0..S−1, which masks can read when the program is made
+    def own(x: Array, axis: int) -> Array:
+        """This device's rows, of those that were computed."""
+        start = jax.lax.axis_index(axis_name) * length
+        return jax.lax.dynamic_slice_in_dim(x, start, length, axis) if all_rows else x
+
+    def once(x: Array) -> Array:
+        """The sum over all rows. If every device computed all of them, it is that of the first."""
+        counts = ~jnp.bool_(all_rows) | (jax.lax.axis_index(axis_name) == 0)
+        return jax.lax.psum(jnp.where(counts, x, jnp.zeros_like(x)), axis_name)
+
+    rows, places = query, _places((query, key), (query_positions, key_positions), axis_name)
+    if query_positions is None and key_positions is None:  # keys are at 0..S−1, which masks can read at trace time
+        _check_tables(slots, query, key, (size, size))
     else:
-        key_positions = whole(places[1], -2 if jnp.ndim(places[1]) == jnp.ndim(key) - 1 else -1)
-    key, value = whole(key, -3), whole(value, -3)
-    all_rows = any(each.halo or "matrix" in (each.scores_need, each.weights_need) for each in slots.maps)
-    places_of_rows = whole(places[0], -1) if all_rows else places[0]
-    rows = whole(query, -3) if all_rows else query
-    result = attend(rows, key, value, query_positions=places_of_rows, key_positions=key_positions, **options)
-    if not isinstance(result, tuple):
-        return _own(result, query, axis_name, -3) if all_rows else result
-    out, extras = result
-    first = jax.lax.axis_index(axis_name) == 0
-
-    def part_of(name: str, x: Array) -> Array:
-        if name in slots.measures and slots.measures[name].over == "sum":
-            return jax.lax.psum(jnp.where(first, x, jnp.zeros_like(x)) if all_rows else x, axis_name)
-        return _own(x, query, axis_name, query.ndim - 3) if all_rows else x
-
-    out = _own(out, query, axis_name, -3) if all_rows else out
-    return out, {name: jax.tree.map(partial(part_of, name), x) for name, x in extras.items()}
-
-
-def _own(x: Array, query: Array, axis_name: Axis, axis: int) -> Array:
-    """Returns this device's rows of all rows."""
-    length = query.shape[-3]
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * length, length, axis % x.ndim)
+        key_positions = whole(places[1], -2 if jnp.ndim(places[1]) == key.ndim - 1 else -1)
+    query_positions = places[0]
+    if all_rows:
+        rows, query_positions = whole(query, -3), whole(query_positions, -1)
+    options |= {"query_positions": query_positions, "key_positions": key_positions}
+    result = attend(rows, whole(key, -3), whole(value, -3), **options)
+    out, extras = result if isinstance(result, tuple) else (result, {})
+    out = own(out, out.ndim - 3)
+    for name, x in extras.items():
+        summed = name in slots.measures and slots.measures[name].over == "sum"
+        extras[name] = jax.tree.map(once if summed else lambda x: own(x, query.ndim - 3), x)
+    return (out, extras) if isinstance(result, tuple) else out
 
 
 # Checks.

@@ -32,6 +32,7 @@ from jaxattn.core.linear.gate import (
 )
 from jaxattn.core.linear.random_feature import RandomFeatures, orthogonal_gaussian
 from jaxattn.core.linear.recurrence import Delta, Erase, StateMap, combine
+from jaxattn.core.linear.sharded import sharded_linear_attention
 from jaxattn.core.linear.state_equation import (
     StateEquation,
     attention_equation,
@@ -40,6 +41,7 @@ from jaxattn.core.linear.state_equation import (
     softmax_equation,
     state_space_equation,
 )
+from jaxattn.core.shards import halo
 
 __all__ = [
     "Delta",
@@ -64,6 +66,7 @@ __all__ = [
     "distillation_loss",
     "divide",
     "gated_rnn_equation",
+    "halo",
     "inverse_softplus",
     "linear_attention",
     "linear_step",
@@ -74,6 +77,7 @@ __all__ = [
     "orthogonal_gaussian",
     "retention",
     "running_softmax",
+    "sharded_linear_attention",
     "softmax_equation",
     "softplus_decay",
     "state_map",

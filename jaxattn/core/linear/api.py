@@ -187,13 +187,28 @@ def state_map(
     *,
     log_decay: Float[Array, "..."] | None = None,
     erase: Delta | Erase | None = None,
+    segment_ids: Int[Array, "*b t"] | None = None,
+    before: Int[Array, "*b"] | None = None,
     chunk: int | None = None,
 ) -> StateMap:
     """Returns the effect of these tokens on any state, S ↦ through S + add.
 
-    `through` is [..., M, K], and [..., M, K, K] with erasures. Arguments are those of `linear_attention`.
+    `through` is [..., M, K], and [..., M, K, K] with erasures. It is 0 where a segment starts.
+
+    Args:
+        key: [..., T, M, K].
+        value: [..., T, M, V].
+        log_decay: As in `linear_attention`.
+        erase: As in `linear_attention`.
+        segment_ids: As in `linear_attention`.
+        before: [...], the segment of the token before these. By default it is that of the first.
+        chunk: As in `linear_attention`.
     """
-    given = _Given(key, key, value, log_decay, erase)
+    given = _Given(key, key, value, log_decay, erase, segment_ids=segment_ids)
+    if before is not None:
+        dtype = accumulator(*(x for x in jax.tree.leaves((key, value, log_decay, erase)) if hasattr(x, "dtype")))
+        nothing = jnp.zeros((*key.shape[:-3], _states(given), key.shape[-1], value.shape[-1]), dtype)
+        given = given._replace(state=LinearState(nothing, jnp.asarray(before)))
     _check(given, "post", "chunk", chunk)
 
     def axes() -> Any:
@@ -339,11 +354,17 @@ def _starts(given: _Given) -> Array | None:
 
 @partial(jax.jit, static_argnums=1)
 def _state_map(given: _Given, chunk: int) -> StateMap:
+    wrong = None
+    if given.segment_ids is not None:  # others are not checked, see `_hide`
+        given, wrong = _hide(given, "post")
     tokens, *_ = _prepare(given, "post")
     whole = whole_map(tokens, chunk)
     batch, states = given.key.shape[:-3], whole.add.shape[-3:]
     through = states[:-1] if whole.is_diagonal else (*states[:-1], states[-2])
-    return StateMap(whole.through.reshape(*batch, *through), whole.add.reshape(*batch, *states))
+    add = whole.add.reshape(*batch, *states)
+    if wrong is not None and wrong.memory is not None:
+        add = jnp.where(wrong.memory[..., None, None], jnp.nan, add)
+    return StateMap(whole.through.reshape(*batch, *through), add)
 
 
 def _prepare(given: _Given, read: Read) -> tuple[Tokens, Array, Array, int]:

@@ -18,6 +18,7 @@ from jaxattn.core.memory.inner import (
     SoftThreshold,
     SquaredError,
 )
+from jaxattn.core.memory.sharded import sharded_memory_scan
 
 __all__ = [
     "DotProduct",
@@ -38,4 +39,5 @@ __all__ = [
     "SquaredError",
     "memory_read",
     "memory_scan",
+    "sharded_memory_scan",
 ]
