@@ -3,7 +3,8 @@
 A checkpoint is a folder named by its step. It holds the arrays as Orbax writes them (`params` apart from the `rest`,
 and parameters to evaluate where these are others, `evaluated`), a JSON record of the config and the data iterator, and
 the checksums of all of these files. Orbax writes under a temporary name and renames at the end, so a process that dies
-while saving leaves the earlier checkpoints as they were.
+while saving leaves the earlier checkpoints as they were. Of many processes each writes the parts of arrays that it has,
+and process 0 all else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxattn.train.optimizer import evaluation_params
+from jaxattn.train.processes import by_first, gathered, is_first
 from jaxattn.train.step import Params, State
 
 _CHECKSUMS = "checksums.json"
@@ -73,7 +75,7 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep is {keep}: need at least 1 checkpoint")
         self.folder = Path(folder).absolute()
-        _remove_unfinished(self.folder)
+        by_first(lambda: _remove_unfinished(self.folder))
         self._manager = _manager(self.folder, keep)
 
     def __enter__(self) -> Checkpoints:
@@ -116,14 +118,16 @@ class Checkpoints:
         with _quiet():
             try:
                 self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-                _write_checksums(self.folder / str(step))
+                if is_first():
+                    _write_checksums(self.folder / str(step))
                 return
             except Exception as error:  # Orbax passes on what its storage raises, of several types
                 if not is_full_disk(error):
                     raise
         # Outside of `except`, so that the failed writes are forgotten, and not reported one by one.
-        _remove_unfinished(self.folder)
-        shutil.rmtree(self.folder / str(step), ignore_errors=True)
+        if is_first():
+            _remove_unfinished(self.folder)
+            shutil.rmtree(self.folder / str(step), ignore_errors=True)
         self._manager.reload()
         message = f"the disk is full: the checkpoint of step {step} was not saved; {self.describe_latest()}"
         raise OSError(errno.ENOSPC, message)
@@ -178,16 +182,19 @@ class Checkpoints:
         return None
 
     def _set_aside(self, damaged: Mapping[int, str], used: int) -> None:
-        for step, reason in damaged.items():
-            aside = self.folder.with_name("damaged") / str(step)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(exist_ok=True)
-            (self.folder / str(step)).rename(aside)
-            warnings.warn(
-                f"the checkpoint of step {step} is damaged ({reason}): step {used} is used instead, "
-                f"and the damaged files are now in {aside}",
-                stacklevel=3,
-            )
+        def move() -> None:
+            for step, reason in damaged.items():
+                aside = self.folder.with_name("damaged") / str(step)
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                (self.folder / str(step)).rename(aside)
+                warnings.warn(
+                    f"the checkpoint of step {step} is damaged ({reason}): step {used} is used instead, "
+                    f"and the damaged files are now in {aside}",
+                    stacklevel=5,
+                )
+
+        by_first(move)
         self._manager.reload()
 
 
@@ -195,7 +202,8 @@ def load(folder: str | Path, like: Callable[[dict[str, Any]], Params]) -> Loaded
     """Returns the config, parameters and step of the newest checkpoint that can be read, and changes nothing.
 
     The optimiser is not needed; of one that is schedule-free the parameters are those that it averages.
-    A damaged checkpoint is passed over with a `UserWarning`.
+    A damaged checkpoint is passed over with a `UserWarning`. The run may have had other devices and processes. Where
+    there are many processes now, all have to call it.
 
     Args:
         folder: The output folder of a run, or its folder of checkpoints.
@@ -247,6 +255,33 @@ def check_config(saved: Mapping[str, Any], config: Mapping[str, Any], where: str
     if names:
         fields = "; ".join(f"{name} was {old.get(name, 'absent')}, now {new.get(name, 'absent')}" for name in names)
         raise ValueError(f"{where} is of another config: {fields}. Use that config, or another output folder")
+
+
+def check_same(config: Mapping[str, Any], params: Any) -> None:
+    """Raises ValueError, in all processes of a run, if they have different configs, data or first parameters."""
+    if jax.process_count() == 1:
+        return
+    everyone = [json.loads(text) for text in gathered(json.dumps({"config": config, "params": _digest(params)}))]
+    for process, other in enumerate(everyone):
+        if names := differing(everyone[0], other):
+            one, two = flat(everyone[0]), flat(other)
+            fields = "; ".join(
+                f"{name.removeprefix('config.')} is {one.get(name, 'absent')} in process 0 and "
+                f"{two.get(name, 'absent')} in process {process}"
+                for name in names
+            )
+            raise ValueError(
+                f"the processes of the run disagree: {fields}. Start all with one config and the same data"
+            )
+
+
+def _digest(params: Any) -> str:
+    """Returns the SHA-256 of the parameters that this process has whole."""
+    content = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        if getattr(leaf, "is_fully_addressable", True):
+            content.update(np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf).tobytes())
+    return content.hexdigest()
 
 
 def differing(one: Any, other: Any) -> list[str]:
@@ -302,7 +337,7 @@ def _remove_unfinished(folder: Path) -> None:
 def _look(manager: ocp.CheckpointManager, folder: Path, step: int, names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """Returns the record of a checkpoint, and the shape and dtype of each of its arrays by name."""
     # Checksums first: they find every changed byte, also in numbers that would still read as numbers.
-    _verify_checksums(folder)
+    by_first(lambda: _verify_checksums(folder))
     record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
     metadata = manager.item_metadata(step)
     return record, {key: array for name in names for key, array in metadata[name].items()}
@@ -353,7 +388,7 @@ def _is_parameter(name: str) -> bool:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.dtypes.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Log:
     """The log of a run, one dict a line, in memory (`lines`) and as JSON in `file`.
 
-    Opening it drops lines past `step`, whose steps are run again, and a last line that was cut short.
+    Opening it drops lines past `step`, whose steps are run again, and a last line that was cut short. Where it is not
+    to be written, it is only read and kept in memory.
     """
 
-    def __init__(self, file: Path, step: int):
-        self.file = file
+    def __init__(self, file: Path, step: int, write: bool = True):
+        self.file, self.write = file, write
         self.lines: list[dict[str, Any]] = []
         for text in file.read_text().splitlines() if file.exists() else []:
             try:
@@ -28,13 +29,16 @@ class Log:
                 continue
             if line["step"] <= step:
                 self.lines.append(line)
+        if not write:
+            return
         temporary = file.with_name(f"{file.name}.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         temporary.replace(file)
 
     def append(self, line: dict[str, Any]) -> None:
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        if self.write:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
         self.lines.append(line)
 
 

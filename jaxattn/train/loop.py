@@ -29,11 +29,19 @@ from rich.console import Console
 
 from jaxattn.core.checks import check_int
 from jaxattn.nn.sharding import RULES, Rules, shardings
-from jaxattn.train.checkpoint import Checkpoints, check_config, is_full_disk
+from jaxattn.train.checkpoint import Checkpoints, check_config, check_same, is_full_disk
 from jaxattn.train.data import TRAINING, Drawn, check_seed, drawn_batch
 from jaxattn.train.log import Display, Log
 from jaxattn.train.losses import bits_per_byte
 from jaxattn.train.optimizer import OptimizerConfig, decay_start, evaluation_params, make_optimizer
+from jaxattn.train.processes import (
+    Share,
+    by_first,
+    failing_together,
+    is_first,
+    pass_on_interruption,
+    stop_is_due,
+)
 from jaxattn.train.sources import batches, check_source, described, ordered_batches
 from jaxattn.train.step import (
     LossFunction,
@@ -142,6 +150,7 @@ class Result:
         return statistics.median(speeds) if speeds else math.nan
 
 
+@failing_together()
 def fit(
     *,
     loss_fn: LossFunction,
@@ -216,7 +225,7 @@ def fit(
         OSError: The disk is full.
         Exception: Whatever a hook raises. Checkpoints that were saved are intact.
     """
-    console = console or Console()
+    console = (console or Console()) if is_first() else Console(quiet=True)
     folder = Path(folder).absolute()
     step_hooks, log_hooks, eval_hooks = (
         _hooks(*each) for each in (("on_step", on_step), ("on_log", on_log), ("on_eval", on_eval))
@@ -227,11 +236,18 @@ def fit(
     transformation = make_optimizer(optimizer, config.steps) if isinstance(optimizer, OptimizerConfig) else optimizer
     if mesh is not None:  # raises where the mesh does not fit the parameters
         shardings(jax.eval_shape(params) if is_function(params) else params, mesh, rules)
-    _claim(folder, record, lambda steps: None if extend else _forbids_more_steps(optimizer, folder, steps))
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    check_same(record, () if is_function(params) else params)
+
+    def begin() -> None:
+        _claim(folder, record, lambda steps: None if extend else _forbids_more_steps(optimizer, folder, steps))
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+    by_first(begin)
+    share = None if mesh is None or jax.process_count() == 1 else Share(mesh, rules, _count(config, rules)[0])
     evaluation = _on_devices(config.devices, mesh, rules, lambda axis: make_evaluation(loss_fn, axis_name=axis))
-    iterator = None if isinstance(train_data, Drawn) else batches(train_data, config.batch_size, config.seed)
+    mine = None if share is None else share.of(config.batch_size)
+    iterator = None if isinstance(train_data, Drawn) else batches(train_data, config.batch_size, config.seed, mine)
     state = init_state(params, transformation, jax.random.key(config.seed), mesh, rules)
 
     with Checkpoints(folder / "checkpoints", config.keep) as checkpoints, _interruptions() as interrupted:
@@ -239,7 +255,7 @@ def fit(
         if restored is not None:
             state = restored.state
         first = int(state.step)
-        log = Log(folder / "metrics.jsonl", first)
+        log = Log(folder / "metrics.jsonl", first, is_first())
         out_of_patience = _out_of_patience(log, config)
         if first >= config.steps or out_of_patience:
             why = ", out of patience" if out_of_patience else ""
@@ -270,13 +286,13 @@ def fit(
                         f"{checkpoints.describe_latest()}"
                     )
                 tokens_per_row = tokens_per_row or _tokens_per_row(train_data, batch)
-                state, pending[step] = train_step(state, batch)
+                state, pending[step] = train_step(state, batch if share is None else share.whole(batch))
                 for hook in step_hooks:
                     metrics = pending[step]
                     hook(step, state, {name: value[0] for name, value in metrics.items()} if drawn else metrics)
 
                 last = step == config.steps
-                stop = interrupted.is_set()
+                stop = stop_is_due(step, interrupted.is_set())
                 logs = last or step % config.log_every == 0
                 evaluates = validation_data is not None and (last or step % config.eval_every == 0)
                 saves = last or stop or step % config.save_every == 0
@@ -293,14 +309,20 @@ def fit(
                     line |= {**_readable(metrics), "tokens_per_second": speed}
                 if evaluates:
                     batches_in_order = ordered_batches(
-                        validation_data, config.batch_size, config.eval_batches, _count(config, rules)[0]
+                        validation_data,
+                        config.batch_size,
+                        config.eval_batches,
+                        _count(config, rules)[0],
+                        None if share is None else share.of,
                     )
+                    if share is not None:
+                        batches_in_order = map(share.whole, batches_in_order)
                     state, validation = _evaluate(evaluation, state, batches_in_order)
                     line |= {f"validation_{name}": value for name, value in validation.items()}
                 if logs or evaluates:
                     _write(log, line, checkpoints)
                     display.line(line)
-                    for hook in log_hooks:
+                    for hook in log_hooks if is_first() else ():
                         hook(dict(line))
                 if evaluates:
                     for hook in eval_hooks:
@@ -461,6 +483,8 @@ def _check(config: TrainConfig, train: Any, validation: Any, rules: Rules) -> No
         raise ValueError(f"{name} is {getattr(config, name)} without validation_data: need data to evaluate on")
     if config.devices not in ("one", "mesh", "pmap"):
         raise ValueError(f"devices is {config.devices!r}: need 'one', 'mesh' or 'pmap'")
+    if jax.process_count() > 1 and config.devices != "mesh":
+        raise ValueError(f"devices is {config.devices!r} in {jax.process_count()} processes: need 'mesh'")
     if isinstance(train, Drawn) and config.devices != "one":
         raise ValueError(f"devices is {config.devices!r} but batches are drawn inside the step: need 'one'")
     if isinstance(validation, Drawn) and config.eval_batches is None:
@@ -646,6 +670,7 @@ def _interruptions() -> Iterator[threading.Event]:
     def request(*_: object) -> None:
         requested.set()
         signal.signal(signal.SIGINT, previous)
+        pass_on_interruption()
 
     signal.signal(signal.SIGINT, request)
     try:

@@ -19,7 +19,7 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class Batched:
     source: Any
 
 
-def batches(source: Any, batch_size: int, seed: int = 0) -> grain.DatasetIterator[Any]:
+def batches(source: Any, batch_size: int, seed: int = 0, rows: np.ndarray | None = None) -> grain.DatasetIterator[Any]:
     """Returns an iterator over batches, which are dicts (or other pytrees) of arrays `[B, ...]`.
 
     Over a source by index it is endless. `get_state()` of the iterator is a small dict that JSON can hold, and
@@ -56,6 +56,8 @@ def batches(source: Any, batch_size: int, seed: int = 0) -> grain.DatasetIterato
         source: Any source but `Drawn`.
         batch_size: B, at least 1.
         seed: From 0 to 2³² − 1. It orders a source by index, and no other.
+        rows: Which rows of each batch to make, in increasing order; all by default. Of a source by index no others are
+            read, of what is iterated over they are dropped. The state of the iterator is the same for any.
 
     Raises:
         TypeError: It is no source.
@@ -65,15 +67,45 @@ def batches(source: Any, batch_size: int, seed: int = 0) -> grain.DatasetIterato
     check_batch_size(batch_size)
     check_seed(seed)
     if isinstance(source, Batched):
-        return iter(_stream(source.source).map(lambda batch: _whole(batch, batch_size)))
+        return iter(_stream(source.source).map(lambda batch: _taken(_whole(batch, batch_size), rows)))
     if isinstance(source, grain.MapDataset | grain.IterDataset) or not _by_index(source):
-        return iter(_stream(source).map(_record).batch(batch_size, drop_remainder=True, batch_fn=_stack))
+        stack = _stack if rows is None else lambda records: _stack([records[row] for row in rows])
+        return iter(_stream(source).map(_record).batch(batch_size, drop_remainder=True, batch_fn=stack))
     check_source("train_data", source)
-    dataset = grain.MapDataset.source(_rows(source)).seed(seed).shuffle().repeat().map(_record)
-    return iter(dataset.batch(batch_size, batch_fn=_stack).to_iter_dataset(_READ))
+    dataset = grain.MapDataset.source(_rows(source)).seed(seed).shuffle().repeat()
+    if rows is not None:
+        dataset, batch_size = _RowsOf(dataset, batch_size, rows), len(rows)
+    return iter(dataset.map(_record).batch(batch_size, batch_fn=_stack).to_iter_dataset(_READ))
 
 
-def ordered_batches(source: Any, batch_size: int, limit: int | None = None, multiple: int = 1) -> Iterator[Any]:
+class _RowsOf(grain.MapDataset):
+    """The records of some rows of each batch, one after the other."""
+
+    def __init__(self, records: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        super().__init__(records)
+        self.batch_size, self.rows = batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._parent) // self.batch_size * len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, len(self.rows))
+        return self._parent[batch * self.batch_size + int(self.rows[row])]
+
+
+def _taken(batch: Any, rows: np.ndarray | None) -> Any:
+    return batch if rows is None else jax.tree.map(lambda array: np.asarray(array)[rows], batch)
+
+
+def ordered_batches(
+    source: Any,
+    batch_size: int,
+    limit: int | None = None,
+    multiple: int = 1,
+    rows_of: Callable[[int], np.ndarray] | None = None,
+) -> Iterator[Any]:
     """Iterates over one ordered pass for validation, in batches `[B, ...]`.
 
     The last batch of a source by index is filled up with repeats of its last row whose `weights` are 0: they count for
@@ -87,6 +119,7 @@ def ordered_batches(source: Any, batch_size: int, limit: int | None = None, mult
         limit: The largest number of batches: of a source by index spread evenly over it, of others the first. None
             takes all.
         multiple: The number of devices that share the rows of a batch.
+        rows_of: rows_of(size): which rows of a batch of so many to make, in increasing order; all by default.
 
     Raises:
         TypeError: It is no source.
@@ -99,29 +132,43 @@ def ordered_batches(source: Any, batch_size: int, limit: int | None = None, mult
     if isinstance(source, Drawn):
         if limit is None:
             raise ValueError("limit is None but batches are drawn without end: need a number of batches")
-        return (drawn_batch(source, batch_size, 0, VALIDATION, i) for i in range(limit))
+        mine = None if rows_of is None else rows_of(batch_size)
+        return (_taken(drawn_batch(source, batch_size, 0, VALIDATION, i), mine) for i in range(limit))
     check_source("validation_data", source)
     if isinstance(source, Batched) or not _by_index(source) or isinstance(source, grain.MapDataset):
         if isinstance(source.source if isinstance(source, Batched) else source, Iterator):
             raise ValueError("validation_data is an iterator, which can be read once: need what iter() begins anew")
-        found = batches(source, batch_size)
+        found = batches(source, batch_size, rows=None if rows_of is None else rows_of(batch_size))
         return found if limit is None else (batch for batch, _ in zip(found, range(limit), strict=False))
     rows = _rows(source)
     count = len(rows) if limit is None else min(len(rows), limit * batch_size)
-    return _ordered_batches(rows, batch_size, [i * len(rows) // count for i in range(count)], multiple)
+    chosen = [i * len(rows) // count for i in range(count)]
+    return _ordered_batches(rows, batch_size, chosen, multiple, rows_of or np.arange)
 
 
-def _ordered_batches(source: Any, batch_size: int, indices: list[int], multiple: int) -> Iterator[Any]:
+def _ordered_batches(
+    source: Any, batch_size: int, indices: list[int], multiple: int, rows_of: Callable[[int], np.ndarray]
+) -> Iterator[Any]:
     for first in range(0, len(indices), batch_size):
-        rows = [_record(source[i]) for i in indices[first : first + batch_size]]
-        if len(rows) < batch_size:
-            last = rows[-1]
+        chosen = indices[first : first + batch_size]
+        counted = len(chosen)
+        if counted < batch_size:
+            last = _record(source[chosen[-1]])
             if isinstance(last, Mapping) and "weights" in last:
-                rows += [{**last, "weights": np.zeros_like(last["weights"])}] * (batch_size - len(rows))
+                chosen = chosen + chosen[-1:] * (batch_size - counted)
             else:
-                rows = rows[: len(rows) // multiple * multiple]
-        if rows:
-            yield _stack(rows)
+                counted = counted // multiple * multiple
+                chosen = chosen[:counted]
+        if not chosen:
+            continue
+        mine = rows_of(len(chosen))
+        rows = [_record(source[chosen[i]]) for i in mine]
+        yield _stack(
+            [
+                row if i < counted else {**row, "weights": np.zeros_like(row["weights"])}
+                for i, row in zip(mine, rows, strict=True)
+            ]
+        )
 
 
 def packed(source: Any, length: int, *, bins: int = 64) -> grain.IterDataset:
