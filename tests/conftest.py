@@ -1,6 +1,7 @@
 """Every test sees 8 simulated CPU devices; compiled programs are kept for later runs, of this checkout and others."""
 
 import gc
+import itertools
 import os
 import pathlib
 import warnings
@@ -59,24 +60,26 @@ def pytest_runtest_protocol(item):
     return result
 
 
-# Linux lets a process map so many pieces of memory; a compiled program takes some, and XLA crashes without one.
-MOST_MAPS = 65530
-MAPS = pathlib.Path("/proc/self/maps")
+# Collecting garbage goes through all objects: those of the imported libraries stay, the others are tried less often.
+gc.set_threshold(20_000, 10, 20)
 
 
-def forget_programs():
-    jax.clear_caches()
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session):
     gc.collect()
+    gc.freeze()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forget_programs_of_other_files():
-    yield
-    forget_programs()
+# A compiled program takes about 2 MB and some of the 65530 pieces of memory that a process may map, and XLA crashes
+# without one. Until there are many, programs are kept: tests of other files run single operations of the same shapes.
+MANY_MAPS = 10_000
+MAPS = pathlib.Path("/proc/self/maps")
+TESTS = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
 def forget_programs_in_time():
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS // 2:
-        forget_programs()
+    if next(TESTS) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
