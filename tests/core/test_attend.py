@@ -8,9 +8,8 @@ import pytest
 
 
 def slow(number, name):
-    """Whether `make test` leaves this case to other implementations: it runs all in dense, and most in tiled."""
-    scattered = cases.CASES[number].positions == "scattered"
-    often = {"dense": True, "rows": number % 2 == 0, "tiled": number % 2 == 1 or scattered}
+    """Whether `make test` leaves this case to other implementations: it runs all in dense, and each in one more."""
+    often = {"dense": True, "rows": number % 2 == 0, "tiled": number % 2 == 1}
     return () if often[name] else pytest.mark.slow
 
 

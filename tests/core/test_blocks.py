@@ -146,8 +146,8 @@ def test_bounds_are_exact_on_contiguous_positions(tile):
     active = np.random.default_rng(1).random((2, 4, 6, 6)) < 0.5
     active[0, :, 1:4, 2:5] = True
     mask = Blocks(BlockIndex(jnp.asarray(active), (4, 4)))
-    some, every = any_and_all(np.asarray(mask.to_array(query, key)), query, key, tile)
-    possible, certain = mask.bounds(*in_tiles(query, key, tile))
+    some, every = any_and_all(np.asarray(jax.jit(lambda: mask.to_array(query, key))()), query, key, tile)
+    possible, certain = jax.jit(lambda: mask.bounds(*in_tiles(query, key, tile)))()
     np.testing.assert_array_equal(possible, some)
     np.testing.assert_array_equal(certain, every)
 
@@ -174,14 +174,17 @@ def test_nothing_of_the_size_of_all_pairs_is_held():
 
 @pytest.mark.parametrize("name", [name for name in MASKS if name != "none"])
 def test_the_blocks_of_a_mask_contain_it(name):
-    mask, block = MASKS[name][0], (4, 3)
-    index = BlockIndex.from_mask(mask, (14, 13), block)
-    visible = np.asarray(mask.to_array(14, 13))
+    block = 4, 3
+
+    @jax.jit
+    def arrays(mask):
+        index = BlockIndex.from_mask(mask, (14, 13), block)
+        return index.active, mask.to_array(14, 13), (mask & Blocks(index)).to_array(14, 13)
+
+    active, visible, both = map(np.asarray, arrays(MASKS[name][0]))
     some, _ = any_and_all(visible, np.arange(14), np.arange(13), block)
-    active = np.asarray(index.active)
     assert active.shape[-2:] == (4, 5)
     assert not (some & ~active).any()
-    both = (mask & Blocks(index)).to_array(14, 13)
     np.testing.assert_array_equal(np.broadcast_to(both, np.broadcast_shapes(both.shape, visible.shape)), visible)
 
 
@@ -224,20 +227,25 @@ def test_an_index_over_slots_means_the_slots_at_any_positions(name, implementati
         "permuted": (rng.permutation(11), np.stack([rng.permutation(18), rng.permutation(18)])),
         "a cache": (np.array([-1, *range(30, 40)]), np.where(rng.random((2, 18)) < 0.3, -1, rng.permutation(90)[:18])),
     }[name]
-    mask = Blocks.at(BlockIndex(jnp.asarray(active), block), queries, keys)
+    arrays = normal(2, 11, 4, 4), normal(2, 18, 2, 4, seed=1), normal(2, 18, 1, 3, seed=2)
+    tiles = in_tiles(np.broadcast_to(queries, (2, 11)), np.broadcast_to(keys, (2, 18)), (3, 5))
+    options = {"query_positions": queries, "key_positions": keys, "block": (3, 5), "implementation": implementation}
+
+    @jax.jit
+    def found(active):
+        mask = Blocks.at(BlockIndex(active, block), queries, keys)
+        return mask.to_array(queries, keys), mask.bounds(*tiles), attend(*arrays, mask=mask, **options)
+
+    array, bounds, out = found(active)
     slots = np.arange(11), np.arange(18)
     shown = active[..., slots[0][:, None] // 4, slots[1] // 5] & (queries >= 0)[:, None]
     shown &= np.broadcast_to(keys >= 0, (2, 18))[:, None, None]
-    np.testing.assert_array_equal(mask.to_array(queries, keys), shown)
-    tiles = in_tiles(np.broadcast_to(queries, (2, 11)), np.broadcast_to(keys, (2, 18)), (3, 5))
+    np.testing.assert_array_equal(array, shown)
     some, every = any_and_all(shown, np.broadcast_to(queries, (2, 11)), np.broadcast_to(keys, (2, 18)), (3, 5))
-    possible, certain = map(np.asarray, mask.bounds(*tiles))
+    possible, certain = map(np.asarray, bounds)
     assert not (some & ~possible).any()
     assert not (~every & certain).any()
-    arrays = normal(2, 11, 4, 4), normal(2, 18, 2, 4, seed=1), normal(2, 18, 1, 3, seed=2)
     expected = attend(*arrays, mask=Explicit(jnp.asarray(shown)), implementation="dense")
-    options = {"query_positions": jnp.asarray(queries), "key_positions": jnp.asarray(keys), "block": (3, 5)}
-    out = attend(*arrays, mask=mask, implementation=implementation, **options)
     assert_close(out, expected, 8 * np.abs(arrays[2]).max())
     assert np.abs(expected).max() > 0.1
 

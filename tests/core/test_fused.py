@@ -50,7 +50,7 @@ def test_the_translated_call_is_the_call(name):
             out = function(query, key, value)
             return (out**2).sum(), out
 
-        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(QUERY, KEY, VALUE)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(QUERY, KEY, VALUE)
 
     def translated(query, key, value):
         call = given(jnp.float32, **options)._replace(query=query, key=key, value=value)

@@ -233,6 +233,7 @@ def test_tiles_of_one_pair_are_classified_exactly(step):
 def test_a_mask_as_an_array_is_the_same_mask(name):
     """to_array is the predicate, Explicit of it is the mask again, and density its mean."""
     mask, predicate = MASKS[name]
+
     array = mask.to_array(12, 14)
     expected = oracle.pairs(predicate, np.arange(12), np.arange(14), (2,), 4)
     assert array.ndim >= 3
@@ -449,20 +450,27 @@ def test_a_mask_per_head_is_a_loop_over_heads(implementation):
 Q, K = normal(2, 5, 4, 8, seed=30), normal(2, 6, 2, 8, seed=31)
 
 
+SHARED = (2, 1, 1, 6), (2, 1, 5, 1), (1, 4, 1, 6), (2, 4, 5, 1), (1, 1, 1), (5, 6), (1, 6), (5, 1), (6,)
+
+
 @by_implementation("dense")
-@pytest.mark.parametrize(
-    "shape", [(2, 1, 1, 6), (2, 1, 5, 1), (1, 4, 1, 6), (2, 4, 5, 1), (1, 1, 1), (5, 6), (1, 6), (5, 1), (6,)], ids=str
-)
-def test_axes_of_size_1_are_shared_as_in_jax(shape, implementation):
-    table = np.random.default_rng(len(shape)).random(shape) < 0.6
-    full = jnp.broadcast_to(table, (2, 4, 5, 6))
-    options = {"implementation": implementation, "block": 2}
-    found = attend(Q, K, K, mask=Explicit(jnp.asarray(table)), **options)
-    np.testing.assert_allclose(found, attend(Q, K, K, mask=Explicit(full), **options), atol=1e-6)
-    expected = jax.nn.dot_product_attention(Q, K, K, mask=jnp.reshape(table, (1,) * (4 - len(shape)) + shape))
-    sees = full.any(-1).swapaxes(-1, -2)
-    np.testing.assert_allclose(found[sees], expected[sees], atol=1e-5)
-    np.testing.assert_array_equal(found[~sees], 0)
+def test_axes_of_size_1_are_shared_as_in_jax(implementation):
+    tables = [np.random.default_rng(len(shape)).random(shape) < 0.6 for shape in SHARED]
+
+    @jax.jit
+    def results(table):
+        full = jnp.broadcast_to(table, (2, 4, 5, 6))
+        by_mask = [attend(Q, K, K, mask=Explicit(x), implementation=implementation, block=2) for x in (table, full)]
+        return *by_mask, jax.nn.dot_product_attention(
+            Q, K, K, mask=table.reshape((1,) * (4 - table.ndim) + table.shape)
+        )
+
+    for table in tables:
+        found, same, expected = map(np.asarray, results(table))
+        np.testing.assert_allclose(found, same, atol=1e-6)
+        sees = np.broadcast_to(table, (2, 4, 5, 6)).any(-1).swapaxes(-1, -2)
+        np.testing.assert_allclose(found[sees], expected[sees], atol=1e-5)
+        np.testing.assert_array_equal(found[~sees], 0)
 
 
 def test_a_shared_axis_serves_every_position_but_that_of_an_empty_slot():

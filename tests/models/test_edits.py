@@ -84,7 +84,7 @@ def test_a_sweep_over_edits_is_a_loop_and_a_new_strength_does_not_compile_anew()
 def test_gradients_reach_the_vector_of_every_layer():
     model, given = shared(), tokens(batch=1)
     edit = Layers(Add(jnp.zeros((L, WIDTH))))
-    gradient = jax.grad(lambda edit: (model(given, edits={"resid": edit})[0] ** 2).sum())(edit)
+    gradient = jax.jit(jax.grad(lambda edit: (model(given, edits={"resid": edit})[0] ** 2).sum()))(edit)
     assert (jnp.abs(gradient.edit.vector).max(-1) > 1e-3).all()
 
 

@@ -73,11 +73,18 @@ def test_every_learned_slot_stands_in_a_decoder_from_yaml(name):
     assert hash(config) == hash(copy.deepcopy(config))
     model = Transformer(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
-    noisy = jax.tree.map(
-        lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), nnx.state(model, nnx.Param)
-    )
-    nnx.update(model, noisy)
-    records = model(TOKENS, record=("q", "k", "v", "z"))[2]
+
+    def noisy(x):
+        return jnp.asarray(np.asarray(x) + 0.3 * rng.standard_normal(x.shape).astype(np.float32))
+
+    nnx.update(model, jax.tree.map(noisy, nnx.state(model, nnx.Param)))
+
+    @nnx.jit
+    def run(model):
+        records = model(TOKENS, record=("q", "k", "v", "z"))[2]
+        return records, nnx.grad(lambda model: (model(TOKENS)[0] ** 2).sum())(model)
+
+    records, gradient = run(model)
     graph, arrays = nnx.split(model.runs[0])
     mixer = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixers[0]
 
@@ -90,7 +97,6 @@ def test_every_learned_slot_stands_in_a_decoder_from_yaml(name):
     made = slots[slot][-1] if isinstance(slots[slot], tuple) else slots[slot]
     assert jax.tree.leaves(made), name
     if name != "ALiBi":  # whose slopes are constants
-        gradient = nnx.grad(lambda model: (model(TOKENS)[0] ** 2).sum())(model)
         leaves = [x for path, x in nnx.to_flat_state(gradient) if slot in path]
         assert leaves
         assert all(np.abs(x[...]).max() > 0 for x in leaves)

@@ -24,14 +24,22 @@ DECODER = TransformerConfig(V, T, D, [READER] * 2)
 def noisy(model):
     """Every parameter gets noise, so that none is neutral; in evaluation mode."""
     rng = np.random.default_rng(0)
-    state = nnx.state(model, nnx.Param)
-    nnx.update(model, jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), state))
+
+    def changed(x):
+        return jnp.asarray(np.asarray(x) + 0.3 * rng.standard_normal(x.shape).astype(np.float32))
+
+    nnx.update(model, jax.tree.map(changed, nnx.state(model, nnx.Param)))
     model.eval()
     return model
 
 
 def built(config):
     return noisy(Transformer(config, rngs=nnx.Rngs(0)))
+
+
+@nnx.jit(static_argnames="record")
+def run(model, *inputs, record=(), **options):
+    return model(*inputs, record=record, **options)
 
 
 def ids(length, seed=0, batch=B):
@@ -61,7 +69,7 @@ def test_what_cross_attention_reads_is_attention_over_the_context(both):
         "resid_mid",
         "cross.read",
     )
-    _, _, seen = both.decoder(ids(T, 1), context=context, record=record)
+    _, _, seen = run(both.decoder, ids(T, 1), context=context, record=record)
     for layer in range(2):
         query, key, value = (seen[f"cross.{name}"][layer] for name in "qkv")
         assert key.shape == (B, S, N, D // N)
@@ -74,16 +82,16 @@ def test_edits_of_one_branch_leave_the_other_alone(both):
     """Cross-attention whose heads read nothing is a model that adds only W_o 0 there; decoding does the same."""
     context, _ = both.encode(ids(S))
     x = ids(T, 1)
-    plain = both.decoder(x, context=context, record=("z",))[2]["z"]
+    plain = run(both.decoder, x, context=context, record=("z",))[2]["z"]
     edits = {"cross.z": trace.Layers(trace.Scale(jnp.zeros((2, 1, 1)))), "z": {1: trace.Scale(0.5)}}
-    logits, _, seen = both.decoder(x, context=context, edits=edits, record=("z", "cross.z"))
+    logits, _, seen = run(both.decoder, x, context=context, edits=edits, record=("z", "cross.z"))
     np.testing.assert_array_equal(seen["cross.z"], 0)
     np.testing.assert_array_equal(seen["z"][0], plain[0])  # nothing before it has changed
     state = both.decoder.init_state(B, T)
-    one, state, _ = both.decoder(x[:, :2], context=context, edits=edits, state=state)
+    one, state, _ = run(both.decoder, x[:, :2], context=context, edits=edits, state=state)
     said = [one]
     for t in range(2, T):
-        one, state, _ = both.decoder(x[:, t : t + 1], edits=edits, state=state)
+        one, state, _ = run(both.decoder, x[:, t : t + 1], edits=edits, state=state)
         said.append(one)
     close(jnp.concatenate(said, 1), logits)
 
@@ -91,11 +99,11 @@ def test_edits_of_one_branch_leave_the_other_alone(both):
 def test_padding_of_the_context_is_not_there(both):
     """On either side of it, and whatever token stands there."""
     x, short = ids(T, 1), ids(4, 2)
-    expected = both(short, x)[0]
+    expected = run(both, short, x)[0]
     for left in (0, 3):
         row, positions = np.full((B, S), V - 1), np.full((B, S), -1)
         row[:, left : left + 4], positions[:, left : left + 4] = short, np.arange(4)
-        close(both(row, x, input_positions=positions)[0], expected)
+        close(run(both, row, x, input_positions=positions)[0], expected)
 
 
 def test_packed_pairs_are_each_pair_alone(both):
@@ -104,9 +112,9 @@ def test_packed_pairs_are_each_pair_alone(both):
     given, x = (np.concatenate(pair, 1) for pair in zip(first, second, strict=True))
     of_given, of_x = np.repeat([0, 1], [4, 3])[None], np.repeat([0, 1], [2, 3])[None]
     options = {"input_mask": Documents(jnp.asarray(of_given)), "mask": Documents(jnp.asarray(of_x))}
-    packed = both(given, x, **options)[0]
-    close(packed[:, :2], both(*first)[0])
-    close(packed[:, 2:], both(*second)[0])
+    packed = run(both, given, x, **options)[0]
+    close(packed[:, :2], run(both, *first)[0])
+    close(packed[:, 2:], run(both, *second)[0])
     with pytest.raises(ValueError, match="mask has documents on one side of cross-attention only"):
         both(given, x, mask=options["mask"])
 
@@ -131,7 +139,7 @@ def test_a_shared_embedding_is_one_parameter():
     model = EncoderDecoder(ENCODER, DECODER, share_embedding=True, rngs=nnx.Rngs(0))
     tables = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)) if path[-1] == "table"]
     assert len(tables) == 1
-    gradient = nnx.grad(lambda model: (model(ids(S), ids(T, 1))[0] ** 2).sum())(model)
+    gradient = nnx.jit(nnx.grad(lambda model: (model(ids(S), ids(T, 1))[0] ** 2).sum()))(model)
     assert len([path for path, _ in nnx.to_flat_state(gradient) if path[-1] == "table"]) == 1
 
 
@@ -139,11 +147,11 @@ def test_branches_are_residual():
     """Gains of 0 add nothing; without them a branch adds what its module gives, normed after if it is."""
     config = TransformerConfig(V, T, D, [Layer([Branch(ATTENTION, scale=0.0), Branch(BLOCK, scale=0.0)])])
     model = Transformer(config, rngs=nnx.Rngs(0))
-    _, _, seen = model(ids(T), record=("embed", "resid"))
+    _, _, seen = run(model, ids(T), record=("embed", "resid"))
     np.testing.assert_array_equal(seen["resid"][0], seen["embed"])
     after = Spec(nn.RMSNorm, eps=0.5)
     model = built(dataclasses.replace(config, layers=[Layer([Branch(BLOCK, norm_after=after, scale=2.0)])]))
-    _, _, seen = model(ids(T), record=("embed", "mlp_post", "mlp_out"))
+    _, _, seen = run(model, ids(T), record=("embed", "mlp_post", "mlp_out"))
     branch = nnx.merge(*(lambda pair: (pair[0], jax.tree.map(lambda x: x[0], pair[1])))(nnx.split(model.runs[0])))
     (branch,) = branch.branches
     inner = np.asarray(seen["mlp_post"][0] @ branch.module.down.kernel[...], np.float64)
@@ -155,9 +163,9 @@ def test_parallel_branches_read_the_same():
     layer = Layer([Branch(ATTENTION), Branch(BLOCK)], parallel=True)
     model = built(TransformerConfig(V, T, D, [layer]))
     assert "resid_mid" not in model.sites
-    _, _, seen = model(ids(T), record=("embed", "attn_out", "mlp_out", "resid"))
+    _, _, seen = run(model, ids(T), record=("embed", "attn_out", "mlp_out", "resid"))
     close(seen["resid"][0], seen["embed"] + seen["attn_out"][0] + seen["mlp_out"][0], 4)
-    silent = model(ids(T), edits={"attn_out": trace.Scale(0.0)}, record=("mlp_out",))[2]["mlp_out"]
+    silent = run(model, ids(T), edits={"attn_out": trace.Scale(0.0)}, record=("mlp_out",))[2]["mlp_out"]
     np.testing.assert_array_equal(silent, seen["mlp_out"])
 
 
@@ -169,7 +177,7 @@ def test_a_model_is_causal_by_its_config_whatever_its_masks_say():
         layer = pre_norm(ATTENTION, BLOCK)
         for causal in (True, False):
             model = built(TransformerConfig(V, T, D, [layer], causal=causal))
-            before, after = (np.asarray(model(each, mask=mask)[0]) for each in (x, changed))
+            before, after = (np.asarray(run(model, each, mask=mask)[0]) for each in (x, changed))
             assert (before[:, :-1] == after[:, :-1]).all() == causal
     with pytest.raises(ValueError, match="model is not causal"):
         models.generate(built(dataclasses.replace(ENCODER, head=Spec(nn.Head))), x, max_new_tokens=1, temperature=0.0)
@@ -181,10 +189,10 @@ def test_positions_are_added_where_tokens_stand():
         plain = Spec(nn.MultiHeadAttention, heads=N, position=None)
         model = built(TransformerConfig(V, T, D, [pre_norm(plain, BLOCK)], positions=spec))
         x, positions = ids(T), np.array([[-1, 0, 1, 2, -1], [0, 1, 2, 3, 4]])
-        logits = model(x, positions=positions)[0]
-        close(logits[:1, 1:4], model(x[:1, 1:4])[0])
-        close(logits[1:], model(x[1:])[0])
-        embedded = model(x, record=("embed",))[2]["embed"]
+        logits = run(model, x, positions=positions)[0]
+        close(logits[:1, 1:4], run(model, x[:1, 1:4])[0])
+        close(logits[1:], run(model, x[1:])[0])
+        embedded = run(model, x, record=("embed",))[2]["embed"]
         added = embedded - model.embed(x)
         if spec.target is nn.PositionEmbedding:
             close(added, jnp.broadcast_to(model.positions.table[...], added.shape))
@@ -204,10 +212,10 @@ def test_there_is_no_position_beyond_the_table():
 def test_token_types_are_added():
     model = built(TransformerConfig(V, T, D, [pre_norm(ATTENTION, BLOCK)], embed=Spec(nn.TokenEmbedding, types=2)))
     x, types = ids(T), np.array([[0, 0, 1, 1, 0]])
-    added = model(x, types=types, record=("embed",))[2]["embed"] - model(x, record=("embed",))[2]["embed"]
+    added = run(model, x, types=types, record=("embed",))[2]["embed"] - run(model, x, record=("embed",))[2]["embed"]
     table = model.embed.types[...]
     close(added, jnp.broadcast_to((table[1] - table[0]) * types[..., None], added.shape))
-    assert np.isnan(model(x, types=types + 1)[0][:, 2:]).all()
+    assert np.isnan(run(model, x, types=types + 1)[0][:, 2:]).all()
     with pytest.raises(ValueError, match="types are given, but the embedding has no table"):
         built(TransformerConfig(V, T, D))(x, types=types)
     with pytest.raises(TypeError, match="types must be integers"):
@@ -243,14 +251,14 @@ def test_one_bias_serves_all_layers():
     params |= {path: leaf for path, leaf in own.items() if path not in params}
     nnx.update(many, nnx.from_flat_state(params))
     many.runs[0].mixers[0].bias.table[...] = jnp.stack([table[...]] * 2)
-    close(many(ids(T))[0], one(ids(T))[0])
-    gradient = nnx.grad(lambda model: (model(ids(T))[0] ** 2).sum())(one)["bias"]["table"][...]
+    close(run(many, ids(T))[0], run(one, ids(T))[0])
+    gradient = nnx.jit(nnx.grad(lambda model: (model(ids(T))[0] ** 2).sum()))(one)["bias"]["table"][...]
     assert np.abs(gradient).max() > 0
     steep = Spec(Alibi.geometric)
     doubled = built(
         TransformerConfig(V, T, D, [pre_norm(plain.replace(bias=steep), BLOCK)], bias=Spec(Alibi.geometric, heads=N))
     )
-    _, _, seen = doubled(ids(T), record=("q", "k", "v", "z"))
+    _, _, seen = run(doubled, ids(T), record=("q", "k", "v", "z"))
     bias = Alibi(2 * Alibi.geometric(N).slopes)
     close(seen["z"][0], attend(*(seen[name][0] for name in "qkv"), bias=bias, mask=Causal()))
 
@@ -260,17 +268,17 @@ def test_replaced_mixers_keep_all_other_parameters():
     config = TransformerConfig(V, T, D, [pre_norm(ATTENTION, BLOCK)] * 3, positions=Spec(nn.PositionEmbedding))
     model, x = built(config), ids(T)
     same = models.replace_mixers(model, lambda layer, mixer: mixer)
-    np.testing.assert_array_equal(same(x)[0], model(x)[0])
+    np.testing.assert_array_equal(run(same, x)[0], run(model, x)[0])
     assert same.runs[0].deterministic
 
     near = models.replace_mixers(model, lambda layer, mixer: mixer.replace(mask=Window(1)) if layer == 1 else mixer)
     assert near.lengths == (1, 1, 1)
     place = jnp.arange(T)
     hidden = Explicit(place[:, None] - place <= 1)
-    close(near(x)[0], model(x, edits={"scores": {1: hidden}})[0])
+    close(run(near, x)[0], run(model, x, edits={"scores": {1: hidden}})[0])
     wide = models.replace_mixers(near, lambda layer, mixer: mixer.replace(mask=None))
     assert wide.lengths == (3,)
-    close(wide(x)[0], model(x)[0])
+    close(run(wide, x)[0], run(model, x)[0])
 
 
 def test_what_a_new_mixer_takes_is_said():
@@ -342,34 +350,34 @@ def test_the_residual_stream_is_float32_whatever_is_narrow(norms):
     narrow = built(dataclasses.replace(config, dtype="float32"))
     params = nnx.state(narrow, nnx.Param)
     nnx.update(narrow, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
-    expected = wide(x)[0]
+    expected = run(wide, x)[0]
     for each in (model, narrow):
-        logits, _, seen = each(x, record=("resid",))
+        logits, _, seen = run(each, x, record=("resid",))
         assert seen["resid"].dtype == jnp.float32
         np.testing.assert_allclose(logits, expected, atol=0.1 * abs(np.asarray(expected)).max())
     state, said = model.init_state(B, T), []
     for t in range(T):
-        one, state, _ = model(x[:, t : t + 1], state=state)
+        one, state, _ = run(model, x[:, t : t + 1], state=state)
         said.append(one)
-    np.testing.assert_allclose(jnp.concatenate(said, 1), model(x)[0], atol=0.1 * abs(np.asarray(expected)).max())
+    np.testing.assert_allclose(jnp.concatenate(said, 1), run(model, x)[0], atol=0.1 * abs(np.asarray(expected)).max())
 
 
 def test_learned_positions_begin_anew_in_every_document():
     plain = Spec(nn.MultiHeadAttention, heads=N, position=None)
     model = built(TransformerConfig(V, T, D, [pre_norm(plain, BLOCK)], positions=Spec(nn.PositionEmbedding)))
     rows = np.concatenate([ids(3, 1, 1), ids(4, 2, 1)], 1)  # longer than the table, but no document is
-    packed = model(rows, mask=Documents(jnp.array([[0, 0, 0, 1, 1, 1, 1]])))[0]
-    close(packed[:, :3], model(rows[:, :3])[0])
-    close(packed[:, 3:], model(rows[:, 3:])[0])
+    packed = run(model, rows, mask=Documents(jnp.array([[0, 0, 0, 1, 1, 1, 1]])))[0]
+    close(packed[:, :3], run(model, rows[:, :3])[0])
+    close(packed[:, 3:], run(model, rows[:, 3:])[0])
 
 
 def test_a_vector_of_a_text_is_that_of_its_first_token():
     config = TransformerConfig(V, T, D, [pre_norm(ATTENTION, BLOCK)], causal=False, head=Spec(nn.Pooler))
     model, x = built(config), ids(T)
     positions = np.array([[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]])
-    pooled = model(x, positions=positions)[0]
-    close(pooled[0], model(x[:1, 2:])[0][0])
-    close(pooled[1], model(x[1:])[0][0])
+    pooled = run(model, x, positions=positions)[0]
+    close(pooled[0], run(model, x[:1, 2:])[0][0])
+    close(pooled[1], run(model, x[1:])[0][0])
 
 
 def test_measures_at_scores_and_sites_that_a_module_has():
@@ -398,14 +406,16 @@ def test_a_state_is_followed_from_the_first_mixer_that_holds_positions():
     for first in (Layer([Branch(CROSS, name="cross")]), Layer([Branch(BLOCK)])):
         model, x = built(TransformerConfig(V, T, D, [first, pre_norm(ATTENTION, BLOCK)])), ids(T)
         options = {"context": context} if model.crosses else {}
-        whole = model(x, **options)[0]
+        whole = run(model, x, **options)[0]
         state = model.init_state(B, T)
-        one, state, _ = model(x[:, :3], state=state, **options)
-        two, state, _ = model(x[:, 3:], state=state)
+        one, state, _ = run(model, x[:, :3], state=state, **options)
+        two, state, _ = run(model, x[:, 3:], state=state)
         close(jnp.concatenate([one, two], 1), whole)
         if model.crosses:
             drawn = models.generate(model, x[:, :2], max_new_tokens=2, temperature=0.0, context=context)
-            np.testing.assert_array_equal(drawn.tokens[:, 0], model(x[:, :2], context=context)[0][:, -1].argmax(-1))
+            np.testing.assert_array_equal(
+                drawn.tokens[:, 0], run(model, x[:, :2], context=context)[0][:, -1].argmax(-1)
+            )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -44,7 +45,7 @@ def decoder(layers=MIXED, seed=0, **options) -> Transformer:
     rng = np.random.default_rng(seed)
 
     def noisy(leaf):
-        return leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32)
+        return jnp.asarray(np.asarray(leaf) + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32))
 
     nnx.update(model, jax.tree.map(noisy, nnx.state(model, nnx.Param)))
     model.eval()

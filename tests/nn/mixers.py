@@ -16,8 +16,10 @@ def build(spec, seed=0):
     """The mixer with its gates away from where they start, so that nothing is at zero."""
     mixer = nn.as_mixer(spec, features=D, dtype=jnp.float32, rngs=nnx.Rngs(seed))
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(params))))
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x) + 0.2 * rng.standard_normal(x.shape).astype(np.float32)), params
+    )
     return nnx.merge(graph, params, rest)
 
 

@@ -7,6 +7,7 @@ few epsilons times the magnitude.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,7 +20,7 @@ def randomise(module, seed=0, scale=0.3):
     rng = np.random.default_rng(seed)
 
     def noisy(leaf):
-        return leaf + (scale * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+        return jnp.asarray(np.asarray(leaf) + (scale * rng.standard_normal(leaf.shape)).astype(leaf.dtype))
 
     nnx.update(module, jax.tree.map(noisy, nnx.state(module, nnx.Param)))
     return module

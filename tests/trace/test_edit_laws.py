@@ -92,7 +92,10 @@ def model():
     rng = np.random.default_rng(0)
     nnx.update(
         model,
-        jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), nnx.state(model, nnx.Param)),
+        jax.tree.map(
+            lambda x: jnp.asarray(np.asarray(x) + 0.3 * rng.standard_normal(x.shape).astype(np.float32)),
+            nnx.state(model, nnx.Param),
+        ),
     )
     return model
 
