@@ -1,5 +1,6 @@
 """Every test sees 8 simulated CPU devices; compiled programs are kept for later runs, of this checkout and others."""
 
+import functools
 import gc
 import itertools
 import os
@@ -18,12 +19,16 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 if jax.config.jax_compilation_cache_dir is None:
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(caches / "jaxattn-tests" / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
 
+# JAX makes a context of MLIR with all its dialects for every program: milliseconds, half of what a small program takes.
+if hasattr(mlir, "make_ir_context"):
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 SLOW = pathlib.Path(__file__).with_name("slow.txt")  # as choose_slow.py writes it
 
