@@ -305,6 +305,35 @@ def test_default_positions_are_those_of_contiguous_shards(mask, function):
         assert_equal(over(*given, devices=4, function=function), on_one(*given))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [ring, gathered, split_keys])
+def test_key_heads_may_stand_apart_and_keys_be_more_than_queries(function):
+    """24 keys for 16 queries, at other positions for each key head; out, lse, a measure and gradients."""
+    rng = np.random.default_rng(6)
+    key, value = (rng.normal(size=(B, 24, K, width)) for width in (H, V))
+    places = np.stack([rng.permutation(24) for _ in range(B * K)], -1).reshape(24, B, K).swapaxes(0, 1)
+    places[0, 3, 1] = -1
+    options = {"mask": Window(9), "measures": {"place": MeanPosition()}, "return_lse": True}
+
+    def total(function, query, key, value, places):
+        out, extras = function(query, key, value, key_positions=places, **options)
+        seen = jnp.where(jnp.isfinite(extras["lse"]), extras["lse"], 0)
+        return jnp.sin(out).sum() + jnp.sin(seen).sum() + jnp.sin(extras["place"]).sum()
+
+    def over_all(*arrays):
+        found = total(partial(function, axis_name="context"), *arrays)
+        return found if function is split_keys else jax.lax.psum(found, "context")
+
+    specs = (P() if function is split_keys else SHARD, SHARD, SHARD, SHARD)
+    sharded = jax.shard_map(over_all, mesh=mesh_of(4), in_specs=specs, out_specs=P())
+    with jax.enable_x64(True):
+        found, expected = (
+            jax.jit(jax.value_and_grad(f, (0, 1, 2)))(QUERY, key, value, places)
+            for f in (sharded, partial(total, partial(attend, implementation="dense")))
+        )
+        assert_equal(found, expected)
+
+
 def test_dropout_by_head_is_the_same_on_any_number_of_devices():
     """Also in NumPy: a weight is dropped or divided by 1 − rate, as one device has it."""
     options = {"dropout": Dropout(0.5, jax.random.key(1)), "mask": Causal()}
