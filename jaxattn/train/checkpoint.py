@@ -280,7 +280,8 @@ def _digest(params: Any) -> str:
     content = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         if getattr(leaf, "is_fully_addressable", True):
-            content.update(np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf).tobytes())
+            is_key = hasattr(leaf, "dtype") and _is_key(leaf)
+            content.update(np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes())
     return content.hexdigest()
 
 
@@ -388,7 +389,7 @@ def _is_parameter(name: str) -> bool:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
