@@ -801,6 +801,9 @@ def test_the_page_on_training(page):
     assert p.model.config == p.decoder
     updates, _ = p.chain.update(p.params, p.chain.init(p.params), p.params)
     assert jax.tree.structure(updates) == jax.tree.structure(p.params)
+    assert p.on_all.history[-1]["loss"] < p.on_all.history[0]["loss"] - 0.1
+    embedding = jax.tree.leaves(p.on_all.params["embed"])[0]
+    assert embedding.addressable_shards[0].data.size * jax.device_count() == embedding.size
 
 
 def test_the_page_on_meshes(page):

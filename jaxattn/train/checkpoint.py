@@ -280,7 +280,8 @@ def _digest(params: Any) -> str:
     content = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         if getattr(leaf, "is_fully_addressable", True):
-            content.update(np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf).tobytes())
+            is_key = hasattr(leaf, "dtype") and _is_key(leaf)
+            content.update(np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes())
     return content.hexdigest()
 
 
@@ -388,7 +389,7 @@ def _is_parameter(name: str) -> bool:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -410,9 +411,17 @@ def _to_arrays(tree: Any) -> dict[str, Any]:
 
 
 def _as_stored(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns the array that a checkpoint has for a leaf, with the sharding that it is to be read to, if any."""
+    """Returns the array that a checkpoint has for a leaf, with the sharding to read it to."""
     found = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=getattr(leaf, "sharding", None))
+    # Never without one: Orbax would take that of the run which wrote it, whose devices may not be here.
+    sharding = leaf.sharding if _is_placed(leaf) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=sharding)
+
+
+def _is_placed(leaf: Any) -> bool:
+    """Returns whether a leaf has to be where it says: whether it is an array that is committed, or a struct with a
+    sharding."""
+    return leaf.committed if isinstance(leaf, jax.Array) else getattr(leaf, "sharding", None) is not None
 
 
 def _check_arrays(like: Any, arrays: Mapping[str, Any], where: Path) -> None:
@@ -433,7 +442,7 @@ def _from_arrays(like: Any, arrays: Mapping[str, Any]) -> Any:
         array = arrays.get(jax.tree_util.keystr(path, simple=True, separator="."))
         if array is None:
             return jnp.zeros(leaf.shape, leaf.dtype)
-        array = array if isinstance(array, jax.Array) else jnp.array(array)
+        array = array if _is_placed(leaf) else jnp.array(np.asarray(array))
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
 
     return jax.tree_util.tree_map_with_path(restore, like)

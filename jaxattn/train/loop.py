@@ -183,6 +183,11 @@ def fit(
     done does not depend on their number: with the schedule constant, or stable before it falls. It ends with the
     parameters of a run that had them from the start.
 
+    Where `jax.distributed.initialize` has joined many processes, each of them makes this same call, with the same
+    arguments, and `devices` is mesh. Each reads its own rows of a batch; process 0 writes what is not arrays, shows
+    progress and calls `on_log`. SIGTERM and Ctrl-C in one process stop all after the same step. A run that lost a
+    process can go on with fewer.
+
     The tokens of a row, by which speed is measured, are the `length` of the source, or else what its `tokens` hold, or
     its `weights`. A row without them is one.
 
@@ -223,6 +228,7 @@ def fit(
         FloatingPointError: Loss, gradient or parameters are not finite. Nothing that is not finite is saved, and the
             error names the step and the last good checkpoint.
         OSError: The disk is full.
+        RuntimeError: Another process of the run was lost, or failed.
         Exception: Whatever a hook raises. Checkpoints that were saved are intact.
     """
     console = (console or Console()) if is_first() else Console(quiet=True)

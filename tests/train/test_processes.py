@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from one_of_many import CONFIG, EPS, RATE, params, trained
 
+from jaxattn.models import load_model
 from jaxattn.train import batches, load, ordered_batches
 
 ROOT = Path(__file__).parents[2]
@@ -24,42 +26,38 @@ SECONDS = 120  # in which a run ends, whatever happens; the machine may be busy
 KILLS = int(os.environ.get("JAXATTN_KILLS", "2"))  # 20 for a long look
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def started_process(arguments, **options):
+    """A process of Python with one device, that shares the compiled programs of the tests."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", ""),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.03",
+        "JAX_PLATFORMS": "cpu",
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, **pipes, **options)
+
+
 class Run:
     """The processes of one run."""
 
     def __init__(self, folder, processes, options=None):
-        self.folder, self.options = folder, options or {}
-        config = {"mesh": SPREAD[processes]} | self.options.get("config", {})
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", ""),
-            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.03",
-            "JAX_PLATFORMS": "cpu",
-        }
+        options = options or {}
+        options = options | {"config": {"mesh": SPREAD[processes]} | options.get("config", {})}
         self.files = [folder.parent / f"{folder.name}.{process}.json" for process in range(processes)]
         for file in self.files:
             file.unlink(missing_ok=True)
-        program = [sys.executable, str(Path(__file__).with_name("one_of_many.py"))]
+        program, port = str(Path(__file__).with_name("one_of_many.py")), free_port()
         self.processes = [
-            subprocess.Popen(
-                [
-                    *program,
-                    str(process),
-                    str(processes),
-                    str(port),
-                    str(folder),
-                    json.dumps(self.options | {"config": config}),
-                ],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for process in range(processes)
+            started_process([program, str(i), str(processes), str(port), str(folder), json.dumps(options)])
+            for i in range(processes)
         ]
 
     def end(self, seconds=SECONDS):
@@ -201,6 +199,22 @@ def test_what_one_process_raises_ends_all(tmp_path):
     assert said[1] == {"error": "LookupError: what a hook raises"}
     assert "process 1 failed: LookupError: what a hook raises. This process stops." in printed[0]
     assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+
+
+@pytest.mark.slow
+def test_the_script_of_the_docs_runs(tmp_path):
+    (script,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "train_many.py").write_text(script.replace("12355", str(free_port())))
+    started = [started_process(["train_many.py", str(i)], cwd=tmp_path) for i in range(2)]
+    try:
+        printed = [process.communicate(timeout=SECONDS) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], printed
+    assert "step 20/20" in printed[0][0]
+    assert "step" not in printed[1][0]
+    assert load_model(tmp_path / "runs" / "many")[1] == 20
 
 
 def test_rows_of_all_processes_are_the_batch():
