@@ -5,6 +5,7 @@ import gc
 import itertools
 import os
 import pathlib
+import threading
 import warnings
 from importlib.metadata import version
 
@@ -27,8 +28,10 @@ if jax.config.jax_compilation_cache_dir is None:
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
 
 # JAX makes a context of MLIR with all its dialects for every program: milliseconds, half of what a small program takes.
+# One for each thread does as well: nothing of a program stays in it.
 if hasattr(mlir, "make_ir_context"):
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+    of_thread = functools.cache(lambda thread, make=mlir.make_ir_context: make())
+    mlir.make_ir_context = lambda: of_thread(threading.get_ident())
 
 SLOW = pathlib.Path(__file__).with_name("slow.txt")  # as choose_slow.py writes it
 
