@@ -76,12 +76,27 @@ class Share:
 
 
 def gathered(text: str) -> list[str]:
-    """Returns the texts of all processes, by process. All have to call it."""
+    """Returns the texts of all processes, by process. All have to call it.
+
+    Raises:
+        TimeoutError: A process does not.
+    """
     if jax.process_count() == 1:
         return [text]
     client, name = _client(), f"jaxattn/{next(_calls)}"
     client.key_value_set(f"{name}/{jax.process_index()}", f"={text}")
-    return [client.blocking_key_value_get(f"{name}/{i}", PATIENCE * 1000)[1:] for i in range(jax.process_count())]
+    texts = []
+    for process in range(jax.process_count()):
+        try:
+            texts.append(client.blocking_key_value_get(f"{name}/{process}", int(PATIENCE * 1000))[1:])
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            raise TimeoutError(
+                f"process {process} did not come to where process {jax.process_index()} is within {PATIENCE} seconds: "
+                f"need the same calls in all {jax.process_count()} processes"
+            ) from error
+    return texts
 
 
 def by_first(action: Callable[[], Any]) -> None:

@@ -190,6 +190,14 @@ def test_processes_that_disagree_say_so_all_and_write_nothing(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_that_does_not_come_is_named(tmp_path):
+    codes, said, printed = Run(tmp_path / "run", 2, {"patience": 2, "1": {"sleeps": 10}}).end()
+    assert codes == [1, 0], printed
+    assert "TimeoutError: process 1 did not come to where process 0 is within 2 seconds" in said[0]["error"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_all(tmp_path):
     codes, said, printed = Run(tmp_path / "run", 2, {"not_finite": True}).end()
     assert codes == [1, 1], printed
