@@ -289,7 +289,7 @@ def found(model: str) -> str:
 
 def opened(path: str) -> tuple[Any, Callable[[str], np.ndarray], Callable[[Any], list[str]]]:
     """A model, what turns a text into its tokens [T], and what turns tokens into strings."""
-    if (Path(path) / "checkpoints").is_dir():
+    if any((folder / "checkpoints").is_dir() for folder in (Path(path), Path(path).parent)):  # also of `best` in a run
         tokenizer = Tokenizer.of_run(path)
         return models.load_model(path)[0], tokenizer.opened, tokenizer.strings
     path = found(path)

@@ -107,12 +107,13 @@ def test_a_run_keeps_its_tokenizer_and_writes_with_it(config, corpus, tmp_path, 
     folder = tmp_path / "run"
     vocabulary = ["--model.vocabulary", "270"]
     asked += ["--data.begin_token", "<end>", "--data.end_token", "<end>", "--folder", str(folder)]
-    main([*asked, *vocabulary])
+    main([*asked, *vocabulary, "--train.keep_best", "true"])
     assert "validation bits per byte" in capsys.readouterr().out
     assert (folder / "tokenizer.json").exists()
-    main(["generate", "--folder", str(folder), "--prompt", "line", "--max_new_tokens", "6"])
-    assert capsys.readouterr().out.startswith("line")
-    looked_at(capsys, tmp_path / "page.html", "line 1", "--model", folder)
+    for each in (folder, folder / "best"):
+        main(["generate", "--folder", str(each), "--prompt", "line", "--max_new_tokens", "6"])
+        assert capsys.readouterr().out.startswith("line")
+    looked_at(capsys, tmp_path / "page.html", "line 1", "--model", folder / "best")
     assert "vocabulary is 258: the tokens of the tokenizer need 270" in fails(capsys, *asked)
     assert "begin is '<s>', which the tokenizer does not know" in fails(capsys, *asked, "--data.begin_token", "<s>")
     missing = fails(capsys, *asked, *vocabulary, "--data.tokenizer", tmp_path / "none.json")

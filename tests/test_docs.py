@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from html_pages import decoded, payload
 from pages import ROOT, run_page
 
@@ -803,6 +804,17 @@ def test_the_page_on_training(page):
     assert p.on_all.history[-1]["loss"] < p.on_all.history[0]["loss"] - 0.1
     embedding = jax.tree.leaves(p.on_all.params["embed"])[0]
     assert embedding.addressable_shards[0].data.size * jax.device_count() == embedding.size
+
+
+def test_the_page_on_meshes(page):
+    """A run on a mesh learns, and its model on another mesh gives the logits of one device."""
+    p = page("meshes")
+    first, *_, last = (line["loss"] for line in p.result.history)
+    assert last < first - 0.5
+    assert np.isfinite(p.metrics["loss"])
+    alone, *_ = nnx.merge(p.graph, jax.device_get(p.arrays), p.rest)(np.zeros((4, 16), np.int32))
+    assert_close(p.found, alone)
+    assert_close(p.spread, alone)
 
 
 def test_the_page_on_other_models_and_losses(page):

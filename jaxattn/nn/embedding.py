@@ -15,7 +15,7 @@ from jaxattn.core.attend.position import LearnedPositions, sinusoidal
 from jaxattn.core.checks import as_ids, check_array
 from jaxattn.nn.feed_forward import Activation, activated
 from jaxattn.nn.norm import LayerNorm
-from jaxattn.nn.parameter import decayed, linear_map, undecayed
+from jaxattn.nn.parameter import decayed, linear_map, over_rows, undecayed
 from jaxattn.nn.sharding import constrained
 from jaxattn.nn.tokens import Tokens
 
@@ -275,7 +275,8 @@ class Head(nnx.Module):
             tokens: Not used.
         """
         x = x if self.scale == 1 else x * self.scale
-        logits: Any = jnp.einsum("...d,vd->...v", x, embed.table[...]) if self.map is None else self.map(x)
+        tied = lambda x: jnp.einsum("...d,vd->...v", x, embed.table[...])  # noqa: E731
+        logits: Any = over_rows(tied, x) if self.map is None else self.map(x)
         logits = logits if self.bias is None else logits + self.bias[...]
         return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
 

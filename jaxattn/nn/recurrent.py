@@ -16,12 +16,13 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jaxattn.core.attend.api import attend
 from jaxattn.core.attend.mask import Documents, Mask, Window
 from jaxattn.core.attend.measure import Measure
-from jaxattn.core.linear.api import Form, linear_attention, mixing_matrix
+from jaxattn.core.linear.api import Form, mixing_matrix
 from jaxattn.core.linear.recurrence import Delta, Erase, Read
 from jaxattn.core.memory.api import memory_scan
 from jaxattn.core.memory.inner import Identity, InnerLoss, Link, Memory, SquaredError
 from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.packing import earlier, in_order, layout, scatter
+from jaxattn.nn.sharding import linear_in_shards
 from jaxattn.nn.spec import built
 from jaxattn.nn.tap import Tap
 from jaxattn.nn.tokens import Tokens
@@ -88,7 +89,7 @@ class LinearInputs(NamedTuple):
 
     def run(self, state, seen, segments, chunk):
         gates = self._hidden(seen)
-        return linear_attention(self.query, state=state, segment_ids=segments, form=self.form, chunk=chunk, **gates)
+        return linear_in_shards(self.query, state=state, segment_ids=segments, form=self.form, chunk=chunk, **gates)
 
     def weights(self, seen, segments):
         gates = self._hidden(seen)

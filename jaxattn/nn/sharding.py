@@ -31,6 +31,8 @@ from jaxattn.core.attend.api import Implementation, attend, needs_of
 from jaxattn.core.attend.call import Given
 from jaxattn.core.attend.ring import gathered, ring
 from jaxattn.core.attend.slots import Slots
+from jaxattn.core.linear.api import linear_attention
+from jaxattn.core.linear.sharded import sharded_linear_attention
 from jaxattn.core.mesh import Axes, auto_axes, explicit_mesh, in_context, spread
 
 Axis = str | tuple[str, int] | None
@@ -256,6 +258,33 @@ def attend_in_shards(
         axis_names=set(axis),
     )
     return spread(query, key, value, slots, positions)
+
+
+def linear_in_shards(query: jax.Array, *, state: Any, segment_ids: Any, **options: Any) -> Any:
+    """Calls `linear_attention`, around the devices over which the rules in force spread the length, if there are any.
+
+    Devices then send states to each other, and no tokens.
+
+    Args:
+        query: As in `linear_attention`, [B, T, N, K]; likewise what follows.
+        state: The state, or None.
+        segment_ids: [B, T] or None.
+        **options: Other arguments of `linear_attention`.
+    """
+    axis, devices = _length_axis()
+    if devices == 1 or query.shape[1] % devices:
+        return linear_attention(query, state=state, segment_ids=segment_ids, **options)
+    arrays = {"query": query, "segment_ids": segment_ids}
+    arrays |= {name: options.pop(name) for name in ("key", "value", "log_decay", "erase")}
+    bonus = options.pop("bonus")
+    along, whole = PartitionSpec(None, axis), PartitionSpec()
+
+    def in_shard(arrays: dict[str, Any], bonus: Any, state: Any) -> Any:
+        return sharded_linear_attention(axis_name=axis, bonus=bonus, state=state, **arrays, **options)
+
+    specs = jax.tree.map(lambda x: along if jnp.ndim(x) > 1 else whole, arrays)  # a decay of each head has no tokens
+    spread = jax.shard_map(in_shard, in_specs=(specs, whole, whole), out_specs=(along, whole), axis_names=set(axis))
+    return spread(arrays, bonus, state)
 
 
 def on_any_mesh(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -214,7 +214,9 @@ class Windows:
         if length < 1:
             raise ValueError(f"length is {length}: a window has at least 1 token")
         self.length = length
-        of_text = not isinstance(source, np.ndarray | jax.Array) and any(isinstance(x, Document) for x in source)
+        self.of_text = of_text = not isinstance(source, np.ndarray | jax.Array) and any(
+            isinstance(x, Document) for x in source
+        )
         if of_text:
             if not (starts is None and vocabulary is None and token_bytes is None):
                 raise ValueError("starts, vocabulary and token_bytes are for streams of integers: documents are bytes")

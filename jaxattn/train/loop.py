@@ -439,14 +439,16 @@ def _record(
     optimizer: Any,
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
-    own = {
+    own: dict[str, Any] = {
         "train": json.loads(json.dumps(dataclasses.asdict(config), default=_plain)),
         "corpus": {
-            "length": getattr(train, "length", None),
+            "length": _length(train),
             "train": described(train),
             "validation": None if validation is None else described(validation),
         },
     }
+    if not (isinstance(train, Drawn) or getattr(train, "of_text", False)):
+        own["corpus"]["bytes"] = False
     if isinstance(optimizer, OptimizerConfig):
         own["optimizer"] = json.loads(json.dumps(dataclasses.asdict(optimizer), default=_plain))
     if tokenizer is not None and tokenizer.record is not None:
@@ -604,10 +606,16 @@ def _readable(metrics: Mapping[str, Any]) -> dict[str, float]:
     return values | {"bits_per_byte": bits_per_byte(values)} if {"nll", "bytes"} <= values.keys() else values
 
 
+def _length(source: Any) -> int | None:
+    """Returns the number of tokens of a row, if the source says it."""
+    length = getattr(source, "length", None)
+    return int(length) if isinstance(length, int | np.integer) else None
+
+
 def _tokens_per_row(source: Any, batch: Any) -> int:
     """Returns how many tokens a row has."""
-    if hasattr(source, "length"):
-        return int(source.length)
+    if (length := _length(source)) is not None:
+        return length
     columns = batch if isinstance(batch, Mapping) else {}
     shape = next((np.shape(columns[name]) for name in ("tokens", "weights") if name in columns), (1,))
     return math.prod(shape[1:])

@@ -10,7 +10,8 @@ A source is one of
 - `Drawn`: batches that are drawn inside the step.
 
 Its records are dicts of numbers and arrays, or other pytrees of them. All have one structure and one shape, that of one
-row; `Batched` is for sources whose records are whole batches.
+row; `Batched` is for sources whose records are whole batches. A resumed run knows a source by its `digest`, a string,
+or else by the length and three records of a source by index: one whose records are random has to have a `digest`.
 """
 
 from __future__ import annotations
@@ -274,8 +275,8 @@ def described(source: Any) -> str:
     """
     if isinstance(source, Batched):
         return f"batches of {described(source.source)}"
-    if hasattr(source, "digest"):
-        return str(source.digest)
+    if isinstance(digest := getattr(source, "digest", None), str):
+        return digest
     if not _by_index(source):
         return "iterated"
     rows, content = _rows(source), hashlib.sha256()

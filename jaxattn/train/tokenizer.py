@@ -79,15 +79,21 @@ class Tokenizer:
 
     def opened(self, text: str) -> np.ndarray:
         """Returns the tokens of a document that starts with a text, int32 `[T]`."""
-        return np.asarray([*(() if self.begin is None else (self.begin,)), *self.encode(text)], np.int32)
+        return np.concatenate([self._ends(self.begin), self.encode(text)])
 
     def documents(self, texts: Iterable[str | Document]) -> list[np.ndarray]:
         """Returns the tokens of whole documents, opened and closed, each an array of integers `[n]`, for `Windows`."""
-        close = () if self.end is None else (self.end,)
-        return [
-            np.asarray([*self.opened(text.content.decode() if isinstance(text, Document) else text), *close], np.int32)
-            for text in texts
-        ]
+        plain = [text.content.decode() if isinstance(text, Document) else text for text in texts]
+        begin, end = self._ends(self.begin), self._ends(self.end)
+        if hasattr(self.tokenizer, "encode_batch"):  # the library works on several at a time
+            inner = (np.asarray(x.ids, np.int32) for x in self.tokenizer.encode_batch(plain, add_special_tokens=False))
+        else:
+            inner = (self.encode(text) for text in plain)
+        return [np.concatenate([begin, tokens, end]) for tokens in inner]
+
+    @staticmethod
+    def _ends(token: int | None) -> np.ndarray:
+        return np.array([] if token is None else [token], np.int32)
 
     def strings(self, tokens: Sequence[int] | np.ndarray) -> list[str]:
         """Returns a short label for each token."""
@@ -146,13 +152,19 @@ class Tokenizer:
         """Returns the tokenizer of a run by its output folder, or the folder `best` in that: bytes if it has none.
 
         Raises:
-            ValueError: The file of the tokenizer is missing or has changed.
+            ValueError: The file of the tokenizer is missing or has changed, or the run has none and its tokens were no
+                bytes.
         """
         folder = Path(folder)
         folder = folder if (folder / "config.json").exists() else folder.parent
         file = folder / "config.json"
-        said = json.loads(file.read_text()).get("tokenizer") if file.exists() else None
+        config = json.loads(file.read_text()) if file.exists() else {}
+        said = config.get("tokenizer")
         if said is None:
+            if config.get("corpus", {}).get("bytes") is False:
+                raise ValueError(
+                    f"the run in {str(folder)!r} has no tokenizer, and its tokens are no bytes: give fit one"
+                )
             return cls()
         if not (folder / _FILE).exists():
             raise ValueError(f"file {str(folder / _FILE)!r} is missing: the run was trained on its tokens")

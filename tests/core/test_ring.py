@@ -288,7 +288,9 @@ def test_drawn_orders_documents_and_empty_slots(seed, kind, empty, ids):
 @pytest.mark.parametrize(
     ("mask", "function"),
     [
-        pytest.param(Window(3), ring, id="window"),
+        pytest.param(Window(3, 2), ring, id="window both ways"),
+        pytest.param(Window(3), ring, id="window", marks=pytest.mark.slow),
+        pytest.param(~Causal() & ~Window(0, 8), ring, id="far ahead", marks=pytest.mark.slow),
         pytest.param(None, ring, id="none"),
         pytest.param(Causal(), gathered, id="causal, gathered"),
         pytest.param(Explicit(RNG.random((N, T, T)) < 0.2), ring, id="table", marks=pytest.mark.slow),
@@ -301,6 +303,35 @@ def test_default_positions_are_those_of_contiguous_shards(mask, function):
     with jax.enable_x64(True):
         given = LEARNED, WEIGHTS, None, mask, None
         assert_equal(over(*given, devices=4, function=function), on_one(*given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [ring, gathered, split_keys])
+def test_key_heads_may_stand_apart_and_keys_be_more_than_queries(function):
+    """24 keys for 16 queries, at other positions for each key head; out, lse, a measure and gradients."""
+    rng = np.random.default_rng(6)
+    key, value = (rng.normal(size=(B, 24, K, width)) for width in (H, V))
+    places = np.stack([rng.permutation(24) for _ in range(B * K)], -1).reshape(24, B, K).swapaxes(0, 1)
+    places[0, 3, 1] = -1
+    options = {"mask": Window(9), "measures": {"place": MeanPosition()}, "return_lse": True}
+
+    def total(function, query, key, value, places):
+        out, extras = function(query, key, value, key_positions=places, **options)
+        seen = jnp.where(jnp.isfinite(extras["lse"]), extras["lse"], 0)
+        return jnp.sin(out).sum() + jnp.sin(seen).sum() + jnp.sin(extras["place"]).sum()
+
+    def over_all(*arrays):
+        found = total(partial(function, axis_name="context"), *arrays)
+        return found if function is split_keys else jax.lax.psum(found, "context")
+
+    specs = (P() if function is split_keys else SHARD, SHARD, SHARD, SHARD)
+    sharded = jax.shard_map(over_all, mesh=mesh_of(4), in_specs=specs, out_specs=P())
+    with jax.enable_x64(True):
+        found, expected = (
+            jax.jit(jax.value_and_grad(f, (0, 1, 2)))(QUERY, key, value, places)
+            for f in (sharded, partial(total, partial(attend, implementation="dense")))
+        )
+        assert_equal(found, expected)
 
 
 def test_dropout_by_head_is_the_same_on_any_number_of_devices():
@@ -462,6 +493,14 @@ def test_a_window_stops_after_the_steps_it_needs_and_sends_key_heads(window, hop
     assert {each.name for each in found} == {"ppermute"}
     # Keys go round again, with their gradients, which are brought home by one more step unless they are there.
     assert {each.times for each in found} == ({8} if hops == 8 else {hops, 1})
+
+
+def test_a_window_both_ways_begins_ahead():
+    """Shards of 8 tokens and keys up to 8 on either side: one step back, and then three, of 8."""
+    arrays = [jax.ShapeDtypeStruct((B, 64, heads, 4), jnp.float32) for heads in (2, 2, 2)]
+    specs = {"mesh": mesh_of(8), "in_specs": SHARD, "out_specs": SHARD}
+    function = jax.shard_map(partial(ring, axis_name="context", mask=Window(8, 8)), **specs)
+    assert {each.times for each in collectives(function, *arrays)} == {1, 3}
 
 
 @pytest.mark.parametrize("function", [ring, split_keys])

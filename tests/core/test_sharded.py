@@ -156,6 +156,23 @@ def test_the_map_of_tokens_with_segments_forgets_where_one_starts(name):
         assert_close(maps[1](maps[0](memory)), last.memory)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"erase": 3.0}, TypeError, "erase must be Delta"),
+        ({"segment_ids": jnp.zeros(5, int)}, ValueError, r"segment_ids has shape \(5,\)"),
+        ({"state": LinearState(jnp.zeros((2, 9, 3)), jnp.int32(0))}, ValueError, r"state has memory \(2, 9, 3\)"),
+    ],
+)
+def test_calls_that_mean_nothing_are_refused_as_on_one_device(change, error, message):
+    def run(query, key, value):
+        return sharded_linear_attention(query, key, value, "context", **change)
+
+    tokens = [jax.ShapeDtypeStruct((T, 2, 3), jnp.float32)] * 3
+    with pytest.raises(error, match=message):
+        jax.eval_shape(jax.shard_map(run, mesh=mesh_of(4), in_specs=SHARD, out_specs=(SHARD, P())), *tokens)
+
+
 def test_what_is_sent_are_states():
     """Of 8 devices: one step on, and three to combine, whatever the length; then the last state."""
 

@@ -44,7 +44,7 @@ from jaxattn.models import (
 from jaxattn.models.pretrained import Row, decoders, encoders, recurrences
 from jaxattn.models.pretrained.weights import assign, norm, published
 
-B, LENGTH = 2, 160
+B, LENGTH = 2, 512
 slow = pytest.mark.slow
 
 

@@ -73,7 +73,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [pytest.param(name, AxisType.Auto, marks=() if name in ("all", "tensor") else SLOW) for name in MESHES]
+    [pytest.param(name, AxisType.Auto, marks=() if name == "all" else SLOW) for name in MESHES]
     + [pytest.param("fsdp", AxisType.Explicit, marks=SLOW)],
 )
 def test_two_steps_on_a_mesh_are_those_on_one_device(name, kind, alone):
@@ -85,7 +85,7 @@ def test_two_steps_on_a_mesh_are_those_on_one_device(name, kind, alone):
         np.testing.assert_allclose(metrics[key], value, rtol=8 * np.finfo(np.float32).eps)  # sums are float32
 
 
-@pytest.mark.parametrize("name", ["fsdp", "all", "two"])
+@pytest.mark.parametrize("name", [pytest.param("fsdp", marks=SLOW), pytest.param("all", marks=SLOW), "two"])
 def test_no_device_holds_more_than_its_part(name):
     sizes = MESHES[name]
     state, _ = after_steps(lambda step: on_mesh(step, mesh_of(sizes)), model(), OPTIMIZER)

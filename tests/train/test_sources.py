@@ -224,6 +224,14 @@ def test_what_tells_sources_apart():
     assert described(Batched(Again())) == "batches of iterated"
     assert described(Drawn(None, 3, "mine")) == "mine"
 
+    class Random(Records):
+        digest = "random crops"
+
+        def __getitem__(self, index):
+            return {"x": np.random.default_rng().random()}
+
+    assert described(Random()) == "random crops"
+
 
 @pytest.mark.parametrize(
     ("source", "error", "message"),

@@ -1,7 +1,10 @@
 """Text to tokens and back, of bytes, of a tokenizer, and of any object that can encode and decode."""
 
+import dataclasses
+
+import numpy as np
 import pytest
-from bigram import run
+from bigram import CONFIG, run
 from tokenizers import Tokenizer as OfLibrary
 from tokenizers import decoders
 from tokenizers.models import BPE
@@ -10,6 +13,7 @@ from tokenizers.trainers import BpeTrainer
 
 from jaxattn.train import BOS, EOS, Document, Tokenizer, Windows, encode
 
+SHORT = dataclasses.replace(CONFIG, steps=2)
 TEXTS = ["the cat and the hat", "the naïve 日本 cat", "and the end"]
 
 
@@ -73,19 +77,22 @@ def test_any_object_that_encodes_and_decodes_is_a_tokenizer():
 
 def test_the_tokenizer_of_a_run_is_saved_with_it(library, tmp_path):
     tokenizer = Tokenizer(library, end="</s>")
-    run(tmp_path / "run", tokenizer=tokenizer)
+    run(tmp_path / "run", SHORT, tokenizer=tokenizer)
     for folder in (tmp_path / "run", tmp_path / "run" / "best"):
         again = Tokenizer.of_run(folder)
         assert again.record == tokenizer.record
         assert again.decode(tokenizer.encode(TEXTS[1])) == TEXTS[1]
     with pytest.raises(ValueError, match=r"tokenizer\.end was 1, now null"):
-        run(tmp_path / "run", tokenizer=Tokenizer(library))
+        run(tmp_path / "run", SHORT, tokenizer=Tokenizer(library))
     with pytest.raises(TypeError, match="tokenizer is of a Letters, which cannot be saved with the run"):
-        run(tmp_path / "letters", tokenizer=Tokenizer(Letters()))
+        run(tmp_path / "letters", SHORT, tokenizer=Tokenizer(Letters()))
     assert not (tmp_path / "letters").exists()
     other = OfLibrary(BPE())
     other.save(str(tmp_path / "run" / "tokenizer.json"))
     with pytest.raises(ValueError, match="is not the tokenizer that the run was trained with"):
         Tokenizer.of_run(tmp_path / "run")
-    run(tmp_path / "bytes", tokenizer=Tokenizer())
+    run(tmp_path / "bytes", SHORT, tokenizer=Tokenizer())
     assert Tokenizer.of_run(tmp_path / "bytes").record is None
+    run(tmp_path / "none", SHORT, train_data=Windows(np.arange(200) % 7, 8))
+    with pytest.raises(ValueError, match=r"has no tokenizer, and its tokens are no bytes: give fit one"):
+        Tokenizer.of_run(tmp_path / "none")

@@ -67,6 +67,7 @@ from jaxattn.core.attend.normalize import (
     TopK,
     score_function,
 )
+from jaxattn.core.attend.order import striped, unstriped, unzigzag, zigzag
 from jaxattn.core.attend.partial import EMPTY, Partial, add_log_mass, merge, merge_axis, psum_merge, with_log_mass
 from jaxattn.core.attend.position import (
     NTK,
@@ -86,7 +87,6 @@ from jaxattn.core.attend.ring import gathered, ring, split_keys
 from jaxattn.core.attend.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum, Score
 from jaxattn.core.attend.slots import Slots
 from jaxattn.core.attend.tile import Tile
-from jaxattn.core.shards import striped, unstriped, unzigzag, zigzag
 
 __all__ = [
     "EMPTY",

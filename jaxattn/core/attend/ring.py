@@ -78,9 +78,10 @@ def ring(
     of every part. A device holds its own shards and those that pass by, of keys and values with their own heads, in
     their own dtype. Sums and gradients are carried in float32 or better. It is ring attention (Liu et al., 2023).
 
-    The devices stop as soon as none of them will see a key that it sees: after ⌈W / T⌉ + 1 steps for a causal window of
-    W and contiguous shards of T tokens. The number of steps is known when the program is compiled if the positions are
-    the default ones and the mask holds no arrays. Otherwise the positions go round once, before the keys.
+    The devices stop as soon as none of them needs a key that is still to come: for a causal window of W keys and
+    contiguous shards of T tokens after ⌈(W − 1) / T⌉ + 1 steps. The steps are known when the program is made if the
+    positions are the default ones and the mask holds no arrays; then they may also begin with keys that lie ahead.
+    Otherwise the positions go round once, before the keys.
 
     Arrays of parts are those of the whole sequence, on every device: a mask or bias [.., T, S] of all pairs, the ids of
     all documents. They are read by position, so they need not be sharded. One that differs along the axis is refused.
@@ -264,11 +265,13 @@ class Way(NamedTuple):
         axis: The mesh axis.
         travels: Whether keys go round. Otherwise the sums of all devices are added up.
         hops: The number of devices whose keys a device computes with, if it is known.
+        first: A device begins with the keys of the device so many places before it, and goes on with those before.
     """
 
     axis: Axis
     travels: bool
     hops: int | None
+    first: int = 0
 
 
 class Travelling(NamedTuple):
@@ -324,7 +327,7 @@ def _all_sums(plan: Plan, way: Way, learned: Learned, given: Given, hops: Array 
         sums, keys = carry
         return with_keys(keys, sums), passed_on(keys, way.axis)
 
-    keys = Travelling.of(learned, given)
+    keys = passed_on(Travelling.of(learned, given), way.axis, way.first)
     if way.travels:
         return referred(jax.lax.fori_loop(0, way.hops if hops is None else hops, hop, (nothing, keys))[0])
     sums = with_keys(keys, nothing)
@@ -365,7 +368,8 @@ def _sums_backward(plan: Plan, way: Way, residuals: Any, d_sums: Sums) -> tuple[
         d_key, d_value, keys = passed_on((gradients.key, gradients.value, keys), way.axis)
         return d_query, gradients._replace(key=d_key, value=d_value), keys
 
-    keys, carry = Travelling.of(learned, given), vary((d_query, no_gradients(plan, learned)), axes)
+    keys = passed_on(Travelling.of(learned, given), way.axis, way.first)
+    carry = vary((d_query, no_gradients(plan, learned)), axes)
     if way.travels:
         d_query, gradients, _ = jax.lax.fori_loop(0, way.hops if hops is None else hops, hop, (*carry, keys))
     else:
@@ -382,9 +386,9 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _brought_home(tree: Any, way: Way, hops: Array | None) -> Any:
-    """Returns what started here and was passed on by as many devices as there were hops."""
+    """Returns what belongs here, after all hops."""
     if hops is None and way.hops is not None:
-        return passed_on(tree, way.axis, -way.hops)
+        return passed_on(tree, way.axis, -way.first - way.hops)
     # By binary digits of the way that is left, since devices that are passed on to have to be known.
     size = jax.lax.axis_size(way.axis)
     left = -jnp.asarray(hops) % size
@@ -394,20 +398,26 @@ def _brought_home(tree: Any, way: Way, hops: Array | None) -> Any:
     return tree
 
 
-def _known_hops(mask: Mask | None, size: int, lengths: tuple[int, int], contiguous: bool) -> int | None:
-    """Returns the number of hops if it is known when the program is made."""
+def _known_way(mask: Mask | None, size: int, lengths: tuple[int, int], contiguous: bool) -> tuple[int, int | None]:
+    """Returns where a device begins and the number of hops, None if that is not known when the program is made."""
     if mask is None or size == 1:
-        return size
+        return 0, size
     if not contiguous:
-        return None
+        return 0, None
     query, key = (np.arange(size * length, dtype=np.int32).reshape(size, length) for length in lengths)
     bounds: Any = mask.bounds
     possible = bounds(query[None, :, None], key[None, None])[0]
     if not isinstance(possible, np.ndarray | np.bool_):
-        return None
+        return 0, None
     possible = np.broadcast_to(possible, (*np.shape(possible)[:-2], size, size)).reshape(-1, size, size).any(0)
     device, shard = np.nonzero(possible)
-    return int(((device - shard) % size).max(initial=-1)) + 1
+    needed = np.unique((device - shard) % size)  # how far the keys have to come
+    if not len(needed):
+        return 0, 0
+    # All but the largest gap between them, around the ring.
+    gaps = np.diff(needed, append=needed[0] + size)
+    first = needed[(gaps.argmax() + 1) % len(needed)] if gaps.max() > gaps[-1] else needed[0]
+    return int(first), int(size - gaps.max() + 1)
 
 
 def _block_of(mask: Mask | None, lengths: tuple[int, int], bytes_per_key: int, block: Any) -> Block:
@@ -445,14 +455,14 @@ def _over_devices(
     mask, lengths = given.slots.mask, (given.query.shape[-3], given.key.shape[-3])
     bytes_per_key = given.key.size // lengths[1] * given.key.dtype.itemsize
     chosen = _block_of(mask, lengths, bytes_per_key, block)
-    hops = _known_hops(mask, size, lengths, contiguous) if travels else None
+    first, hops = _known_way(mask, size, lengths, contiguous) if travels else (0, None)
     if hops is None and not _axes(axis_name):  # whether devices of other axes would agree on their number is not known
         hops = size
     kinds, active = Kinds(True, True, False), None
     if mask is None and contiguous and travels:  # the same tiles, all of them, at every hop
         here = np.arange(lengths[0])[None, :, None], np.arange(lengths[1])[None, None]
         active, kinds = schedule(None, *in_tiles(*here, chosen))
-    attention = partial(_attention, chosen, kinds, Way(axis_name, travels, hops), active)
+    attention = partial(_attention, chosen, kinds, Way(axis_name, travels, hops, first), active)
     out, lse, measured = in_form(given, *with_measures(attention, prepare(given)))
     extras = ({"lse": lse} if return_lse else {}) | measured
     return (out, extras) if return_lse or measured else out

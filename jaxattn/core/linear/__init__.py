@@ -30,6 +30,7 @@ from jaxattn.core.linear.gate import (
     running_softmax,
     softplus_decay,
 )
+from jaxattn.core.linear.halo import halo
 from jaxattn.core.linear.random_feature import RandomFeatures, orthogonal_gaussian
 from jaxattn.core.linear.recurrence import Delta, Erase, StateMap, combine
 from jaxattn.core.linear.sharded import sharded_linear_attention
@@ -41,7 +42,6 @@ from jaxattn.core.linear.state_equation import (
     softmax_equation,
     state_space_equation,
 )
-from jaxattn.core.shards import halo
 
 __all__ = [
     "Delta",

@@ -71,9 +71,8 @@ def sharded_linear_attention(
     def from_state(state: LinearState | None) -> tuple[Array, LinearState]:
         return linear_attention(query, key, value, state=state, **by_token, **options)
 
-    start = state
-    if start is None:
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(from_state, None)[1])
+    like = jax.eval_shape(from_state, state)[1]  # which also checks the call
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like) if state is None else state
     segment = start.segment
     if segment_ids is not None:
         ids = jnp.broadcast_to(segment_ids, key.shape[:-2]).astype(jnp.int32)
