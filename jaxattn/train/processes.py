@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -75,12 +76,27 @@ class Share:
 
 
 def gathered(text: str) -> list[str]:
-    """Returns the texts of all processes, by process. All have to call it."""
+    """Returns the texts of all processes, by process. All have to call it.
+
+    Raises:
+        TimeoutError: A process does not.
+    """
     if jax.process_count() == 1:
         return [text]
     client, name = _client(), f"jaxattn/{next(_calls)}"
     client.key_value_set(f"{name}/{jax.process_index()}", f"={text}")
-    return [client.blocking_key_value_get(f"{name}/{i}", PATIENCE * 1000)[1:] for i in range(jax.process_count())]
+    texts = []
+    for process in range(jax.process_count()):
+        try:
+            texts.append(client.blocking_key_value_get(f"{name}/{process}", int(PATIENCE * 1000))[1:])
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            raise TimeoutError(
+                f"process {process} did not come to where process {jax.process_index()} is within {PATIENCE} seconds: "
+                f"need the same calls in all {jax.process_count()} processes"
+            ) from error
+    return texts
 
 
 def by_first(action: Callable[[], Any]) -> None:
@@ -133,21 +149,25 @@ def failing_together() -> Iterator[None]:
         yield
     except BaseException as error:
         over.set()
-        said = _said(client, key)
-        if not said:
-            with suppress(Exception):  # the service may be gone
-                words = f"process {jax.process_index()} failed: {type(error).__name__}: {error}"
-                client.key_value_set(key, words, allow_overwrite=True)
-        if not _LOST.search(str(error)):
+        lost = _LOST.search(str(error))
+        words = f"process {jax.process_index()} failed: {type(error).__name__}: {error}"
+        if lost:
+            words = _said(client, key) or f"{_LOSS} ({str(error).splitlines()[0][:200]})"
+        with suppress(Exception):  # the service may be gone
+            client.key_value_set(key, words, allow_overwrite=True)
+        if not lost:
             raise
-        why = said or f"another process of the run was lost ({str(error).splitlines()[0][:200]})"
-        raise RuntimeError(f"{why}. {_ADVICE}") from error
+        # At exit JAX would wait for the process that is gone, and abort. The service is in process 0, which goes last.
+        distributed.global_state.client = None
+        time.sleep(GRACE + 2 if is_first() else 0)
+        raise RuntimeError(f"{words}. {_ADVICE}") from error
     finally:
         over.set()
 
 
 # What JAX says in a collective, or in the coordination service, when another process is gone.
 _LOST = re.compile(r"Gloo|NCCL|[Cc]onnection (reset|closed)|[Hh]eartbeat|[Cc]oordination ?[Ss]ervice|[Bb]arrier")
+_LOSS = "another process of the run was lost"
 _ADVICE = (
     "This process stops. Run the same again, with as many processes or fewer: the run goes on from its last checkpoint"
 )
@@ -157,7 +177,8 @@ def _watch(client: Any, key: str, over: threading.Event) -> None:
     while not over.wait(1):
         if (said := _said(client, key)) and not over.wait(GRACE):
             print(f"{said}. {_ADVICE}", file=sys.stderr, flush=True)
-            jax.distributed.shutdown()  # so that the process that failed need not wait for this one
+            if not said.startswith(_LOSS):
+                jax.distributed.shutdown()  # so that the process that failed need not wait for this one
             os._exit(1)
 
 

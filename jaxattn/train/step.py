@@ -277,6 +277,7 @@ def on_mesh(step: Step, mesh: Mesh, rules: Rules = RULES) -> Step:
     The axes of the mesh say what is done: `data` spreads the rows of the batch, `fsdp` also the parameters and the
     state of the optimiser, `tensor` heads and hidden units, `context` the tokens of each row. The step computes the
     same numbers as on one device, up to rounding. The compiled step takes the memory of the state it is given.
+    In many processes state and batch are global arrays, such as `jax.make_array_from_process_local_data` makes.
 
     Args:
         step: A step without an `axis_name`: the compiler finds the sums over devices that it needs.

@@ -1,8 +1,8 @@
 """A run that the processes of a test share; as a program, `one_of_many.py PROCESS PROCESSES PORT FOLDER OPTIONS`.
 
 The model is a bigram whose table is spread over `fsdp`. The program writes what `fit` returned or raised beside the
-folder. Its options are JSON: `config`, `made` (parameters are given by a function), `not_finite` and `seconds_per_step`
-for all processes, and by the number of a process what that one does otherwise.
+folder. Its options are JSON: `config`, `made` (parameters are given by a function), `not_finite`, `patience` and
+`seconds_per_step` for all processes, and by the number of a process what that one does otherwise.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import optax
 from bigram import run
 from flax import nnx
 
+import jaxattn.train.processes as processes_module
 from jaxattn.train import VOCABULARY, TrainConfig, next_token_loss
 
 CONFIG = TrainConfig(
@@ -53,6 +54,11 @@ def main():
     patience = {"heartbeat_timeout_seconds": 10, "shutdown_timeout_seconds": 30}
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, process, **patience)
     mine = options.get(str(process), {})
+    processes_module.PATIENCE = options.get("patience", processes_module.PATIENCE)
+    if "sleeps" in mine:
+        jax.devices()  # which the others wait for by themselves
+        time.sleep(mine["sleeps"])
+        return
 
     def on_step(step, state, metrics):
         time.sleep(options.get("seconds_per_step", 0))
