@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.trainers import BpeTrainer
 
 from jaxattn import Causal, Sigmoid, Window, models, nn
-from jaxattn.__main__ import main, seen
+from jaxattn.__main__ import keep_programs, main, seen
 from jaxattn.core.attend import Dot
 from jaxattn.train import BOS, encode
 
@@ -340,3 +341,16 @@ def test_the_module_and_the_script_are_the_same_command():
         if Path(command[0]).exists():
             shown = subprocess.run([*command, "explain", "--length", "8"], capture_output=True, text=True, check=True)
             assert "-> dense" in shown.stdout
+
+
+def test_compiled_programs_are_kept_where_nothing_else_is_set(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        keep_programs()
+        assert jax.config.jax_compilation_cache_dir == before  # that of the tests
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_programs()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxattn" / "programs")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
