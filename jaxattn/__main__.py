@@ -378,7 +378,7 @@ def keep_programs() -> None:
 
     JAX's own settings go before: JAX_COMPILATION_CACHE_DIR, or JAX_ENABLE_COMPILATION_CACHE=0 for none.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "jaxattn" / "programs"))
 
