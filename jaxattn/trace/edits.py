@@ -17,6 +17,7 @@ from jaxattn.core.part import part
 from jaxattn.core.table import on_shared_axis, take_pairs
 from jaxattn.nn.tap import Edit
 from jaxattn.nn.tokens import Tokens
+from jaxattn.trace.reducers import check_places
 
 
 @part
@@ -97,12 +98,18 @@ class Patch(Edit):
     Attributes:
         positions: [P], each at most once.
         values: [P, ...] or [B, P, ...], as recorded by `TokensAt(positions)`.
+
+    Raises:
+        ValueError: A position is known and negative.
     """
 
     positions: Int[Array, " p"]
     values: Float[Array, "..."]
 
     of_tokens: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_places("Patch: positions", self.positions)
 
     def __call__(self, value, where):
         here = _here(where, self.positions)  # [1 or B, T, P]
@@ -123,11 +130,17 @@ class OnlyAt(Edit):
         positions: [P]; None for all. At scores and weights positions are those of queries.
         heads: Booleans [N], in which heads it acts, or the numbers of these heads [...]; None for all. Numbers also fit
             layers with fewer heads, where they mean none; at scores and weights booleans are needed.
+
+    Raises:
+        ValueError: A position is known and negative.
     """
 
     edit: Any
     positions: Int[Array, " p"] | None = None
     heads: Bool[Array, " heads"] | Int[Array, " chosen"] | None = None
+
+    def __post_init__(self):
+        check_places("OnlyAt: positions", self.positions)
 
     @property
     def scores_need(self):  # type: ignore[override]
@@ -200,11 +213,18 @@ class Cut(Mask):
         queries: [P], positions of queries; None for all.
         keys: [R], positions of keys; None for all.
         heads: [N], in which heads; None for all.
+
+    Raises:
+        ValueError: A position is known and negative.
     """
 
     queries: Int[Array, " p"] | None = None
     keys: Int[Array, " r"] | None = None
     heads: Bool[Array, " heads"] | None = None
+
+    def __post_init__(self):
+        check_places("Cut: queries", self.queries)
+        check_places("Cut: keys", self.keys)
 
     def __call__(self, query, key):
         cut = _among(query, self.queries) & _among(key, self.keys)

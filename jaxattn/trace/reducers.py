@@ -3,11 +3,19 @@
 At scores and weights measures take their place.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxattn.core.checks import check_range
 from jaxattn.core.part import part
 from jaxattn.nn.tap import Reducer
+
+
+def check_places(name: str, positions: Any) -> None:
+    """Raises ValueError where a position is known and negative, at which no token stands."""
+    check_range(name, positions, lambda p: p >= 0, "from 0 on, where the last of T tokens stands at T - 1")
 
 
 @part
@@ -16,9 +24,15 @@ class TokensAt(Reducer):
 
     Attributes:
         positions: [P].
+
+    Raises:
+        ValueError: A position is known and negative.
     """
 
     positions: Int[Array, " p"]
+
+    def __post_init__(self):
+        check_places("TokensAt: positions", self.positions)
 
     def __call__(self, value, where):
         return where.only(value, jnp.asarray(self.positions)[None], 0)

@@ -305,3 +305,17 @@ def test_a_measure_is_recorded_where_there_is_attention_and_edits_of_weights_act
     close(said, model(TOKENS, edits={"z": {0: Scale(0.5), 2: Scale(0.5)}})[0], 100)
     with pytest.raises(ValueError, match="a measure of weights, which are those of attention"):
         Recurrent(nn.DeltaNet(D, 2, rngs=nnx.Rngs(0)))(drawn(B, T, D), tap=Tap(record=record))
+
+
+def test_positions_that_are_counted_from_the_end_are_refused():
+    at = np.array([2, -1])
+    makers = {
+        "Patch: positions": lambda: trace.Patch(at, np.zeros((2, 4))),
+        "OnlyAt: positions": lambda: trace.OnlyAt(trace.Scale(0.0), at),
+        "Cut: queries": lambda: trace.Cut(at),
+        "Cut: keys": lambda: trace.Cut(keys=at),
+        "TokensAt: positions": lambda: trace.TokensAt(at),
+    }
+    for name, make in makers.items():
+        with pytest.raises(ValueError, match=f"{name} holds -1: need numbers from 0 on, where the last of T tokens"):
+            make()
