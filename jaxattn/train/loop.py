@@ -489,6 +489,8 @@ def _check(config: TrainConfig, train: Any, validation: Any, rules: Rules) -> No
         raise ValueError(f"{name} is {getattr(config, name)} without validation_data: need data to evaluate on")
     if config.devices not in ("one", "mesh", "pmap"):
         raise ValueError(f"devices is {config.devices!r}: need 'one', 'mesh' or 'pmap'")
+    if jax.process_count() > 1 and isinstance(train, Drawn):
+        raise ValueError(f"train_data is drawn inside the step on one device, not in {jax.process_count()} processes")
     if jax.process_count() > 1 and config.devices != "mesh":
         raise ValueError(f"devices is {config.devices!r} in {jax.process_count()} processes: need 'mesh'")
     if isinstance(train, Drawn) and config.devices != "one":
