@@ -15,6 +15,7 @@ mesh does not have spreads nothing. For your own, change the table: `RULES | {"v
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -295,29 +296,43 @@ def on_any_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
     stand whole on every device. Elsewhere the call is what it is without.
 
     Args:
-        method: method(module, x, ...), where x is [B, T, ...].
+        method: method(module, x, ...), where x is [B, T, ...]. The records of a `tap` and what it puts into a dict `give`
+            are results too.
     """
+    signature = inspect.signature(method)
+    of_module, of_x, *_ = signature.parameters
 
     @functools.wraps(method)
-    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(*given: Any, **named: Any) -> Any:
+        bound = signature.bind(*given, **named)
         context = jax.sharding.get_abstract_mesh()
+        x = bound.arguments[of_x]
         mesh = context if AxisType.Explicit in context.axis_types else explicit_mesh(x)
         if mesh is None:
-            return method(self, x, *args, **kwargs)
-        graph, state = nnx.split(self)
-        leaves, structure = jax.tree.flatten((state, x, args, kwargs))
+            return method(*given, **named)
+        arguments = dict(bound.arguments)
+        own, kept = arguments.pop(of_module), _left_by(arguments)
+        graph, state = nnx.split(own)
+        leaves, structure = jax.tree.flatten((state, arguments))
         is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
         arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
 
         def function(arrays: list[Any]) -> Any:
             given = iter(arrays)
             filled = [next(given) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
-            state, x, args, kwargs = jax.tree.unflatten(structure, filled)
-            module = nnx.merge(graph, state)
+            state, arguments = jax.tree.unflatten(structure, filled)
+            module, left = nnx.merge(graph, state), _left_by(arguments)
+            earlier = [dict(each) for each in left]
             before = jax.tree.leaves(nnx.state(module, nnx.RngCount))
-            result, counts = method(module, x, *args, **kwargs), nnx.state(module, nnx.RngCount)
+            inside = inspect.BoundArguments(signature, {of_module: module, **arguments})
+            result, counts = method(*inside.args, **inside.kwargs), nnx.state(module, nnx.RngCount)
             still = all(a is b for a, b in zip(before, jax.tree.leaves(counts), strict=True))
-            return result, None if still else counts
+            new = []
+            for each, old in zip(left, earlier, strict=True):
+                new.append({name: value for name, value in each.items() if value is not old.get(name)})
+                each.clear()
+                each.update(old)
+            return result, new, None if still else counts
 
         rows, length, *_ = spread(x)
 
@@ -330,12 +345,20 @@ def on_any_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
 
         with in_context(arrays):
             results = jax.eval_shape(auto_axes(function, mesh, Axes()), arrays)
-            found, counts = auto_axes(function, mesh, jax.tree.map(of, results))(arrays)
+            found, new, counts = auto_axes(function, mesh, jax.tree.map(of, results))(arrays)
         if counts is not None:
-            nnx.update(self, counts)
+            nnx.update(own, counts)
+        for each, more in zip(kept, new, strict=True):
+            each.update(more)
         return found
 
     return call
+
+
+def _left_by(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the dicts among the arguments of a module in which its call leaves values: records, and shared keys."""
+    left = getattr(arguments.get("tap"), "records", None), arguments.get("give")
+    return [each for each in left if each is not None]
 
 
 def _length_axis() -> tuple[tuple[str, ...], int]:

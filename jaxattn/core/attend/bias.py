@@ -275,10 +275,14 @@ class RelativeBias(ScoreBias):
         """Returns the bucket of a distance, query position − key position."""
         first = self._first_distances()
         distance = jnp.asarray(distance)
+
+        def last_reached(distance: Array) -> Array:
+            # Counted, since `jnp.searchsorted` fails in a `jax.shard_map` over some of the axes of a mesh.
+            return (distance[..., None] >= first).sum(-1, dtype=jnp.int32) - 1
+
         if not self.bidirectional:
-            return jnp.searchsorted(first, jnp.maximum(distance, 0), side="right") - 1
-        ahead = jnp.where(distance < 0, len(first), 0)
-        return ahead + jnp.searchsorted(first, jnp.abs(distance), side="right") - 1
+            return last_reached(jnp.maximum(distance, 0))
+        return jnp.where(distance < 0, len(first), 0) + last_reached(jnp.abs(distance))
 
     def __call__(self, tile: Tile) -> Values:
         table = jnp.asarray(self.table)

@@ -1,0 +1,31 @@
+"""Attention by the rules of sharding, around the devices of an axis `context` of a mesh that has other axes too."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType
+
+from jaxattn import Causal, RelativeBias, attend
+from jaxattn.core.attend.slots import Slots
+from jaxattn.nn.sharding import attend_in_shards, sharding_rules
+
+B, T, N, K, H = 2, 16, 4, 2, 4
+
+
+def test_relative_biases_go_around_a_mesh_of_several_axes():
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(B, T, heads, H)) for heads in (N, K, K))
+    mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
+    table = rng.normal(size=(N, 6))
+
+    def slots(table):
+        one_way, both_ways = RelativeBias(table, 8), RelativeBias(table, 6, bidirectional=True)
+        return Slots(mask=Causal(), bias=one_way + both_ways)
+
+    def slope(call):
+        return jax.jit(jax.grad(lambda table: (call(query, key, value, slots(table)) ** 2).sum()))(table)
+
+    with jax.enable_x64():
+        expected = slope(lambda *arrays: attend(*arrays[:3], **vars(arrays[3])))
+        with jax.set_mesh(mesh), sharding_rules():
+            found = slope(attend_in_shards)
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
