@@ -236,6 +236,16 @@ def test_closed_gates_are_finite_in_float32(name):
     assert_close(slope, slope_of_steps, 1e3 * np.finfo(np.float32).eps)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_one_argument_of_float64_makes_the_state_float64(form, x64):
+    given, options = arrays(CASES["before the write"], jnp.float32)
+    wide = given | {"bonus": jnp.asarray(given["bonus"], jnp.float64)}
+    out, state = linear_attention(**wide, **options, form=form, chunk=4)
+    assert (out.dtype, state.memory.dtype) == (jnp.float32, jnp.float64)
+    again, _ = linear_attention(**wide, **options, form=form, chunk=4, state=state)
+    assert again.dtype == jnp.float32
+
+
 def test_batches_are_their_entries_and_vmap_is_a_batch():
     given, options = arrays(CASES["delta per channel"], jnp.float32)
     other = jax.tree.map(lambda x: jnp.roll(x, 5, 0), given)

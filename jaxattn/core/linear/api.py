@@ -377,7 +377,7 @@ def _prepare(given: _Given, read: Read) -> tuple[Tokens, Array, Array, int]:
         log_decay = log_decay[..., None]
     if isinstance(erase, Delta):
         erase = Delta(erase.beta[..., None])
-    dtype = accumulator(*jax.tree.leaves((query, key, value, log_decay, erase, state and state.memory)))
+    dtype = accumulator(*jax.tree.leaves((query, key, value, log_decay, erase, bonus, state and state.memory)))
     states = math.lcm(*(x.shape[-2] for x in jax.tree.leaves((key, value, log_decay, erase))))
     heads = max(states, query.shape[-2])
     if bonus is not None:
