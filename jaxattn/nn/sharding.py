@@ -296,8 +296,8 @@ def on_any_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
     stand whole on every device. Elsewhere the call is what it is without.
 
     Args:
-        method: method(module, x, ...), where x is [B, T, ...]. The records of a `tap` and what it puts into a dict `give`
-            are results too.
+        method: method(module, x, ...), where x is [B, T, ...]. The records of a `tap`, and what it puts into
+            a dict `give`, are results too.
     """
     signature = inspect.signature(method)
     of_module, of_x, *_ = signature.parameters
