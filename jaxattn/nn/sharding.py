@@ -304,23 +304,24 @@ def on_any_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(*given: Any, **named: Any) -> Any:
-        bound = signature.bind(*given, **named)
         context = jax.sharding.get_abstract_mesh()
-        x = bound.arguments[of_x]
+        x = given[1] if len(given) > 1 else named.get(of_x)
         mesh = context if AxisType.Explicit in context.axis_types else explicit_mesh(x)
         if mesh is None:
             return method(*given, **named)
-        arguments = dict(bound.arguments)
+        arguments = dict(signature.bind(*given, **named).arguments)
         own, kept = arguments.pop(of_module), _left_by(arguments)
+        tap: Any = arguments.get("tap")
         graph, state = nnx.split(own)
-        leaves, structure = jax.tree.flatten((state, arguments))
+        leaves, structure = jax.tree.flatten((state, arguments, None if tap is None else tap.parts))
         is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
         arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
 
         def function(arrays: list[Any]) -> Any:
             given = iter(arrays)
             filled = [next(given) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
-            state, arguments = jax.tree.unflatten(structure, filled)
+            state, arguments, parts = jax.tree.unflatten(structure, filled)
+            arguments |= {} if tap is None else {"tap": tap.holding(parts)}
             module, left = nnx.merge(graph, state), _left_by(arguments)
             earlier = [dict(each) for each in left]
             before = jax.tree.leaves(nnx.state(module, nnx.RngCount))

@@ -148,6 +148,7 @@ class Whole(Reducer):
         return value
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Active:
     """An edit of one layer, and whether it acts there: None for yes."""
@@ -278,6 +279,17 @@ class Tap:
         new.edits, new.asked, new.records, new.where = self.edits, self.asked, self.records, where
         new.kept = self.kept
         return new
+
+    def holding(self, parts: Any) -> "Tap":
+        """Returns the same tap with these `parts` in place of its own."""
+        new = self.at(self.where)
+        new.edits, new.asked = parts
+        return new
+
+    @property
+    def parts(self) -> Any:
+        """A pytree of the edits and the reducers."""
+        return self.edits, self.asked
 
     def keeping(self, sites: Iterable[str]) -> "Tap":
         """Returns the same tap, which marks the values of these sites for `jax.checkpoint`, by their names."""

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxattn import Window, models, nn
-from jaxattn.trace import Tap
+from jaxattn.trace import Put, Tap
 
 B, T, WIDTH, VOCABULARY = 4, 8, 16, 8
 MESH = {"data": 2, "tensor": 2, "context": 2}
@@ -99,16 +99,16 @@ def test_dropout_goes_on_from_call_to_call():
     assert float(jnp.abs(first - second).max()) > 0.01
 
 
-def test_records_and_keys_that_a_call_leaves_are_spread_as_its_results_and_x_may_be_named():
+def test_edits_hold_arrays_and_records_and_keys_that_a_call_leaves_are_spread_as_its_results_and_x_may_be_named():
     first = nn.MultiHeadAttention(WIDTH, 4, key_heads=2, rngs=nnx.Rngs(0))
     second = nn.MultiHeadAttention(WIDTH, 4, key_heads=2, keys_from="layer", rngs=nnx.Rngs(1))
 
     def total(x):
-        tap, give = Tap(record=("z",)), {}
-        first(x=x, tap=tap, give=give)
+        tap, give = Tap(edits={"attn_out": Put(jnp.cos(x))}, record=("z",)), {}
+        put, _ = first(x=x, tap=tap, give=give)
         z = tap.records["z"].reshape(x.shape)
         y, _ = second(x, context=give["keys"])
-        return jnp.sin(z + x + y).sum(), z
+        return jnp.sin(z + put + y).sum(), z
 
     x = np.random.default_rng(0).normal(size=(B, T, WIDTH)).astype(np.float32)
     slope = jax.jit(jax.value_and_grad(total, has_aux=True))
