@@ -305,7 +305,7 @@ def on_any_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*given: Any, **named: Any) -> Any:
         context = jax.sharding.get_abstract_mesh()
-        x = given[1] if len(given) > 1 else named.get(of_x)
+        x: Any = given[1] if len(given) > 1 else named.get(of_x)
         mesh = context if AxisType.Explicit in context.axis_types else explicit_mesh(x)
         if mesh is None:
             return method(*given, **named)
