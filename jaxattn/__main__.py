@@ -290,7 +290,8 @@ def found(model: str) -> str:
 
 def opened(path: str) -> tuple[Any, Callable[[str], np.ndarray], Callable[[Any], list[str]]]:
     """A model, what turns a text into its tokens [T], and what turns tokens into strings."""
-    if any((folder / "checkpoints").is_dir() for folder in (Path(path), Path(path).parent)):  # also of `best` in a run
+    folders = (Path(path), Path(path).parent) if Path(path).exists() else ()  # the second for `best` in a run
+    if any((folder / "checkpoints").is_dir() for folder in folders):
         tokenizer = Tokenizer.of_run(path)
         return models.load_model(path)[0], tokenizer.opened, tokenizer.strings
     path = found(path)
