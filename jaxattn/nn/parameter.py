@@ -36,7 +36,9 @@ class Linear(nnx.Linear):
     """
 
     def __call__(self, inputs: Any, out_sharding: Any = None) -> Any:
-        """Returns W x + b."""
+        """Returns W x + b, spread over a mesh as `out_sharding` says, if it is given."""
+        if out_sharding is not None:
+            return super().__call__(inputs, out_sharding=out_sharding)
         return over_rows(super().__call__, inputs)
 
 
