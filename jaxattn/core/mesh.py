@@ -55,7 +55,7 @@ def explicit_mesh(tree: Any) -> Any:
 
 
 def under_auto_axes(function: Callable[[Any], Any], given: Any, out: Callable[[], Any]) -> Any:
-    """Returns function(given); where `given` is typed by Explicit mesh axes the compiler spreads what is in between.
+    """Returns function(given). If Explicit mesh axes type `given`, the function runs under Auto axes.
 
     Args:
         function: A function of one pytree, without other arrays that are typed so.
@@ -84,7 +84,13 @@ def in_context(tree: Any) -> Iterator[None]:
 
 
 def auto_axes(function: Callable[..., Any], mesh: Any, spread: Any) -> Callable[..., Any]:
-    """Returns the function under Auto axes, with results spread over the mesh so, a tree of `Axes`."""
+    """Returns the function as it runs under Auto axes, with results that are spread over the mesh as the `Axes` say.
+
+    Args:
+        function: The function.
+        mesh: The mesh, where there is none in the context.
+        spread: The `Axes` of the results, in a pytree that is a prefix of theirs.
+    """
     context = jax.sharding.get_abstract_mesh()
     mesh = mesh if context.empty else context
     specs = jax.tree.map(

@@ -159,10 +159,11 @@ _RULES: ContextVar[Rules | None] = ContextVar("rules", default=None)
 def sharding_rules(rules: Rules = RULES) -> Iterator[None]:
     """Spreads the values that models make by these rules, in programs that are traced inside.
 
-    with jax.set_mesh(mesh), sharding_rules():
-        logits = jax.jit(forward)(params, tokens)
+        with jax.set_mesh(mesh), sharding_rules():
+            logits = jax.jit(forward)(params, tokens)
 
-    Without rules the compiler chooses from the shardings of parameters and inputs. `train.on_mesh` sets them itself.
+    Without rules the compiler chooses a layout from the shardings of parameters and inputs. A step of `train.on_mesh`
+    enters its rules itself.
 
     Args:
         rules: The rules.
@@ -291,9 +292,9 @@ def linear_in_shards(query: jax.Array, *, state: Any, segment_ids: Any, **option
 def on_any_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the call of a module work on arrays that are typed by Explicit axes of a mesh, which `jax.make_mesh` makes.
 
-    There the compiler spreads what is inside. A result whose first axes are those of x, [B, T, ...], is spread as x is,
-    and one whose first axis, or the one after an axis of layers, is that of rows, as the rows of x are. All others
-    stand whole on every device. Elsewhere the call is what it is without.
+    Inside of such a call the compiler spreads the values. A result [B, T, ...] is spread over rows and tokens as x is.
+    A result [B, ...] or [layers, B, ...] is spread over rows as x is. All other results stand whole on every device. A
+    call on other arrays is not changed.
 
     Args:
         method: method(module, x, ...), where x is [B, T, ...]. The records of a `tap` and what it puts into a dict
