@@ -17,8 +17,8 @@ os.environ["XLA_FLAGS"] = (
     + ("--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith("0.10.") else "")
     + os.environ.get("XLA_FLAGS", "")
 )
-# XLA gives all simulated devices one pool of threads, one for each device. Where devices wait for two collectives at once,
-# they can use up all threads, and no device arrives at either: XLA ends the process after 40 seconds.
+# XLA gives all simulated devices one pool of threads, one for each device. Where devices wait for two collectives at
+# once, they can use up all threads, and no device arrives at either: XLA ends the process after 40 seconds.
 os.environ["NPROC"] = os.environ.get("NPROC", "64")
 
 import jax

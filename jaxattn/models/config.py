@@ -100,8 +100,9 @@ class TransformerConfig:
         meta_tokens: The number of learned tokens before every sequence (Hymba), through all layers. Positions of tokens
             count from that number, and `Sinks(meta_tokens)` keeps them in sight of a window.
         remat: The values that training does not keep for the backward pass, but computes again there, layer by layer:
-            "none"; "full", all but the input of each layer; "dots", all but the results of products; or the names of
-            sites of the layers whose values alone are kept, such as ["attn_out", "mlp_post"].
+            "cheap", those of elementwise operations and of sums, such as norms and activations; "none"; "dots", all but
+            the results of products; "full", all but the input of each layer; or the names of sites of the layers whose
+            values alone are kept, such as ["attn_out", "mlp_post"].
         dtype: The dtype of the computation; parameters, norms and the residual stream are float32, or wider where
             parameters are.
 
@@ -124,14 +125,15 @@ class TransformerConfig:
     norm: Spec | None = Spec(nn.RMSNorm)
     head: Spec | None = Spec(nn.Head, tied=True)
     meta_tokens: int = 0
-    remat: Literal["none", "full", "dots"] | list[str] = "none"
+    remat: Literal["cheap", "none", "dots", "full"] | list[str] = "cheap"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
 
     def __post_init__(self):
         if not isinstance(self.remat, str):
             object.__setattr__(self, "remat", tuple(self.remat))
-        elif self.remat not in ("none", "full", "dots"):
-            raise ValueError(f"remat is {self.remat!r}: need 'none', 'full', 'dots', or a list of sites of layers")
+        elif self.remat not in ("cheap", "none", "dots", "full"):
+            need = "'cheap', 'none', 'dots', 'full', or a list of sites of layers"
+            raise ValueError(f"remat is {self.remat!r}: need {need}")
         object.__setattr__(self, "layers", tuple(self.layers))  # hashable, also when it came as a list
         for name in ("vocabulary", "length", "width", "embed_width"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,10 +16,11 @@ from jaxattn.core.attend.mask import Causal, Documents, anded, as_mask, document
 from jaxattn.core.attend.measure import Measure
 from jaxattn.core.checks import check_array
 from jaxattn.models.config import Branch, Layer, TransformerConfig
+from jaxattn.models.remat import remade
 from jaxattn.nn.parameter import linear_map, undecayed
 from jaxattn.nn.recurrent import as_mixer
 from jaxattn.nn.spec import built, owned, part_of
-from jaxattn.nn.tap import KEPT, OF_MODEL, At, Tap, as_edits, as_records, scanned
+from jaxattn.nn.tap import OF_MODEL, At, Tap, as_edits, as_records, scanned
 from jaxattn.nn.tokens import Tokens
 
 DOCUMENTS = 8  # how many of them may be packed in a row behind meta tokens: each has its own
@@ -489,7 +490,7 @@ class Transformer(nnx.Module):
                 shapes = jax.eval_shape(lambda x, one, layer=layer: layer((x, None), one)[0][1], x, one)
                 keys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             some = layer if runs_all else _between(layer, start, count if stop is None else stop)
-            some = _remade(some, self.config.remat)
+            some = remade(some, self.config.remat)
             (x, keys), (new_state, records, counts) = jax.lax.scan(some, (x, keys), own)
             shared = keys if gives else shared  # several runs may read the same keys
             first += length
@@ -542,15 +543,6 @@ class Transformer(nnx.Module):
             return state
         meta = jnp.broadcast_to(self.meta[...], (batch, *self.meta.shape))
         return self.layers(meta, state=state)[1]
-
-
-def _remade(layer: Callable[..., Any], remat: str | Sequence[str]) -> Callable[..., Any]:
-    """Returns the body of a scan, of which the backward pass computes anew what `TransformerConfig.remat` says."""
-    if remat == "none":
-        return layer
-    policies: dict[Any, Any] = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}
-    policy = policies[remat] if isinstance(remat, str) else jax.checkpoint_policies.save_only_these_names(KEPT)
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def _between(layer: Callable[..., Any], start: Any, stop: Any) -> Callable[..., Any]:

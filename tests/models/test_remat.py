@@ -26,11 +26,12 @@ def gradient(remat):
 
 
 def test_gradients_are_the_same_and_take_less_memory():
-    (kept, most), (of_sites, some), (full, least) = (gradient(remat) for remat in ("none", SITES, "full"))
-    for others in (of_sites, full):
+    (kept, most), (of_sites, some), (full, least), (cheap, less) = map(gradient, ("none", SITES, "full", "cheap"))
+    for others in (of_sites, full, cheap):
         for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(others), strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=64 * np.finfo(np.float32).eps * np.abs(one).max())
     assert max(some, least) < most / 3
+    assert max(some, least) < less < most
 
 
 @pytest.mark.slow
@@ -42,7 +43,7 @@ def test_results_of_products_can_be_kept():
 
 
 def test_a_site_that_no_layer_has_is_named():
-    with pytest.raises(ValueError, match="remat is 'all': need 'none', 'full', 'dots'"):
+    with pytest.raises(ValueError, match="remat is 'all': need 'cheap', 'none', 'dots', 'full'"):
         models.TransformerConfig(remat="all")
     config = models.TransformerConfig(layers=[LAYER], remat=["attn_out", "weights"])
     with pytest.raises(ValueError, match=r"remat names \['weights'\], which no layer has"):
