@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from jaxattn.core.attend.tiled import OVER_KEYS
 from jaxattn.nn.tap import KEPT
 
 # Operations whose results take longer to write and read again than to compute anew. Not among them is `lt`, which makes
@@ -13,9 +14,10 @@ ELEMENTWISE = """
 abs add and ceil clamp cos div eq erf exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic max min mul
 ne neg not or pow rem round rsqrt select_n sign sin sqrt square sub tanh xor
 """
-MOVES = (
-    "broadcast_in_dim concatenate convert_element_type copy expand_dims iota pad reshape slice split squeeze transpose"
-)
+MOVES = """
+broadcast_in_dim concatenate convert_element_type copy expand_dims iota optimization_barrier pad reshape slice split
+squeeze stop_gradient transpose
+"""
 SUMS = "reduce_and reduce_max reduce_min reduce_or reduce_sum"
 CHEAP = frozenset(" ".join([ELEMENTWISE, MOVES, SUMS]).split())
 
@@ -26,7 +28,9 @@ def _all_but_cheap(primitive: Any, *_: Any, **__: Any) -> bool:
 
 POLICIES: dict[str, Any] = {
     "cheap": _all_but_cheap,
-    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(OVER_KEYS)
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -34,6 +34,25 @@ def test_gradients_are_the_same_and_take_less_memory():
     assert max(some, least) < less < most
 
 
+@pytest.mark.parametrize("remat", ["cheap", "dots", ["attn_out"], "full"])
+def test_memory_is_linear_in_length(remat):
+    """What the loop over tiles of attention makes inside is never kept: that would be all pairs of tokens."""
+    lengths = 1024, 4096
+    layers = [models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=2), models.Spec(nn.FeedForward, hidden=32))] * 2
+    config = models.TransformerConfig(vocabulary=16, width=32, layers=layers, remat=remat)
+    graph, params, rest = nnx.split(models.Transformer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+    def taken(length):
+        def loss(params, tokens):
+            return nnx.merge(graph, params, rest)(tokens)[0].mean()
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((1, length), int)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = map(taken, lengths)
+    assert many < 1.25 * few * lengths[1] / lengths[0]
+
+
 @pytest.mark.slow
 def test_results_of_products_can_be_kept():
     (kept, most), (dots, some) = gradient("none"), gradient("dots")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxattn.core.attend.api import attend, check_block, in_form, needs_of, traceable
@@ -28,6 +29,7 @@ from jaxattn.core.attend.schedule import Block, Kinds, Schedule, blocks_for, fit
 from jaxattn.core.attend.slots import Slots
 from jaxattn.core.attend.tiled import (
     FEW_VISITS,
+    OVER_KEYS,
     Given,
     Gradients,
     Learned,
@@ -346,7 +348,7 @@ def _sums(plan: Plan, way: Way, learned: Learned, given: Given, hops: Array | No
 
 def _sums_forward(plan: Plan, way: Way, learned: Learned, given: Given, hops: Array | None) -> tuple[Sums, Any]:
     learned = without_wrong_keys(learned, given)
-    sums = _all_sums(plan, way, learned, given, hops)
+    sums = checkpoint_name(_all_sums(plan, way, learned, given, hops), OVER_KEYS)
     return sums, (learned, given, hops, without_wrong_rows(sums)[0].reference)
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxattn.core.attend.call import Call, Guard, WrongKeys, guard_of, repeated, without, wrong_keys
@@ -47,6 +48,9 @@ from jaxattn.core.first_order import not_reversed, reverse_only
 from jaxattn.core.matmul import accumulator, grouped_matmul, matmul, one_batch_axis
 from jaxattn.core.mesh import mesh_axes, vary, vary_like
 from jaxattn.core.part import cotangent, inexact_leaves
+
+OVER_KEYS = "sums over keys"
+"""The name that `jax.checkpoint` knows results and sums of all queries by: without them it runs the loop again."""
 
 FIRST_ORDER = (
     "implementation 'tiled' has first derivatives in reverse mode only: for jax.jvp, and for gradients of gradients, "
@@ -309,7 +313,7 @@ def _attention(plan: Plan, learned: Learned, given: Given) -> tuple[Array, Array
 
 def _attention_forward(plan: Plan, learned: Learned, given: Given) -> tuple[tuple[Array, Array], Any]:
     learned = without_wrong_keys(learned, given)
-    out, lse, sums = _forward(plan, learned, given, keep=True)
+    out, lse, sums = checkpoint_name(_forward(plan, learned, given, keep=True), OVER_KEYS)
     return (out, lse), (learned, given, sums)
 
 
