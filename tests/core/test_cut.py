@@ -283,3 +283,37 @@ def test_pieces_stand_under_vmap_shard_map_and_checkpoint():
     for name, run in runs.items():
         for x, y in zip(*map(jax.tree.leaves, (jax.jit(run)(*arrays, active), expected)), strict=True):
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.abs(y).max()), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "mask", [None, ja.Causal(), ja.Window(3) & ja.Documents(jnp.asarray([[0] * 9 + [1] * 11] * B))]
+)
+def test_entries_that_leave_the_cache_are_computed_one_after_the_other(mask, monkeypatch, capsys):
+    """Values and gradients of dense, also where entries share null logits and slopes."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr("jaxattn.core.attend.tiled.CACHE_BYTES", 0)
+    arrays = random_arrays(20, 20, (4, 2, 1))
+    learned = {"normalize": ja.Softmax(jnp.linspace(-1, 1, 4)), "bias": ja.Alibi(jnp.linspace(0, 1, 4))}
+
+    def loss(arrays, learned, implementation):
+        out, aux = attend(**arrays, mask=mask, **learned, block=4, implementation=implementation, return_lse=True)
+        return (jnp.sin(jnp.arange(out.size)).reshape(out.shape) * out).sum() + aux["lse"].sum()
+
+    of = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
+    for x, y in zip(*(jax.tree.leaves(of(arrays, learned, each)) for each in ("tiled", "dense")), strict=True):
+        # Sums of at most B·N·T·S terms near 1, as in the law above.
+        np.testing.assert_allclose(x, y, rtol=0, atol=10 * np.sqrt(B * 1600) * 1.2e-7 * max(1, np.abs(y).max()))
+    call = a_call(arrays, Slots(mask=mask, **learned))
+    ways, words = apart_of(call, (4, 4))
+    assert ways.entries == B
+    assert "one batch entry after the other" in words or mask is not None
+
+
+def test_entries_that_share_a_large_bias_are_computed_together(monkeypatch):
+    """Its gradient is summed over entries: one after the other, that would be one more array of all pairs for each."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr("jaxattn.core.attend.tiled.CACHE_BYTES", 0)
+    arrays = random_arrays(20, 20, (4, 2, 1))
+    for batch, entries in ((1, 1), (B, B)):
+        bias = ja.Bias(jnp.zeros((batch, 4, 20, 20)))
+        assert apart_of(a_call(arrays, Slots(bias=bias)), (4, 4))[0].entries == entries
