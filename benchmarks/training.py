@@ -115,7 +115,7 @@ def prepared_in_torch(size: Size, compiled: bool) -> Callable[[], float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     return run
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import ablations, llama, report
+from benchmarks import ablations, llama, report, training
 from benchmarks.__main__ import run
 from benchmarks.cases import CASES, RECURRENCES, Setting, visible_pairs
 from benchmarks.contenders import CONTENDERS
@@ -150,3 +150,14 @@ def test_ablations_are_timed_and_counted_and_agree_with_pytorch_where_it_is_inst
         assert max(found["losses, largest difference from the sweep"].values()) < 1e-5
     recorded = ablations.entropies(model, tokens, 1)
     assert set(recorded["over a pass"]) == {"no records", "entropy", "the four of statistics"}
+
+
+def test_training_steps_of_all_contenders_are_the_same():
+    """From the same parameters, with the same optimiser: the losses before each step agree, and fall."""
+    size = training.Size(width=16, layers=2, heads=4, key_heads=2, hidden=24, vocabulary=40, rows=2, length=20)
+    names = ["attention", "attention, remat none", "attention, remat full"]
+    names += ["PyTorch, eager"] if training.torch is not None else []
+    losses = np.array([[run() for _ in range(3)] for run in training.contenders(size, names).values()])
+    assert (losses[:, 2] < losses[:, 0]).all()
+    # Adam divides by the root of a mean square: where a gradient is about 0, its rounding moves a parameter by the rate.
+    np.testing.assert_allclose(losses, losses[:1].repeat(len(losses), 0), rtol=1e-4)
