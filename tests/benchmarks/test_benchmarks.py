@@ -159,5 +159,5 @@ def test_training_steps_of_all_contenders_are_the_same():
     names += ["PyTorch, eager"] if training.torch is not None else []
     losses = np.array([[run() for _ in range(3)] for run in training.contenders(size, names).values()])
     assert (losses[:, 2] < losses[:, 0]).all()
-    # Adam divides by the root of a mean square: where a gradient is about 0, its rounding moves a parameter by the rate.
+    # Adam divides by the root of a mean square: where a gradient is about 0, rounding moves a parameter by the rate.
     np.testing.assert_allclose(losses, losses[:1].repeat(len(losses), 0), rtol=1e-4)
