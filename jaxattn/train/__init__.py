@@ -40,6 +40,7 @@ from jaxattn.train.optimizer import (
 from jaxattn.train.sources import Batched, batches, ordered_batches, packed
 from jaxattn.train.step import (
     State,
+    batch_shardings,
     data_mesh,
     init_state,
     make_evaluation,
@@ -68,6 +69,7 @@ __all__ = [
     "Tokenizer",
     "TrainConfig",
     "Windows",
+    "batch_shardings",
     "batches",
     "bits_per_byte",
     "check_config",

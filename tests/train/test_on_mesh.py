@@ -1,5 +1,7 @@
 """Steps on meshes of any axes: the numbers of one device, and no device holds more than its part."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from jaxattn import models, nn
-from jaxattn.train import init_state, language_loss, make_step, on_mesh, on_one_device
+from jaxattn.train import batch_shardings, init_state, language_loss, make_step, on_mesh, on_one_device
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 8, 16, 24, 32
 LAYER = models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=8, key_heads=2, qk_norm=models.Spec(nn.RMSNorm)))
@@ -115,3 +117,41 @@ def test_the_first_state_is_spread_and_is_that_of_one_device(given):
         if not jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
             # What is drawn is computed by another program.
             np.testing.assert_allclose(ours, theirs, rtol=4 * np.finfo(np.float32).eps)
+
+
+def sent(sizes, differentiated):
+    """(collective, axes of its first result, whether it stands in the loop over layers) of the compiled loss."""
+    mesh, rows = mesh_of(sizes), batch()
+    params, loss_fn = language_loss(model([LAYER] * 2))
+    spread = nn.shardings(params, mesh), batch_shardings(rows, mesh)
+
+    def loss(params, rows):
+        with nn.sharding_rules(nn.RULES):
+            return loss_fn(params, rows, None)[0]
+
+    called, out = (jax.grad(loss), spread[0]) if differentiated else (loss, None)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(called, in_shardings=spread, out_shardings=out).lower(params, rows).compile()
+    found = []
+    for line in compiled.as_text().splitlines():
+        kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+        if match := re.search(rf"= \(?[a-z0-9]+\[([0-9,]*)\].* ({kinds})(-start)?\(", line):
+            found.append((match[2], sorted(map(int, filter(None, match[1].split(",")))), "while/body" in line))
+    return found
+
+
+@pytest.mark.slow
+def test_devices_send_no_more_than_each_kind_of_parallelism_needs():
+    """Gradients of rows, weights, or two sums per layer each way (Shoeybi et al., 2019), and nothing else."""
+    matrices = [[WIDTH, WIDTH], [8, WIDTH], [8, WIDTH], [WIDTH, WIDTH], *[[WIDTH, 96]] * 3]  # q, k, v, out; 3 of F = 96
+    table = [VOCABULARY, WIDTH]
+    assert [kind for kind, *_ in sent(MESHES["data"], False)] == ["all-reduce"]
+    assert {kind for kind, *_ in sent(MESHES["data"], True)} == {"all-reduce"}
+    for differentiated, times in ((False, 1), (True, 2)):
+        found = sent(MESHES["fsdp"], differentiated)
+        assert {kind for kind, *_ in found} == {"all-gather", "all-reduce"}
+        gathered = sorted(size for kind, size, _ in found if kind == "all-gather")
+        assert gathered == sorted(matrices * times + [table])
+        found = sent({"tensor": 2}, differentiated)
+        assert {kind for kind, *_ in found} == {"all-reduce"}
+        assert sum(in_loop for *_, in_loop in found) == 2 * times
