@@ -74,6 +74,7 @@ def train(
     train: TrainConfig,
     z_loss: float = 0.0,
     folder: str = DEFAULT_FOLDER,
+    processes: bool = False,
 ):
     """Train a language model, of bytes or of the tokens of a tokenizer; run it again to resume.
 
@@ -84,7 +85,10 @@ def train(
         train: The loop.
         z_loss: Weight of the squared log-partition in the loss; keeps logits small.
         folder: Output folder: config, log, checkpoints and the loss figure.
+        processes: Whether this is one of many processes, which Slurm, Open MPI or a TPU pod has started.
     """
+    if processes:
+        join_processes()
     if data.tokenizer is None:
         tokenizer = Tokenizer(begin=data.begin_token, end=data.end_token)
     else:
@@ -116,7 +120,7 @@ def train(
         },
         folder=folder,
     )
-    if result.complete:
+    if result.complete and jax.process_index() == 0:
         figure = viz.save(viz.show_curves({Path(folder).name: result.history}), Path(folder) / "loss.png")
         name = next(x for x in ("validation_bits_per_byte", "validation_loss") if x in result.metrics)
         print(f"{name.replace('_', ' ')} {result.metrics[name]:.3f}; loss figure {figure}")
@@ -372,6 +376,21 @@ def lens(model: models.Transformer, tokens: np.ndarray, strings: Callable[[Any],
     words = [[[known[token] for token in place] for place in row] for row in np.asarray(best).tolist()]
     rows = ["embed", *(f"layer {layer}" for layer in range(len(words) - 1))]
     return viz.Lens(words, probabilities, rows, ahead=int(model.config.causal))
+
+
+def join_processes() -> None:
+    """Joins the processes of this run.
+
+    Raises:
+        ValueError: Nothing says which they are.
+    """
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(
+            f"processes is true, but Slurm, Open MPI or a TPU pod does not say which these are ({error}): need to be "
+            "started by one of them, or a script that calls jax.distributed.initialize and jaxattn.train.fit"
+        ) from None
 
 
 def keep_programs() -> None:

@@ -264,3 +264,43 @@ def test_rows_of_all_processes_are_the_batch():
     for batch, *both in zip(ordered_batches(records, 6), halves(0), halves(1), strict=True):
         for name in batch:
             np.testing.assert_array_equal(np.concatenate([part[name] for part in both]), batch[name])
+
+
+@pytest.mark.slow
+def test_the_command_line_joins_the_processes_of_a_cluster(tmp_path, monkeypatch):
+    """Slurm tells a process by its environment who it is: two train as one does, and one of them writes and speaks."""
+    (tmp_path / "corpus").mkdir()
+    for n in range(4):
+        (tmp_path / "corpus" / f"{n}.txt").write_text(f"line {n}\n" * 40)
+    command = ["-m", "jaxattn", "train", "--model.width", "16", "--model.length", "16", "--train.steps", "3"]
+    command += ["--data.path", str(tmp_path / "corpus"), "--data.validation_fraction", "0.3"]
+    command += ["--train.batch_size", "4", "--train.devices", "mesh", "--optimizer.warmup_steps", "1"]
+
+    def run(name, count, *more):
+        job = free_port() % 4096  # the port follows from it
+        started = []
+        for number in range(count):
+            slurm = {"JOB_ID": job, "STEP_NODELIST": "localhost", "NTASKS": count, "PROCID": number, "LOCALID": number}
+            for key, value in slurm.items():
+                monkeypatch.setenv(f"SLURM_{key}", str(value))
+            started.append(started_process([*command, "--folder", str(tmp_path / name), *more]))
+        try:
+            said = [process.communicate(timeout=SECONDS) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        assert [process.returncode for process in started] == [0] * count, said
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines], [out for out, _ in said]
+
+    alone, _ = run("alone", 1)
+    together, printed = run("together", 2, "--processes", "true")
+    assert [line["step"] for line in together] == [line["step"] for line in alone]
+    assert together[-1]["loss"] == pytest.approx(alone[-1]["loss"], rel=1e-5)
+    assert "validation bits per byte" in printed[0]
+    assert "validation bits per byte" not in printed[1]
+    for key in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID"):
+        monkeypatch.delenv(f"SLURM_{key}")
+    lost = started_process([*command, "--folder", str(tmp_path / "lost"), "--processes", "true"])
+    assert "processes is true, but Slurm, Open MPI or a TPU pod does not say" in lost.communicate(timeout=SECONDS)[1]
+    assert lost.returncode == 2
