@@ -38,6 +38,7 @@ try:
         split,
         standard_library,
     )
+    from jaxattn.train.processes import is_first
 except ModuleNotFoundError as error:
     sys.exit(f"the command line needs {error.name!r}, which is not installed: install jaxattn[train,viz]")
 
@@ -120,7 +121,7 @@ def train(
         },
         folder=folder,
     )
-    if result.complete and jax.process_index() == 0:
+    if result.complete and is_first():
         figure = viz.save(viz.show_curves({Path(folder).name: result.history}), Path(folder) / "loss.png")
         name = next(x for x in ("validation_bits_per_byte", "validation_loss") if x in result.metrics)
         print(f"{name.replace('_', ' ')} {result.metrics[name]:.3f}; loss figure {figure}")

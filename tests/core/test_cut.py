@@ -288,7 +288,7 @@ def test_pieces_stand_under_vmap_shard_map_and_checkpoint():
 @pytest.mark.parametrize(
     "mask", [None, ja.Causal(), ja.Window(3) & ja.Documents(jnp.asarray([[0] * 9 + [1] * 11] * B))]
 )
-def test_entries_that_leave_the_cache_are_computed_one_after_the_other(mask, monkeypatch, capsys):
+def test_entries_that_leave_the_cache_are_computed_one_after_the_other(mask, monkeypatch):
     """Values and gradients of dense, also where entries share null logits and slopes."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr("jaxattn.core.attend.tiled.CACHE_BYTES", 0)
