@@ -1,15 +1,13 @@
 """A decoder in PyTorch as one writes it there, with the parameters of one of ours: the peer of training steps."""
 
-import importlib
-import importlib.util
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.llama import torch
 from jaxattn.models import Transformer
 
-torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 Module: Any = object if torch is None else torch.nn.Module
 
 

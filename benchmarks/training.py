@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks.measure import Prepared, compile_call, median, median_ratio, peak_while, take_turns
+from benchmarks.measure import Prepared, median, median_ratio, peak_while, take_turns
 from benchmarks.torch_decoder import TorchDecoder, torch
 from jaxattn import models, nn, train
 
@@ -90,15 +91,16 @@ def prepared(size: Size, mixer: str = "attention", remat: Any = "cheap") -> Prep
     weights = np.ones((size.rows, size.length), np.float32)
     batch = jax.device_put({"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights})
     kept = {"state": train.init_state(params, optimizer, jax.random.key(0))}
-    step = train.make_step(loss, optimizer)
-    seconds, temporaries = compile_call(step, kept["state"], batch)[1:]
-    compiled = train.on_one_device(step)
+    step: Any = train.on_one_device(train.make_step(loss, optimizer))
+    start = time.perf_counter()
+    program: Any = step.lower(kept["state"], batch).compile()  # so that the first run does not compile
+    seconds = time.perf_counter() - start
 
     def run() -> float:
-        kept["state"], metrics = compiled(kept["state"], batch)
+        kept["state"], metrics = program(kept["state"], batch)
         return float(metrics["loss"])
 
-    return Prepared(run, seconds, temporaries)
+    return Prepared(run, seconds, program.memory_analysis().temp_size_in_bytes)
 
 
 def prepared_in_torch(size: Size, compiled: bool) -> Callable[[], float]:
