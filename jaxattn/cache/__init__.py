@@ -6,19 +6,24 @@ A store combines a policy of what is kept with a policy of what is chosen to be 
 from jaxattn.cache.key_position import Absolute, KeyPosition, Rank
 from jaxattn.cache.retain import Everything, HeavyHitters, Recent, Retain
 from jaxattn.cache.select import Quest, Select
+from jaxattn.cache.storage import Dense, Paged, Quantised, Storage
 from jaxattn.cache.store import Policy, Store, by_position, check_room, empty, unseen
 
 __all__ = [
     "Absolute",
+    "Dense",
     "Everything",
     "HeavyHitters",
     "KeyPosition",
+    "Paged",
     "Policy",
+    "Quantised",
     "Quest",
     "Rank",
     "Recent",
     "Retain",
     "Select",
+    "Storage",
     "Store",
     "by_position",
     "check_room",

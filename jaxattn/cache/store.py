@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxattn.cache.key_position import Absolute, KeyPosition
 from jaxattn.cache.retain import Everything, Retain
 from jaxattn.cache.select import Select, chosen
+from jaxattn.cache.storage import Dense, Storage, take_slots, write_slots
 from jaxattn.core.attend.mask import Mask
 from jaxattn.core.part import part
 
@@ -41,8 +42,7 @@ class Store:
     """Keys and values in C slots.
 
     Attributes:
-        key: [B, C, K, H].
-        value: [B, C, Kv, V].
+        held: Keys and values, as `storage` holds them.
         positions: [B, C, 1] of the tokens in the slots, or [B, C, K] where key heads keep different ones; −1: empty.
         last: [B], the position of the newest token so far; −1 before any.
         retain: The policy that says which tokens are kept when the slots are full.
@@ -53,14 +53,15 @@ class Store:
         past: The earlier tokens that a convolution before the keys sees.
         fresh: Tokens that came together, until they were attended to.
         span: The number of positions that the store is for, and that records of weights cover.
+        storage: The way in which keys and values lie in memory.
         key_position: The policy that says where keys and queries stand for a rotary position. Keys are held as they are
             turned at those places, or where it turns them when they are read, unturned.
     """
 
-    key: Float[Array, "b c k h"]
-    value: Float[Array, "b c k v"]
+    held: Any
     positions: Int[Array, "b c g"]
     last: Int[Array, " b"]
+    storage: Storage = Dense()
     retain: Retain = Everything()
     statistics: Any = dataclasses.field(default_factory=dict)
     select: Select | None = None
@@ -71,26 +72,40 @@ class Store:
     span: int = 0
     key_position: KeyPosition = Absolute()
 
+    @property
+    def key(self) -> Float[Array, "b c k h"]:
+        """The keys in all slots, as they are read; those of empty slots may be anything."""
+        return self.storage.take(self.held, None, self.positions)[0]
+
+    @property
+    def value(self) -> Float[Array, "b c k v"]:
+        """The values in all slots, as they are read; those of empty slots may be anything."""
+        return self.storage.take(self.held, None, self.positions)[1]
+
     def append(
         self, key: Float[Array, "b t k h"], value: Float[Array, "b t k v"], positions: Int[Array, "b t"]
     ) -> "Store":
         """Returns the store with new tokens; those at position −1 are not kept.
 
         A single token takes a free slot or that of the token that is worth least. Several stand beside the slots until
-        `observe`, so that queries can attend to all of them and to all that is held. If nothing is ever evicted, each
-        token takes the slot of its position, and a token at a position beyond the capacity takes none: `unseen` says
-        for which tokens that matters.
+        `observe`, so that queries can attend to all of them as they are, and to all that is held. If nothing is ever
+        evicted, each token takes the slot of its position, and a token at a position beyond the capacity takes none:
+        `unseen` says for which tokens that matters.
         """
         positions = positions.astype(jnp.int32)
-        key, value = key.astype(self.key.dtype), value.astype(self.value.dtype)
+        dtype = jax.eval_shape(lambda: self.key).dtype
+        key, value = key.astype(dtype), value.astype(dtype)
         new = dataclasses.replace(self, last=jnp.maximum(self.last, positions.max(-1)))
         if not self.retain.evicts:
             check_room(self, positions)
-            return new._written(jnp.where(positions < 0, self.positions.shape[1], positions)[..., None], key, value,
-                                positions[..., None])  # fmt: skip
-        if positions.shape[1] > 1:
+        if positions.shape[1] > 1 and (self.retain.evicts or not self.storage.exact):
             return dataclasses.replace(new, fresh=Held(key, value, positions[..., None]))
-        return new._written(new._free(positions), key, value, positions[..., None])
+        slots = new._free(positions) if self.retain.evicts else self._own_slots(positions)
+        return new._written(slots, key, value, positions[..., None])
+
+    def _own_slots(self, positions: Int[Array, "b t"]) -> Int[Array, "b t 1"]:
+        """Returns the slots of tokens that each have the slot of their position; C for padding."""
+        return jnp.where(positions < 0, self.positions.shape[1], positions)[..., None]
 
     def _free(self, positions: Int[Array, "b 1"]) -> Int[Array, "b 1 g"]:
         """Returns the slot for a single token: an empty one, or that of the least worth; C for padding."""
@@ -109,34 +124,31 @@ class Store:
 
     def _written(self, slots: Int[Array, "b t g"], key: Array, value: Array, positions: Int[Array, "b t 1"]) -> "Store":
         """Returns the store with tokens in these slots."""
-        at = jnp.arange(len(key))[:, None, None], slots, jnp.arange(slots.shape[-1])
-        of_heads: Any = at if slots.shape[-1] > 1 else (at[0][..., 0], slots[..., 0])  # one slot for all heads
-        pairs = (self.key, key), (self.value, value)
-        new_key, new_value = (held.at[of_heads].set(x, mode="drop") for held, x in pairs)
         start = self.retain.start(self.positions.shape)
-        statistics = {
-            name: held.at[at].set(jnp.broadcast_to(start[name], held.shape)[:, :1], mode="drop")
-            for name, held in self.statistics.items()
-        }
-        places = self.positions.at[at].set(jnp.broadcast_to(positions, slots.shape), mode="drop")
-        new = dataclasses.replace(self, key=new_key, value=new_value, positions=places, statistics=statistics)
+        by_slot = (*slots.shape[:2], self.positions.shape[2])
+
+        def anew(name: str, held: Array) -> Array:
+            return jnp.broadcast_to(start[name][:, :1], (*by_slot, *held.shape[3:]))
+
+        statistics = {name: write_slots(held, slots, anew(name, held)) for name, held in self.statistics.items()}
+        places = write_slots(self.positions, slots, jnp.broadcast_to(positions, by_slot))
+        held = self.storage.write(self.held, slots, key, value, places)
+        new = dataclasses.replace(self, held=held, positions=places, statistics=statistics)
         return new if self.select is None else new._summarised(slots if slots.shape[1] == 1 else None)
 
     def _summarised(self, slots: Int[Array, "b 1 g"] | None) -> "Store":
         """Returns the store with the summary of the page of these slots made anew, or of all pages."""
         select: Any = self.select
-        key, there = (_pages(x, select.size) for x in (self.key, self.positions >= 0))
-        there = jnp.broadcast_to(there, key.shape[:-1])
         if slots is None:
-            return dataclasses.replace(self, summary=select.summarise(key, there))
-        page = jnp.minimum(slots // select.size, key.shape[1] - 1)  # [B, 1, G]
-        page = jnp.broadcast_to(page, (*page.shape[:2], key.shape[3]))
-        of_key = jnp.take_along_axis(key, page[:, :, None, :, None], 1)
-        of_there = jnp.take_along_axis(there, page[:, :, None], 1)
-        row, head = jnp.arange(len(key))[:, None, None], jnp.arange(key.shape[3])
-        made = select.summarise(of_key, of_there)
+            key, there = (_pages(x, select.size) for x in (self.key, self.positions >= 0))
+            return dataclasses.replace(self, summary=select.summarise(key, jnp.broadcast_to(there, key.shape[:-1])))
+        page = jnp.minimum(slots // select.size, self.positions.shape[1] // select.size - 1)
+        of_page = page * select.size + jnp.arange(select.size)[:, None]  # [B, size, G]
+        key, _ = self.storage.take(self.held, of_page, self.positions)
+        there = jnp.broadcast_to(take_slots(self.positions, of_page) >= 0, key.shape[:-1])
+        made = select.summarise(key[:, None], there[:, None])
         return dataclasses.replace(
-            self, summary=jax.tree.map(lambda all_, x: all_.at[row, page, head].set(x), self.summary, made)
+            self, summary=jax.tree.map(lambda all_, x: write_slots(all_, page, x), self.summary, made)
         )
 
     def read(self, query: Float[Array, "b t n h"]) -> Held:
@@ -150,14 +162,13 @@ class Store:
             pairs = (self.key, self.fresh.key), (self.value, self.fresh.value), (self.positions, fresh)
             key, value, positions = (jnp.concatenate(pair, 1) for pair in pairs)
             return Held(key, value, positions)
-        if self.select is None or query.shape[1] > 1 or self.key.shape[1] <= self.select.pages * self.select.size:
+        if self.select is None or query.shape[1] > 1 or self.positions.shape[1] <= self.select.pages * self.select.size:
             return Held(self.key, self.value, self.positions)
-        size, heads = self.select.size, self.key.shape[2]
+        size, heads = self.select.size, jax.eval_shape(lambda: self.key).shape[2]
         scores = self.select.score(query[:, 0].reshape(len(query), heads, -1, query.shape[-1]), self.summary)
         pages = chosen(scores, self.select.pages, _pages(self.positions, size))  # [B, P, K]
         slots = (pages[:, :, None] * size + jnp.arange(size)[:, None]).reshape(len(query), -1, heads)
-        key, value, positions = (_take(x, slots) for x in (self.key, self.value, self.positions))
-        return Held(key, value, positions, slots)
+        return Held(*self.storage.take(self.held, slots, self.positions), take_slots(self.positions, slots), slots)
 
     def observe(self, measured: Mapping[str, Float[Array, "b s k"]], seen: Held) -> "Store":
         """Returns the store after the queries have attended to the result of `read`.
@@ -169,10 +180,14 @@ class Store:
             if seen.slots is None:
                 statistics = self.retain.observe(statistics, measured)
             elif statistics:
-                row, head = jnp.arange(len(self.key))[:, None, None], jnp.arange(seen.slots.shape[-1])
-                of_seen = self.retain.observe({name: _take(x, seen.slots) for name, x in statistics.items()}, measured)
-                statistics = {name: x.at[row, seen.slots, head].set(of_seen[name]) for name, x in statistics.items()}
+                before = {name: take_slots(x, seen.slots) for name, x in statistics.items()}
+                after = self.retain.observe(before, measured)
+                statistics = {name: write_slots(x, seen.slots, after[name]) for name, x in statistics.items()}
             return dataclasses.replace(self, statistics=statistics)
+        if not self.retain.evicts:
+            fresh = self.fresh
+            new = dataclasses.replace(self, fresh=None)
+            return new._written(self._own_slots(fresh.positions[..., 0]), fresh.key, fresh.value, fresh.positions)
         count, capacity = seen.positions.shape[1] - self.positions.shape[1], self.positions.shape[1]
         beside = self.retain.start((*seen.positions.shape[:1], count, seen.positions.shape[2]))
         statistics = {name: jnp.concatenate([x, beside[name]], 1) for name, x in self.statistics.items()}
@@ -186,20 +201,12 @@ class Store:
         order, positions = (jnp.take_along_axis(x, by_place, 1) for x in (order, positions))
         new = dataclasses.replace(
             self,
-            key=_take(seen.key, order),
-            value=_take(seen.value, order),
+            held=self.storage.fill(self.held, take_slots(seen.key, order), take_slots(seen.value, order), positions),
             positions=positions,
-            statistics={name: _take(x, order) for name, x in statistics.items()},
+            statistics={name: take_slots(x, order) for name, x in statistics.items()},
             fresh=None,
         )
         return new if self.select is None else new._summarised(None)
-
-
-def _take(x: Array, slots: Int[Array, "b s g"]) -> Array:
-    """Returns x [B, C, 1 or K, ...] at the slots of each head."""
-    heads = max(x.shape[2], slots.shape[2])
-    index = jnp.broadcast_to(slots, (*slots.shape[:2], heads)).reshape(*slots.shape[:2], heads, *(1,) * (x.ndim - 3))
-    return jnp.take_along_axis(jnp.broadcast_to(x, (*x.shape[:2], heads, *x.shape[3:])), index, 1)
 
 
 def _pages(x: Array, size: int) -> Array:
@@ -217,6 +224,7 @@ class Policy:
         select: The policy that says which pages a single query reads.
         budget: The number of slots that may be filled, one number or one per key head.
         key_position: The policy that says where keys and queries stand for a rotary position.
+        storage: The way in which keys and values lie in memory.
     """
 
     retain: Retain = Everything()
@@ -224,6 +232,7 @@ class Policy:
     select: Select | None = None
     budget: Int[Array, "..."] | None = None
     key_position: KeyPosition = Absolute()
+    storage: Storage = Dense()
 
 
 def empty(
@@ -282,10 +291,10 @@ def empty(
         raise ValueError(f"slots is {slots}: need a multiple of the page size, {select.size}")
     positions = jnp.full((batch, slots, key_shape[0] if by_head else 1), -1, jnp.int32)
     store = Store(
-        jnp.zeros((batch, slots, *key_shape), dtype),
-        jnp.zeros((batch, slots, *value_shape), dtype),
+        policy.storage.start(batch, slots, key_shape, value_shape, dtype),
         positions,
         jnp.full(batch, -1, jnp.int32),
+        policy.storage,
         retain,
         retain.start(positions.shape),
         select,

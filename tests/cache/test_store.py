@@ -44,7 +44,7 @@ def filled():
     rng = np.random.default_rng(9)
     key, value = tokens(8, CAPACITY)
     positions = np.where(rng.random((3, CAPACITY)) < 0.5, np.arange(CAPACITY), -1).astype(np.int32)
-    held = {"key": key, "value": value, "positions": positions[..., None], "last": positions.max(-1)}
+    held = {"held": {"key": key, "value": value}, "positions": positions[..., None], "last": positions.max(-1)}
     return dataclasses.replace(start(), **jax.tree.map(jnp.asarray, held))
 
 

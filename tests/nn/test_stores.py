@@ -48,7 +48,7 @@ def step(module, x, positions, store):
 def decoded(module, policy, positions, cut, fill=0.0):
     """(y [B, T, D], what each token read: True for [B, T, K, place])."""
     store = module.init_state(B, T, policy)
-    store = dataclasses.replace(store, key=store.key + fill, value=store.value + fill)
+    store = dataclasses.replace(store, held=jax.tree.map(lambda x: x + fill, store.held))
     pieces, reads, first = [], np.zeros((B, T, K, T), bool), 0
     for size in cut:
         piece = slice(first, first + size)
