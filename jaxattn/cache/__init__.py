@@ -4,17 +4,20 @@ A store combines a policy of what is kept with a policy of what is chosen to be 
 """
 
 from jaxattn.cache.key_position import Absolute, KeyPosition, Rank
-from jaxattn.cache.retain import Everything, HeavyHitters, Recent, Retain
-from jaxattn.cache.select import Quest, Select
+from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans
+from jaxattn.cache.select import MeanKeys, Quest, Select
 from jaxattn.cache.storage import Dense, Paged, Quantised, Storage
 from jaxattn.cache.store import Policy, Store, by_position, check_room, empty, unseen
 
 __all__ = [
     "Absolute",
+    "Attended",
+    "Attentive",
     "Dense",
     "Everything",
     "HeavyHitters",
     "KeyPosition",
+    "MeanKeys",
     "Paged",
     "Policy",
     "Quantised",
@@ -23,6 +26,8 @@ __all__ = [
     "Recent",
     "Retain",
     "Select",
+    "SnapKV",
+    "Spans",
     "Storage",
     "Store",
     "by_position",

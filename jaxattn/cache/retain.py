@@ -2,17 +2,35 @@
 
 import abc
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.attend.measure import Measure, Received
-from jaxattn.core.checks import check_range
+from jaxattn.core.attend.measure import Measure, Received, SeenBy, TopFor
+from jaxattn.core.checks import check_range, check_static_int
 from jaxattn.core.part import part
 
 Slots = Float[Array, "b c g"]
-Statistics = dict[str, Slots]
+Statistics = dict[str, Array]  # [B, C, G, ...] each
+
+
+class Attended(NamedTuple):
+    """What was seen of the slots when queries attended to them.
+
+    Attributes:
+        measured: The results of the policy's measures, [B, C, K].
+        positions: [B, C, G], the positions of the tokens in the slots; −1: empty.
+        now: [B, 1, 1], the position of the newest token.
+        several: Whether several tokens came together, as a prompt does.
+    """
+
+    measured: Mapping[str, Slots]
+    positions: Int[Array, "b c g"]
+    now: Int[Array, "b 1 1"]
+    several: bool
 
 
 class Retain(abc.ABC):
@@ -26,9 +44,8 @@ class Retain(abc.ABC):
     evicts: ClassVar[bool] = True
     by_head: ClassVar[bool] = False
 
-    @property
-    def measures(self) -> Mapping[str, Measure]:
-        """The measures that the policy needs of the attention to the store: one number per key, as `Received`."""
+    def measures(self, now: Int[Array, " b"]) -> Mapping[str, Measure]:
+        """Returns the measures that the policy needs of attention to the store: one number per key, as `Received`."""
         return {}
 
     @property
@@ -37,16 +54,26 @@ class Retain(abc.ABC):
         return 0
 
     def start(self, shape: tuple[int, ...]) -> Statistics:
-        """Returns the statistics of empty slots, each of this shape [B, C, 1 or K]; a slot begins with them anew."""
+        """Returns the statistics of empty slots, each [B, C, 1 or K, ...]; a slot begins with them anew."""
         return {}
 
     @abc.abstractmethod
     def keep(self, positions: Int[Array, "b c g"], statistics: Statistics, now: Int[Array, "b 1 1"]) -> Slots:
-        """Returns the worth of each slot when the newest token is at position `now`; of equals the older goes first."""
+        """Returns the worth of each slot when the newest token is at position `now`.
 
-    def observe(self, statistics: Statistics, measured: Mapping[str, Slots]) -> Statistics:
+        Of equals the older goes first. A token that is worth −∞ goes at once, also where slots are free.
+        """
+
+    def observe(self, statistics: Statistics, attended: Attended) -> Statistics:
         """Returns the statistics after the slots were attended to."""
         return statistics
+
+
+def protect(
+    worth: Slots, positions: Int[Array, "b c g"], now: Int[Array, "b 1 1"], sinks: int | Array, recent: int | Array
+) -> Slots:
+    """Returns the worth with ∞ for the first `sinks` positions and the last `recent` ones."""
+    return jnp.where((positions < sinks) | (positions > now - recent), jnp.inf, worth)
 
 
 @part
@@ -88,12 +115,14 @@ class HeavyHitters(Retain):
     """Keeps the first `sinks` tokens, the last `recent`, and those with the most attention (H2O, Zhang et al., 2023).
 
     The attention that a slot got is Σ over queries of its weight, and over the query heads that read the key head,
-    which evicts by itself. Prompts count as their queries attend; a prompt in pieces may keep other tokens than one
+    which evicts by itself. Sums favour old tokens, which more queries have seen: with `mean` the sum is divided by the
+    number of those queries. Prompts count as their queries attend; a prompt in pieces may keep other tokens than one
     read at once.
 
     Attributes:
-        sinks: The number of first tokens that stay, at least 0.
+        sinks: The number of first tokens that stay, at least 0; 0 in the paper.
         recent: The number of last tokens that stay, at least 1.
+        mean: Whether attention is counted per query that saw the token; not in the paper.
 
     Raises:
         ValueError: `sinks` or `recent` is known and below its least value.
@@ -101,6 +130,7 @@ class HeavyHitters(Retain):
 
     sinks: Int[Array, ""] | int = 4
     recent: Int[Array, ""] | int = 8
+    mean: bool = False
 
     by_head: ClassVar[bool] = True
 
@@ -108,20 +138,169 @@ class HeavyHitters(Retain):
         check_range("HeavyHitters: sinks", self.sinks, lambda x: x >= 0, "at least 0")
         check_range("HeavyHitters: recent", self.recent, lambda x: x >= 1, "at least 1")
 
-    @property
-    def measures(self):
-        return {"mass": Received()}
+    def measures(self, now):
+        return {"mass": Received()} | ({"queries": SeenBy()} if self.mean else {})
 
     @property
     def least(self):
         return self.sinks + self.recent
 
     def start(self, shape):
-        return {"mass": jnp.zeros(shape)}
+        return {name: jnp.zeros(shape) for name in self.measures(jnp.zeros(0))}
 
     def keep(self, positions, statistics, now):
-        protected = (positions < self.sinks) | (positions > now - self.recent)
-        return jnp.where(protected, jnp.inf, statistics["mass"])
+        mass = statistics["mass"]
+        worth = mass / jnp.maximum(statistics["queries"], 1) if self.mean else mass
+        return protect(worth, positions, now, self.sinks, self.recent)
 
-    def observe(self, statistics, measured):
-        return {"mass": statistics["mass"] + measured["mass"]}
+    def observe(self, statistics, attended):
+        return {name: x + attended.measured[name] for name, x in statistics.items()}
+
+
+@part
+class SnapKV(Retain):
+    """Keeps of a prompt what its last queries attend to, by key head (SnapKV, Li et al., 2024).
+
+    The votes of a token are the weights that it gets from the last `window` queries of the call, over the query heads
+    that read the key head; then the mean of votes over `pool` neighbours in the order of positions, zeros beyond the
+    ends. The slots that remain beside sinks and window go to the most votes. Tokens that come one by one are always
+    kept: as the text grows, the tokens of the prompt with the least votes give way to them, and then the oldest.
+
+    The paper cuts one prompt once. Here every call of several tokens votes anew.
+
+    Attributes:
+        window: The number of last tokens that vote and stay, at least 1.
+        pool: The number of neighbours, an odd number; 1 for none.
+        sinks: The number of first tokens that stay, at least 0; 0 in the paper.
+
+    Raises:
+        TypeError: `pool` is not an int.
+        ValueError: A number is out of range, where it is known.
+    """
+
+    window: Int[Array, ""] | int = 32
+    pool: int = 5
+    sinks: Int[Array, ""] | int = 4
+
+    by_head: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_range("SnapKV: window", self.window, lambda x: x >= 1, "at least 1")
+        check_range("SnapKV: sinks", self.sinks, lambda x: x >= 0, "at least 0")
+        check_static_int("SnapKV", "pool", self.pool, 1)
+        if self.pool % 2 == 0:
+            raise ValueError(f"SnapKV: pool is {self.pool}: need an odd number of neighbours")
+
+    def measures(self, now):
+        return {"votes": Received(now - self.window + 1)}
+
+    @property
+    def least(self):
+        return self.sinks + self.window
+
+    def start(self, shape):
+        return {"votes": jnp.full(shape, jnp.inf)}  # of a token that came by itself
+
+    def keep(self, positions, statistics, now):
+        return protect(statistics["votes"], positions, now, self.sinks, self.window)
+
+    def observe(self, statistics, attended):
+        if not attended.several:
+            return statistics
+        positions, votes = attended.positions, attended.measured["votes"]
+        places = jnp.broadcast_to(jnp.where(positions < 0, np.iinfo(np.int32).max, positions), votes.shape)
+        order = places.argsort(1)
+        in_order = jnp.take_along_axis(jnp.where(positions < 0, 0, votes), order, 1)
+        around = (1, self.pool, 1)
+        pooled = jax.lax.reduce_window(in_order, 0.0, jax.lax.add, around, (1, 1, 1), "SAME") / self.pool
+        return {"votes": jnp.take_along_axis(pooled, order.argsort(1), 1)}
+
+
+@part
+class Attentive(Retain):
+    """Keeps the tokens that were attended to last, or most often (LRA and LFA of Attendre, Yang & Hua, 2024).
+
+    A query attends to the `top` keys with its largest weights. "last" keeps the tokens whose last query of that kind is
+    the newest; "count" those with the most such queries. The card of the paper reconstructs this bookkeeping: its
+    abstract names the two policies alone. Key heads evict apart, and the query heads that read one count together.
+
+    Attributes:
+        by: "last" or "count".
+        top: The number of keys that a query attends to, at least 0; with 0 the policy is that of `Recent`.
+        sinks: The number of first tokens that stay, at least 0.
+        recent: The number of last tokens that stay, at least 1. New tokens have not been counted yet.
+
+    Raises:
+        TypeError: `top` is not an int.
+        ValueError: A number is out of range, where it is known, or `by` is unknown.
+    """
+
+    by: Literal["last", "count"] = "last"
+    top: int = 4
+    sinks: Int[Array, ""] | int = 4
+    recent: Int[Array, ""] | int = 8
+
+    by_head: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.by not in ("last", "count"):
+            raise ValueError(f"Attentive: by is {self.by!r}: need 'last' or 'count'")
+        check_static_int("Attentive", "top", self.top, 0)
+        check_range("Attentive: sinks", self.sinks, lambda x: x >= 0, "at least 0")
+        check_range("Attentive: recent", self.recent, lambda x: x >= 1, "at least 1")
+
+    def measures(self, now):
+        return {"hits": TopFor(self.top)}
+
+    @property
+    def least(self):
+        return self.sinks + self.recent
+
+    def start(self, shape):
+        return {self.by: jnp.zeros(shape, jnp.int32)}
+
+    def keep(self, positions, statistics, now):
+        # A token counts as attended to when it comes.
+        of_all = jnp.maximum(statistics["last"], positions) if self.by == "last" else statistics["count"]
+        return protect(of_all.astype(jnp.float32), positions, now, self.sinks, self.recent)
+
+    def observe(self, statistics, attended):
+        hits = attended.measured["hits"]
+        if self.by == "last":
+            return {"last": jnp.where(hits > 0, attended.now, statistics["last"])}
+        return {"count": statistics["count"] + hits.astype(jnp.int32)}
+
+
+@part
+class Spans(Retain):
+    """Keeps by key head the first `sinks` tokens and the last α + β n of n tokens (MoA, Fu et al., 2025).
+
+    A token goes when it leaves the span of its head, itself included: a step reads what a window of ⌊α + β n⌋ and sinks
+    shows. With β = 0 the span is one number; with α = 0 and β = 1 all tokens stay. Prompts read themselves in full.
+
+    Attributes:
+        alpha: α, one number or one per key head [K].
+        beta: β, likewise.
+        sinks: The number of first tokens that stay, at least 0.
+
+    Raises:
+        ValueError: `sinks` is known and negative.
+    """
+
+    alpha: Float[Array, "..."] | float
+    beta: Float[Array, "..."] | float = 0.0
+    sinks: Int[Array, ""] | int = 4
+
+    by_head: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_range("Spans: sinks", self.sinks, lambda x: x >= 0, "at least 0")
+
+    @property
+    def least(self):
+        return self.sinks
+
+    def keep(self, positions, statistics, now):
+        span = jnp.floor(jnp.asarray(self.alpha) + jnp.asarray(self.beta) * (now + 1))
+        worth = jnp.where(now - positions < jnp.maximum(span, 1), positions, -jnp.inf)
+        return jnp.where(positions < self.sinks, jnp.inf, worth)

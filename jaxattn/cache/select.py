@@ -1,13 +1,14 @@
 """Which pages of a store a single query reads."""
 
 import abc
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.core.checks import check_static_int
+from jaxattn.core.matmul import accumulator
 from jaxattn.core.part import part
 
 
@@ -66,6 +67,45 @@ class Quest(Select):
     def score(self, query, summary):
         sides = (query[:, None] * summary[side][..., None, :] for side in ("least", "most"))  # [B, P, K, G, H]
         return jnp.maximum(*sides).sum(-1).max(-1)
+
+
+@part
+class MeanKeys(Select):
+    """Reads the pages whose mean key the queries match best: MoBA in decoding (Lu et al., 2025).
+
+        q · mean of the page's keys
+
+    The worth to a key head is the largest over the query heads that read it, or, as NSA has it, their sum. In the paper
+    each query head chooses by itself; here those that read one key head read the same pages. The page of the newest
+    token is always read, and is one of the `pages`.
+
+    Attributes:
+        pages: The number of pages that are read, at least 1.
+        size: The number of slots per page, at least 1.
+        over_heads: "max" or "sum".
+
+    Raises:
+        TypeError: A number is not an int.
+        ValueError: A number is below 1, or `over_heads` is unknown.
+    """
+
+    pages: int
+    size: int = 16
+    over_heads: Literal["max", "sum"] = "max"
+
+    def __post_init__(self):
+        check_static_int("MeanKeys", "pages", self.pages, 1)
+        check_static_int("MeanKeys", "size", self.size, 1)
+        if self.over_heads not in ("max", "sum"):
+            raise ValueError(f"MeanKeys: over_heads is {self.over_heads!r}: need 'max' or 'sum'")
+
+    def summarise(self, key, there):
+        total = jnp.where(there[..., None], key, 0).sum(2, dtype=accumulator(key))
+        return total / jnp.maximum(there.sum(2), 1)[..., None]
+
+    def score(self, query, summary):
+        scores = jnp.einsum("bkgh,bpkh->bpkg", query.astype(summary.dtype), summary, precision="highest")
+        return scores.max(-1) if self.over_heads == "max" else scores.sum(-1)
 
 
 def chosen(scores: Float[Array, "b p k"], pages: int, positions: Int[Array, "b p s g"]) -> Int[Array, "b n k"]:

@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.cache.key_position import Absolute, KeyPosition
-from jaxattn.cache.retain import Everything, Retain
+from jaxattn.cache.retain import Attended, Everything, Retain
 from jaxattn.cache.select import Select, chosen
 from jaxattn.cache.storage import Dense, Storage, take_slots, write_slots
 from jaxattn.core.attend.mask import Mask
+from jaxattn.core.attend.measure import Measure
 from jaxattn.core.part import part
 
 
@@ -96,12 +97,20 @@ class Store:
         dtype = jax.eval_shape(lambda: self.key).dtype
         key, value = key.astype(dtype), value.astype(dtype)
         new = dataclasses.replace(self, last=jnp.maximum(self.last, positions.max(-1)))
-        if not self.retain.evicts:
+        if self.retain.evicts:
+            worth = new._worth(self.positions, self.statistics)
+            new = dataclasses.replace(new, positions=jnp.where(worth == -jnp.inf, -1, self.positions))
+        else:
             check_room(self, positions)
         if positions.shape[1] > 1 and (self.retain.evicts or not self.storage.exact):
             return dataclasses.replace(new, fresh=Held(key, value, positions[..., None]))
         slots = new._free(positions) if self.retain.evicts else self._own_slots(positions)
         return new._written(slots, key, value, positions[..., None])
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        """The measures of attention that `observe` needs, of what `read` returns."""
+        return self.retain.measures(self.last)
 
     def _own_slots(self, positions: Int[Array, "b t"]) -> Int[Array, "b t 1"]:
         """Returns the slots of tokens that each have the slot of their position; C for padding."""
@@ -177,11 +186,12 @@ class Store:
         """
         if self.fresh is None:
             statistics = self.statistics
+            attended = Attended(measured, seen.positions, self.last[:, None, None], several=False)
             if seen.slots is None:
-                statistics = self.retain.observe(statistics, measured)
+                statistics = self.retain.observe(statistics, attended)
             elif statistics:
                 before = {name: take_slots(x, seen.slots) for name, x in statistics.items()}
-                after = self.retain.observe(before, measured)
+                after = self.retain.observe(before, attended)
                 statistics = {name: write_slots(x, seen.slots, after[name]) for name, x in statistics.items()}
             return dataclasses.replace(self, statistics=statistics)
         if not self.retain.evicts:
@@ -191,10 +201,12 @@ class Store:
         count, capacity = seen.positions.shape[1] - self.positions.shape[1], self.positions.shape[1]
         beside = self.retain.start((*seen.positions.shape[:1], count, seen.positions.shape[2]))
         statistics = {name: jnp.concatenate([x, beside[name]], 1) for name, x in self.statistics.items()}
-        statistics = self.retain.observe(statistics, measured)
+        attended = Attended(measured, seen.positions, self.last[:, None, None], several=True)
+        statistics = self.retain.observe(statistics, attended)
         worth = self._worth(seen.positions, statistics)
-        order = jnp.lexsort((-seen.positions, -worth), axis=1)[:, :capacity]
-        positions = jnp.take_along_axis(seen.positions, order, 1)
+        seen_positions = jnp.where(worth == -jnp.inf, -1, seen.positions)
+        order = jnp.lexsort((-seen_positions, -worth), axis=1)[:, :capacity]
+        positions = jnp.take_along_axis(seen_positions, order, 1)
         if self.budget is not None:
             positions = jnp.where(jnp.arange(capacity)[:, None] < self.budget, positions, -1)
         by_place = jnp.where(positions < 0, np.iinfo(np.int32).max, positions).argsort(1)

@@ -348,7 +348,7 @@ class MultiHeadAttention(Mixer):
         """Returns the reads of the heads [B, T, N, H], and the store's measures, one per slot and key head."""
         own = self.slots(tokens)
         if store is not None:
-            measures = {f"store.{name}": x for name, x in store.retain.measures.items()}
+            measures = {f"store.{name}": x for name, x in store.measures.items()}
             own = dataclasses.replace(own, measures=measures)
         if self.stream is not None and not self.deterministic:
             own = dataclasses.replace(own, dropout=Dropout(self.dropout, self.stream()))

@@ -204,4 +204,4 @@ def test_policies_out_of_range_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    assert not Everything().measures
+    assert not Everything().measures(jnp.zeros(1))

@@ -82,6 +82,16 @@ def by_row(x):
     return np.moveaxis(x, 1, 2)
 
 
+def top_for(w, seen, k):
+    """By a loop over queries: of equals the first keys, and none without weight."""
+    hits = np.zeros(w.shape)
+    for at in np.ndindex(w.shape[:-1]):
+        order = sorted(range(w.shape[-1]), key=lambda j: (-w[at][j] * seen[at][j], j))[:k]
+        for j in order:
+            hits[at][j] = seen[at][j] and w[at][j] > 0
+    return hits.sum(-2).swapaxes(-1, -2)
+
+
 # name: (the measure, the same of weights [B, N, T, S], visible, positions, in the layout that attend returns)
 MEASURES = {
     "entropy": (ja.Entropy(), lambda w, seen, p, r: by_row(entropy(w, seen, p, r))),
@@ -90,6 +100,12 @@ MEASURES = {
         lambda w, seen, p, r: by_row(np.stack([w[..., table(r) == g].sum(-1) for g in range(3)], -1)),
     ),
     "received": (ja.Received(), lambda w, seen, p, r: w.sum(-2).swapaxes(-1, -2)),
+    "received of late queries": (
+        ja.Received(jnp.array([5, 9])),
+        lambda w, seen, p, r: (w * (p[:, None] >= np.array([5, 9])[:, None, None, None])).sum(-2).swapaxes(-1, -2),
+    ),
+    "seen by": (ja.SeenBy(), lambda w, seen, p, r: (seen + 0.0 * w).sum(-2).swapaxes(-1, -2)),
+    "top for": (ja.TopFor(3), lambda w, seen, p, r: top_for(w, seen, 3)),
     "max": (ja.MaxWeight(), lambda w, seen, p, r: by_row(best(w, seen, r, 1)[0][..., 0])),
     "argmax": (ja.ArgMax(), lambda w, seen, p, r: by_row(best(w, seen, r, 1)[1][..., 0])),
     "top": (ja.TopWeights(4), lambda w, seen, p, r: tuple(map(by_row, best(w, seen, r, 4)))),

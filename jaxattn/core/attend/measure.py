@@ -169,12 +169,58 @@ class Received(Measure):
 
     For softmax r is the gradient of Σ_i lse_i in a zero bias per key, and Σ_j r_j is the number of queries that see a
     key.
+
+    Attributes:
+        since: The position from which queries count, one number or one per batch entry [...]; None for all.
     """
+
+    since: Int[Array, "*batch"] | int | None = None
 
     over: ClassVar[Literal["rows", "sum"]] = "sum"
 
     def __call__(self, view, tile):
-        return view.weights.sum(-2).swapaxes(-1, -2)
+        weights = view.weights
+        if self.since is not None:
+            weights = jnp.where(tile.query >= jnp.asarray(self.since)[..., None, None, None], weights, 0)
+        return weights.sum(-2).swapaxes(-1, -2)
+
+
+@part
+class SeenBy(Measure):
+    """The number of queries that see each key: how often it could have received weight. [..., S, N]"""
+
+    over: ClassVar[Literal["rows", "sum"]] = "sum"
+
+    def __call__(self, view, tile):
+        return tile.shown(view.weights.shape).sum(-2, dtype=view.weights.dtype).swapaxes(-1, -2)
+
+
+@part
+class TopFor(Measure):
+    """The number of queries that have the key among their k largest weights. [..., S, N]
+
+    Among equal weights the first keys are taken. A weight of 0 never counts.
+
+    Attributes:
+        k: The number of keys per query, at least 0.
+
+    Raises:
+        TypeError: `k` is not an int.
+        ValueError: `k` is below 0.
+    """
+
+    k: int
+
+    over: ClassVar[Literal["rows", "sum"]] = "sum"
+
+    def __post_init__(self):
+        check_static_int("TopFor", "k", self.k, 0)
+
+    def __call__(self, view, tile):
+        keys = view.weights.shape[-1]
+        weights, index = jax.lax.top_k(jnp.where(tile.shown(view.weights.shape), view.weights, 0), min(self.k, keys))
+        hits = jnp.put_along_axis(jnp.zeros_like(view.weights), index, weights > 0, axis=-1, inplace=False)
+        return hits.sum(-2).swapaxes(-1, -2)
 
 
 @part

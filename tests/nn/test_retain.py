@@ -1,0 +1,143 @@
+"""What a policy keeps is what a plain loop over lists of tokens keeps, from the weights that were recorded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from multi_head import randomise
+
+from jaxattn import Causal
+from jaxattn.cache import Attentive, HeavyHitters, Policy, SnapKV, Spans
+from jaxattn.nn import MultiHeadAttention, Tap, Tokens
+
+B, T, PROMPT, D, N, K = 2, 26, 12, 16, 4, 2
+G = N // K
+X = jnp.asarray(np.random.default_rng(3).standard_normal((B, T, D)), jnp.float32)
+SHORT = 3  # the second row has so many tokens less: they come as padding, the prompt's on the right
+
+
+class Mass:
+    """The heavy hitters of a head: sums of weights, or their mean over the queries that saw the token."""
+
+    def __init__(self, sinks, recent, mean):
+        self.sinks, self.recent, self.mean, self.mass, self.count = sinks, recent, mean, {}, {}
+
+    def attended(self, weights, queries, held, several):
+        for j in held:
+            seen = [t for t in queries if t >= j]
+            self.mass[j] = self.mass.get(j, 0) + sum(weights[:, t, j].sum() for t in seen)
+            self.count[j] = self.count.get(j, 0) + G * len(seen)
+
+    def worth(self, j, now):
+        if j < self.sinks or j > now - self.recent:
+            return np.inf
+        return self.mass.get(j, 0) / max(self.count.get(j, 0), 1) if self.mean else self.mass.get(j, 0)
+
+
+class Votes:
+    def __init__(self, window, pool, sinks):
+        self.window, self.pool, self.sinks, self.votes = window, pool, sinks, {}
+
+    def attended(self, weights, queries, held, several):
+        if several:
+            last, held = max(queries), sorted(held)
+            raw = [sum(weights[:, t, j].sum() for t in queries if t > last - self.window) for j in held]
+            half = self.pool // 2
+            for i, j in enumerate(held):
+                self.votes[j] = sum(raw[max(i - half, 0) : i + half + 1]) / self.pool
+
+    def worth(self, j, now):
+        return np.inf if j < self.sinks or j > now - self.window else self.votes.get(j, np.inf)
+
+
+class Hits:
+    def __init__(self, by, top, sinks, recent):
+        self.by, self.top, self.sinks, self.recent, self.last, self.count = by, top, sinks, recent, {}, {}
+
+    def attended(self, weights, queries, held, several):
+        for of_head in weights:
+            for t in queries:
+                seen = [j for j in held if j <= t]
+                for j in sorted(seen, key=lambda j: -of_head[t, j])[: self.top]:
+                    self.last[j], self.count[j] = max(queries), self.count.get(j, 0) + 1
+
+    def worth(self, j, now):
+        if j < self.sinks or j > now - self.recent:
+            return np.inf
+        return max(self.last.get(j, 0), j) if self.by == "last" else self.count.get(j, 0)
+
+
+class Span:
+    def __init__(self, alpha, beta, sinks):
+        self.alpha, self.beta, self.sinks = alpha, beta, sinks
+
+    def attended(self, weights, queries, held, several):
+        pass
+
+    def worth(self, j, now):
+        if j < self.sinks:
+            return np.inf
+        return j if now - j < max(int(self.alpha + self.beta * (now + 1)), 1) else -np.inf
+
+
+CASES = {
+    "mass": (HeavyHitters(1, 3), lambda k: Mass(1, 3, False)),
+    "mean mass": (HeavyHitters(0, 2, mean=True), lambda k: Mass(0, 2, True)),
+    "votes": (SnapKV(3, 3, 1), lambda k: Votes(3, 3, 1)),
+    "votes without a pool": (SnapKV(2, 1, 0), lambda k: Votes(2, 1, 0)),
+    "last": (Attentive("last", 2, 1, 2), lambda k: Hits("last", 2, 1, 2)),
+    "count": (Attentive("count", 1, 0, 2), lambda k: Hits("count", 1, 0, 2)),
+    "no hits": (Attentive("count", 0, 1, 1), lambda k: Hits("count", 0, 1, 1)),
+    "spans": (Spans(jnp.array([1.0, 6.0]), jnp.array([0.25, 0.0]), 2), lambda k: Span((1, 6)[k], (0.25, 0)[k], 2)),
+}
+SLOTS = 9
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_policy_keeps_what_a_loop_over_lists_keeps(name):
+    policy, make = CASES[name]
+    module = randomise(MultiHeadAttention(D, N, key_heads=K, mask=Causal(), rngs=nnx.Rngs(1)), scale=1.0)
+    graph, arrays = nnx.split(module)
+
+    @jax.jit
+    def call(arrays, x, positions, store):
+        tap = Tap(record=("weights", "read"))
+        store = nnx.merge(graph, arrays)(x, Tokens.of(x, positions=positions), tap, store)[1]
+        return store, tap.records
+
+    store = module.init_state(B, T, Policy(policy, SLOTS))
+    loops = [[make(k) for k in range(K)] for _ in range(B)]
+    held = [[[] for _ in range(K)] for _ in range(B)]
+    evicted, first = 0, 0
+    for size in [PROMPT, *[1] * (T - PROMPT - 2), 2]:
+        at = np.arange(first, first + size)
+        positions = np.stack([at, np.where(at < T - SHORT, at, -1)])
+        if size == PROMPT:
+            positions[1] = np.where(at < PROMPT - SHORT, at, -1)
+        elif size == 1:
+            positions[1] = at - SHORT
+        store, records = call(arrays, X[:, at], jnp.asarray(positions), store)
+        weights, read = (np.asarray(records[x]) for x in ("weights", "read"))
+        for b, k in np.ndindex(B, K):
+            loop, new = loops[b][k], [int(p) for p in positions[b] if p >= 0]
+            if not new:
+                continue
+            now, mine = max(new), held[b][k]
+            mine[:] = [j for j in mine if loop.worth(j, now) > -np.inf]
+            if size == 1 and len(mine) == SLOTS:
+                mine.remove(min(mine, key=lambda j: (loop.worth(j, now), j)))
+                evicted += 1
+            mine += new
+            places = read[b, :, k]
+            assert sorted(places[places >= 0]) == sorted(mine)
+            by_query = np.zeros((G, T, T))
+            for t, p in enumerate(positions[b]):
+                if p >= 0:
+                    by_query[:, p] = weights[b, k * G : (k + 1) * G, t]
+            loop.attended(by_query, new, mine, size > 1)
+            if size > 1:
+                mine[:] = sorted(mine, key=lambda j: (-loop.worth(j, now), -j))[:SLOTS]
+                mine[:] = [j for j in mine if loop.worth(j, now) > -np.inf]
+        first += size
+    assert name == "spans" or evicted > 20
