@@ -20,6 +20,7 @@ from jaxattn.models.load import from_plain, load_model, register_specs, to_plain
 from jaxattn.models.patterns import based, hymba, pattern
 from jaxattn.models.pretrained import fetch_weights, load_pretrained, save_pretrained
 from jaxattn.models.replace import map_mixers, replace_mixers
+from jaxattn.models.stores import UnderPolicy, compare_stores, lost_mass
 from jaxattn.models.transformer import Transformer
 from jaxattn.nn.spec import Spec
 
@@ -37,8 +38,10 @@ __all__ = [
     "Spec",
     "Transformer",
     "TransformerConfig",
+    "UnderPolicy",
     "based",
     "centre_writes",
+    "compare_stores",
     "fetch_weights",
     "fold_norms",
     "from_plain",
@@ -47,6 +50,7 @@ __all__ = [
     "linearize",
     "load_model",
     "load_pretrained",
+    "lost_mass",
     "map_mixers",
     "matching_loss",
     "pattern",

@@ -285,7 +285,7 @@ class MultiHeadAttention(Mixer):
             query = tap("q_rotated", query)
         if give is not None:
             give["keys"] = KeyValue(*keys[:3])
-        z, measured = self._attend(query, keys, tokens, tap, store)
+        z, measured = self.attended(query, keys, tokens, tap, store)
         y = tap("attn_out", self.merge(tap("z", z), x))
         if store is None:
             return y, state
@@ -342,10 +342,21 @@ class MultiHeadAttention(Mixer):
             weight_maps=tuple(map(part_of, self.weight_maps)),
         )
 
-    def _attend(
+    def attended(
         self, query: Array, keys: KeyValue | Held, tokens: Tokens, tap: Tap, store: Store | None
     ) -> tuple[Array, dict[str, Array]]:
-        """Returns the reads of the heads [B, T, N, H], and the store's measures, one per slot and key head."""
+        """Returns what heads read of these keys.
+
+        Args:
+            query: [B, T, N, H], as queries meet keys.
+            keys: What they attend to.
+            tokens: What stands where.
+            tap: Edits and records at the sites scores, weights, lse and read.
+            store: The store from which the keys come, or None.
+
+        Returns:
+            The reads of the heads [B, T, N, H], and the measures that the store observes, one per slot and key head.
+        """
         own = self.slots(tokens)
         if store is not None:
             measures = {f"store.{name}": x for name, x in store.measures.items()}

@@ -269,3 +269,46 @@ def test_what_needs_keys_as_they_were_written_refuses_ranks(module):
         module(X, tap=Tap(record=("k_rotated",)), state=store)
     with pytest.raises(ValueError, match="for layers that share keys"):
         module(X, state=store, give={})
+
+
+GRADIENTS = {
+    "sinks and recent": Policy(Recent(2), 6),
+    "heavy hitters and pages": Policy(HeavyHitters(1, 3), 8, Quest(1, 4), jnp.array([5, 7])),
+    "votes, at their rank": Policy(SnapKV(2, 3, 1), 6, key_position=Rank()),
+    "pages of a pool": Policy(Attentive("last", 2, 1, 2), 6, MeanKeys(2, 2), storage=Paged(2)),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_through_decoding_are_finite_differences(name):
+    """In float64, of inputs and of every parameter: what is kept is piecewise constant, what is read is not."""
+    with jax.enable_x64(True):
+        module = randomise(MultiHeadAttention(D, N, key_heads=K, mask=Causal(), dtype=jnp.float64, rngs=nnx.Rngs(0)))
+        graph, arrays = nnx.split(module)
+        arrays = jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
+        x = jnp.asarray(np.asarray(X, np.float64))
+        goal = jnp.asarray(np.random.default_rng(7).standard_normal((B, T, D)))
+
+        @jax.jit
+        def loss(inputs):
+            arrays, x = inputs
+            module = nnx.merge(graph, arrays)
+            prompt, store = module(x[:, :8], state=module.init_state(B, T, GRADIENTS[name]))
+
+            def one(store, x):
+                y, store = nnx.merge(graph, arrays)(x[:, None], state=store)
+                return store, y[:, 0]
+
+            _, rest = jax.lax.scan(one, store, jnp.moveaxis(x[:, 8:], 1, 0))
+            return (goal * jnp.concatenate([prompt, jnp.moveaxis(rest, 0, 1)], 1)).sum()
+
+        rng = np.random.default_rng(2)
+        leaves, tree = jax.tree.flatten((arrays, x))
+        gradient = jax.tree.leaves(jax.jit(jax.grad(loss))((arrays, x)))
+        for number, leaf in enumerate(leaves):
+            way = jnp.asarray(rng.standard_normal(leaf.shape))
+            way = way / jnp.linalg.norm(way)
+            sides = ([x + sign * 1e-6 * way if i == number else x for i, x in enumerate(leaves)] for sign in (1, -1))
+            up, down = (float(loss(tree.unflatten(side))) for side in sides)
+            # A central difference errs by the third derivative times h²/6, and by ε |loss| / h.
+            assert float((gradient[number] * way).sum()) == pytest.approx((up - down) / 2e-6, rel=1e-6, abs=1e-7)
