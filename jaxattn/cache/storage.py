@@ -331,29 +331,34 @@ class Quantised(Storage):
         }
 
     def take(self, held, slots, places):
-        recent = held["recent"]
-        if slots is None:
-            of_keys = {name: x if name == "code" else jnp.repeat(x, self.group, 1) for name, x in held["key"].items()}
-            of_values = held["value"]
+        of_keys, of_values = held["key"], held["value"]
+        if slots is None:  # a group at a time, so that the ranges are not repeated for each slot
+            codes = of_keys["code"]
+            grouped = codes.reshape(len(codes), -1, self.group, *codes.shape[2:])
+            of_keys = {"code": grouped} | {name: of_keys[name][:, :, None] for name in ("least", "step")}
         else:
-            groups = {"code": slots, "least": slots // self.group, "step": slots // self.group}
-            of_keys = {name: take_slots(x, groups[name]) for name, x in held["key"].items()}
-            of_values = {name: take_slots(x, slots) for name, x in held["value"].items()}
-        dtype, width = recent["key"].dtype, of_keys["least"].shape[-1]
-        key = self._unpacked(of_keys["code"], width) * of_keys["step"] + of_keys["least"]
-        packed = self._unpacked(of_values["code"], recent["value"].shape[-1])
-        in_groups = packed.reshape(*of_values["least"].shape, -1)
-        value = in_groups * of_values["step"][..., None] + of_values["least"][..., None]
-        places = places if slots is None else take_slots(places, slots)
-        count = recent["positions"].shape[1]
+            places = take_slots(places, slots)
+            of_keys = {name: take_slots(x, slots if name == "code" else slots // self.group)
+                       for name, x in of_keys.items()}  # fmt: skip
+            of_values = {name: take_slots(x, slots) for name, x in of_values.items()}
+        key = self._decoded(of_keys["code"], of_keys)
+        key = key.reshape(len(key), -1, *key.shape[-2:])
+        codes, groups = of_values["code"], of_values["least"].shape[-1]
+        grouped = codes.reshape(*codes.shape[:-1], groups, -1)
+        value = self._decoded(grouped, {name: of_values[name][..., None] for name in ("least", "step")})
+        value = value.reshape(*value.shape[:-2], -1)
+        recent = held["recent"]
+        count, (length, heads) = recent["positions"].shape[1], places.shape[1:]
+        last = recent["positions"].max(1, keepdims=True)[..., :heads]
         ring = jnp.where(places < 0, 0, places % count)
-        last = recent["positions"].max(1, keepdims=True)
-        newest = (take_slots(recent["positions"], ring) == places) & (places > last - count)
-        newest = newest[..., : places.shape[2], None]  # one for all heads, where values may have other heads
-        value = value.reshape(packed.shape)
-        return (
-            jnp.where(newest, take_slots(recent["key"], ring), key.astype(dtype)),
-            jnp.where(newest, take_slots(recent["value"], ring), value.astype(dtype)),
+        newest = (take_slots(recent["positions"][..., :heads], ring) == places) & (places > last - count)
+        # Where each of the recent tokens lies among those that are taken: nowhere, or in one place.
+        index = jnp.broadcast_to(jnp.arange(length)[:, None], places.shape)
+        lies = write_slots(jnp.full((len(key), count, heads), length), jnp.where(newest, ring, count), index)
+        dtype = recent["key"].dtype
+        return tuple(
+            write_slots(x.astype(dtype), lies, as_they_are)
+            for x, as_they_are in ((key, recent["key"]), (value, recent["value"]))
         )
 
     def _encoded_keys(self, key: Array, there: Array) -> tuple[Array, Array, Array]:
@@ -389,9 +394,12 @@ class Quantised(Storage):
         parts = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], -1, together)
         return (parts << (self.bits * jnp.arange(together, dtype=jnp.uint8))).sum(-1, dtype=jnp.uint8)
 
-    def _unpacked(self, codes: Array, width: int) -> Float[Array, "*b c"]:
+    def _decoded(self, codes: Array, ranges: dict[str, Array]) -> Float[Array, "*b c"]:
+        """Returns the numbers of which these are the codes."""
         if self.bits == 16:
-            return codes.astype(jnp.float32)
-        together = 8 // self.bits
-        parts = codes[..., None] >> (self.bits * jnp.arange(together, dtype=jnp.uint8))
-        return (parts & (2**self.bits - 1)).reshape(*codes.shape[:-1], width).astype(jnp.float32)
+            whole = codes
+        else:
+            together = 8 // self.bits
+            parts = codes[..., None] >> (self.bits * jnp.arange(together, dtype=jnp.uint8))
+            whole = (parts & (2**self.bits - 1)).reshape(*codes.shape[:-1], -1)
+        return whole.astype(jnp.float32) * ranges["step"] + ranges["least"]
