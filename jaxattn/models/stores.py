@@ -23,13 +23,13 @@ class UnderPolicy(NamedTuple):
     Attributes:
         memory: Bytes of the whole state.
         loss: The mean over tokens after the prompt of −log p(token), in nats.
-        accuracy: The share of the asked tokens that are the likeliest ones; NaN if none is asked for.
+        accuracy: [B], the share of the asked tokens that are the likeliest ones; NaN if none is asked for.
         lost: [L, N], the mean of `lost_mass` over batch and tokens after the prompt.
     """
 
     memory: int
     loss: float
-    accuracy: float
+    accuracy: Float[np.ndarray, " b"]
     lost: Float[np.ndarray, "layers n"]
 
 
@@ -160,7 +160,7 @@ def compare_stores(
         counted = (positions >= 0)[:, prompt:, None] if lost else jnp.ones((1, 1, 1))
         mean = (by_head[:, :, prompt:] * counted).sum((1, 2)) / counted.sum() if lost else by_head[:, 0, 0]
         memory = sum(x.nbytes for x in jax.tree.leaves(state))
-        results[name] = UnderPolicy(memory, float(loss), float(right), np.asarray(mean))
+        results[name] = UnderPolicy(memory, float(loss), np.asarray(right), np.asarray(mean))
     return results
 
 
@@ -189,7 +189,8 @@ def _read(graph, prompt, arrays, tokens, positions, asked, state):
     _, early = jax.vmap(scored, 1, 1)(first, tokens[:, 1 : prompt + 1], asked[:, 1 : prompt + 1])
     count = counts[:, prompt + 1 :].T
     total = jnp.where(count, loss, 0).sum() / jnp.maximum(count.sum(), 1)
-    return total, (right.sum() + early.sum()) / jnp.where(asked[:, 1:].any(), asked[:, 1:].sum(), jnp.nan)
+    count_asked = asked[:, 1:].sum(1)
+    return total, (right.sum(0) + early.sum(1)) / jnp.where(count_asked > 0, count_asked, jnp.nan)
 
 
 def _checked(model: Any, tokens: Any, prompt: Any, positions: Any) -> tuple[Array, Array]:
