@@ -18,7 +18,6 @@ from experiments.inside_smollm2 import RANDOM, loaded
 from jaxattn.cache import Attentive, HeavyHitters, MeanKeys, Policy, Quantised, Quest, Recent, SnapKV
 from jaxattn.models import compare_stores
 
-
 SINKS, HEAVY, VOTES, PAGES, MEANS = "streaming_llm", "h2o", "snapkv", "quest", "moba"
 LATE, BITS = "attendre", "kivi"
 NAMES = {
@@ -56,12 +55,12 @@ class Config:
 
 QUICK = Config(
     weights=RANDOM,
-    length=256,
+    length=128,
     parts=(4,),
     page=8,
     depths=(0.2, 0.6),
     bits=(2,),
-    policies=("sinks and recent", "Quest"),
+    policies=("Quest",),
 )
 EIGHTH = ", at 1/8"
 CLAIMS = (

@@ -327,6 +327,23 @@ def test_slow_channels_stand_still_under_the_new_scaling(page):
         assert_close(p.half_still[..., start + 4 : start + 8], p.query[..., start + 4 : start + 8])
 
 
+# caches.md
+
+
+def test_a_policy_of_its_own_keeps_what_got_most_of_late(page):
+    """The four last tokens, and of the others those with the largest sums of recorded weights."""
+    p = page("caches")
+    assert p.text.tokens.shape == (1, 16)
+    assert p.memory(p.few) < p.memory(p.Policy()) / 3
+    assert pytest.approx(p.found["all"].lost.max(), abs=1e-5) == 0
+    assert p.found["recent"].lost.mean() > 0.1
+    weights = np.asarray(p.model(p.prompt, record={"w": "weights"})[2]["w"], np.float64)  # [L, 1, N, 64, 64]
+    places = np.asarray(jax.tree.leaves(p.state, is_leaf=lambda x: hasattr(x, "positions"))[0].positions)
+    for layer, head in np.ndindex(2, 2):
+        got = weights[layer, 0, 2 * head : 2 * head + 2].sum((0, 1))[:60]
+        assert set(places[layer, 0, :, head]) == {60, 61, 62, 63, *np.argsort(-got)[:12]}
+
+
 # blocks.md
 
 
