@@ -3,7 +3,7 @@
 A store combines a policy of what is kept with a policy of what is chosen to be read, and of where keys stand.
 """
 
-from jaxattn.cache.key_position import Absolute, KeyPosition, Rank
+from jaxattn.cache.key_position import Absolute, KeyPosition, Memory, Rank
 from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans
 from jaxattn.cache.select import MeanKeys, Quest, Select
 from jaxattn.cache.storage import Dense, Paged, Quantised, Storage
@@ -18,6 +18,7 @@ __all__ = [
     "HeavyHitters",
     "KeyPosition",
     "MeanKeys",
+    "Memory",
     "Paged",
     "Policy",
     "Quantised",

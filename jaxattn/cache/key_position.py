@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxattn.core.checks import check_range
 from jaxattn.core.part import part
 
 
@@ -53,3 +54,28 @@ class Rank(KeyPosition):
 
         places = jax.vmap(jax.vmap(of_head, -1, -1))(held, positions).astype(jnp.int32)
         return jnp.where(positions < 0, -1, places)
+
+
+@part
+class Memory(KeyPosition):
+    """The last `local` tokens stand one after the other, and all older ones together before them, at place 0.
+
+    This is the memory of the Focused Transformer (Tworkowski et al., 2023): old keys are turned as if they stood at the
+    first place of the local context, so no distance is larger than `local` − 1. Tokens that come together count from
+    the last of them.
+
+    Attributes:
+        local: The number of last positions that keep their distances, at least 1.
+
+    Raises:
+        ValueError: `local` is known and below 1.
+    """
+
+    local: Int[Array, ""] | int
+
+    def __post_init__(self):
+        check_range("Memory: local", self.local, lambda x: x >= 1, "at least 1")
+
+    def __call__(self, held, positions):
+        first = held.max(1, keepdims=True) - self.local + 1
+        return jnp.where(positions < 0, -1, jnp.maximum(positions - first, 0))

@@ -14,6 +14,7 @@ from jaxattn.cache import (
     Attentive,
     HeavyHitters,
     MeanKeys,
+    Memory,
     Paged,
     Policy,
     Quantised,
@@ -222,10 +223,13 @@ def test_a_trained_model_decodes_under_another_store():
 @pytest.mark.parametrize(
     "cut", [[1] * T, [10, *[1] * (T - 10)], [9, 1, 8, 6]], ids=["one by one", "a prompt", "pieces"]
 )
-def test_ranks_are_a_loop_that_turns_all_keys_anew(module, cut, budget):
-    """In float64, by lists: what is held of each key head, each key turned to its place in the list."""
-    sinks, slots = 2, 7
-    policy = Policy(Recent(sinks), slots, budget=None if budget is None else jnp.asarray(budget), key_position=Rank())
+@pytest.mark.parametrize("local", [None, 3], ids=["ranks", "memory"])
+def test_places_are_a_loop_that_turns_all_keys_anew(module, cut, budget, local):
+    """In float64, by lists: what is held of each key head, each key turned to its place in the list, or those before
+    the last three to place 0.
+    """
+    sinks, slots, at = 2, 7, Rank() if local is None else Memory(local)
+    policy = Policy(Recent(sinks), slots, budget=None if budget is None else jnp.asarray(budget), key_position=at)
     actual, _ = decoded(module, policy, PADDING["none"], cut)
     query, (key, value) = np.asarray(module.queries(X)), map(np.asarray, module.keys_and_values(X))
     z = np.zeros((B, T, N, D // N))
@@ -238,9 +242,12 @@ def test_ranks_are_a_loop_that_turns_all_keys_anew(module, cut, budget):
                     held.remove(min(each for each in held if each >= sinks))
             for t in piece:
                 seen = held + [each for each in piece if each <= t]
-                turned = np.asarray(rotary(key[b, seen][:, k : k + 1], np.arange(len(seen))), np.float64)[:, 0]
+                places = np.arange(len(seen))
+                if local is not None:
+                    places = np.maximum(np.array(seen) - (piece[-1] - local + 1), 0)
+                turned = np.asarray(rotary(key[b, seen][:, k : k + 1], places), np.float64)[:, 0]
                 for n in range(k * N // K, (k + 1) * N // K):
-                    place = np.array([len(seen) - 1])
+                    place = places[-1:]
                     asks = np.asarray(rotary(query[b, t][None, n : n + 1], place), np.float64)[0, 0]
                     scores = turned @ asks / np.sqrt(D // N)
                     weights = np.exp(scores - scores.max())
