@@ -273,6 +273,11 @@ def empty(
     policy = Policy() if policy is None else policy
     if not isinstance(policy, Policy):
         raise TypeError(f"store must be a policy such as Policy(Recent(4), slots=64), got {policy!r}")
+    slots_of = ("retain", Retain), ("select", Select | None), ("key_position", KeyPosition), ("storage", Storage)
+    for name, base in slots_of:
+        if not isinstance(getattr(policy, name), base):
+            wanted = base.__name__ if isinstance(base, type) else "Select or None"
+            raise TypeError(f"Policy: {name} is {getattr(policy, name)!r}: need a {wanted}")
     retain, select, budget = policy.retain, policy.select, policy.budget
     slots = capacity if policy.slots is None else policy.slots
     if slots < 1 or (not retain.evicts and slots != capacity):
@@ -302,6 +307,7 @@ def empty(
     if select is not None and slots % select.size:
         raise ValueError(f"slots is {slots}: need a multiple of the page size, {select.size}")
     positions = jnp.full((batch, slots, key_shape[0] if by_head else 1), -1, jnp.int32)
+    _check_worth(retain, positions)
     store = Store(
         policy.storage.start(batch, slots, key_shape, value_shape, dtype),
         positions,
@@ -315,6 +321,19 @@ def empty(
         key_position=policy.key_position,
     )
     return store if select is None else store._summarised(None)
+
+
+def _check_worth(retain: Retain, positions: Int[Array, "b c g"]) -> None:
+    """Raises ValueError if the policy does not give one number for each slot, as with arrays for other key heads."""
+    statistics, now = retain.start(positions.shape), jnp.zeros((len(positions), 1, 1), jnp.int32)
+    wrong = f"{type(retain).__name__} does not give one worth per slot, {list(positions.shape)}"
+    wanted = "need arrays that are one number, or one per key head"
+    try:
+        worth = jax.eval_shape(retain.keep, positions, statistics, now)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{wrong}: {wanted} ({error})") from None
+    if worth.shape != positions.shape:
+        raise ValueError(f"{wrong}, but {list(worth.shape)}: {wanted}")
 
 
 def check_room(state: Any, positions: Int[Array, "#b t"]) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn.cache import Everything, HeavyHitters, Policy, Quest, Recent, empty
+from jaxattn.cache import Everything, HeavyHitters, Policy, Quest, Recent, Spans, empty
 
 CAPACITY, HEADS, H = 6, 2, 4
 POSITIONS = {
@@ -188,12 +188,27 @@ def test_quest_reads_the_pages_of_the_largest_bound_and_the_newest():
         (1, 8, Policy(Recent(1), 4, budget=jnp.array([3, 3, 3])), r"budget has shape \(3,\): need \(\) or \(2,\)"),
         (1, 8, Policy(budget=jnp.array(3)), "budget is given, but Everything keeps all tokens"),
         (1, 10, Policy(select=Quest(2, 4)), "slots is 10: need a multiple of the page size, 4"),
+        (1, 8, Policy(Spans(jnp.ones(3)), 8), r"Spans does not give one worth per slot, \[1, 8, 2\]: need arrays"),
         (1, 8, Policy(HeavyHitters(1, 1), 4), "keys have 2 heads and values 1: to evict by head need the same"),
     ],
 )
 def test_a_store_that_cannot_be_is_refused(batch, capacity, policy, message):
     with pytest.raises(ValueError, match=message):
         start(batch, capacity, policy, (HEADS, 5) if "by head" not in message else (1, 5))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("recent", "store must be a policy such as"),
+        (Policy(retain="recent"), "Policy: retain is 'recent': need a Retain"),
+        (Policy(select=4), "Policy: select is 4: need a Select or None"),
+        (Policy(storage="dense"), "Policy: storage is 'dense': need a Storage"),
+    ],
+)
+def test_what_is_no_policy_is_refused(policy, message):
+    with pytest.raises(TypeError, match=message):
+        start(policy=policy)
 
 
 def test_policies_out_of_range_are_refused():
