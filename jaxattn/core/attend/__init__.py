@@ -3,6 +3,7 @@
 from jaxattn.core.attend.api import attend, attention_weights, explain
 from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias, ScoreBias, SumOfBiases
 from jaxattn.core.attend.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
+from jaxattn.core.attend.choose import Choice, FlexPrefill, MoBA, Ordered, VerticalSlash, cumulative_select, sqrt_jsd
 from jaxattn.core.attend.dot_product import dot_product_attention
 from jaxattn.core.attend.graph import Ancestors, Graph
 from jaxattn.core.attend.maps import (
@@ -102,6 +103,7 @@ __all__ = [
     "BlockIndex",
     "Blocks",
     "Causal",
+    "Choice",
     "Chunked",
     "Convolution",
     "Dilated",
@@ -115,6 +117,7 @@ __all__ = [
     "Entmax15",
     "Entropy",
     "Explicit",
+    "FlexPrefill",
     "GaussianWindow",
     "Graph",
     "Gumbel",
@@ -137,10 +140,12 @@ __all__ = [
     "MeanPosition",
     "Measure",
     "MixHeads",
+    "MoBA",
     "NegativeDistance",
     "Neural",
     "Normalize",
     "OneHotSample",
+    "Ordered",
     "PairSum",
     "Partial",
     "PerHead",
@@ -170,6 +175,7 @@ __all__ = [
     "TopK",
     "TopKWeights",
     "TopWeights",
+    "VerticalSlash",
     "View",
     "Window",
     "Within",
@@ -178,6 +184,7 @@ __all__ = [
     "attend",
     "attention_weights",
     "block_means",
+    "cumulative_select",
     "dot_product_attention",
     "explain",
     "gathered",
@@ -191,6 +198,7 @@ __all__ = [
     "select_tokens",
     "sinusoidal",
     "split_keys",
+    "sqrt_jsd",
     "striped",
     "take_tokens",
     "unstriped",
