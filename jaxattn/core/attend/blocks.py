@@ -5,6 +5,7 @@ mask slot, and `attend(implementation="tiled")` skips the blocks that it leaves 
 decoding, where one query chooses single tokens, `select_tokens` copies the chosen tokens out instead.
 """
 
+import math
 import operator
 from functools import partial, reduce
 from typing import Any
@@ -248,14 +249,20 @@ class Blocks(Mask):
         slots, block = self._slots(query, key, grid=2), self.index.block
         rows, columns = (jnp.asarray(x) // size for x, size in zip(slots, block, strict=True))
         look_up = partial(take_pairs, jnp.asarray(self.index.active), grid=2, fill=False)
-        shape = jax.eval_shape(look_up, rows, columns).shape
-        first = rows[..., :1, :], columns[..., :1]
-        # Within one block, as where tiles fit the blocks, one look-up does for all pairs.
-        return jax.lax.cond(
-            (rows == first[0]).all() & (columns == first[1]).all(),
-            lambda: jnp.broadcast_to(look_up(*first), shape),
-            lambda: look_up(rows, columns),
-        )
+        # Where tiles fit the blocks, slots stand in even groups, and one look-up does for all pairs of two groups.
+        of_rows, of_columns = math.gcd(block[0], rows.shape[-2]), math.gcd(block[1], columns.shape[-1])
+        few = rows[..., ::of_rows, :], columns[..., ::of_columns]
+
+        def spread(rows: Array, columns: Array) -> tuple[Array, Array]:
+            return jnp.repeat(rows, of_rows, -2), jnp.repeat(columns, of_columns, -1)
+
+        def of_groups() -> Array:
+            return jnp.repeat(jnp.repeat(look_up(*few), of_rows, -2), of_columns, -1)
+
+        if of_rows == of_columns == 1:
+            return look_up(rows, columns)
+        even = reduce(operator.and_, ((x == y).all() for x, y in zip(spread(*few), (rows, columns), strict=True)))
+        return jax.lax.cond(even, of_groups, lambda: look_up(rows, columns))
 
     def bounds(self, query, key):
         # The active blocks in the rectangle that a tile's slots span, from sums over all blocks above and left.
