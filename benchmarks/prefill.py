@@ -27,7 +27,7 @@ def choices(length: int, block: int) -> dict[str, Choice]:
         "MoBA, each query": MoBA(block, pages),
         "VerticalSlash": VerticalSlash(lines, lines, block=block),
         "FlexPrefill, lines": FlexPrefill(0.125, 0.0, block, 2 * block),
-        "FlexPrefill, means": FlexPrefill(0.25, 1.0, block, 2 * block),
+        "FlexPrefill, means": FlexPrefill(0.4, 1.0, block, 2 * block),
     }
 
 
