@@ -51,6 +51,7 @@ from jaxattn.core.attend.measure import (
     TopWeights,
     View,
 )
+from jaxattn.core.attend.native import CompressedBlocks, native_sparse_attention
 from jaxattn.core.attend.normalize import (
     Elementwise,
     Elu1,
@@ -105,6 +106,7 @@ __all__ = [
     "Causal",
     "Choice",
     "Chunked",
+    "CompressedBlocks",
     "Convolution",
     "Dilated",
     "Distance",
@@ -190,6 +192,7 @@ __all__ = [
     "gathered",
     "merge",
     "merge_axis",
+    "native_sparse_attention",
     "psum_merge",
     "ring",
     "rotary",

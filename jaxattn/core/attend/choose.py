@@ -119,29 +119,37 @@ class Choice(abc.ABC):
         if self.is_dense(key.shape[-3]):
             return Causal()
         (query, of_query), (key, of_key) = (
-            _in_order(jax.lax.stop_gradient(x), positions)
+            in_order(jax.lax.stop_gradient(x), positions)
             for x, positions in ((query, query_positions), (key, key_positions))
         )
-        places = np.arange(key.shape[-3], dtype=np.int32)
+        index = self.choose(Ordered(query, key, *places_of(of_query, of_key)))
         if query_positions is None and key_positions is None:
-            last: Any = np.minimum(np.arange(query.shape[-3]), places[-1])
-            return Blocks(self.choose(Ordered(query, key, last, places)))
-        rank = jnp.vectorize(partial(jnp.searchsorted, side="right"), signature="(s),(t)->(t)")
-        last = jnp.where(of_query == LAST, -1, rank(of_key, of_query) - 1)
-        there = places if key_positions is None else jnp.where(of_key == LAST, -1, places)
-        index = self.choose(Ordered(query, key, last, there))
-        return Blocks(index, *(Standing(x, jnp.arange(x.shape[-1])) for x in (of_query, of_key)))
+            return Blocks(index)
+        return Blocks(index, *(Standing(jnp.asarray(x), jnp.arange(x.shape[-1])) for x in (of_query, of_key)))
 
 
-def _in_order(x: Array, positions: Any) -> tuple[Array, Any]:
-    """Returns x [..., L, N, H] and its positions in ascending order."""
+def in_order(x: Float[Array, "*b l n h"], positions: Any) -> tuple[Array, Any]:
+    """Returns x and its positions [..., L] in ascending order; empty slots come last, at `LAST`, with zeros.
+
+    Without positions, they are 0..L−1 as a NumPy array.
+    """
     if positions is None:
-        return x, jnp.arange(x.shape[-3])
+        return x, np.arange(x.shape[-3], dtype=np.int32)
     positions = jnp.where(jnp.asarray(positions) < 0, LAST, positions).astype(jnp.int32)
     order = jnp.argsort(positions, axis=-1, stable=True)
     positions = jnp.take_along_axis(positions, order, -1)
     index = order.reshape(*(1,) * (x.ndim - 2 - order.ndim), *order.shape)[..., None, None]
     return jnp.where((positions == LAST)[..., None, None], 0, jnp.take_along_axis(x, index, -3)), positions
+
+
+def places_of(query_positions: Any, key_positions: Any) -> tuple[Any, Any]:
+    """Returns `last` and `places` of `Ordered`, from positions with `LAST` for empty slots; those of keys ascend."""
+    places = np.arange(key_positions.shape[-1], dtype=np.int32)
+    if isinstance(query_positions, np.ndarray) and isinstance(key_positions, np.ndarray):
+        return np.minimum(query_positions, places[-1]), places
+    rank = jnp.vectorize(partial(jnp.searchsorted, side="right"), signature="(s),(t)->(t)")
+    last = jnp.where(query_positions == LAST, -1, rank(key_positions, query_positions) - 1)
+    return last, jnp.where(key_positions == LAST, -1, places)
 
 
 @part
@@ -180,14 +188,14 @@ class MoBA(Choice):
 
     def choose(self, given):
         block = self.queries, self.size
-        query, key = _means(given, block)
+        query, key = means_of(given, block)
         scores = grouped_matmul(query.swapaxes(-2, -3), key.swapaxes(-2, -3), -1)
         past, own = given.near(block)
         scores = jnp.where(past, scores, -jnp.inf)
         return BlockIndex.from_scores(scores, self.pages, block, forced=own, causal=False)
 
 
-def _means(given: Ordered, block: tuple[int, int]) -> tuple[Float[Array, "*b qb n h"], Float[Array, "*b kb k h"]]:
+def means_of(given: Ordered, block: tuple[int, int]) -> tuple[Float[Array, "*b qb n h"], Float[Array, "*b kb k h"]]:
     """Returns the means of the blocks of queries and of keys."""
     return block_means(given.query, block[0], given.last >= 0), block_means(given.key, block[1], given.places >= 0)
 
@@ -311,14 +319,14 @@ class FlexPrefill(Choice):
         counts = (_kept(-jnp.sort(-x, axis=-1), self.gamma).sum(-1) // self.block + 1 for x in by_token)
         by_lines = lines(*(jnp.clip(count, fewest, most) for count in counts))
 
-        query, key = _means(given, block)
+        query, key = means_of(given, block)
         there = cut(given.places, self.block).max(-1)
         blocks = jnp.where(there >= 0, np.arange(there.shape[-1]), -1)
         few, last = given.latest(min(self.block, given.query.shape[-3]))
         of_few = block_means(few, few.shape[-3], last >= 0)
         rows = jnp.asarray(given.blocks(block)[1])
-        pooled = _weights(of_few, key, self.score, last.max(-1, keepdims=True) // self.block, blocks)[..., 0, :]
-        weights = _weights(query, key, self.score, rows, blocks)
+        pooled = weights_at(of_few, key, self.score, last.max(-1, keepdims=True) // self.block, blocks)[..., 0, :]
+        weights = weights_at(query, key, self.score, rows, blocks)
         share = self.gamma * (rows >= 0).sum(-1)
         flat = weights.reshape(*weights.shape[:-2], -1)
         by_means = cumulative_select(flat, share[..., None, None]).reshape(weights.shape) | lines(fewest, fewest)
@@ -327,7 +335,7 @@ class FlexPrefill(Choice):
         return BlockIndex(jnp.where(aware[..., None, None], by_means, by_lines), block)
 
 
-def _weights(query: Array, key: Array, score: Score, query_places: Array, key_places: Array) -> Array:
+def weights_at(query: Array, key: Array, score: Score, query_places: Array, key_places: Array) -> Array:
     """Returns the weights of causal attention, [..., N, T, S]."""
     places: Any = {"query_positions": query_places, "key_positions": key_places}
     return attention_weights(query, key, score=score, mask=Causal(), **places)[0]
@@ -337,7 +345,7 @@ def _profiles(given: Ordered, count: int, score: Score) -> tuple[Float[Array, "*
     """Returns the mean weights of the last `count` queries by key, and by distance from the query in places."""
     query, last = given.latest(min(count, given.query.shape[-3]))
     keys = jnp.asarray(given.places)
-    weights = _weights(query, given.key, score, last, keys)
+    weights = weights_at(query, given.key, score, last, keys)
     rows = jnp.maximum((last >= 0).sum(-1), 1)[..., None, None]
     return weights.sum(-2) / rows, _by_distance(weights, last) / rows
 
