@@ -54,6 +54,7 @@ from jaxattn.nn.mechanisms import (
 )
 from jaxattn.nn.merged import MergedLinearAttention, MergedSoftmaxHeads
 from jaxattn.nn.mixer import Mixer
+from jaxattn.nn.native import NativeSparseAttention
 from jaxattn.nn.norm import AcrossHeads, LayerNorm, RMSNorm
 from jaxattn.nn.prefix import Prefixed, after_prefix, behind_prefix, with_prefix
 from jaxattn.nn.recurrent import (
@@ -118,6 +119,7 @@ __all__ = [
     "MergedSoftmaxHeads",
     "Mixer",
     "MultiHeadAttention",
+    "NativeSparseAttention",
     "NeuralMemory",
     "NeuralScore",
     "NullSoftmax",

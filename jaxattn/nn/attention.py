@@ -13,6 +13,7 @@ from jaxattn.cache import Policy, Recent, Store, by_position, empty, unseen
 from jaxattn.cache.store import Held
 from jaxattn.core.attend.api import Implementation
 from jaxattn.core.attend.bias import as_bias
+from jaxattn.core.attend.choose import Choice
 from jaxattn.core.attend.maps import Dropout
 from jaxattn.core.attend.mask import as_mask
 from jaxattn.core.attend.normalize import Softmax
@@ -92,6 +93,9 @@ class MultiHeadAttention(Mixer):
         bias: The numbers added to scores; also an array or a function of positions, as in `attend`.
         mask: Which keys a query may see; also an array or a function of positions. In packed rows (`Documents`) the
             mask is meant within each document, so that `Sinks(4)` are the first of each.
+        choice: A choice of blocks, such as `MoBA(512, 3)`, whose mask joins that of the call. It is made among all keys
+            of a call with several tokens, in training and in reading a prompt. A call with one token, as in decoding,
+            makes none, and reads what its store selects. A choice is causal, also where `mask` is not.
         normalize: The part that turns scores into weights.
         score_maps: A tuple of maps of the scores, applied in order.
         weight_maps: A tuple of maps of the weights, applied in order.
@@ -100,9 +104,9 @@ class MultiHeadAttention(Mixer):
         rngs: Streams for the initial parameters, and `dropout`.
 
     Raises:
-        ValueError: Sizes do not divide or are out of range, cross-attention has positions, `keys_from` or a name of a
-            bias is unknown, a convolution has keys that are not those of x, or dropout has no stream.
-        TypeError: Maps are not in a tuple, or `position` is of another kind.
+        ValueError: Sizes do not divide or are out of range, cross-attention has positions or a choice, `keys_from` or a
+            name of a bias is unknown, a convolution has keys that are not those of x, or dropout has no stream.
+        TypeError: Maps are not in a tuple, or `position` or `choice` is of another kind.
     """
 
     def __init__(
@@ -124,6 +128,7 @@ class MultiHeadAttention(Mixer):
         score: Any = Dot(),
         bias: Any = None,
         mask: Any = None,
+        choice: Spec | Choice | None = None,
         normalize: Any = Softmax(),
         score_maps: Sequence[Any] = (),
         weight_maps: Sequence[Any] = (),
@@ -151,6 +156,10 @@ class MultiHeadAttention(Mixer):
             position.check(head_dim)
             if keys_from == "context" or context_features is not None:
                 raise ValueError(f"position is {position} for keys of another sequence: need position=None")
+        if not (choice is None or isinstance(choice, Spec | Choice)):
+            raise TypeError(f"choice must be a part such as MoBA(512, 3), or None, got {choice!r}")
+        if choice is not None and keys_from == "context":
+            raise ValueError(f"choice is {choice} for keys of another sequence: need choice=None, since it is causal")
         if not (qk_norm is None or isinstance(qk_norm, Spec)):
             raise TypeError(f"qk_norm must be a spec such as Spec(nn.RMSNorm), or None, got {qk_norm!r}")
         own_keys = keys_from != "layer"
@@ -176,6 +185,7 @@ class MultiHeadAttention(Mixer):
         )
         mask = mask if isinstance(mask, nnx.Module) else as_mask(mask)
         self.score, self.bias, self.mask, self.normalize = (owned(slot) for slot in (score, bias, mask, normalize))
+        self.choice = owned(built(choice, **sizes, dtype=dtype, rngs=rngs))
         self.score_maps = nnx.data(tuple(maps[: len(score_maps)]))
         self.weight_maps = nnx.data(tuple(maps[len(score_maps) :]))
 
@@ -238,7 +248,8 @@ class MultiHeadAttention(Mixer):
             ValueError: A site is unknown, an input has another width, `context` does not fit `keys_from`, or there is a
                 state under a map that reads other queries (`Temporal`, a `Convolution` of more than one query), which a
                 cache of keys does not keep. A store that evicts also refuses documents under a mask that is meant
-                within each document. With `convolution`, there is a context, or documents together with a state, or a
+                within each document. A choice refuses documents, and for several tokens a state that keeps other tokens
+                in each head. With `convolution`, there is a context, or documents together with a state, or a
                 mask of the tokens other than None, `Causal()` and `Documents(ids)`, which say which tokens follow each
                 other.
         """
@@ -368,6 +379,7 @@ class MultiHeadAttention(Mixer):
             positions = jnp.broadcast_to(tokens.positions, query.shape[:2])
             lost = unseen(store, positions, own.mask)[..., None, None]
             query = jnp.where(lost, jnp.nan, query)
+        own = self._chosen(own, query, keys, tokens, store)
         slots, lse = tap.join(own)
         if store is not None:
             _check_rows_alone(slots.score_maps, slots.weight_maps)
@@ -393,6 +405,26 @@ class MultiHeadAttention(Mixer):
             name.removeprefix("store."): x.reshape(*x.shape[:-1], self.key_heads, -1).sum(-1)
             for name, x in by_group.items()
         }
+
+    def _chosen(self, own: Slots, query: Array, keys: KeyValue | Held, tokens: Tokens, store: Store | None) -> Slots:
+        """Returns the slots with the mask of the blocks that are chosen, if any are."""
+        choice = part_of(self.choice)
+        if choice is None or query.shape[1] == 1:
+            return own
+        if tokens.documents is not None:
+            raise ValueError(
+                f"mask has documents, but the choice {type(choice).__name__} counts blocks from the start of a row: "
+                "need one document per row, or choice=None"
+            )
+        places = _places(keys.positions)
+        if places is not None and places.ndim == 3:
+            raise ValueError(
+                f"the state keeps other tokens in each head, and the choice {type(choice).__name__} needs the same in "
+                "all: need a store that keeps all tokens of a prompt, such as Policy(), or choice=None"
+            )
+        at = tokens.known if store is None else tokens.positions
+        mask = choice(query, keys.key, query_positions=_one_or_all(at), key_positions=places)
+        return dataclasses.replace(own, mask=mask if own.mask is None else own.mask & mask)
 
     def reached(self, state: Store) -> Int[Array, " b"]:
         """Returns the positions at which the tokens that the state holds end."""

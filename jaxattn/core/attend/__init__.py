@@ -3,6 +3,7 @@
 from jaxattn.core.attend.api import attend, attention_weights, explain
 from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias, ScoreBias, SumOfBiases
 from jaxattn.core.attend.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
+from jaxattn.core.attend.choose import Choice, FlexPrefill, MoBA, Ordered, VerticalSlash, cumulative_select, sqrt_jsd
 from jaxattn.core.attend.dot_product import dot_product_attention
 from jaxattn.core.attend.graph import Ancestors, Graph
 from jaxattn.core.attend.maps import (
@@ -52,6 +53,7 @@ from jaxattn.core.attend.measure import (
     TopWeights,
     View,
 )
+from jaxattn.core.attend.native import CompressedBlocks, native_sparse_attention
 from jaxattn.core.attend.normalize import (
     Elementwise,
     Elu1,
@@ -104,7 +106,9 @@ __all__ = [
     "BlockIndex",
     "Blocks",
     "Causal",
+    "Choice",
     "Chunked",
+    "CompressedBlocks",
     "Convolution",
     "Dilated",
     "Distance",
@@ -117,6 +121,7 @@ __all__ = [
     "Entmax15",
     "Entropy",
     "Explicit",
+    "FlexPrefill",
     "GaussianWindow",
     "Graph",
     "Gumbel",
@@ -139,10 +144,12 @@ __all__ = [
     "MeanPosition",
     "Measure",
     "MixHeads",
+    "MoBA",
     "NegativeDistance",
     "Neural",
     "Normalize",
     "OneHotSample",
+    "Ordered",
     "PairSum",
     "Partial",
     "PerHead",
@@ -174,6 +181,7 @@ __all__ = [
     "TopK",
     "TopKWeights",
     "TopWeights",
+    "VerticalSlash",
     "View",
     "Window",
     "Within",
@@ -182,11 +190,13 @@ __all__ = [
     "attend",
     "attention_weights",
     "block_means",
+    "cumulative_select",
     "dot_product_attention",
     "explain",
     "gathered",
     "merge",
     "merge_axis",
+    "native_sparse_attention",
     "psum_merge",
     "ring",
     "rotary",
@@ -195,6 +205,7 @@ __all__ = [
     "select_tokens",
     "sinusoidal",
     "split_keys",
+    "sqrt_jsd",
     "striped",
     "take_tokens",
     "unstriped",

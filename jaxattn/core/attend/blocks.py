@@ -5,6 +5,7 @@ mask slot, and `attend(implementation="tiled")` skips the blocks that it leaves 
 decoding, where one query chooses single tokens, `select_tokens` copies the chosen tokens out instead.
 """
 
+import math
 import operator
 from functools import partial, reduce
 from typing import Any
@@ -87,8 +88,8 @@ class BlockIndex:
         """
         _check_block(block)
         _check_integers(query_positions, key_positions)
-        query = _cut(query_positions, block[0])[..., None, :, None, :]
-        key = _cut(key_positions, block[1])[..., None, None, :, :]
+        query = cut(query_positions, block[0])[..., None, :, None, :]
+        key = cut(key_positions, block[1])[..., None, None, :, :]
         possible = np.True_ if mask is None else mask.bounds(query, key)[0]
         return cls(possible & (query >= 0).any(-1) & (key >= 0).any(-1), block)
 
@@ -248,14 +249,20 @@ class Blocks(Mask):
         slots, block = self._slots(query, key, grid=2), self.index.block
         rows, columns = (jnp.asarray(x) // size for x, size in zip(slots, block, strict=True))
         look_up = partial(take_pairs, jnp.asarray(self.index.active), grid=2, fill=False)
-        shape = jax.eval_shape(look_up, rows, columns).shape
-        first = rows[..., :1, :], columns[..., :1]
-        # Within one block, as where tiles fit the blocks, one look-up does for all pairs.
-        return jax.lax.cond(
-            (rows == first[0]).all() & (columns == first[1]).all(),
-            lambda: jnp.broadcast_to(look_up(*first), shape),
-            lambda: look_up(rows, columns),
-        )
+        # Where tiles fit the blocks, slots stand in even groups, and one look-up does for all pairs of two groups.
+        of_rows, of_columns = math.gcd(block[0], rows.shape[-2]), math.gcd(block[1], columns.shape[-1])
+        few = rows[..., ::of_rows, :], columns[..., ::of_columns]
+
+        def spread(rows: Array, columns: Array) -> tuple[Array, Array]:
+            return jnp.repeat(rows, of_rows, -2), jnp.repeat(columns, of_columns, -1)
+
+        def of_groups() -> Array:
+            return jnp.repeat(jnp.repeat(look_up(*few), of_rows, -2), of_columns, -1)
+
+        if of_rows == of_columns == 1:
+            return look_up(rows, columns)
+        even = reduce(operator.and_, ((x == y).all() for x, y in zip(spread(*few), (rows, columns), strict=True)))
+        return jax.lax.cond(even, of_groups, lambda: look_up(rows, columns))
 
     def bounds(self, query, key):
         # The active blocks in the rectangle that a tile's slots span, from sums over all blocks above and left.
@@ -285,18 +292,15 @@ class Blocks(Mask):
         return f"active blocks of {self.index.block[0]} x {self.index.block[1]}"
 
 
-def block_means(key: Float[Array, "*b s k h"], size: int) -> Float[Array, "*b kb k h"]:
-    """The mean of each block of `size` keys, MoBA's centroids (Lu et al., 2025).
-
-    MoBA of a query and a key is
-
-        _, scores = attention_weights(query, block_means(key, size), score=Dot(1.0))  # [..., N, T, KB]
-        index = BlockIndex.from_scores(scores, k, (1, size))
-        attend(query, key, value, mask=Causal() & Blocks(index))
+def block_means(
+    key: Float[Array, "*b s k h"], size: int, there: Bool[Array, "*#b s"] | np.ndarray | None = None
+) -> Float[Array, "*b kb k h"]:
+    """The mean of each block of `size` keys, MoBA's centroids (Lu et al., 2025), by which `MoBA` chooses.
 
     Args:
         key: [..., S, K, H].
         size: The number of keys per block, at least 1. The last block may be shorter; its mean is over the keys it has.
+        there: Booleans [..., S], which keys count; others may hold anything. By default all. A block of none is 0.
 
     Returns:
         The means [..., KB, K, H], in float32 or better.
@@ -306,13 +310,16 @@ def block_means(key: Float[Array, "*b s k h"], size: int) -> Float[Array, "*b kb
         ValueError: `size` is below 1.
     """
     check_static_int("block_means", "size", size, 1)
-    *batch, length, heads, width = key.shape
-    blocks = -(-length // size)
-    padded = jnp.pad(
-        key.astype(accumulator(key)), [(0, 0)] * len(batch) + [(0, blocks * size - length), (0, 0), (0, 0)]
-    )
-    count = np.minimum(size, length - size * np.arange(blocks))
-    return padded.reshape(*batch, blocks, size, heads, width).sum(-3) / count[:, None, None].astype(padded.dtype)
+    key = key.astype(accumulator(key))
+    if there is None:
+        there = np.ones(key.shape[-3], bool)
+    else:
+        key = jnp.where(there[..., None, None], key, 0)
+    short = -key.shape[-3] % size
+    blocks = jnp.pad(key, [(0, short) if axis == key.ndim - 3 else (0, 0) for axis in range(key.ndim)])
+    blocks = blocks.reshape(*key.shape[:-3], -1, size, *key.shape[-2:])
+    count = (cut(there - 1, size) >= 0).sum(-1)
+    return blocks.sum(-3) / count.clip(1)[..., None, None].astype(key.dtype)
 
 
 def select_tokens(
@@ -409,7 +416,7 @@ def _check_integers(query_positions: Any, key_positions: Any) -> None:
             raise TypeError(f"{name} must be an integer array, got {getattr(places, 'dtype', type(places).__name__)}")
 
 
-def _cut(positions: Any, size: int) -> Any:
+def cut(positions: Any, size: int) -> Any:
     """Cuts [..., L] into [..., ceil(L / size), size], padded with empty slots."""
     xp: Any = np if isinstance(positions, np.ndarray) else jnp
     short = -positions.shape[-1] % size
