@@ -159,6 +159,30 @@ class Store:
         key, value, positions = (_take(x, slots) for x in (self.key, self.value, self.positions))
         return Held(key, value, positions, slots)
 
+    def rolled_back(self, last: Int[Array, "#b"]) -> "Store":
+        """Returns the store without the tokens behind position `last` [1 or B], as if they had not been appended.
+
+        Raises:
+            ValueError: The policy evicts, since the token that an evicted one made room for cannot be brought back; or
+                the store holds the past of a convolution, which is that of the newest tokens alone.
+        """
+        if self.retain.evicts or self.past:
+            why = (
+                "holds the past of a convolution" if self.past else f"has evicted tokens ({type(self.retain).__name__})"
+            )
+            raise ValueError(f"the store {why}, which cannot be brought back: need a store that keeps everything")
+        last = jnp.minimum(self.last, last)
+        positions = jnp.where(self.positions > last[:, None, None], -1, self.positions)
+        new = dataclasses.replace(self, positions=positions, last=last)
+        return new if self.select is None else new._summarised(None)
+
+    def reordered(self, rows: Int[Array, " r"]) -> "Store":
+        """Returns the store whose row i is row rows[i] of this one."""
+        by_row = ("key", "value", "positions", "last", "statistics", "summary", "past", "fresh")
+        return dataclasses.replace(
+            self, **{name: jax.tree.map(lambda x: x[rows], getattr(self, name)) for name in by_row}
+        )
+
     def observe(self, measured: Mapping[str, Float[Array, "b s k"]], seen: Held) -> "Store":
         """Returns the store after the queries have attended to the result of `read`.
 

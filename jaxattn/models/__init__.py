@@ -13,13 +13,15 @@ from jaxattn.models.generate import (
     Processor,
     RepetitionPenalty,
     generate,
-    sample,
 )
 from jaxattn.models.image_size import with_image_size
 from jaxattn.models.load import from_plain, load_model, register_specs, to_plain
 from jaxattn.models.patterns import based, hymba, pattern
 from jaxattn.models.pretrained import fetch_weights, load_pretrained, save_pretrained
 from jaxattn.models.replace import map_mixers, replace_mixers
+from jaxattn.models.sample import sample
+from jaxattn.models.speculate import Drafter, PromptLookup, Speculation, speculate
+from jaxattn.models.state import reordered, rolled_back
 from jaxattn.models.transformer import Transformer
 from jaxattn.nn.spec import Spec
 
@@ -27,14 +29,17 @@ __all__ = [
     "Branch",
     "Combine",
     "Contrast",
+    "Drafter",
     "EncoderDecoder",
     "FoldedDecoder",
     "Generation",
     "Layer",
     "MinimumLength",
     "Processor",
+    "PromptLookup",
     "RepetitionPenalty",
     "Spec",
+    "Speculation",
     "Transformer",
     "TransformerConfig",
     "based",
@@ -52,9 +57,12 @@ __all__ = [
     "pattern",
     "pre_norm",
     "register_specs",
+    "reordered",
     "replace_mixers",
+    "rolled_back",
     "sample",
     "save_pretrained",
+    "speculate",
     "to_plain",
     "with_image_size",
 ]

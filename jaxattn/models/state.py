@@ -1,0 +1,73 @@
+"""What decoders do to the state of a whole model between two calls: forget the newest tokens, and change the rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Int
+
+from jaxattn.cache import Store
+from jaxattn.nn.attention import KeyValue
+
+
+def reordered(state: Any, rows: Int[Array, " r"]) -> Any:
+    """Returns the state of a model whose row i is row rows[i] of `state`. Every mixer's state can be reordered.
+
+    Args:
+        state: From `init_state` or a call of the model.
+        rows: [R], rows of the state, in any number; the new state has R rows.
+    """
+
+    def moved(x: Any) -> Any:
+        return jax.tree.map(lambda x: x[:, rows], x)
+
+    return _mapped(state, lambda store: store.reordered(rows), moved, moved)
+
+
+def rolled_back(state: Any, count: Int[Array, " b"]) -> Any:
+    """Returns the state of a model without the newest `count` [B] positions of each row, at least 0.
+
+    The next call gives the same logits as after a state that has never read these tokens.
+
+    Raises:
+        ValueError: A store evicts, or a mixer keeps a state of fixed size, such as a recurrence. Keep the state from
+            before the tokens instead, and read again those that stay.
+    """
+
+    def refused(state: Any) -> Any:
+        raise ValueError(
+            "the state of a recurrent mixer holds no single tokens, so none can be taken back: keep the state from "
+            "before them, and read again those that stay"
+        )
+
+    return _mapped(state, lambda store: store.rolled_back(store.last - count), lambda keys: keys, refused)
+
+
+def can_roll_back(state: Any) -> bool:
+    """Returns whether `rolled_back` takes the state, or the shapes of one."""
+    if isinstance(state, Store):
+        return not (state.retain.evicts or state.past)
+    if isinstance(state, KeyValue):
+        return True
+    return _is_several(state) and all(map(can_roll_back, state))
+
+
+def _is_several(state: Any) -> bool:
+    """Returns whether this is a plain tuple of states."""
+    return isinstance(state, tuple) and not hasattr(state, "_fields")
+
+
+def _mapped(
+    state: Any,
+    of_store: Callable[[Store], Any],
+    of_keys: Callable[[KeyValue], Any],
+    of_other: Callable[[Any], Any],
+) -> Any:
+    """Applies a function to each store, keys of a context, or other state of a mixer, whose first axis is layers."""
+    if isinstance(state, Store):
+        return jax.vmap(of_store)(state)
+    if isinstance(state, KeyValue):
+        return of_keys(state)
+    if _is_several(state):
+        return tuple(_mapped(each, of_store, of_keys, of_other) for each in state)
+    return of_other(state)
