@@ -89,8 +89,20 @@ class Store:
             return new._written(jnp.where(positions < 0, self.positions.shape[1], positions)[..., None], key, value,
                                 positions[..., None])  # fmt: skip
         if positions.shape[1] > 1:
-            return dataclasses.replace(new, fresh=Held(key, value, positions[..., None]))
+            return new.beside(key, value, positions)
         return new._written(new._free(positions), key, value, positions[..., None])
+
+    def beside(
+        self, key: Float[Array, "b t k h"], value: Float[Array, "b t k v"], positions: Int[Array, "b t"]
+    ) -> "Store":
+        """Returns the store with new tokens beside its slots: `read` shows them, and nothing else has changed."""
+        fresh = Held(key.astype(self.key.dtype), value.astype(self.value.dtype), positions[..., None].astype(jnp.int32))
+        return dataclasses.replace(self, fresh=fresh)
+
+    def joined(self, chosen: Bool[Array, "b t"]) -> "Store":
+        """Returns the store after some of the tokens beside it were appended; the others are gone."""
+        positions = jnp.where(chosen, self.fresh.positions[..., 0], -1)
+        return dataclasses.replace(self, fresh=None).append(self.fresh.key, self.fresh.value, positions)
 
     def _free(self, positions: Int[Array, "b 1"]) -> Int[Array, "b 1 g"]:
         """Returns the slot for a single token: an empty one, or that of the least worth; C for padding."""

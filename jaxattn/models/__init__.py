@@ -21,8 +21,9 @@ from jaxattn.models.pretrained import fetch_weights, load_pretrained, save_pretr
 from jaxattn.models.replace import map_mixers, replace_mixers
 from jaxattn.models.sample import sample
 from jaxattn.models.speculate import Drafter, PromptLookup, Speculation, speculate
-from jaxattn.models.state import reordered, rolled_back
+from jaxattn.models.state import joined, reordered, rolled_back
 from jaxattn.models.transformer import Transformer
+from jaxattn.models.tree import longest_path
 from jaxattn.nn.spec import Spec
 
 __all__ = [
@@ -49,9 +50,11 @@ __all__ = [
     "from_plain",
     "generate",
     "hymba",
+    "joined",
     "linearize",
     "load_model",
     "load_pretrained",
+    "longest_path",
     "map_mixers",
     "matching_loss",
     "pattern",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxattn.cache import Store
 from jaxattn.nn.attention import KeyValue
@@ -41,6 +41,18 @@ def rolled_back(state: Any, count: Int[Array, " b"]) -> Any:
         )
 
     return _mapped(state, lambda store: store.rolled_back(store.last - count), lambda keys: keys, refused)
+
+
+def joined(state: Any, chosen: Bool[Array, "b t"]) -> Any:
+    """Returns the state of a model that has read a tree of drafts, after the chosen [B, T] nodes have joined the text.
+
+    They are a path from a root, such as `longest_path`. The other nodes are gone.
+    """
+
+    def refused(state: Any) -> Any:
+        raise ValueError("the state of a recurrent mixer holds no nodes: need a state after model(..., parents=...)")
+
+    return _mapped(state, lambda store: store.joined(chosen), lambda keys: keys, refused)
 
 
 def can_roll_back(state: Any) -> bool:

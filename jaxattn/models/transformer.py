@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxattn import nn
 from jaxattn.cache import Policy, check_room
+from jaxattn.core.attend.graph import Ancestors
 from jaxattn.core.attend.mask import Causal, Documents, anded, as_mask, documents_of
 from jaxattn.core.attend.measure import Measure
 from jaxattn.core.checks import check_array
@@ -285,6 +286,7 @@ class Transformer(nnx.Module):
         record: Any = (),
         start: tuple[Int[Array, ""] | int, Float[Array, "b s d"]] | None = None,
         logits_at: Int[Array, "#b p"] | Int[Array, " p"] | None = None,
+        parents: Int[Array, "#b t"] | None = None,
     ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Any]]:
         """Runs the model.
 
@@ -310,6 +312,10 @@ class Transformer(nnx.Module):
             logits_at: [P] or [B, P], the positions of the tokens whose logits are wanted, [B, P, vocabulary]; NaN where
                 no token stands. All tokens by default. The last norm and the head are computed of these tokens alone,
                 which saves much where the vocabulary is large.
+            parents: [B, T] or [T] where the tokens are nodes of a tree of drafts (SpecInfer, Miao et al., 2024): the
+                node before each, a smaller number, or −1 for a root. A node sees what the state holds, itself and its
+                ancestors, and stands as many places behind the last token as it has ancestors. The state that comes
+                back holds the nodes beside the text, until `joined` says which of them it takes.
 
         Returns:
             A triple (logits, state, records).
@@ -327,8 +333,19 @@ class Transformer(nnx.Module):
         if 0 in inputs.shape:
             raise ValueError(f"inputs has shape {inputs.shape}: need at least one row of at least one token")
         changes, asked = as_edits(edits, sum(self.lengths)), as_records(record)
+        if parents is not None:
+            parents = jnp.atleast_2d(jnp.asarray(parents))
+            if parents.shape[-1] != inputs.shape[1] or changes or asked or logits_at is not None:
+                raise ValueError(
+                    f"parents has shape {parents.shape} for {inputs.shape[1]} tokens: need one for each, and neither "
+                    "edits, records nor logits_at, which tell tokens apart by their position"
+                )
+            if positions is None:
+                after = 0 if state is None else self.reached(state)[:, None]
+                positions = after + Ancestors(parents).depths
         x = self.embed(inputs, positions, types)
         row = self.tokens(x, positions=positions, mask=mask, state=state)
+        row = row if parents is None else dataclasses.replace(row, parents=parents)
         of_model = {site: each for site, each in changes.items() if site in OF_MODEL}
         tap = Tap(of_model, {name: each for name, each in asked.items() if each[0] in OF_MODEL}).at(row)
         of_inputs = row  # without meta tokens
