@@ -19,6 +19,8 @@ from jaxattn.cache.select import Select, chosen
 from jaxattn.core.attend.mask import Mask
 from jaxattn.core.part import part
 
+BY_ROW = ("key", "value", "positions", "last", "statistics", "summary", "past", "fresh")  # fields with a batch axis
+
 
 class Held(NamedTuple):
     """Keys and values that a query attends to.
@@ -190,10 +192,15 @@ class Store:
 
     def reordered(self, rows: Int[Array, " r"]) -> "Store":
         """Returns the store whose row i is row rows[i] of this one."""
-        by_row = ("key", "value", "positions", "last", "statistics", "summary", "past", "fresh")
         return dataclasses.replace(
-            self, **{name: jax.tree.map(lambda x: x[rows], getattr(self, name)) for name in by_row}
+            self, **{name: jax.tree.map(lambda x: x[rows], getattr(self, name)) for name in BY_ROW}
         )
+
+    def replaced(self, rows: Int[Array, " r"], other: "Store") -> "Store":
+        """Returns the store with these rows taken by the rows of another of the same policy and capacity."""
+        fields = {name: (getattr(self, name), getattr(other, name)) for name in BY_ROW}
+        put = {name: jax.tree.map(lambda x, new: x.at[rows].set(new), *pair) for name, pair in fields.items()}
+        return dataclasses.replace(self, **put)
 
     def observe(self, measured: Mapping[str, Float[Array, "b s k"]], seen: Held) -> "Store":
         """Returns the store after the queries have attended to the result of `read`.

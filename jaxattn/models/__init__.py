@@ -20,6 +20,7 @@ from jaxattn.models.patterns import based, hymba, pattern
 from jaxattn.models.pretrained import fetch_weights, load_pretrained, save_pretrained
 from jaxattn.models.replace import map_mixers, replace_mixers
 from jaxattn.models.sample import sample
+from jaxattn.models.server import Finished, Server
 from jaxattn.models.speculate import Drafter, PromptLookup, Speculation, speculate
 from jaxattn.models.state import joined, reordered, rolled_back
 from jaxattn.models.transformer import Transformer
@@ -32,6 +33,7 @@ __all__ = [
     "Contrast",
     "Drafter",
     "EncoderDecoder",
+    "Finished",
     "FoldedDecoder",
     "Generation",
     "Layer",
@@ -39,6 +41,7 @@ __all__ = [
     "Processor",
     "PromptLookup",
     "RepetitionPenalty",
+    "Server",
     "Spec",
     "Speculation",
     "Transformer",

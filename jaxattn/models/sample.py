@@ -65,7 +65,7 @@ def likely(
     if top_p is not None:
         probabilities = jax.nn.softmax(order, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = (before < top_p) | (jnp.arange(order.shape[-1]) == 0)
+        kept = (before < top_p) | (top_p >= 1) | (jnp.arange(order.shape[-1]) == 0)
         floor = jnp.maximum(floor, jnp.where(kept, order, jnp.inf).min(-1))
     one = jnp.where(jnp.arange(logits.shape[-1]) == greedy[..., None], 0.0, -jnp.inf)
     drawn = jnp.where(logits >= floor[..., None], logits, -jnp.inf)

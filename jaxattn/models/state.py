@@ -21,7 +21,16 @@ def reordered(state: Any, rows: Int[Array, " r"]) -> Any:
     def moved(x: Any) -> Any:
         return jax.tree.map(lambda x: x[:, rows], x)
 
-    return _mapped(state, lambda store: store.reordered(rows), moved, moved)
+    return _mapped(lambda store: store.reordered(rows), moved, moved, state)
+
+
+def replaced(state: Any, rows: Int[Array, " r"], other: Any) -> Any:
+    """Returns the state of a model with these rows taken by the R rows of another state of the same capacity."""
+
+    def put(x: Any, new: Any) -> Any:
+        return jax.tree.map(lambda x, new: x.at[:, rows].set(new), x, new)
+
+    return _mapped(lambda store, new: store.replaced(rows, new), put, put, state, other)
 
 
 def rolled_back(state: Any, count: Int[Array, " b"]) -> Any:
@@ -40,7 +49,7 @@ def rolled_back(state: Any, count: Int[Array, " b"]) -> Any:
             "before them, and read again those that stay"
         )
 
-    return _mapped(state, lambda store: store.rolled_back(store.last - count), lambda keys: keys, refused)
+    return _mapped(lambda store: store.rolled_back(store.last - count), lambda keys: keys, refused, state)
 
 
 def joined(state: Any, chosen: Bool[Array, "b t"]) -> Any:
@@ -52,7 +61,7 @@ def joined(state: Any, chosen: Bool[Array, "b t"]) -> Any:
     def refused(state: Any) -> Any:
         raise ValueError("the state of a recurrent mixer holds no nodes: need a state after model(..., parents=...)")
 
-    return _mapped(state, lambda store: store.joined(chosen), lambda keys: keys, refused)
+    return _mapped(lambda store: store.joined(chosen), lambda keys: keys, refused, state)
 
 
 def can_roll_back(state: Any) -> bool:
@@ -70,16 +79,17 @@ def _is_several(state: Any) -> bool:
 
 
 def _mapped(
-    state: Any,
-    of_store: Callable[[Store], Any],
-    of_keys: Callable[[KeyValue], Any],
-    of_other: Callable[[Any], Any],
+    of_store: Callable[..., Any], of_keys: Callable[..., Any], of_other: Callable[..., Any], state: Any, *others: Any
 ) -> Any:
-    """Applies a function to each store, keys of a context, or other state of a mixer, whose first axis is layers."""
+    """Applies a function to each store, keys of a context, or other state of a mixer, whose first axis is layers.
+
+    With `others`, states of the same structure, the functions take one of each.
+    """
     if isinstance(state, Store):
-        return jax.vmap(of_store)(state)
+        return jax.vmap(of_store)(state, *others)
     if isinstance(state, KeyValue):
-        return of_keys(state)
+        return of_keys(state, *others)
     if _is_several(state):
-        return tuple(_mapped(each, of_store, of_keys, of_other) for each in state)
-    return of_other(state)
+        pairs = zip(state, *others, strict=True)
+        return tuple(_mapped(of_store, of_keys, of_other, *each) for each in pairs)
+    return of_other(state, *others)
