@@ -1,5 +1,6 @@
 """Models: transformers from a list of layer specs, generation from them, and other mixers in them."""
 
+from jaxattn.models.beam import Beams, beam_search
 from jaxattn.models.config import Branch, Layer, TransformerConfig, pre_norm
 from jaxattn.models.convert import linearize, matching_loss
 from jaxattn.models.encoder_decoder import EncoderDecoder
@@ -28,6 +29,7 @@ from jaxattn.models.tree import longest_path
 from jaxattn.nn.spec import Spec
 
 __all__ = [
+    "Beams",
     "Branch",
     "Combine",
     "Contrast",
@@ -47,6 +49,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "based",
+    "beam_search",
     "centre_writes",
     "fetch_weights",
     "fold_norms",
