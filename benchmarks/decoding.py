@@ -1,7 +1,7 @@
-"""`python -m benchmarks.decoding`: SmolLM2-135M continues text of the standard library, with and without drafts.
+"""`python -m benchmarks.decoding drafts`: SmolLM2-135M continues texts of the standard library, with drafts or without.
 
-Every text is continued greedily by each way of decoding in turn, so that a slow moment of the machine hits them alike.
-Needs the weights that `jaxattn weights smollm2` gets. Prints a table.
+`... server` continues eight of them at once. All ways of decoding take turns, so that a slow moment of the machine hits
+them alike, and all are greedy. Needs the weights that `jaxattn weights smollm2` gets. Prints one line of JSON per row.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.measure import take_turns
 from jaxattn.cache import Policy, Recent
-from jaxattn.models import PromptLookup, fetch_weights, generate, load_pretrained, speculate
+from jaxattn.models import PromptLookup, Server, fetch_weights, generate, load_pretrained, speculate
 
 CODE, PROSE = (
     ("textwrap", "argparse", "json.decoder", "statistics"),
@@ -83,14 +83,67 @@ def run(model: Any, chosen: list[Text], new: int, ahead: int, budget: float = 0.
     return rows
 
 
+def serve(model: Any, chosen: list[Text], new: int, budget: float = 0.0) -> list[dict[str, Any]]:
+    """Returns a row for each way to continue ragged prompts: one after the other, as one batch, or by a server.
+
+    The prompts are of the lengths 1/n, 2/n, .. 1 of the texts. Every second one draws half as many tokens; alone it ends
+    there, and in one batch it goes on until the others have ended.
+    """
+    width, count = chosen[0].ids.shape[1], len(chosen)
+    lengths = [width * (i + 1) // count for i in range(count)]
+    wanted = [new // (1 + i % 2) for i in range(count)]
+    prompts, made = np.concatenate([text.ids for text in chosen]), {}
+    server = Server(model, slots=count, capacity=width + new)
+
+    def together(rows: slice, new: int) -> np.ndarray:
+        given = prompts[rows], np.array(lengths[rows])
+        return np.asarray(generate(model, *given, max_new_tokens=new, temperature=0.0).tokens)
+
+    def alone() -> None:
+        made["one after the other"] = [together(slice(i, i + 1), wanted[i])[0] for i in range(count)]
+
+    def batch() -> None:
+        made["one batch"] = list(together(slice(count), new))
+
+    def served() -> None:
+        for i in range(count):
+            server.submit(prompts[i, : lengths[i]], max_new_tokens=wanted[i], temperature=0.0)
+        while server.step():
+            pass
+        made["server"] = [finished.tokens for _, finished in sorted(server.results().items())]
+
+    seconds = take_turns({"one after the other": alone, "one batch": batch, "server": served}, budget, least=3, most=3)
+    base = made["one after the other"]
+    return [
+        {
+            "way": name,
+            "seconds": statistics.median(each),
+            "tokens per second": sum(wanted) / statistics.median(each),
+            "time of one after the other over it": statistics.median(
+                a / b for a, b in zip(seconds["one after the other"], each, strict=True)
+            ),
+            "rows with the same tokens": sum(
+                np.array_equal(a[:n], b[:n]) for a, b, n in zip(base, made[name], wanted, strict=True)
+            ),
+        }
+        for name, each in seconds.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=str(__doc__).split("\n")[0])
+    parser.add_argument("what", choices=["drafts", "server"])
     parser.add_argument("--length", type=int, default=256, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens that are drawn")
     parser.add_argument("--ahead", type=int, default=4, help="guesses in each round")
     arguments = parser.parse_args()
     loaded = load_pretrained(fetch_weights("smollm2"))
-    for text in texts(loaded.encode, arguments.length):
+    chosen = texts(loaded.encode, arguments.length)
+    if arguments.what == "server":
+        for row in serve(loaded.model, chosen, arguments.new):
+            print(json.dumps(row), flush=True)
+        return
+    for text in chosen:
         for row in run(loaded.model, [text], arguments.new, arguments.ahead):
             print(json.dumps(row), flush=True)
 
