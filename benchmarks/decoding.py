@@ -86,8 +86,8 @@ def run(model: Any, chosen: list[Text], new: int, ahead: int, budget: float = 0.
 def serve(model: Any, chosen: list[Text], new: int, budget: float = 0.0) -> list[dict[str, Any]]:
     """Returns a row for each way to continue ragged prompts: one after the other, as one batch, or by a server.
 
-    The prompts are of the lengths 1/n, 2/n, .. 1 of the texts. Every second one draws half as many tokens; alone it ends
-    there, and in one batch it goes on until the others have ended.
+    The prompts are of the lengths 1/n, 2/n, .. 1 of the texts. Every second one draws half as many tokens; alone it
+    ends there, and in one batch it goes on until the others have ended.
     """
     width, count = chosen[0].ids.shape[1], len(chosen)
     lengths = [width * (i + 1) // count for i in range(count)]

@@ -22,6 +22,15 @@ from jaxattn.models.pretrained import fetch_weights, load_pretrained, save_pretr
 from jaxattn.models.replace import map_mixers, replace_mixers
 from jaxattn.models.sample import sample
 from jaxattn.models.server import Finished, Server
+from jaxattn.models.simultaneous import (
+    EDAtt,
+    Simultaneous,
+    WaitK,
+    WritePolicy,
+    average_lagging,
+    first_crossing,
+    simultaneous,
+)
 from jaxattn.models.speculate import Drafter, PromptLookup, Speculation, speculate
 from jaxattn.models.state import joined, reordered, rolled_back
 from jaxattn.models.transformer import Transformer
@@ -34,6 +43,7 @@ __all__ = [
     "Combine",
     "Contrast",
     "Drafter",
+    "EDAtt",
     "EncoderDecoder",
     "Finished",
     "FoldedDecoder",
@@ -44,14 +54,19 @@ __all__ = [
     "PromptLookup",
     "RepetitionPenalty",
     "Server",
+    "Simultaneous",
     "Spec",
     "Speculation",
     "Transformer",
     "TransformerConfig",
+    "WaitK",
+    "WritePolicy",
+    "average_lagging",
     "based",
     "beam_search",
     "centre_writes",
     "fetch_weights",
+    "first_crossing",
     "fold_norms",
     "from_plain",
     "generate",
@@ -71,6 +86,7 @@ __all__ = [
     "rolled_back",
     "sample",
     "save_pretrained",
+    "simultaneous",
     "speculate",
     "to_plain",
     "with_image_size",
