@@ -508,7 +508,14 @@ class Transformer(nnx.Module):
                 keys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             some = layer if runs_all else _between(layer, start, count if stop is None else stop)
             some = remade(some, self.config.remat)
-            (x, keys), (new_state, records, counts) = jax.lax.scan(some, (x, keys), own)
+            if held is not None and _keeps_state(layer, (x, keys), own):
+                # Carried, a state is changed in place: as a result of the scan all of it would be written anew.
+                in_place = (params if every is None else None), rest, None, sliced, numbers
+                ((x, keys), new_state), (_, records, counts) = jax.lax.scan(
+                    _in_place(some, first), ((x, keys), held), in_place
+                )
+            else:
+                (x, keys), (new_state, records, counts) = jax.lax.scan(some, (x, keys), own)
             shared = keys if gives else shared  # several runs may read the same keys
             first += length
             if not run.deterministic:
@@ -560,6 +567,30 @@ class Transformer(nnx.Module):
             return state
         meta = jnp.broadcast_to(self.meta[...], (batch, *self.meta.shape))
         return self.layers(meta, state=state)[1]
+
+
+def _keeps_state(layer: Callable[..., Any], carry: Any, slices: Any) -> bool:
+    """Returns whether a layer hands on a state of the structure, shapes and dtypes that it was given."""
+    one = jax.tree.map(lambda x: x[0], slices)
+    _, (state, _, _) = jax.eval_shape(layer, carry, one)
+    given, after = (jax.tree.map(lambda x: (x.shape, x.dtype), each) for each in (one[2], state))
+    return bool(given == after)
+
+
+def _in_place(layer: Callable[..., Any], first: int) -> Callable[..., Any]:
+    """Returns the body of a scan that carries the states of all layers, from that of layer number `first` on."""
+
+    def changed(carry, slices):
+        carry, states = carry
+        params, rest, _, edits, number = slices
+        held = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number - first, keepdims=False), states)
+        carry, (new, records, counts) = layer(carry, (params, rest, held, edits, number))
+        states = jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, number - first, 0), states, new
+        )
+        return (carry, states), (None, records, counts)
+
+    return changed
 
 
 def _between(layer: Callable[..., Any], start: Any, stop: Any) -> Callable[..., Any]:
