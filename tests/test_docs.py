@@ -804,6 +804,20 @@ def test_the_page_on_models(page):
     assert models.again.config == models.published
 
 
+def test_the_page_on_decoding(page):
+    p = page("decoding")
+    for text in (p.fast, p.self_drafted, p.same):
+        np.testing.assert_array_equal(text.tokens, p.plain.tokens)
+        assert int(text.calls) <= 16
+    np.testing.assert_array_equal(p.path, [[True, True, False, True, False]] * 2)
+    np.testing.assert_array_equal(p.finished[1].tokens, p.plain.tokens[1])
+    assert sorted(p.finished) == [0, 1, 2]
+    assert (np.diff(p.found.scores) <= 0).all()
+    assert (p.written.read >= 4).all()
+    np.testing.assert_array_equal(p.model.reached(p.back) - p.model.reached(p.state), [0, 1])
+    np.testing.assert_array_equal(p.model.reached(p.swapped), p.model.reached(p.back)[::-1])
+
+
 def test_the_page_on_training(page):
     p = page("training")
     whole = p.result.history

@@ -72,6 +72,10 @@ class Storage(abc.ABC):
         """Returns what is held of these rows of the batch."""
         return jax.tree.map(lambda x: x[rows], held)
 
+    def replaced(self, held: Any, rows: Int[Array, " r"], other: Any, places: Int[Array, "b c g"]) -> Any:
+        """Returns what is held with these rows taken by all rows of what another store holds."""
+        return jax.tree.map(lambda x, new: x.at[rows].set(new), held, other)
+
     def cleared(self, held: Any, places: Int[Array, "b c g"]) -> Any:
         """Returns what is held after slots have become empty in `places`."""
         return held
@@ -199,6 +203,14 @@ class Paged(Storage):
 
     def reordered(self, held, rows):
         return held | {"table": held["table"][rows]}
+
+    def replaced(self, held, rows, other, places):
+        held = held | {"table": held["table"].at[rows].set(-1)}
+        of_rows = places[rows]
+        new = self.take(other, None, of_rows)
+        key, value = (jnp.zeros((len(places), *x.shape[1:]), x.dtype).at[rows].set(x) for x in new)
+        mine = jnp.zeros(len(places), bool).at[rows].set(True)[:, None, None]
+        return super().fill(held, key, value, jnp.where(mine, places, -1))
 
     def cleared(self, held, places):
         there = (places >= 0).any(-1).reshape(len(places), -1, self.size).any(-1)

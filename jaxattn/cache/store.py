@@ -21,6 +21,8 @@ from jaxattn.core.attend.mask import Mask
 from jaxattn.core.attend.measure import Measure
 from jaxattn.core.part import part
 
+BY_ROW = ("positions", "last", "statistics", "summary", "past", "fresh")  # fields with a batch axis, beside `held`
+
 
 class Held(NamedTuple):
     """Keys and values that a query attends to.
@@ -74,6 +76,11 @@ class Store:
     key_position: KeyPosition = Absolute()
 
     @property
+    def dtype(self) -> Any:
+        """The dtype in which keys and values are read."""
+        return jax.eval_shape(lambda: self.key).dtype
+
+    @property
     def key(self) -> Float[Array, "b c k h"]:
         """The keys in all slots, as they are read; those of empty slots may be anything."""
         return self.storage.take(self.held, None, self.positions)[0]
@@ -94,8 +101,7 @@ class Store:
         `unseen` says for which tokens that matters.
         """
         positions = positions.astype(jnp.int32)
-        dtype = jax.eval_shape(lambda: self.key).dtype
-        key, value = key.astype(dtype), value.astype(dtype)
+        key, value = key.astype(self.dtype), value.astype(self.dtype)
         new = dataclasses.replace(self, last=jnp.maximum(self.last, positions.max(-1)))
         if self.retain.evicts:
             worth = new._worth(self.positions, self.statistics)
@@ -103,7 +109,7 @@ class Store:
         else:
             check_room(self, positions)
         if positions.shape[1] > 1 and (self.retain.evicts or not self.storage.exact):
-            return dataclasses.replace(new, fresh=Held(key, value, positions[..., None]))
+            return new.beside(key, value, positions)
         slots = new._free(positions) if self.retain.evicts else self._own_slots(positions)
         return new._written(slots, key, value, positions[..., None])
 
@@ -115,6 +121,19 @@ class Store:
     def _own_slots(self, positions: Int[Array, "b t"]) -> Int[Array, "b t 1"]:
         """Returns the slots of tokens that each have the slot of their position; C for padding."""
         return jnp.where(positions < 0, self.positions.shape[1], positions)[..., None]
+
+    def beside(
+        self, key: Float[Array, "b t k h"], value: Float[Array, "b t k v"], positions: Int[Array, "b t"]
+    ) -> "Store":
+        """Returns the store with new tokens beside its slots: `read` shows them, and nothing else has changed."""
+        fresh = Held(key.astype(self.dtype), value.astype(self.dtype), positions[..., None].astype(jnp.int32))
+        return dataclasses.replace(self, fresh=fresh)
+
+    def joined(self, chosen: Bool[Array, "b t"]) -> "Store":
+        """Returns the store after some of the tokens beside it were appended; the others are gone."""
+        positions = jnp.where(chosen, self.fresh.positions[..., 0], -1)
+        new = dataclasses.replace(self, fresh=None).append(self.fresh.key, self.fresh.value, positions)
+        return new if new.fresh is None or self.retain.evicts else new.observe({}, new.fresh)
 
     def _free(self, positions: Int[Array, "b 1"]) -> Int[Array, "b 1 g"]:
         """Returns the slot for a single token: an empty one, or that of the least worth; C for padding."""
@@ -178,6 +197,44 @@ class Store:
         pages = chosen(scores, self.select.pages, _pages(self.positions, size))  # [B, P, K]
         slots = (pages[:, :, None] * size + jnp.arange(size)[:, None]).reshape(len(query), -1, heads)
         return Held(*self.storage.take(self.held, slots, self.positions), take_slots(self.positions, slots), slots)
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether the newest tokens can be taken back."""
+        return not self.retain.evicts and self.storage.rolls_back and not self.past
+
+    def rolled_back(self, last: Int[Array, "#b"]) -> "Store":
+        """Returns the store without the tokens behind position `last` [1 or B], as if they had not been appended.
+
+        Raises:
+            ValueError: The policy evicts, since the token that an evicted one made room for cannot be brought back; the
+                storage rounds tokens together; or the store holds the past of a convolution, which is that of the
+                newest tokens alone.
+        """
+        if not self.rolls_back:
+            why = "holds the past of a convolution"
+            if not self.storage.rolls_back:
+                why = f"has rounded tokens together ({type(self.storage).__name__})"
+            if self.retain.evicts:
+                why = f"has evicted tokens ({type(self.retain).__name__})"
+            raise ValueError(f"the store {why}, which cannot be brought back: need a store that keeps everything")
+        last = jnp.minimum(self.last, last)
+        positions = jnp.where(self.positions > last[:, None, None], -1, self.positions)
+        held = self.storage.cleared(self.held, positions)
+        new = dataclasses.replace(self, held=held, positions=positions, last=last)
+        return new if self.select is None else new._summarised(None)
+
+    def reordered(self, rows: Int[Array, " r"]) -> "Store":
+        """Returns the store whose row i is row rows[i] of this one."""
+        fields = {name: jax.tree.map(lambda x: x[rows], getattr(self, name)) for name in BY_ROW}
+        return dataclasses.replace(self, held=self.storage.reordered(self.held, rows), **fields)
+
+    def replaced(self, rows: Int[Array, " r"], other: "Store") -> "Store":
+        """Returns the store with these rows taken by the rows of another of the same policy and capacity."""
+        fields = {name: (getattr(self, name), getattr(other, name)) for name in BY_ROW}
+        put = {name: jax.tree.map(lambda x, new: x.at[rows].set(new), *pair) for name, pair in fields.items()}
+        held = self.storage.replaced(self.held, rows, other.held, put["positions"])
+        return dataclasses.replace(self, held=held, **put)
 
     def observe(self, measured: Mapping[str, Float[Array, "b s k"]], seen: Held) -> "Store":
         """Returns the store after the queries have attended to the result of `read`.

@@ -8,14 +8,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from jaxattn.cache import Policy
-from jaxattn.core.checks import check_int, check_range
 from jaxattn.core.mesh import Axes, under_auto_axes
 from jaxattn.core.part import part
+from jaxattn.models.sample import (
+    check_drawn,
+    check_draws,
+    checked_key,
+    checked_prompts,
+    in_evaluation,
+    sample,
+    settings_of,
+)
 from jaxattn.models.transformer import Transformer
 from jaxattn.nn.tap import as_records, site_of
 
@@ -122,66 +129,6 @@ class Contrast(Combine):
         return jnp.where(likely, (1 + self.alpha) * first - self.alpha * second, -jnp.inf)
 
 
-def sample(
-    logits: Float[Array, "*b vocabulary"],
-    key: Key[Array, ""],
-    temperature: float | Array = 1.0,
-    top_k: int | Array | None = None,
-    top_p: float | Array | None = None,
-) -> Int[Array, "*b"]:
-    """Draws from softmax(logits / temperature) restricted to likely tokens; temperature 0 is the greedy choice.
-
-    Where the logits hold NaN, or leave no token possible, the result is −1. Tied logits stay or go together.
-    Temperature, `top_k` and `top_p` may be scalar arrays: nothing recompiles.
-
-    Args:
-        logits: [..., vocabulary].
-        key: The key of the draws.
-        temperature: The temperature, at least 0.
-        top_k: k, from 1 on: the k largest logits are kept.
-        top_p: p, above 0 and at most 1: of those the smallest set of largest probabilities that reaches p is kept
-            (nucleus sampling, Holtzman et al., 2020), never less than one token.
-
-    Raises:
-        TypeError: `top_k` is no integer, or a setting is no number.
-        ValueError: A setting is out of range, where it is known.
-    """
-    _check_settings(temperature, top_k, top_p)
-    logits = logits.astype(jnp.float32)
-    greedy, largest = logits.argmax(-1), logits.max(-1)
-    strange = jnp.isnan(largest) | (largest == -jnp.inf) | ((largest == jnp.inf) & (temperature != 0))
-    logits = logits - logits.max(-1, keepdims=True)  # at most 0: no temperature is so small that they overflow to +inf
-    logits = logits / jnp.where(temperature == 0, 1.0, temperature)
-    order = jnp.sort(logits, axis=-1, descending=True)
-    floor = jnp.full(logits.shape[:-1], -jnp.inf)
-    if top_k is not None:
-        index = jnp.clip(jnp.asarray(top_k) - 1, 0, logits.shape[-1] - 1)
-        floor = jnp.take(order, index, axis=-1)
-        order = jnp.where(order >= floor[..., None], order, -jnp.inf)
-    if top_p is not None:
-        probabilities = jax.nn.softmax(order, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = (before < top_p) | (jnp.arange(order.shape[-1]) == 0)
-        floor = jnp.maximum(floor, jnp.where(kept, order, jnp.inf).min(-1))
-    drawn = jax.random.categorical(key, jnp.where(logits >= floor[..., None], logits, -jnp.inf))
-    return jnp.where(strange, -1, jnp.where(temperature == 0, greedy, drawn)).astype(jnp.int32)
-
-
-def _check_kinds(temperature: Any, top_k: Any, top_p: Any) -> None:
-    if top_k is not None and not jnp.issubdtype(jnp.result_type(top_k), jnp.integer):
-        raise TypeError(f"top_k must be an int, got {top_k!r}")
-    for name, x in (("temperature", temperature), ("top_p", top_p)):
-        if x is not None and not isinstance(x, int | float | np.number | np.ndarray | jax.Array):
-            raise TypeError(f"{name} must be a number, got {x!r}")
-
-
-def _check_settings(temperature: Any, top_k: Any, top_p: Any) -> None:
-    _check_kinds(temperature, top_k, top_p)
-    check_range("temperature", temperature, lambda x: x >= 0, "from 0 on")
-    check_range("top_k", top_k, lambda x: x >= 1, "from 1 on")
-    check_range("top_p", top_p, lambda x: (x > 0) & (x <= 1), "above 0, and at most 1")
-
-
 def generate(
     model: Transformer,
     prompts: Int[ArrayLike, "b p"],
@@ -232,51 +179,8 @@ def generate(
             is no `Processor`.
         FloatingPointError: The model gives logits from which no token can be drawn, such as NaN.
     """
-    if not model.config.causal:
-        raise ValueError("model is not causal: only a model whose tokens see no later ones can continue a text")
-    if isinstance(prompts, str | bytes):
-        raise TypeError(f"prompts is text, {prompts[:20]!r}: need integers [batch, length], as train.encode makes them")
-    try:
-        prompts = jnp.asarray(np.asarray(prompts) if isinstance(prompts, list | tuple) else prompts)
-    except (TypeError, ValueError):
-        raise ValueError(
-            "prompts is ragged, or holds what is no integer: need integers [batch, length], short rows padded on the "
-            "right and `lengths` to tell"
-        ) from None
-    check_int("max_new_tokens", max_new_tokens)
-    if top_k is not None:
-        check_int("top_k", top_k)
-    if end_token is not None:
-        check_int("end_token", end_token)
-        if not 0 <= end_token < model.config.vocabulary:
-            raise ValueError(f"end_token is {end_token}: need one from 0 to {model.config.vocabulary - 1}, or None")
-    if key is not None and not _is_key(key):
-        raise TypeError(f"key must be a random key such as jax.random.key(0), got {key!r}")
-    if prompts.ndim != 2 or 0 in prompts.shape or not jnp.issubdtype(prompts.dtype, jnp.integer):
-        raise ValueError(f"prompts must be integers [batch, length], not empty, got {prompts.dtype}{prompts.shape}")
-    batch, length = prompts.shape
-    lengths = jnp.full(batch, length, jnp.int32) if lengths is None else jnp.asarray(lengths)
-    whole = jnp.issubdtype(lengths.dtype, jnp.integer)
-    if not whole or lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > length:
-        raise ValueError(f"lengths must be {batch} numbers from 1 to {length}, got {np.asarray(lengths).tolist()}")
-    given = np.asarray(prompts)[np.arange(length) < np.asarray(lengths)[:, None]]
-    if given.min() < 0 or given.max() >= model.config.vocabulary:
-        raise ValueError(
-            f"prompts has tokens from {given.min()} to {given.max()}: need 0 to {model.config.vocabulary - 1}"
-        )
-    room, longest = model.config.length, int(lengths.max())
-    if longest >= room:
-        raise ValueError(f"prompts has {longest} tokens: no room for new ones in the model's length of {room}")
-    if max_new_tokens < 1 or longest + max_new_tokens > room:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens} after a prompt of {longest}: "
-            f"need 1 to {room - longest}, so that both fit the model's length of {room}"
-        )
-    _check_kinds(temperature, top_k, top_p)
-    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(
-            f"need temperature >= 0, top_k >= 1 and 0 < top_p <= 1, got {temperature}, {top_k} and {top_p}"
-        )
+    prompts, lengths = checked_prompts(model, prompts, lengths, max_new_tokens)
+    check_draws(temperature, top_k, top_p, end_token, model.config.vocabulary)
     runs = (edits,) if isinstance(edits, Mapping) else tuple(edits)
     if not runs:
         raise ValueError("edits is an empty list of runs: need {} for none, or a list of two or more")
@@ -289,37 +193,17 @@ def generate(
     for processor in processors:
         if not isinstance(processor, Processor):
             raise TypeError(f"processors must be a tuple of parts such as RepetitionPenalty(1.2), got {processor!r}")
-    if key is None and temperature > 0:
-        raise ValueError("key is None: need a random key unless temperature is 0")
-    key = jax.random.key(0) if key is None else key
-    evaluation = nnx.merge(*nnx.split(model))
-    evaluation.eval()
-    graph, arrays = nnx.split(evaluation)
-    end_token = -1 if end_token is None else end_token
-    # In one dtype each, whatever number was given: a temperature of 0 and one of 0.7 run the same program.
-    settings = (temperature, jnp.float32), (top_k, jnp.int32), (top_p, jnp.float32), (end_token, jnp.int32)
-    scalars = (None if value is None else jnp.asarray(value, dtype) for value, dtype in settings)
+    key = checked_key(key, temperature)
+    graph, arrays = nnx.split(in_evaluation(model))
+    scalars = settings_of(temperature, top_k, top_p, end_token)
     names = tuple(as_records(record).items())
     # Reducers and measures are parts, so that they go into the program as arrays and not as constants.
     asked, sites = {name: reducer for name, (_, reducer) in names}, tuple((name, site) for name, (site, _) in names)
     parts = runs, asked, tuple(processors), combine, store, context
     dynamic = (arrays, prompts, lengths, key, parts, *scalars)
     new, lost = under_auto_axes(lambda given: _generate(graph, int(max_new_tokens), sites, *given), dynamic, Axes)
-    if lost.any():
-        row = int(lost.argmax())
-        raise FloatingPointError(
-            f"no token can be drawn after {int(new.lengths[row])} new tokens of prompt {row}: the logits of the model "
-            "are NaN or infinite, as its parameters may be"
-        )
+    check_drawn(new.lengths, lost)
     return new
-
-
-def _is_key(key: Any) -> bool:
-    """Returns whether `key` is one random key, new-style or raw."""
-    if not isinstance(key, jax.Array):
-        return False
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key.shape == () if typed else key.dtype == jnp.uint32 and key.ndim == 1
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxattn import nn
 from jaxattn.cache import Policy, check_room
+from jaxattn.core.attend.graph import Ancestors
 from jaxattn.core.attend.mask import Causal, Documents, anded, as_mask, documents_of
 from jaxattn.core.attend.measure import Measure
 from jaxattn.core.checks import check_array
@@ -285,6 +286,7 @@ class Transformer(nnx.Module):
         record: Any = (),
         start: tuple[Int[Array, ""] | int, Float[Array, "b s d"]] | None = None,
         logits_at: Int[Array, "#b p"] | Int[Array, " p"] | None = None,
+        parents: Int[Array, "#b t"] | None = None,
     ) -> tuple[Float[Array, "b t vocabulary"], Any, dict[str, Any]]:
         """Runs the model.
 
@@ -310,6 +312,10 @@ class Transformer(nnx.Module):
             logits_at: [P] or [B, P], the positions of the tokens whose logits are wanted, [B, P, vocabulary]; NaN where
                 no token stands. All tokens by default. The last norm and the head are computed of these tokens alone,
                 which saves much where the vocabulary is large.
+            parents: [B, T] or [T] where the tokens are nodes of a tree of drafts (SpecInfer, Miao et al., 2024): the
+                node before each, a smaller number, or −1 for a root. A node sees what the state holds, itself and its
+                ancestors, and stands as many places behind the last token as it has ancestors. The state that comes
+                back holds the nodes beside the text, until `joined` says which of them it takes.
 
         Returns:
             A triple (logits, state, records).
@@ -327,8 +333,19 @@ class Transformer(nnx.Module):
         if 0 in inputs.shape:
             raise ValueError(f"inputs has shape {inputs.shape}: need at least one row of at least one token")
         changes, asked = as_edits(edits, sum(self.lengths)), as_records(record)
+        if parents is not None:
+            parents = jnp.atleast_2d(jnp.asarray(parents))
+            if parents.shape[-1] != inputs.shape[1] or changes or asked or logits_at is not None:
+                raise ValueError(
+                    f"parents has shape {parents.shape} for {inputs.shape[1]} tokens: need one for each, and neither "
+                    "edits, records nor logits_at, which tell tokens apart by their position"
+                )
+            if positions is None:
+                after = 0 if state is None else self.reached(state)[:, None]
+                positions = after + Ancestors(parents).depths
         x = self.embed(inputs, positions, types)
         row = self.tokens(x, positions=positions, mask=mask, state=state)
+        row = row if parents is None else dataclasses.replace(row, parents=parents)
         of_model = {site: each for site, each in changes.items() if site in OF_MODEL}
         tap = Tap(of_model, {name: each for name, each in asked.items() if each[0] in OF_MODEL}).at(row)
         of_inputs = row  # without meta tokens
@@ -491,7 +508,14 @@ class Transformer(nnx.Module):
                 keys = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             some = layer if runs_all else _between(layer, start, count if stop is None else stop)
             some = remade(some, self.config.remat)
-            (x, keys), (new_state, records, counts) = jax.lax.scan(some, (x, keys), own)
+            if held is not None and _keeps_state(layer, (x, keys), own):
+                # Carried, a state is changed in place: as a result of the scan all of it would be written anew.
+                in_place = (params if every is None else None), rest, None, sliced, numbers
+                ((x, keys), new_state), (_, records, counts) = jax.lax.scan(
+                    _in_place(some, first), ((x, keys), held), in_place
+                )
+            else:
+                (x, keys), (new_state, records, counts) = jax.lax.scan(some, (x, keys), own)
             shared = keys if gives else shared  # several runs may read the same keys
             first += length
             if not run.deterministic:
@@ -543,6 +567,30 @@ class Transformer(nnx.Module):
             return state
         meta = jnp.broadcast_to(self.meta[...], (batch, *self.meta.shape))
         return self.layers(meta, state=state)[1]
+
+
+def _keeps_state(layer: Callable[..., Any], carry: Any, slices: Any) -> bool:
+    """Returns whether a layer hands on a state of the structure, shapes and dtypes that it was given."""
+    one = jax.tree.map(lambda x: x[0], slices)
+    _, (state, _, _) = jax.eval_shape(layer, carry, one)
+    given, after = (jax.tree.map(lambda x: (x.shape, x.dtype), each) for each in (one[2], state))
+    return bool(given == after)
+
+
+def _in_place(layer: Callable[..., Any], first: int) -> Callable[..., Any]:
+    """Returns the body of a scan that carries the states of all layers, from that of layer number `first` on."""
+
+    def changed(carry, slices):
+        carry, states = carry
+        params, rest, _, edits, number = slices
+        held = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number - first, keepdims=False), states)
+        carry, (new, records, counts) = layer(carry, (params, rest, held, edits, number))
+        states = jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, number - first, 0), states, new
+        )
+        return (carry, states), (None, records, counts)
+
+    return changed
 
 
 def _between(layer: Callable[..., Any], start: Any, stop: Any) -> Callable[..., Any]:

@@ -12,14 +12,16 @@ from jaxtyping import Array, Float, Int
 from jaxattn.cache import Policy, Recent, Store, by_position, empty, unseen
 from jaxattn.cache.store import Held
 from jaxattn.core.attend.api import Implementation
-from jaxattn.core.attend.bias import as_bias
+from jaxattn.core.attend.bias import Bias, as_bias
 from jaxattn.core.attend.choose import Choice
+from jaxattn.core.attend.graph import Ancestors
 from jaxattn.core.attend.maps import Dropout
-from jaxattn.core.attend.mask import as_mask
+from jaxattn.core.attend.mask import Explicit, as_mask, visible
 from jaxattn.core.attend.normalize import Softmax
 from jaxattn.core.attend.position import Position, Rotary
 from jaxattn.core.attend.score import Dot
 from jaxattn.core.attend.slots import Slots
+from jaxattn.core.attend.tile import Tile
 from jaxattn.core.checks import check_array
 from jaxattn.nn.mechanisms import ShortConvolution
 from jaxattn.nn.mixer import Mixer
@@ -288,7 +290,8 @@ class MultiHeadAttention(Mixer):
             if self.keys_from == "context":
                 state = None if state is None else keys
             elif store is not None:
-                store = store.append(key, value, jnp.broadcast_to(tokens.positions, x.shape[:2]))
+                put = store.append if tokens.parents is None else store.beside
+                store = put(key, value, jnp.broadcast_to(tokens.positions, x.shape[:2]))
                 keys = store.read(query)
         held = keys  # as the store keeps them
         if turns_at_read:
@@ -300,6 +303,8 @@ class MultiHeadAttention(Mixer):
         y = tap("attn_out", self.merge(tap("z", z), x))
         if store is None:
             return y, state
+        if tokens.parents is not None:  # the nodes stay beside the store until some of them join it
+            return y, store
         store = store.observe(measured, held)
         return y, store if convolved is None else dataclasses.replace(store, past=convolved.kept)
 
@@ -310,6 +315,11 @@ class MultiHeadAttention(Mixer):
         return ("q", "q_rotated", *keys, "scores", "weights", "lse", "z", "attn_out")
 
     recorded_only: ClassVar = ("read", "lse")
+
+    @property
+    def reads_trees(self) -> bool:
+        """Whether tokens may be the nodes of a tree: unless a convolution goes before the keys."""
+        return not self.convolution
 
     def _source(self, x: Array, context: Any, state: Any) -> Context | KeyValue | None:
         """Returns the context as it is read, checked: that of this call, or the keys of an earlier one in the state."""
@@ -387,6 +397,9 @@ class MultiHeadAttention(Mixer):
         # With a state positions are known to be where they are only as long as none is held before them.
         at = tokens.known if store is None else tokens.positions
         options |= {"query_positions": _one_or_all(at), "key_positions": _places(keys.positions)}
+        if tokens.parents is not None and self.keys_from != "context":
+            slots, of_tree = _in_tree(slots, tokens, keys)
+            options |= of_tree
         result = attend_in_shards(query, keys.key, keys.value, slots, **options)
         z, extras = result if lse or slots.measures else (result, {})
         if tap.wants("read"):
@@ -517,6 +530,25 @@ class MultiHeadAttention(Mixer):
 def tokens_of(context: Context) -> Tokens:
     """Returns what stands where in the context."""
     return Tokens.of(context.x) if context.tokens is None else context.tokens
+
+
+def _in_tree(slots: Slots, tokens: Tokens, keys: KeyValue | Held) -> tuple[Slots, dict[str, Any]]:
+    """Returns the slots and positions of a call whose queries, and last keys, are nodes of a tree.
+
+    Siblings stand at one position, so nodes are told apart by their number: queries and keys are numbered, and mask and
+    bias are tables of what they are at the positions.
+    """
+    parents, held = jnp.asarray(tokens.parents), len(keys.key[0]) - tokens.length
+    at = jnp.broadcast_to(tokens.positions, (len(keys.key), tokens.length))
+    of_keys = at if keys.positions is None else jnp.broadcast_to(keys.positions[..., 0], keys.key.shape[:2])
+    query, key = at[:, None, :, None], of_keys[:, None, None, :]
+    of_tree = Ancestors(parents).to_array(tokens.length)
+    of_tree = jnp.pad(of_tree, [(0, 0)] * (of_tree.ndim - 1) + [(held, 0)], constant_values=True)
+    shown = visible(slots.mask, query, key) & of_tree
+    bias = None if slots.bias is None else Bias(slots.bias(Tile(query, key, shown)))
+    numbered = [jnp.where(x < 0, -1, jnp.arange(x.shape[1])) for x in (at, of_keys)]
+    places = dict(zip(("query_positions", "key_positions"), numbered, strict=True))
+    return dataclasses.replace(slots, mask=Explicit(shown), bias=bias), places
 
 
 def _one_or_all(positions: Any) -> Any:

@@ -29,6 +29,11 @@ class Mixer(nnx.Module):
     recorded_only: ClassVar[tuple[str, ...]] = ()
     keys_from: str = "none"
 
+    @property
+    def reads_trees(self) -> bool:
+        """Whether tokens may be the nodes of a tree, as of `Tokens.parents`. A recurrence reads none."""
+        return False
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__call__" in vars(cls):
@@ -76,7 +81,7 @@ class Mixer(nnx.Module):
 
         Raises:
             ValueError: There are more or fewer tokens than in x, an edit or record at a site that this mixer does not
-                have, or an edit where it only records.
+                have, or an edit where it only records; or tokens are nodes of a tree that it cannot read.
         """
         if tokens is None:
             tokens = Tokens.of(x, after=None if state is None else self.reached(state))
@@ -84,6 +89,8 @@ class Mixer(nnx.Module):
             raise ValueError(
                 f"tokens are {tokens.length}, but x has shape {x.shape}: need as many tokens, {x.shape[1]}"
             )
+        if tokens.parents is not None and not self.reads_trees:
+            raise ValueError(f"parents is given, but {type(self).__name__} reads no trees: need plain attention")
         tap = Tap() if tap is None else tap
         tap.check(self, self.sites)
         for site in self.recorded_only:

@@ -39,6 +39,8 @@ class Tokens:
         in_order: Whether positions are known to be 0..T−1, so that masks can be read when the program is made.
         fixed: [1 or B, P], by position, which tokens edits leave alone: those of a learned prefix. None for none.
         bias: The bias that all layers of attention add to their scores besides their own, or None.
+        parents: [1 or B, T] where the tokens are nodes of a tree of drafts: the node before each, a smaller number, or
+            −1 for a root. A node sees what stands before the tree, itself and its ancestors. None for a plain text.
     """
 
     positions: Int[Array, "#b t"]
@@ -48,6 +50,7 @@ class Tokens:
     in_order: bool = False
     fixed: Bool[Array, "#b p"] | None = None
     bias: ScoreBias | None = None
+    parents: Int[Array, "#b t"] | None = None
 
     @classmethod
     def of(

@@ -73,6 +73,7 @@ from jaxattn.core.attend.normalize import (
 )
 from jaxattn.core.attend.order import striped, unstriped, unzigzag, zigzag
 from jaxattn.core.attend.partial import EMPTY, Partial, add_log_mass, merge, merge_axis, psum_merge, with_log_mass
+from jaxattn.core.attend.pieces import attend_cascade, attend_split
 from jaxattn.core.attend.position import (
     NTK,
     Interpolate,
@@ -188,6 +189,8 @@ __all__ = [
     "Yarn",
     "add_log_mass",
     "attend",
+    "attend_cascade",
+    "attend_split",
     "attention_weights",
     "block_means",
     "cumulative_select",

@@ -117,6 +117,12 @@ class Ancestors(Mask):
 
     parents: Int[Array, "*batch nodes"]
 
+    @property
+    def depths(self) -> Int[Array, "*batch nodes"]:
+        """How many ancestors each node has: its place in the text is that of its root plus this."""
+        parents = jnp.asarray(self.parents)
+        return jax.vmap(_depths)(parents.reshape(-1, parents.shape[-1])).reshape(parents.shape)
+
     def _of(self, query, key, grid):
         """Returns (enter of queries, enter of keys, exit of keys); outside the tree −1, 0, 0, which no node sees."""
         parents = jnp.asarray(self.parents)
@@ -140,6 +146,16 @@ class Ancestors(Mask):
 
     def describe(self):
         return "itself and its ancestors"
+
+
+def _depths(parents: Int[Array, " m"]) -> Int[Array, " m"]:
+    """Returns the number of ancestors of every node."""
+    nodes = parents.shape[0]
+    jump = jnp.append(jnp.where(parents < 0, nodes, parents), nodes)  # node `nodes` is above the roots
+    depth = (jump < nodes).astype(jnp.int32)
+    for _ in range(max(nodes - 1, 1).bit_length()):  # jump goes 2^round up, depth counts the steps of it
+        depth, jump = depth + depth[jump], jump[jump]
+    return depth[:-1]
 
 
 def _walk(parents: Int[Array, " m"]) -> tuple[Int[Array, " m"], Int[Array, " m"]]:
