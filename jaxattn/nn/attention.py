@@ -4,29 +4,22 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn.cache import Policy, Recent, Store, by_position, empty, unseen
-from jaxattn.cache.store import Held
+from jaxattn.cache import Policy, Store, empty
 from jaxattn.core.attend.api import Implementation
-from jaxattn.core.attend.bias import as_bias
-from jaxattn.core.attend.maps import Dropout
-from jaxattn.core.attend.mask import as_mask
 from jaxattn.core.attend.normalize import Softmax
 from jaxattn.core.attend.position import Position, Rotary
 from jaxattn.core.attend.score import Dot
-from jaxattn.core.attend.slots import Slots
 from jaxattn.core.checks import check_array
+from jaxattn.nn.attending import AttentionMixer, one_or_all
 from jaxattn.nn.mechanisms import ShortConvolution
-from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.parameter import Axis, linear_map
 from jaxattn.nn.recurrent import Past
-from jaxattn.nn.sharding import attend_in_shards
-from jaxattn.nn.spec import Spec, built, owned, part_of
-from jaxattn.nn.tap import Tap, Whole
+from jaxattn.nn.spec import Spec, built
+from jaxattn.nn.tap import Tap
 from jaxattn.nn.tokens import Tokens
 
 
@@ -61,7 +54,7 @@ class Context(NamedTuple):
 KeysFrom = Literal["self", "layer", "context"]
 
 
-class MultiHeadAttention(Mixer):
+class MultiHeadAttention(AttentionMixer):
     """y = W_o concat_n(z_n),  z = attend(q, k, v),  q = W_q x,  k = W_k c,  v = W_v c,  with c = context or x.
 
     Slots take a part, a module that owns `nnx.Param`s and returns a part when called without arguments (see
@@ -156,9 +149,6 @@ class MultiHeadAttention(Mixer):
         own_keys = keys_from != "layer"
         if convolution and keys_from != "self":
             raise ValueError(f"convolution is {convolution} but keys_from is {keys_from!r}: need keys of x, or 0")
-        for name, maps in (("score_maps", score_maps), ("weight_maps", weight_maps)):
-            if not isinstance(maps, list | tuple):
-                raise TypeError(f"{name} must be a tuple such as (SoftCap(50.0),), got {type(maps).__name__}")
         names = ("query", "key", "value", "out", "gate")
         biased = (names if use_bias else ()) if isinstance(use_bias, bool) else tuple(use_bias)
         if unknown := sorted(set(biased) - set(names)):
@@ -166,18 +156,13 @@ class MultiHeadAttention(Mixer):
 
         self.heads, self.key_heads, self.head_dim, self.keys_from = heads, key_heads, head_dim, keys_from
         self.position = nnx.data(position)
-        self.dropout, self.deterministic = dropout, False
         self.implementation: Implementation = implementation
         self.dtype = dtype
         sizes = {"features": features, "heads": heads, "key_heads": key_heads, "head_dim": head_dim}
-        score, bias, mask, normalize, *maps = (
-            built(slot, **sizes, dtype=dtype, rngs=rngs)
-            for slot in (score, bias, mask, normalize, *score_maps, *weight_maps)
-        )
-        mask = mask if isinstance(mask, nnx.Module) else as_mask(mask)
-        self.score, self.bias, self.mask, self.normalize = (owned(slot) for slot in (score, bias, mask, normalize))
-        self.score_maps = nnx.data(tuple(maps[: len(score_maps)]))
-        self.weight_maps = nnx.data(tuple(maps[len(score_maps) :]))
+        self._fill(
+            sizes, score=score, bias=bias, mask=mask, normalize=normalize, score_maps=score_maps,
+            weight_maps=weight_maps, dtype=dtype, rngs=rngs,
+        )  # fmt: skip
 
         def linear(name: str, inputs: int, outputs: int, *axes: Axis) -> nnx.Linear:
             return linear_map(inputs, outputs, dtype, rngs, axes, use_bias=name in biased)
@@ -201,11 +186,7 @@ class MultiHeadAttention(Mixer):
         norm_sizes = {"features": head_dim, "dtype": dtype, "rngs": rngs}
         self.query_norm = built(qk_norm, heads=heads, **norm_sizes)
         self.key_norm = built(qk_norm, heads=key_heads, **norm_sizes) if own_keys else None
-        if dropout and "dropout" not in rngs and "default" not in rngs:
-            raise ValueError(
-                f"dropout is {dropout} but rngs has no such stream: need nnx.Rngs(0) or nnx.Rngs(dropout=0)"
-            )
-        self.stream = nnx.data(rngs["dropout"].fork() if dropout else None)
+        self._drop(dropout, rngs)
 
     def __call__(
         self,
@@ -246,13 +227,8 @@ class MultiHeadAttention(Mixer):
         store: Any = state if self.keys_from == "self" else None  # others hold no tokens of x
         tokens, tap = self.started(x, tokens, tap, store)
         source = self._source(x, context, state)
-        own = part_of(self.mask)
-        within_documents = tokens.documents is not None and own is not None and not own.is_relative
-        if store is not None and store.retain.evicts and within_documents:
-            raise ValueError(
-                f"mask has documents, within which the mask of the layer is meant, but the state keeps tokens by their "
-                f"place in the row ({type(store.retain).__name__}): need init_state(..., store=Policy())"
-            )
+        if store is not None:
+            self._check_documents(tokens, store)
         x = tokens.clean(x)
         convolved = self._past(x, tokens, {} if store is None else store.past) if self.convolution else None
 
@@ -326,67 +302,6 @@ class MultiHeadAttention(Mixer):
                 raise ValueError(f"{name} has shape {given.shape}: need [batch, length, {project.in_features}]")
         return context
 
-    def slots(self, tokens: Tokens) -> Slots:
-        """Returns the slots of the call to `attend`, as they are without dropout, edits and records.
-
-        Args:
-            tokens: What stands where: their mask and bias join those of the module.
-        """
-        biases = [bias for bias in (as_bias(part_of(self.bias)), tokens.bias) if bias is not None]
-        return Slots(
-            score=part_of(self.score),
-            bias=sum(biases[1:], biases[0]) if biases else None,
-            score_maps=tuple(map(part_of, self.score_maps)),
-            mask=tokens.shows(part_of(self.mask)),
-            normalize=part_of(self.normalize),
-            weight_maps=tuple(map(part_of, self.weight_maps)),
-        )
-
-    def _attend(
-        self, query: Array, keys: KeyValue | Held, tokens: Tokens, tap: Tap, store: Store | None
-    ) -> tuple[Array, dict[str, Array]]:
-        """Returns the reads of the heads [B, T, N, H], and the store's measures, one per slot and key head."""
-        own = self.slots(tokens)
-        if store is not None:
-            measures = {f"store.{name}": x for name, x in store.retain.measures.items()}
-            own = dataclasses.replace(own, measures=measures)
-        if self.stream is not None and not self.deterministic:
-            own = dataclasses.replace(own, dropout=Dropout(self.dropout, self.stream()))
-        lost = None  # which tokens need one that the store had no slot for
-        if store is not None and isinstance(tokens.positions, jax.core.Tracer) and not store.retain.evicts:
-            positions = jnp.broadcast_to(tokens.positions, query.shape[:2])
-            lost = unseen(store, positions, own.mask)[..., None, None]
-            query = jnp.where(lost, jnp.nan, query)
-        slots, lse = tap.join(own)
-        if store is not None:
-            _check_rows_alone(slots.score_maps, slots.weight_maps)
-        options: dict[str, Any] = {"return_lse": lse, "implementation": self.implementation}
-        # With a state positions are known to be where they are only as long as none is held before them.
-        at = tokens.known if store is None else tokens.positions
-        options |= {"query_positions": _one_or_all(at), "key_positions": _places(keys.positions)}
-        result = attend_in_shards(query, keys.key, keys.value, slots, **options)
-        z, extras = result if lse or slots.measures else (result, {})
-        if tap.wants("read"):
-            places = jnp.arange(keys.key.shape[1])[None, :, None] if keys.positions is None else keys.positions
-            tap("read", jnp.broadcast_to(places, (len(query), *places.shape[1:])))
-        if store is not None and isinstance(keys, Held) and (store.retain.evicts or keys.slots is not None):
-            for name, (site, reducer) in tap.asked.items():
-                if site in ("scores", "weights") and isinstance(reducer, Whole):
-                    fill = 0.0 if site == "weights" else -jnp.inf
-                    rows = by_position(extras[name].swapaxes(1, 2), keys.positions, store.span, fill)
-                    extras[name] = rows.swapaxes(1, 2)
-        tap.keep(extras)
-        z = z if lost is None else jnp.where(lost, jnp.nan, z)  # also where the mask hides every key
-        by_group = {name: x for name, x in extras.items() if name.startswith("store.")}
-        return z, {
-            name.removeprefix("store."): x.reshape(*x.shape[:-1], self.key_heads, -1).sum(-1)
-            for name, x in by_group.items()
-        }
-
-    def reached(self, state: Store) -> Int[Array, " b"]:
-        """Returns the positions at which the tokens that the state holds end."""
-        return state.last + 1
-
     def init_state(self, batch: int, capacity: int, store: Policy | None = None) -> Store | tuple[()]:
         """Makes a store without tokens, for positions below `capacity`; nothing for keys that are not those of x.
 
@@ -401,17 +316,14 @@ class MultiHeadAttention(Mixer):
         """
         if self.keys_from != "self":
             return ()
-        if store is None:
-            own, store = part_of(self.mask), Policy()
-            shown = capacity + 1 if own is None or own.reach is None else max(sum(own.reach), own.reach.first + 1)
-            if shown <= capacity:
-                store = Policy(Recent(own.reach.first), shown)
         shape, dtype = (self.key_heads, self.head_dim), self.dtype or jnp.float32
         past = {
             name: jnp.zeros((batch, each.weight.shape[0] - 1, each.weight.shape[1]), dtype)
             for name, each in self.convolution.items()
         }
-        return dataclasses.replace(empty(batch, capacity, shape, shape, dtype, store), past=past)
+        return dataclasses.replace(
+            empty(batch, capacity, shape, shape, dtype, self._policy(capacity, store)), past=past
+        )
 
     def queries(self, x: Float[Array, "b t d"], past: Past | None = None) -> Float[Array, "b t n h"]:
         """Returns q of x, convolved and normed if this attention does that, before rotation.
@@ -441,18 +353,7 @@ class MultiHeadAttention(Mixer):
 
     def turn(self, x: Float[Array, "b t n h"], positions: Int[Array, "#b t"]) -> Float[Array, "b t n h"]:
         """Returns queries or keys as they meet each other, from their positions [1 or B, T] or [T]."""
-        return x if self.position is None else self.position(x, _one_or_all(positions))
-
-    def _turned_at_read(self, query: Array, keys: Held, tokens: Tokens, store: Store) -> tuple[Array, Held]:
-        """Returns queries and keys turned to the places that the store gives them, which may differ by key head."""
-        of_queries = jnp.broadcast_to(tokens.positions[..., None], (*query.shape[:2], keys.positions.shape[-1]))
-
-        def turned(x: Array, positions: Array) -> Array:
-            places = store.key_position(keys.positions, positions)
-            by_head = jnp.moveaxis(x.reshape(*x.shape[:2], places.shape[-1], -1, x.shape[-1]), 2, 1)
-            return jnp.moveaxis(self.turn(by_head, jnp.moveaxis(places, 2, 1)), 1, 2).reshape(x.shape)
-
-        return turned(query, of_queries), keys._replace(key=turned(keys.key, keys.positions))
+        return x if self.position is None else self.position(x, one_or_all(positions))
 
     def _past(self, x: Array, tokens: Tokens, held: dict[str, Array]) -> Past:
         """Returns the past of the convolutions, without padding and other documents."""
@@ -474,25 +375,3 @@ class MultiHeadAttention(Mixer):
 def tokens_of(context: Context) -> Tokens:
     """Returns what stands where in the context."""
     return Tokens.of(context.x) if context.tokens is None else context.tokens
-
-
-def _one_or_all(positions: Any) -> Any:
-    """Returns positions that all rows share as [T]."""
-    return positions[0] if positions is not None and positions.ndim == 2 and positions.shape[0] == 1 else positions
-
-
-def _places(positions: Any) -> Any:
-    """Returns positions of keys [B, S, 1 or K] as `attend` takes them: [B, S], or by key head."""
-    return positions if positions is None or positions.shape[-1] > 1 else _one_or_all(positions[..., 0])
-
-
-def _check_rows_alone(score_maps: tuple, weight_maps: tuple) -> None:
-    """Raises ValueError for a map of which a row of scores or weights needs other rows than itself."""
-    needs = [("score_maps", each, each.scores_need) for each in score_maps]
-    needs += [("weight_maps", each, each.weights_need) for each in weight_maps]
-    for slot, each, need in needs:
-        if need == "matrix" or each.halo:
-            raise ValueError(
-                f"{slot}={each.kind} reads the scores of other queries, which a state does not hold: "
-                "need state=None, or maps that look at one query at a time"
-            )
