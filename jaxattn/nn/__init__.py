@@ -23,6 +23,7 @@ from jaxattn.nn.embedding import (
 )
 from jaxattn.nn.feed_forward import FeedForward
 from jaxattn.nn.hybrid import Chain, Parallel, hymba_heads
+from jaxattn.nn.latent import LatentAttention
 from jaxattn.nn.learned import (
     AdditiveScore,
     BilinearScore,
@@ -100,6 +101,7 @@ __all__ = [
     "HedgehogMap",
     "KeyQueryConvolution",
     "KeyValue",
+    "LatentAttention",
     "Latte",
     "LayerNorm",
     "Layers",

@@ -1,5 +1,6 @@
 """`attend` and its slots: scores, biases, masks, normalisers, maps, measures, positions, and the ways to compute it."""
 
+from jaxattn.core.attend.absorb import absorb_q, expand_v
 from jaxattn.core.attend.api import attend, attention_weights, explain
 from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias, ScoreBias, SumOfBiases
 from jaxattn.core.attend.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
@@ -174,11 +175,13 @@ __all__ = [
     "Window",
     "Within",
     "Yarn",
+    "absorb_q",
     "add_log_mass",
     "attend",
     "attention_weights",
     "block_means",
     "dot_product_attention",
+    "expand_v",
     "explain",
     "gathered",
     "merge",
