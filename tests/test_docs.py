@@ -653,6 +653,17 @@ def test_memories_learn_what_the_page_says_they_do(page):
     assert p.unexplained["network"] < 0.4
 
 
+# long_context.md
+
+
+def test_caches_are_as_small_as_the_page_says_and_models_say_the_same(page):
+    p = page("long_context")
+    assert [p.bytes_per_token(mixer) for mixer in (p.plain, p.latent)] == [516, 84]
+    assert_close(p.decoded, p.latent(p.x)[0])
+    assert p.kept == [51200, 6400]
+    assert_close(p.said[1], p.said[0])
+
+
 # devices.md
 
 
@@ -676,7 +687,17 @@ def test_sequences_over_devices_are_those_on_one(page):
 def test_the_pages_name_every_part_and_call():
     text = " ".join(
         PAGES[f"{name}.md"]
-        for name in ("attend", "measures", "positions", "blocks", "devices", "features", "linear", "memory")
+        for name in (
+            "attend",
+            "measures",
+            "positions",
+            "blocks",
+            "devices",
+            "features",
+            "linear",
+            "memory",
+            "long_context",
+        )
     )
     text = " ".join(re.findall(r"`[^`\n]+`", text))
     packages = jaxattn, jaxattn.core.attend, jaxattn.core.linear, jaxattn.core.memory

@@ -95,9 +95,12 @@ class AttentionMixer(Mixer):
         )
 
     def _attend(
-        self, query: Array, keys: Any, tokens: Tokens, tap: Tap, store: Store | None
+        self, query: Array, keys: Any, tokens: Tokens, tap: Tap, store: Store | None, with_lse: bool = False
     ) -> tuple[Array, dict[str, Array]]:
-        """Returns the reads of the heads [B, T, N, H], and the store's measures, one per slot and key head."""
+        """Returns the reads of the heads [B, T, N, H], and the store's measures, one per slot and key head.
+
+        With `with_lse` the lse of each row stands beside the measures.
+        """
         own = self.slots(tokens)
         if store is not None:
             measures = {f"store.{name}": x for name, x in store.retain.measures.items()}
@@ -112,6 +115,7 @@ class AttentionMixer(Mixer):
         slots, lse = tap.join(own)
         if store is not None:
             _check_rows_alone(slots.score_maps, slots.weight_maps)
+        lse = lse or with_lse
         options: dict[str, Any] = {"return_lse": lse, "implementation": self.implementation}
         # With a state positions are known to be where they are only as long as none is held before them.
         at = tokens.known if store is None else tokens.positions
@@ -130,7 +134,7 @@ class AttentionMixer(Mixer):
         tap.keep(extras)
         z = z if lost is None else jnp.where(lost, jnp.nan, z)  # also where the mask hides every key
         by_group = {name: x for name, x in extras.items() if name.startswith("store.")}
-        return z, {
+        return z, ({"lse": extras["lse"]} if with_lse else {}) | {
             name.removeprefix("store."): x.reshape(*x.shape[:-1], self.key_heads, -1).sum(-1)
             for name, x in by_group.items()
         }

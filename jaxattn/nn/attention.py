@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxattn.cache import Policy, Store, empty
+from jaxattn.core.attend.absorb import absorb_q, expand_v
 from jaxattn.core.attend.api import Implementation
 from jaxattn.core.attend.normalize import Softmax
 from jaxattn.core.attend.position import Position, Rotary
@@ -75,6 +76,10 @@ class MultiHeadAttention(AttentionMixer):
             together with `Spec(nn.AcrossHeads)`.
         gate: Whether z is multiplied by σ(W_g x) before W_o.
         project: Whether there is W_o; y has N·H channels without.
+        absorb: Whether cross-attention reads the context itself (EL-attention, Yan et al., 2021): W_k acts on queries
+            and W_v on what they read, with the same result. Nothing is computed per token of the context, so that there
+            are no keys and values to keep: a state stays empty, and a `Transformer` keeps the context once for all
+            layers. Each query has more to multiply. Scores and lse are without the biases of keys.
         dropout: The rate of dropout on the attention weights, active unless `deterministic` (see `nnx.Module.train` and
             `eval`).
         convolution: The width of a short causal convolution of q, k and v per channel, after their projection; 0 for
@@ -94,7 +99,8 @@ class MultiHeadAttention(AttentionMixer):
 
     Raises:
         ValueError: Sizes do not divide or are out of range, cross-attention has positions, `keys_from` or a name of a
-            bias is unknown, a convolution has keys that are not those of x, or dropout has no stream.
+            bias is unknown, a convolution has keys that are not those of x, dropout has no stream, or with `absorb` the
+            context is not all that keys and values are made of by W_k and W_v, or scores are no dot products.
         TypeError: Maps are not in a tuple, or `position` is of another kind.
     """
 
@@ -111,6 +117,7 @@ class MultiHeadAttention(AttentionMixer):
         qk_norm: Spec | None = None,
         gate: bool = False,
         project: bool = True,
+        absorb: bool = False,
         dropout: float = 0.0,
         convolution: int = 0,
         use_bias: bool | Sequence[str] = False,
@@ -153,7 +160,12 @@ class MultiHeadAttention(AttentionMixer):
         biased = (names if use_bias else ()) if isinstance(use_bias, bool) else tuple(use_bias)
         if unknown := sorted(set(biased) - set(names)):
             raise ValueError(f"use_bias names {unknown}: need True, False, or some of {list(names)}")
+        if absorb:
+            maps = (*score_maps, *weight_maps)
+            _check_absorbs(keys_from, score, qk_norm, set(biased) & {"key", "value"}, normalize, maps, dropout)
+            score = Dot(head_dim**-0.5) if score.scale is None else score
 
+        self.absorb = absorb
         self.heads, self.key_heads, self.head_dim, self.keys_from = heads, key_heads, head_dim, keys_from
         self.position = nnx.data(position)
         self.implementation: Implementation = implementation
@@ -243,6 +255,10 @@ class MultiHeadAttention(AttentionMixer):
             query = tap("q_rotated", self.turn(query, tokens.positions))
         if isinstance(source, KeyValue):
             keys: Any = source
+        elif self.absorb and isinstance(source, Context):
+            at = tokens_of(source)
+            read = at.clean(source.x)[:, :, None]
+            keys = KeyValue(read, read, None if at.known is None else at.known[..., None])
         else:
             at = tokens if source is None else tokens_of(source)
             key, value = self.keys_and_values(x if source is None else at.clean(source.x), convolved)
@@ -261,7 +277,8 @@ class MultiHeadAttention(AttentionMixer):
             query = tap("q_rotated", query)
         if give is not None:
             give["keys"] = KeyValue(*keys[:3])
-        z, measured = self._attend(query, keys, tokens, tap, store)
+        attends = self._attend_absorbed if self.absorb else self._attend
+        z, measured = attends(query, keys, tokens, tap, store)
         y = tap("attn_out", self.merge(tap("z", z), x))
         if store is None:
             return y, state
@@ -271,7 +288,7 @@ class MultiHeadAttention(AttentionMixer):
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
         """The sites of attention; without own keys none of keys and values."""
-        keys = () if self.keys_from == "layer" else ("k", "v", "k_rotated", "read")
+        keys = () if self.keys_from == "layer" else ("read",) if self.absorb else ("k", "v", "k_rotated", "read")
         return ("q", "q_rotated", *keys, "scores", "weights", "lse", "z", "attn_out")
 
     recorded_only: ClassVar = ("read", "lse")
@@ -344,6 +361,22 @@ class MultiHeadAttention(AttentionMixer):
         key, value = (self._split(y, self.key_heads) for y in projected)
         return key if self.key_norm is None else self.key_norm(key), value
 
+    def _attend_absorbed(
+        self, query: Array, inputs: KeyValue, tokens: Tokens, tap: Tap, store: None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Does what `_attend` does, for the inputs of W_k and W_v, [B, S, 1, C], in place of keys and values."""
+        maps: Any = self.key, self.value
+        of_key, of_value = (
+            each.kernel[...].astype(query.dtype).reshape(-1, self.key_heads, self.head_dim) for each in maps
+        )
+        bias = maps[1].bias
+        z, found = self._attend(absorb_q(query, of_key), inputs, tokens, tap, store, with_lse=bias is not None)
+        z = expand_v(z, of_value)
+        if bias is None:
+            return z, {}
+        by_head = jnp.repeat(bias[...].astype(z.dtype).reshape(self.key_heads, -1), self.heads // self.key_heads, 0)
+        return z + jnp.where(found["lse"][..., None] == -jnp.inf, 0, by_head), {}  # nothing where no key is seen
+
     def merge(self, z: Float[Array, "b t n h"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Returns y from what the heads read: side by side, gated by x, projected."""
         merged = z.reshape(*z.shape[:-2], -1)
@@ -370,6 +403,24 @@ class MultiHeadAttention(AttentionMixer):
 
     def _split(self, x: Array, heads: int) -> Array:
         return x.reshape(*x.shape[:-1], heads, self.head_dim)
+
+
+def _check_absorbs(
+    keys_from: str, score: Any, qk_norm: Any, biased: set[str], normalize: Any, maps: tuple, dropout: float
+) -> None:
+    """Raises ValueError if W_k and W_v cannot be moved to queries and results."""
+    if keys_from != "context":
+        raise ValueError(f"absorb is True but keys_from is {keys_from!r}: need keys_from='context', or absorb=False")
+    if not isinstance(score, Dot):
+        raise ValueError(f"absorb is True but score is {score!r}: need Dot(), or absorb=False")
+    if qk_norm is not None:
+        raise ValueError(f"absorb is True but keys have the norm {qk_norm}: need qk_norm=None, or absorb=False")
+    plain = isinstance(normalize, Softmax) and normalize.null_logit is None and not maps and not dropout
+    if biased and not plain:
+        raise ValueError(
+            f"absorb is True and there are biases of {' and '.join(sorted(biased))}: need Softmax() without a null "
+            "logit, maps or dropout, whose weights sum to 1, use_bias of others only, or absorb=False"
+        )
 
 
 def tokens_of(context: Context) -> Tokens:

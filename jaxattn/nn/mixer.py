@@ -23,11 +23,13 @@ class Mixer(nnx.Module):
         recorded_only: The sites that take no edits.
         keys_from: The source of its keys, as of `MultiHeadAttention`: its own x ("self"), the layer before ("layer"),
             the `context` ("context"), or "none".
+        absorb: Whether it reads the context itself, in every call, and no state of it keeps anything of the context.
     """
 
     sites: ClassVar[tuple[str, ...]] = ("attn_out",)
     recorded_only: ClassVar[tuple[str, ...]] = ()
     keys_from: str = "none"
+    absorb: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
