@@ -662,6 +662,8 @@ def test_caches_are_as_small_as_the_page_says_and_models_say_the_same(page):
     assert_close(p.decoded, p.latent(p.x)[0])
     assert p.kept == [51200, 6400]
     assert_close(p.said[1], p.said[0])
+    sizes = [sum(x.size for x in jax.tree.leaves(nnx.state(each, nnx.Param))) for each in (p.model, p.student)]
+    assert sizes[0] - sizes[1] == len(p.blocks) * 2 * 32 * 32
 
 
 # devices.md

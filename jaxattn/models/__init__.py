@@ -20,6 +20,7 @@ from jaxattn.models.load import from_plain, load_model, register_specs, to_plain
 from jaxattn.models.patterns import based, hymba, pattern
 from jaxattn.models.pretrained import fetch_weights, load_pretrained, save_pretrained
 from jaxattn.models.replace import map_mixers, replace_mixers
+from jaxattn.models.share_attention import share_attention
 from jaxattn.models.transformer import Transformer
 from jaxattn.nn.spec import Spec
 
@@ -55,6 +56,7 @@ __all__ = [
     "replace_mixers",
     "sample",
     "save_pretrained",
+    "share_attention",
     "to_plain",
     "with_image_size",
 ]

@@ -245,6 +245,7 @@ class Transformer(nnx.Module):
         if not isinstance(config.remat, str) and (unknown := sorted(set(config.remat) - known)):
             raise ValueError(f"remat names {unknown}, which no layer has: need some of {sorted(known)}")
         kinds = [{mixer.keys_from for mixer in run.mixers} for run in self.runs]
+        self.echoes = any(mixer.echo for run in self.runs for mixer in run.mixers)
         self.reads = tuple("layer" in kind for kind in kinds)  # keys of a run before
         for number, (before, kind) in enumerate(itertools.pairwise([set(), *kinds])):
             if "layer" in kind and not before & {"self", "layer"}:
@@ -486,6 +487,8 @@ class Transformer(nnx.Module):
                 give: dict[str, Any] | None = {} if gives else None
                 x, state = block(x, tokens, tap, state, given, give, context)
                 keys = keys if give is None else give["keys"]
+                if isinstance(keys, nn.KeyValue) and not self.echoes:
+                    keys = keys._replace(query=None)
                 return (x, keys), (state, tap.records, nnx.state(block, nnx.RngCount))
 
             numbers = jnp.arange(first, first + length)

@@ -33,11 +33,14 @@ class KeyValue(NamedTuple):
         key: [B, S, K, H].
         value: [B, S, K, H].
         positions: The positions of the keys, or None for 0, 1, ...
+        query: [B, T, N, H], the queries of the call as they meet the keys, for layers that share the attention too; a
+            model leaves them out where none does.
     """
 
     key: Float[Array, "b s k h"]
     value: Float[Array, "b s k h"]
     positions: Int[Array, "#b s g"] | None
+    query: Float[Array, "b t n h"] | None = None
 
 
 class Context(NamedTuple):
@@ -69,6 +72,10 @@ class MultiHeadAttention(AttentionMixer):
         head_dim: H, the channels per head. The default is D / N, but H may be independent of both.
         keys_from: The source of keys and values: "self"; "layer", the layer before, so that there are no W_k and W_v
             and `context` is the `KeyValue` of that layer; "context", another sequence (cross-attention).
+        echo: Whether a layer with keys_from="layer" takes the queries of that layer too, and has values of its own: it
+            attends as that layer does, with neither W_q nor W_k (EchoAtt, 2024). Its score, bias, mask, normaliser and
+            maps should be those of that layer, and its `position` is not used. A state holds its values alone, in the
+            slots in which that layer holds its keys.
         context_features: The channels of `context`; by default D.
         position: The way in which queries and keys are told where they stand, such as `Rotary(10000.0)`; None for not
             at all.
@@ -112,6 +119,7 @@ class MultiHeadAttention(AttentionMixer):
         key_heads: int | None = None,
         head_dim: int | None = None,
         keys_from: KeysFrom = "self",
+        echo: bool = False,
         context_features: int | None = None,
         position: Position | None = Rotary(),
         qk_norm: Spec | None = None,
@@ -154,6 +162,11 @@ class MultiHeadAttention(AttentionMixer):
         if not (qk_norm is None or isinstance(qk_norm, Spec)):
             raise TypeError(f"qk_norm must be a spec such as Spec(nn.RMSNorm), or None, got {qk_norm!r}")
         own_keys = keys_from != "layer"
+        if echo and (own_keys or qk_norm is not None):
+            raise ValueError(
+                f"echo is True but keys_from is {keys_from!r} and qk_norm {qk_norm}: need keys_from='layer', whose "
+                "queries and keys are normed already"
+            )
         if convolution and keys_from != "self":
             raise ValueError(f"convolution is {convolution} but keys_from is {keys_from!r}: need keys of x, or 0")
         names = ("query", "key", "value", "out", "gate")
@@ -165,7 +178,7 @@ class MultiHeadAttention(AttentionMixer):
             _check_absorbs(keys_from, score, qk_norm, set(biased) & {"key", "value"}, normalize, maps, dropout)
             score = Dot(head_dim**-0.5) if score.scale is None else score
 
-        self.absorb = absorb
+        self.absorb, self.echo = absorb, echo
         self.heads, self.key_heads, self.head_dim, self.keys_from = heads, key_heads, head_dim, keys_from
         self.position = nnx.data(position)
         self.implementation: Implementation = implementation
@@ -181,9 +194,13 @@ class MultiHeadAttention(AttentionMixer):
 
         context_features = features if context_features is None else context_features
         by_head, by_key_head = ("heads", heads), ("key_heads", key_heads)
-        self.query = linear("query", features, heads * head_dim, "width", by_head)
-        self.key = linear("key", context_features, key_heads * head_dim, "width", by_key_head) if own_keys else None
-        self.value = linear("value", context_features, key_heads * head_dim, "width", by_key_head) if own_keys else None
+        self.query: Any = None if echo else linear("query", features, heads * head_dim, "width", by_head)
+        self.key: Any = (
+            linear("key", context_features, key_heads * head_dim, "width", by_key_head) if own_keys else None
+        )
+        own_values = own_keys or echo
+        value = linear("value", context_features, key_heads * head_dim, "width", by_key_head) if own_values else None
+        self.value: Any = value
         self.out = linear("out", heads * head_dim, features, by_head, "width") if project else None
         sides = {"query": by_head, "key": by_key_head, "value": by_key_head}
         self.convolution = nnx.Dict(
@@ -236,14 +253,20 @@ class MultiHeadAttention(AttentionMixer):
                 other.
         """
         check_array("x", x)
-        store: Any = state if self.keys_from == "self" else None  # others hold no tokens of x
+        store: Any = state if self.keys_from == "self" or self.echo else None  # others hold no tokens of x
         tokens, tap = self.started(x, tokens, tap, store)
         source = self._source(x, context, state)
+        keys: Any
         if store is not None:
             self._check_documents(tokens, store)
         x = tokens.clean(x)
         convolved = self._past(x, tokens, {} if store is None else store.past) if self.convolution else None
 
+        if self.echo:
+            query, keys, held, store = self._echoed(source, x, tokens, tap, store)
+            z, measured = self._attend(query, keys, tokens, tap, store)
+            y = tap("attn_out", self.merge(tap("z", z), x))
+            return y, state if store is None else store.observe(measured, held)
         query = tap("q", self.queries(x, convolved))
         turns_at_read = store is not None and not store.key_position.at_write and self.position is not None
         if turns_at_read and (give is not None or tap.wants("k_rotated")):
@@ -254,7 +277,7 @@ class MultiHeadAttention(AttentionMixer):
         if not turns_at_read:
             query = tap("q_rotated", self.turn(query, tokens.positions))
         if isinstance(source, KeyValue):
-            keys: Any = source
+            keys = source
         elif self.absorb and isinstance(source, Context):
             at = tokens_of(source)
             read = at.clean(source.x)[:, :, None]
@@ -276,7 +299,7 @@ class MultiHeadAttention(AttentionMixer):
             query, keys = self._turned_at_read(query, keys, tokens, store)
             query = tap("q_rotated", query)
         if give is not None:
-            give["keys"] = KeyValue(*keys[:3])
+            give["keys"] = KeyValue(keys.key, keys.value, keys.positions, query)
         attends = self._attend_absorbed if self.absorb else self._attend
         z, measured = attends(query, keys, tokens, tap, store)
         y = tap("attn_out", self.merge(tap("z", z), x))
@@ -287,7 +310,9 @@ class MultiHeadAttention(AttentionMixer):
 
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The sites of attention; without own keys none of keys and values."""
+        """The sites of attention; without own keys none of keys, and without own queries none of queries."""
+        if self.echo:
+            return "v", "read", "scores", "weights", "lse", "z", "attn_out"
         keys = () if self.keys_from == "layer" else ("read",) if self.absorb else ("k", "v", "k_rotated", "read")
         return ("q", "q_rotated", *keys, "scores", "weights", "lse", "z", "attn_out")
 
@@ -308,13 +333,16 @@ class MultiHeadAttention(AttentionMixer):
                 f"context has {heads} key heads of {width} channels, but this layer reads {self.key_heads} of "
                 f"{self.head_dim}: need the same"
             )
+        elif self.echo and (context.query is None or context.query.shape[2] != self.heads):
+            found = "no queries" if context.query is None else f"queries of {context.query.shape[2]} heads"
+            raise ValueError(f"context has {found}, but this layer attends with those of {self.heads} heads")
         elif isinstance(context, Context) and (state is not None or self.position is not None):
             raise ValueError("cross-attention takes no state and no positions: need keys_from='context'")
         elif context is not None and self.convolution:
             raise ValueError("context is given: a convolution sees only tokens of one sequence, need convolution=0")
         read = context.x if isinstance(context, Context) else x
         projects = None if isinstance(context, KeyValue) else self.key
-        for name, given, project in (("x", x, self.query), ("context", read, projects)):
+        for name, given, project in (("x", x, self.value if self.echo else self.query), ("context", read, projects)):
             if project is not None and (given.ndim != 3 or given.shape[-1] != project.in_features):
                 raise ValueError(f"{name} has shape {given.shape}: need [batch, length, {project.in_features}]")
         return context
@@ -331,16 +359,21 @@ class MultiHeadAttention(AttentionMixer):
         Raises:
             ValueError: A size or the policy does not fit.
         """
-        if self.keys_from != "self":
+        if self.keys_from != "self" and not self.echo:
             return ()
+        policy = self._policy(capacity, store)
+        if self.echo and policy.select is not None:
+            raise ValueError(
+                f"store selects by keys ({type(policy.select).__name__}), and layers with echo=True hold none: need "
+                "select=None"
+            )
         shape, dtype = (self.key_heads, self.head_dim), self.dtype or jnp.float32
         past = {
             name: jnp.zeros((batch, each.weight.shape[0] - 1, each.weight.shape[1]), dtype)
             for name, each in self.convolution.items()
         }
-        return dataclasses.replace(
-            empty(batch, capacity, shape, shape, dtype, self._policy(capacity, store)), past=past
-        )
+        key_shape = (self.key_heads, 0) if self.echo else shape
+        return dataclasses.replace(empty(batch, capacity, key_shape, shape, dtype, policy), past=past)
 
     def queries(self, x: Float[Array, "b t d"], past: Past | None = None) -> Float[Array, "b t n h"]:
         """Returns q of x, convolved and normed if this attention does that, before rotation.
@@ -361,11 +394,27 @@ class MultiHeadAttention(AttentionMixer):
         key, value = (self._split(y, self.key_heads) for y in projected)
         return key if self.key_norm is None else self.key_norm(key), value
 
+    def _echoed(self, donor: Any, x: Array, tokens: Tokens, tap: Tap, store: Store | None) -> tuple[Any, ...]:
+        """Returns the queries and keys of the layer before with values of this one, what is held, and the store."""
+        value = tap("v", self._split(self.value(x), self.key_heads))
+        if store is None:
+            return donor.query, donor._replace(value=value), None, None
+        store = store.append(value[..., :0], value, jnp.broadcast_to(tokens.positions, x.shape[:2]))
+        held = store.read(donor.query)
+        if held.positions.shape != donor.positions.shape:
+            raise ValueError(
+                f"state has slots of shape {held.positions.shape} but the layer that it attends as has "
+                f"{donor.positions.shape}: need the same mask in both layers"
+            )
+        same = (held.positions == donor.positions).all((1, 2))  # where they kept different tokens, NaN tells
+        query = jnp.where(same[:, None, None, None], donor.query, jnp.nan)
+        return query, held._replace(key=donor.key), held, store
+
     def _attend_absorbed(
         self, query: Array, inputs: KeyValue, tokens: Tokens, tap: Tap, store: None
     ) -> tuple[Array, dict[str, Array]]:
         """Does what `_attend` does, for the inputs of W_k and W_v, [B, S, 1, C], in place of keys and values."""
-        maps: Any = self.key, self.value
+        maps = self.key, self.value
         of_key, of_value = (
             each.kernel[...].astype(query.dtype).reshape(-1, self.key_heads, self.head_dim) for each in maps
         )
