@@ -664,6 +664,8 @@ def test_caches_are_as_small_as_the_page_says_and_models_say_the_same(page):
     assert_close(p.said[1], p.said[0])
     sizes = [sum(x.size for x in jax.tree.leaves(nnx.state(each, nnx.Param))) for each in (p.model, p.student)]
     assert sizes[0] - sizes[1] == len(p.blocks) * 2 * 32 * 32
+    assert_close(jnp.concatenate(p.pieces), p.trained)
+    assert_close(p.alone, p.model(p.text)[0])
 
 
 # devices.md

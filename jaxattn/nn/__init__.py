@@ -21,6 +21,7 @@ from jaxattn.nn.embedding import (
     TokenEmbedding,
     VectorEmbedding,
 )
+from jaxattn.nn.far_memory import MemoryAtStart
 from jaxattn.nn.feed_forward import FeedForward
 from jaxattn.nn.hybrid import Chain, Parallel, hymba_heads
 from jaxattn.nn.latent import LatentAttention
@@ -115,6 +116,7 @@ __all__ = [
     "MaskedTokenHead",
     "Mechanism",
     "MemoryAsContext",
+    "MemoryAtStart",
     "MemoryInputs",
     "MergedLinearAttention",
     "MergedSoftmaxHeads",

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float, Int
 from jaxattn.cache import Policy, Store, empty
 from jaxattn.core.attend.absorb import absorb_q, expand_v
 from jaxattn.core.attend.api import Implementation
+from jaxattn.core.attend.crossbatch import crossbatch_kv
 from jaxattn.core.attend.normalize import Softmax
+from jaxattn.core.attend.partial import Partial, merge
 from jaxattn.core.attend.position import Position, Rotary
 from jaxattn.core.attend.score import Dot
 from jaxattn.core.checks import check_array
@@ -19,7 +21,8 @@ from jaxattn.nn.attending import AttentionMixer, one_or_all
 from jaxattn.nn.mechanisms import ShortConvolution
 from jaxattn.nn.parameter import Axis, linear_map
 from jaxattn.nn.recurrent import Past
-from jaxattn.nn.spec import Spec, built
+from jaxattn.nn.sharding import attend_in_shards
+from jaxattn.nn.spec import Spec, built, part_of
 from jaxattn.nn.tap import Tap
 from jaxattn.nn.tokens import Tokens
 
@@ -87,6 +90,11 @@ class MultiHeadAttention(AttentionMixer):
             and W_v on what they read, with the same result. Nothing is computed per token of the context, so that there
             are no keys and values to keep: a state stays empty, and a `Transformer` keeps the context once for all
             layers. Each query has more to multiply. Scores and lse are without the biases of keys.
+        crossbatch: Offsets of other rows of the batch that a row also attends to in training, as a memory whose keys
+            are turned to position 0, in one softmax with its own tokens (`crossbatch_kv`; Focused Transformer, 2023).
+            Rows before the first do not exist. It is active without a state, unless `deterministic`. Edits and records
+            of scores and weights are of the tokens of the row. To decode with such a memory, give a store
+            `nn.MemoryAtStart(window)`.
         dropout: The rate of dropout on the attention weights, active unless `deterministic` (see `nnx.Module.train` and
             `eval`).
         convolution: The width of a short causal convolution of q, k and v per channel, after their projection; 0 for
@@ -126,6 +134,7 @@ class MultiHeadAttention(AttentionMixer):
         gate: bool = False,
         project: bool = True,
         absorb: bool = False,
+        crossbatch: Sequence[int] = (),
         dropout: float = 0.0,
         convolution: int = 0,
         use_bias: bool | Sequence[str] = False,
@@ -178,7 +187,7 @@ class MultiHeadAttention(AttentionMixer):
             _check_absorbs(keys_from, score, qk_norm, set(biased) & {"key", "value"}, normalize, maps, dropout)
             score = Dot(head_dim**-0.5) if score.scale is None else score
 
-        self.absorb, self.echo = absorb, echo
+        self.absorb, self.echo, self.crossbatch = absorb, echo, tuple(crossbatch)
         self.heads, self.key_heads, self.head_dim, self.keys_from = heads, key_heads, head_dim, keys_from
         self.position = nnx.data(position)
         self.implementation: Implementation = implementation
@@ -188,6 +197,13 @@ class MultiHeadAttention(AttentionMixer):
             sizes, score=score, bias=bias, mask=mask, normalize=normalize, score_maps=score_maps,
             weight_maps=weight_maps, dtype=dtype, rngs=rngs,
         )  # fmt: skip
+        if crossbatch:
+            joins = isinstance(part_of(self.normalize), Softmax) and not weight_maps and not dropout and not convolution
+            if keys_from != "self" or min(crossbatch) < 1 or not joins:
+                raise ValueError(
+                    f"crossbatch is {tuple(crossbatch)}: need offsets from 1 on, keys_from='self', Softmax, and no "
+                    "weight_maps, dropout or convolution"
+                )
 
         def linear(name: str, inputs: int, outputs: int, *axes: Axis) -> nnx.Linear:
             return linear_map(inputs, outputs, dtype, rngs, axes, use_bias=name in biased)
@@ -195,12 +211,9 @@ class MultiHeadAttention(AttentionMixer):
         context_features = features if context_features is None else context_features
         by_head, by_key_head = ("heads", heads), ("key_heads", key_heads)
         self.query: Any = None if echo else linear("query", features, heads * head_dim, "width", by_head)
-        self.key: Any = (
-            linear("key", context_features, key_heads * head_dim, "width", by_key_head) if own_keys else None
-        )
-        own_values = own_keys or echo
-        value = linear("value", context_features, key_heads * head_dim, "width", by_key_head) if own_values else None
-        self.value: Any = value
+        of_keys: Any = (context_features, key_heads * head_dim, "width", by_key_head)
+        self.key: Any = linear("key", *of_keys) if own_keys else None
+        self.value: Any = linear("value", *of_keys) if own_keys or echo else None
         self.out = linear("out", heads * head_dim, features, by_head, "width") if project else None
         sides = {"query": by_head, "key": by_key_head, "value": by_key_head}
         self.convolution = nnx.Dict(
@@ -287,6 +300,7 @@ class MultiHeadAttention(AttentionMixer):
             key, value = self.keys_and_values(x if source is None else at.clean(source.x), convolved)
             of_keys = tap.at(at)
             key, value = of_keys("k", key), of_keys("v", value)
+            unturned = key
             key = key if turns_at_read else of_keys("k_rotated", self.turn(key, at.positions))
             keys = KeyValue(key, value, None if at.known is None else at.known[..., None])
             if self.keys_from == "context":
@@ -300,8 +314,11 @@ class MultiHeadAttention(AttentionMixer):
             query = tap("q_rotated", query)
         if give is not None:
             give["keys"] = KeyValue(keys.key, keys.value, keys.positions, query)
-        attends = self._attend_absorbed if self.absorb else self._attend
-        z, measured = attends(query, keys, tokens, tap, store)
+        if self.crossbatch and store is None and not self.deterministic:
+            z, measured = self._attend_across(query, keys, unturned, tokens, tap)
+        else:
+            attends = self._attend_absorbed if self.absorb else self._attend
+            z, measured = attends(query, keys, tokens, tap, store)
         y = tap("attn_out", self.merge(tap("z", z), x))
         if store is None:
             return y, state
@@ -409,6 +426,26 @@ class MultiHeadAttention(AttentionMixer):
         same = (held.positions == donor.positions).all((1, 2))  # where they kept different tokens, NaN tells
         query = jnp.where(same[:, None, None, None], donor.query, jnp.nan)
         return query, held._replace(key=donor.key), held, store
+
+    def _attend_across(
+        self, query: Array, keys: KeyValue, unturned: Array, tokens: Tokens, tap: Tap
+    ) -> tuple[Array, dict[str, Array]]:
+        """Does what `_attend` does, with other rows of the batch as a memory."""
+        if tokens.documents is not None:
+            raise ValueError("mask has documents, but with crossbatch the rows of a batch are texts: need one per row")
+        z, found = self._attend(query, keys, tokens, tap, None, with_lse=True)
+        at_start = self.turn(unturned, jnp.zeros_like(tokens.positions))
+        there = jnp.where(tokens.seen(len(query)), 0, -1)
+        memory = crossbatch_kv(at_start, keys.value, self.crossbatch, positions=there)
+        own = self.slots(tokens)
+        plain: Any = own.normalize
+        plain = dataclasses.replace(plain, null_logit=None)  # which is among the weights of the row already
+        slots = dataclasses.replace(own, mask=None, bias=None, normalize=plain)
+        options: dict[str, Any] = {"key_positions": memory.positions, "return_lse": True}
+        read, extras = attend_in_shards(
+            query, memory.key, memory.value, slots, implementation=self.implementation, **options
+        )
+        return merge(Partial(z, found["lse"]), Partial(read, extras["lse"])).out, {}
 
     def _attend_absorbed(
         self, query: Array, inputs: KeyValue, tokens: Tokens, tap: Tap, store: None

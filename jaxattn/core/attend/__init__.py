@@ -4,6 +4,7 @@ from jaxattn.core.attend.absorb import absorb_q, expand_v
 from jaxattn.core.attend.api import attend, attention_weights, explain
 from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias, ScoreBias, SumOfBiases
 from jaxattn.core.attend.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
+from jaxattn.core.attend.crossbatch import Contexts, crossbatch_kv, distraction
 from jaxattn.core.attend.dot_product import dot_product_attention
 from jaxattn.core.attend.graph import Ancestors, Graph
 from jaxattn.core.attend.maps import (
@@ -104,6 +105,7 @@ __all__ = [
     "Blocks",
     "Causal",
     "Chunked",
+    "Contexts",
     "Convolution",
     "Dilated",
     "Distance",
@@ -180,6 +182,8 @@ __all__ = [
     "attend",
     "attention_weights",
     "block_means",
+    "crossbatch_kv",
+    "distraction",
     "dot_product_attention",
     "expand_v",
     "explain",
