@@ -665,6 +665,9 @@ def test_caches_are_as_small_as_the_page_says_and_models_say_the_same(page):
     sizes = [sum(x.size for x in jax.tree.leaves(nnx.state(each, nnx.Param))) for each in (p.model, p.student)]
     assert sizes[0] - sizes[1] == len(p.blocks) * 2 * 32 * 32
     assert_close(jnp.concatenate(p.pieces), p.trained)
+    never = np.iinfo(np.int32).max
+    assert p.last.tolist() == [never, 4, 3, 4, never, 6, never, 8]
+    assert (np.abs(p.slope[:, :, 1:-1]).max((-1, -2)) > 0).all()
     assert_close(p.alone, p.model(p.text)[0])
 
 

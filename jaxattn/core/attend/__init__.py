@@ -6,6 +6,18 @@ from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, Relative
 from jaxattn.core.attend.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
 from jaxattn.core.attend.crossbatch import Contexts, crossbatch_kv, distraction
 from jaxattn.core.attend.dot_product import dot_product_attention
+from jaxattn.core.attend.expiry import (
+    GLOBAL,
+    LOCAL,
+    NEVER,
+    WINDOW,
+    Expires,
+    GatedSoftmax,
+    choose_types,
+    lifetime_pressure,
+    token_expiry,
+    type_gates,
+)
 from jaxattn.core.attend.graph import Ancestors, Graph
 from jaxattn.core.attend.maps import (
     Convolution,
@@ -92,7 +104,11 @@ from jaxattn.core.attend.tile import Tile
 
 __all__ = [
     "EMPTY",
+    "GLOBAL",
+    "LOCAL",
+    "NEVER",
     "NTK",
+    "WINDOW",
     "Additive",
     "Alibi",
     "Ancestors",
@@ -117,7 +133,9 @@ __all__ = [
     "Elu1",
     "Entmax15",
     "Entropy",
+    "Expires",
     "Explicit",
+    "GatedSoftmax",
     "GaussianWindow",
     "Graph",
     "Gumbel",
@@ -182,12 +200,14 @@ __all__ = [
     "attend",
     "attention_weights",
     "block_means",
+    "choose_types",
     "crossbatch_kv",
     "distraction",
     "dot_product_attention",
     "expand_v",
     "explain",
     "gathered",
+    "lifetime_pressure",
     "merge",
     "merge_axis",
     "psum_merge",
@@ -200,6 +220,8 @@ __all__ = [
     "split_keys",
     "striped",
     "take_tokens",
+    "token_expiry",
+    "type_gates",
     "unstriped",
     "unzigzag",
     "with_log_mass",
