@@ -670,6 +670,24 @@ def test_memories_learn_what_the_page_says_they_do(page):
     assert p.unexplained["network"] < 0.4
 
 
+# long_context.md
+
+
+def test_caches_are_as_small_as_the_page_says_and_models_say_the_same(page):
+    p = page("long_context")
+    assert [p.bytes_per_token(mixer) for mixer in (p.plain, p.latent)] == [516, 84]
+    assert_close(p.decoded, p.latent(p.x)[0])
+    assert p.kept == [51200, 6400]
+    assert_close(p.said[1], p.said[0])
+    sizes = [sum(x.size for x in jax.tree.leaves(nnx.state(each, nnx.Param))) for each in (p.model, p.student)]
+    assert sizes[0] - sizes[1] == len(p.blocks) * 2 * 32 * 32
+    assert_close(jnp.concatenate(p.pieces), p.trained)
+    never = np.iinfo(np.int32).max
+    assert p.last.tolist() == [never, 4, 3, 4, never, 6, never, 8]
+    assert (np.abs(p.slope[:, :, 1:-1]).max((-1, -2)) > 0).all()
+    assert_close(p.alone, p.model(p.text)[0])
+
+
 # devices.md
 
 
@@ -693,7 +711,17 @@ def test_sequences_over_devices_are_those_on_one(page):
 def test_the_pages_name_every_part_and_call():
     text = " ".join(
         PAGES[f"{name}.md"]
-        for name in ("attend", "measures", "positions", "blocks", "devices", "features", "linear", "memory")
+        for name in (
+            "attend",
+            "measures",
+            "positions",
+            "blocks",
+            "devices",
+            "features",
+            "linear",
+            "memory",
+            "long_context",
+        )
     )
     text = " ".join(re.findall(r"`[^`\n]+`", text))
     packages = jaxattn, jaxattn.core.attend, jaxattn.core.linear, jaxattn.core.memory

@@ -1,4 +1,4 @@
-"""What heads do: statistics, detectors, factors, lenses, probes."""
+"""What heads do: statistics, detectors, factors, lenses, probes, similarity of layers."""
 
 from jaxattn.analysis.factors import Factored, composition, copying, ov, qk
 from jaxattn.analysis.heads import (
@@ -13,6 +13,7 @@ from jaxattn.analysis.heads import (
 )
 from jaxattn.analysis.lens import Attribution, TunedLens, direct_attribution, lens, lens_loss
 from jaxattn.analysis.probe import Probe, Selectivity, auroc, cka, fit_logistic, fit_ridge, hsic, selectivity
+from jaxattn.analysis.similarity import attention_similarity, similar_blocks
 
 __all__ = [
     "USUAL",
@@ -23,6 +24,7 @@ __all__ = [
     "Probe",
     "Selectivity",
     "TunedLens",
+    "attention_similarity",
     "auroc",
     "between_classes",
     "cka",
@@ -40,5 +42,6 @@ __all__ = [
     "qk",
     "repeated_tokens",
     "selectivity",
+    "similar_blocks",
     "statistics",
 ]

@@ -22,6 +22,7 @@ from jaxattn.models.pretrained import fetch_weights, load_pretrained, save_pretr
 from jaxattn.models.replace import map_mixers, replace_mixers
 from jaxattn.models.sample import sample
 from jaxattn.models.server import Finished, Server
+from jaxattn.models.share_attention import share_attention
 from jaxattn.models.simultaneous import (
     EDAtt,
     Simultaneous,
@@ -90,6 +91,7 @@ __all__ = [
     "rolled_back",
     "sample",
     "save_pretrained",
+    "share_attention",
     "simultaneous",
     "speculate",
     "to_plain",

@@ -156,7 +156,7 @@ def _reads(where: str, branch: Residual) -> tuple[str, ...]:
     if type(module) is nn.FeedForward:
         names: tuple[str, ...] = ("up", "gate")
     elif type(module) is nn.MultiHeadAttention:
-        names = ("query", "gate", *(("key", "value") if module.keys_from == "self" else ()))
+        names = ("query", "gate", *(() if module.keys_from == "context" else ("key", "value")))
     else:
         raise ValueError(
             f"{where} is {type(module).__name__}: need MultiHeadAttention or FeedForward, whose maps are known"

@@ -246,6 +246,7 @@ class Transformer(nnx.Module):
         if not isinstance(config.remat, str) and (unknown := sorted(set(config.remat) - known)):
             raise ValueError(f"remat names {unknown}, which no layer has: need some of {sorted(known)}")
         kinds = [{mixer.keys_from for mixer in run.mixers} for run in self.runs]
+        self.echoes = any(mixer.echo for run in self.runs for mixer in run.mixers)
         self.reads = tuple("layer" in kind for kind in kinds)  # keys of a run before
         for number, (before, kind) in enumerate(itertools.pairwise([set(), *kinds])):
             if "layer" in kind and not before & {"self", "layer"}:
@@ -253,7 +254,12 @@ class Transformer(nnx.Module):
                 raise ValueError(f"layers[{first}] shares the keys of the layer before it, which has none")
             if "layer" in kind and [mixer.keys_from for mixer in self.runs[number - 1].mixers].count("self") > 1:
                 raise ValueError("a layer shares its keys, but has several mixers with keys: need one")
-        self.crosses = any("context" in kind for kind in kinds)
+        crossing = [mixer for run in self.runs for mixer in run.mixers if mixer.keys_from == "context"]
+        self.crosses, self.absorbs = bool(crossing), any(mixer.absorb for mixer in crossing)
+        if self.absorbs and not all(mixer.absorb for mixer in crossing):
+            raise ValueError(
+                "some layers of cross-attention have absorb=True, and others keep keys: need one or the other"
+            )
         if self.crosses and config.meta_tokens:
             raise ValueError(
                 f"meta_tokens is {config.meta_tokens} in a model with cross-attention, which they would read before "
@@ -301,7 +307,7 @@ class Transformer(nnx.Module):
             types: [B, T] or [1, T], token types for embeddings that have a table of them.
             state: From `init_state` or an earlier call when decoding.
             context: `nn.Context`, or an array [B, S, C], which cross-attention reads. With a state it is needed in the
-                first call only: the state keeps its keys.
+                first call only: the state keeps its keys, or itself under `absorb`.
             edits: Site of `trace.SITES` -> the edit of that site, or several in a tuple that act one after the other.
                 An edit is shared by all layers that have the site; `Layers(edit)` has arrays by layer, and {layer:
                 edit} acts in single layers. Sites of a branch with a name are `name.site`.
@@ -407,7 +413,7 @@ class Transformer(nnx.Module):
 
     def reached(self, state: Any) -> Int[Array, " b"]:
         """Returns the position after the last token that a state holds, not counting meta tokens."""
-        for run, held in zip(self.runs, state, strict=True):
+        for run, held in zip(self.runs, state[: len(self.runs)], strict=True):
             graph, arrays = nnx.split(run)
             mixers = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays)).mixers
             for mixer, each in zip(mixers, held, strict=True):
@@ -466,6 +472,8 @@ class Transformer(nnx.Module):
             tokens = self.tokens(x, state=state)
             tokens = tokens if state is None else tokens.moved(tokens.positions + self.config.meta_tokens)
         context = nn.Context(context) if hasattr(context, "dtype") else context
+        if self.absorbs and state is not None:  # which keeps the context, once for all layers
+            context = state[-1] if context is None else context
         check_room(state, tokens.positions)  # here, since the layers are traced
         changes, asked = as_edits(edits, sum(self.lengths)), as_records(record)
         self._check_sites(changes, asked)
@@ -496,6 +504,8 @@ class Transformer(nnx.Module):
                 give: dict[str, Any] | None = {} if gives else None
                 x, state = block(x, tokens, tap, state, given, give, context)
                 keys = keys if give is None else give["keys"]
+                if isinstance(keys, nn.KeyValue) and not self.echoes:
+                    keys = keys._replace(query=None)
                 return (x, keys), (state, tap.records, nnx.state(block, nnx.RngCount))
 
             numbers = jnp.arange(first, first + length)
@@ -522,7 +532,8 @@ class Transformer(nnx.Module):
                 nnx.update(run, counts)
             states.append(new_state)
             recorded.append(records)
-        return x, None if state is None else tuple(states), _join(recorded, self.lengths)
+        kept_context = (context,) if self.absorbs else ()
+        return x, None if state is None else (*states, *kept_context), _join(recorded, self.lengths)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -563,6 +574,7 @@ class Transformer(nnx.Module):
 
         capacity += self.config.meta_tokens
         state = tuple(stacked(run, length) for run, length in zip(self.runs, self.lengths, strict=True))
+        state += (None,) if self.absorbs else ()
         if self.meta is None:
             return state
         meta = jnp.broadcast_to(self.meta[...], (batch, *self.meta.shape))

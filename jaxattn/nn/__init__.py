@@ -21,8 +21,10 @@ from jaxattn.nn.embedding import (
     TokenEmbedding,
     VectorEmbedding,
 )
+from jaxattn.nn.far_memory import MemoryAtStart
 from jaxattn.nn.feed_forward import FeedForward
 from jaxattn.nn.hybrid import Chain, Parallel, hymba_heads
+from jaxattn.nn.latent import LatentAttention
 from jaxattn.nn.learned import (
     AdditiveScore,
     BilinearScore,
@@ -101,6 +103,7 @@ __all__ = [
     "HedgehogMap",
     "KeyQueryConvolution",
     "KeyValue",
+    "LatentAttention",
     "Latte",
     "LayerNorm",
     "Layers",
@@ -114,6 +117,7 @@ __all__ = [
     "MaskedTokenHead",
     "Mechanism",
     "MemoryAsContext",
+    "MemoryAtStart",
     "MemoryInputs",
     "MergedLinearAttention",
     "MergedSoftmaxHeads",

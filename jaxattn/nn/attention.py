@@ -4,32 +4,27 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn.cache import Policy, Recent, Store, by_position, empty, unseen
-from jaxattn.cache.store import Held
+from jaxattn.cache import Policy, Store, empty
+from jaxattn.core.attend.absorb import absorb_q, expand_v
 from jaxattn.core.attend.api import Implementation
-from jaxattn.core.attend.bias import Bias, as_bias
 from jaxattn.core.attend.choose import Choice
-from jaxattn.core.attend.graph import Ancestors
-from jaxattn.core.attend.maps import Dropout
-from jaxattn.core.attend.mask import Explicit, as_mask, visible
+from jaxattn.core.attend.crossbatch import crossbatch_kv
 from jaxattn.core.attend.normalize import Softmax
+from jaxattn.core.attend.partial import Partial, merge
 from jaxattn.core.attend.position import Position, Rotary
 from jaxattn.core.attend.score import Dot
-from jaxattn.core.attend.slots import Slots
-from jaxattn.core.attend.tile import Tile
 from jaxattn.core.checks import check_array
+from jaxattn.nn.attending import AttentionMixer, one_or_all
 from jaxattn.nn.mechanisms import ShortConvolution
-from jaxattn.nn.mixer import Mixer
 from jaxattn.nn.parameter import Axis, linear_map
 from jaxattn.nn.recurrent import Past
 from jaxattn.nn.sharding import attend_in_shards
-from jaxattn.nn.spec import Spec, built, owned, part_of
-from jaxattn.nn.tap import Tap, Whole
+from jaxattn.nn.spec import Spec, built, part_of
+from jaxattn.nn.tap import Tap
 from jaxattn.nn.tokens import Tokens
 
 
@@ -42,11 +37,14 @@ class KeyValue(NamedTuple):
         key: [B, S, K, H].
         value: [B, S, K, H].
         positions: The positions of the keys, or None for 0, 1, ...
+        query: [B, T, N, H], the queries of the call as they meet the keys, for layers that share the attention too; a
+            model leaves them out where none does.
     """
 
     key: Float[Array, "b s k h"]
     value: Float[Array, "b s k h"]
     positions: Int[Array, "#b s g"] | None
+    query: Float[Array, "b t n h"] | None = None
 
 
 class Context(NamedTuple):
@@ -64,7 +62,7 @@ class Context(NamedTuple):
 KeysFrom = Literal["self", "layer", "context"]
 
 
-class MultiHeadAttention(Mixer):
+class MultiHeadAttention(AttentionMixer):
     """y = W_o concat_n(z_n),  z = attend(q, k, v),  q = W_q x,  k = W_k c,  v = W_v c,  with c = context or x.
 
     Slots take a part, a module that owns `nnx.Param`s and returns a part when called without arguments (see
@@ -78,6 +76,10 @@ class MultiHeadAttention(Mixer):
         head_dim: H, the channels per head. The default is D / N, but H may be independent of both.
         keys_from: The source of keys and values: "self"; "layer", the layer before, so that there are no W_k and W_v
             and `context` is the `KeyValue` of that layer; "context", another sequence (cross-attention).
+        echo: Whether a layer with keys_from="layer" takes the queries of that layer too, and has values of its own: it
+            attends as that layer does, with neither W_q nor W_k (EchoAtt, 2024). Its score, bias, mask, normaliser and
+            maps should be those of that layer, and its `position` is not used. A state holds its values alone, in the
+            slots in which that layer holds its keys.
         context_features: The channels of `context`; by default D.
         position: The way in which queries and keys are told where they stand, such as `Rotary(10000.0)`; None for not
             at all.
@@ -85,6 +87,15 @@ class MultiHeadAttention(Mixer):
             together with `Spec(nn.AcrossHeads)`.
         gate: Whether z is multiplied by σ(W_g x) before W_o.
         project: Whether there is W_o; y has N·H channels without.
+        absorb: Whether cross-attention reads the context itself (EL-attention, Yan et al., 2021): W_k acts on queries
+            and W_v on what they read, with the same result. Nothing is computed per token of the context, so that there
+            are no keys and values to keep: a state stays empty, and a `Transformer` keeps the context once for all
+            layers. Each query has more to multiply. Scores and lse are without the biases of keys.
+        crossbatch: Offsets of other rows of the batch that a row also attends to in training, as a memory whose keys
+            are turned to position 0, in one softmax with its own tokens (`crossbatch_kv`; Focused Transformer, 2023).
+            Rows before the first do not exist. It is active without a state, unless `deterministic`. Edits and records
+            of scores and weights are of the tokens of the row. To decode with such a memory, give a store
+            `nn.MemoryAtStart(window)`.
         dropout: The rate of dropout on the attention weights, active unless `deterministic` (see `nnx.Module.train` and
             `eval`).
         convolution: The width of a short causal convolution of q, k and v per channel, after their projection; 0 for
@@ -107,7 +118,9 @@ class MultiHeadAttention(Mixer):
 
     Raises:
         ValueError: Sizes do not divide or are out of range, cross-attention has positions or a choice, `keys_from` or a
-            name of a bias is unknown, a convolution has keys that are not those of x, or dropout has no stream.
+            name of a bias is unknown, a convolution has keys that are not those of x, dropout has no stream, or with
+            `absorb` the context is not all that keys and values are made of by W_k and W_v, or scores are no dot
+            products.
         TypeError: Maps are not in a tuple, or `position` or `choice` is of another kind.
     """
 
@@ -119,11 +132,14 @@ class MultiHeadAttention(Mixer):
         key_heads: int | None = None,
         head_dim: int | None = None,
         keys_from: KeysFrom = "self",
+        echo: bool = False,
         context_features: int | None = None,
         position: Position | None = Rotary(),
         qk_norm: Spec | None = None,
         gate: bool = False,
         project: bool = True,
+        absorb: bool = False,
+        crossbatch: Sequence[int] = (),
         dropout: float = 0.0,
         convolution: int = 0,
         use_bias: bool | Sequence[str] = False,
@@ -165,40 +181,49 @@ class MultiHeadAttention(Mixer):
         if not (qk_norm is None or isinstance(qk_norm, Spec)):
             raise TypeError(f"qk_norm must be a spec such as Spec(nn.RMSNorm), or None, got {qk_norm!r}")
         own_keys = keys_from != "layer"
+        if echo and (own_keys or qk_norm is not None):
+            raise ValueError(
+                f"echo is True but keys_from is {keys_from!r} and qk_norm {qk_norm}: need keys_from='layer', whose "
+                "queries and keys are normed already"
+            )
         if convolution and keys_from != "self":
             raise ValueError(f"convolution is {convolution} but keys_from is {keys_from!r}: need keys of x, or 0")
-        for name, maps in (("score_maps", score_maps), ("weight_maps", weight_maps)):
-            if not isinstance(maps, list | tuple):
-                raise TypeError(f"{name} must be a tuple such as (SoftCap(50.0),), got {type(maps).__name__}")
         names = ("query", "key", "value", "out", "gate")
         biased = (names if use_bias else ()) if isinstance(use_bias, bool) else tuple(use_bias)
         if unknown := sorted(set(biased) - set(names)):
             raise ValueError(f"use_bias names {unknown}: need True, False, or some of {list(names)}")
+        if absorb:
+            maps = (*score_maps, *weight_maps)
+            _check_absorbs(keys_from, score, qk_norm, set(biased) & {"key", "value"}, normalize, maps, dropout)
+            score = Dot(head_dim**-0.5) if score.scale is None else score
 
+        self.absorb, self.echo, self.crossbatch = absorb, echo, tuple(crossbatch)
         self.heads, self.key_heads, self.head_dim, self.keys_from = heads, key_heads, head_dim, keys_from
         self.position = nnx.data(position)
-        self.dropout, self.deterministic = dropout, False
         self.implementation: Implementation = implementation
         self.dtype = dtype
         sizes = {"features": features, "heads": heads, "key_heads": key_heads, "head_dim": head_dim}
-        score, bias, mask, normalize, *maps = (
-            built(slot, **sizes, dtype=dtype, rngs=rngs)
-            for slot in (score, bias, mask, normalize, *score_maps, *weight_maps)
-        )
-        mask = mask if isinstance(mask, nnx.Module) else as_mask(mask)
-        self.score, self.bias, self.mask, self.normalize = (owned(slot) for slot in (score, bias, mask, normalize))
-        self.choice = owned(built(choice, **sizes, dtype=dtype, rngs=rngs))
-        self.score_maps = nnx.data(tuple(maps[: len(score_maps)]))
-        self.weight_maps = nnx.data(tuple(maps[len(score_maps) :]))
+        self._fill(
+            sizes, score=score, bias=bias, mask=mask, normalize=normalize, score_maps=score_maps,
+            weight_maps=weight_maps, dtype=dtype, rngs=rngs, choice=choice,
+        )  # fmt: skip
+        if crossbatch:
+            joins = isinstance(part_of(self.normalize), Softmax) and not weight_maps and not dropout and not convolution
+            if keys_from != "self" or min(crossbatch) < 1 or not joins:
+                raise ValueError(
+                    f"crossbatch is {tuple(crossbatch)}: need offsets from 1 on, keys_from='self', Softmax, and no "
+                    "weight_maps, dropout or convolution"
+                )
 
         def linear(name: str, inputs: int, outputs: int, *axes: Axis) -> nnx.Linear:
             return linear_map(inputs, outputs, dtype, rngs, axes, use_bias=name in biased)
 
         context_features = features if context_features is None else context_features
         by_head, by_key_head = ("heads", heads), ("key_heads", key_heads)
-        self.query = linear("query", features, heads * head_dim, "width", by_head)
-        self.key = linear("key", context_features, key_heads * head_dim, "width", by_key_head) if own_keys else None
-        self.value = linear("value", context_features, key_heads * head_dim, "width", by_key_head) if own_keys else None
+        self.query: Any = None if echo else linear("query", features, heads * head_dim, "width", by_head)
+        of_keys: Any = (context_features, key_heads * head_dim, "width", by_key_head)
+        self.key: Any = linear("key", *of_keys) if own_keys else None
+        self.value: Any = linear("value", *of_keys) if own_keys or echo else None
         self.out = linear("out", heads * head_dim, features, by_head, "width") if project else None
         sides = {"query": by_head, "key": by_key_head, "value": by_key_head}
         self.convolution = nnx.Dict(
@@ -213,11 +238,7 @@ class MultiHeadAttention(Mixer):
         norm_sizes = {"features": head_dim, "dtype": dtype, "rngs": rngs}
         self.query_norm = built(qk_norm, heads=heads, **norm_sizes)
         self.key_norm = built(qk_norm, heads=key_heads, **norm_sizes) if own_keys else None
-        if dropout and "dropout" not in rngs and "default" not in rngs:
-            raise ValueError(
-                f"dropout is {dropout} but rngs has no such stream: need nnx.Rngs(0) or nnx.Rngs(dropout=0)"
-            )
-        self.stream = nnx.data(rngs["dropout"].fork() if dropout else None)
+        self._drop(dropout, rngs)
 
     def __call__(
         self,
@@ -256,19 +277,20 @@ class MultiHeadAttention(Mixer):
                 other.
         """
         check_array("x", x)
-        store: Any = state if self.keys_from == "self" else None  # others hold no tokens of x
+        store: Any = state if self.keys_from == "self" or self.echo else None  # others hold no tokens of x
         tokens, tap = self.started(x, tokens, tap, store)
         source = self._source(x, context, state)
-        own = part_of(self.mask)
-        within_documents = tokens.documents is not None and own is not None and not own.is_relative
-        if store is not None and store.retain.evicts and within_documents:
-            raise ValueError(
-                f"mask has documents, within which the mask of the layer is meant, but the state keeps tokens by their "
-                f"place in the row ({type(store.retain).__name__}): need init_state(..., store=Policy())"
-            )
+        keys: Any
+        if store is not None:
+            self._check_documents(tokens, store)
         x = tokens.clean(x)
         convolved = self._past(x, tokens, {} if store is None else store.past) if self.convolution else None
 
+        if self.echo:
+            query, keys, held, store = self._echoed(source, x, tokens, tap, store)
+            z, measured = self.attended(query, keys, tokens, tap, store)
+            y = tap("attn_out", self.merge(tap("z", z), x))
+            return y, state if store is None else store.observe(measured, held)
         query = tap("q", self.queries(x, convolved))
         turns_at_read = store is not None and not store.key_position.at_write and self.position is not None
         if turns_at_read and (give is not None or tap.wants("k_rotated")):
@@ -279,12 +301,17 @@ class MultiHeadAttention(Mixer):
         if not turns_at_read:
             query = tap("q_rotated", self.turn(query, tokens.positions))
         if isinstance(source, KeyValue):
-            keys: Any = source
+            keys = source
+        elif self.absorb and isinstance(source, Context):
+            at = tokens_of(source)
+            read = at.clean(source.x)[:, :, None]
+            keys = KeyValue(read, read, None if at.known is None else at.known[..., None])
         else:
             at = tokens if source is None else tokens_of(source)
             key, value = self.keys_and_values(x if source is None else at.clean(source.x), convolved)
             of_keys = tap.at(at)
             key, value = of_keys("k", key), of_keys("v", value)
+            unturned = key
             key = key if turns_at_read else of_keys("k_rotated", self.turn(key, at.positions))
             keys = KeyValue(key, value, None if at.known is None else at.known[..., None])
             if self.keys_from == "context":
@@ -298,8 +325,12 @@ class MultiHeadAttention(Mixer):
             query, keys = self._turned_at_read(query, keys, tokens, store)
             query = tap("q_rotated", query)
         if give is not None:
-            give["keys"] = KeyValue(*keys[:3])
-        z, measured = self.attended(query, keys, tokens, tap, store)
+            give["keys"] = KeyValue(keys.key, keys.value, keys.positions, query)
+        if self.crossbatch and store is None and not self.deterministic:
+            z, measured = self._attend_across(query, keys, unturned, tokens, tap)
+        else:
+            attends = self._attend_absorbed if self.absorb else self.attended
+            z, measured = attends(query, keys, tokens, tap, store)
         y = tap("attn_out", self.merge(tap("z", z), x))
         if store is None:
             return y, state
@@ -310,8 +341,10 @@ class MultiHeadAttention(Mixer):
 
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The sites of attention; without own keys none of keys and values."""
-        keys = () if self.keys_from == "layer" else ("k", "v", "k_rotated", "read")
+        """The sites of attention; without own keys none of keys, and without own queries none of queries."""
+        if self.echo:
+            return "v", "read", "scores", "weights", "lse", "z", "attn_out"
+        keys = () if self.keys_from == "layer" else ("read",) if self.absorb else ("k", "v", "k_rotated", "read")
         return ("q", "q_rotated", *keys, "scores", "weights", "lse", "z", "attn_out")
 
     recorded_only: ClassVar = ("read", "lse")
@@ -336,112 +369,19 @@ class MultiHeadAttention(Mixer):
                 f"context has {heads} key heads of {width} channels, but this layer reads {self.key_heads} of "
                 f"{self.head_dim}: need the same"
             )
+        elif self.echo and (context.query is None or context.query.shape[2] != self.heads):
+            found = "no queries" if context.query is None else f"queries of {context.query.shape[2]} heads"
+            raise ValueError(f"context has {found}, but this layer attends with those of {self.heads} heads")
         elif isinstance(context, Context) and (state is not None or self.position is not None):
             raise ValueError("cross-attention takes no state and no positions: need keys_from='context'")
         elif context is not None and self.convolution:
             raise ValueError("context is given: a convolution sees only tokens of one sequence, need convolution=0")
         read = context.x if isinstance(context, Context) else x
         projects = None if isinstance(context, KeyValue) else self.key
-        for name, given, project in (("x", x, self.query), ("context", read, projects)):
+        for name, given, project in (("x", x, self.value if self.echo else self.query), ("context", read, projects)):
             if project is not None and (given.ndim != 3 or given.shape[-1] != project.in_features):
                 raise ValueError(f"{name} has shape {given.shape}: need [batch, length, {project.in_features}]")
         return context
-
-    def slots(self, tokens: Tokens) -> Slots:
-        """Returns the slots of the call to `attend`, as they are without dropout, edits and records.
-
-        Args:
-            tokens: What stands where: their mask and bias join those of the module.
-        """
-        biases = [bias for bias in (as_bias(part_of(self.bias)), tokens.bias) if bias is not None]
-        return Slots(
-            score=part_of(self.score),
-            bias=sum(biases[1:], biases[0]) if biases else None,
-            score_maps=tuple(map(part_of, self.score_maps)),
-            mask=tokens.shows(part_of(self.mask)),
-            normalize=part_of(self.normalize),
-            weight_maps=tuple(map(part_of, self.weight_maps)),
-        )
-
-    def attended(
-        self, query: Array, keys: KeyValue | Held, tokens: Tokens, tap: Tap, store: Store | None
-    ) -> tuple[Array, dict[str, Array]]:
-        """Returns what heads read of these keys.
-
-        Args:
-            query: [B, T, N, H], as queries meet keys.
-            keys: What they attend to.
-            tokens: What stands where.
-            tap: Edits and records at the sites scores, weights, lse and read.
-            store: The store from which the keys come, or None.
-
-        Returns:
-            The reads of the heads [B, T, N, H], and the measures that the store observes, one per slot and key head.
-        """
-        own = self.slots(tokens)
-        if store is not None:
-            measures = {f"store.{name}": x for name, x in store.measures.items()}
-            own = dataclasses.replace(own, measures=measures)
-        if self.stream is not None and not self.deterministic:
-            own = dataclasses.replace(own, dropout=Dropout(self.dropout, self.stream()))
-        lost = None  # which tokens need one that the store had no slot for
-        if store is not None and isinstance(tokens.positions, jax.core.Tracer) and not store.retain.evicts:
-            positions = jnp.broadcast_to(tokens.positions, query.shape[:2])
-            lost = unseen(store, positions, own.mask)[..., None, None]
-            query = jnp.where(lost, jnp.nan, query)
-        own = self._chosen(own, query, keys, tokens, store)
-        slots, lse = tap.join(own)
-        if store is not None:
-            _check_rows_alone(slots.score_maps, slots.weight_maps)
-        options: dict[str, Any] = {"return_lse": lse, "implementation": self.implementation}
-        # With a state positions are known to be where they are only as long as none is held before them.
-        at = tokens.known if store is None else tokens.positions
-        options |= {"query_positions": _one_or_all(at), "key_positions": _places(keys.positions)}
-        if tokens.parents is not None and self.keys_from != "context":
-            slots, of_tree = _in_tree(slots, tokens, keys)
-            options |= of_tree
-        result = attend_in_shards(query, keys.key, keys.value, slots, **options)
-        z, extras = result if lse or slots.measures else (result, {})
-        if tap.wants("read"):
-            places = jnp.arange(keys.key.shape[1])[None, :, None] if keys.positions is None else keys.positions
-            tap("read", jnp.broadcast_to(places, (len(query), *places.shape[1:])))
-        if store is not None and isinstance(keys, Held) and (store.retain.evicts or keys.slots is not None):
-            for name, (site, reducer) in tap.asked.items():
-                if site in ("scores", "weights") and isinstance(reducer, Whole):
-                    fill = 0.0 if site == "weights" else -jnp.inf
-                    rows = by_position(extras[name].swapaxes(1, 2), keys.positions, store.span, fill)
-                    extras[name] = rows.swapaxes(1, 2)
-        tap.keep(extras)
-        z = z if lost is None else jnp.where(lost, jnp.nan, z)  # also where the mask hides every key
-        by_group = {name: x for name, x in extras.items() if name.startswith("store.")}
-        return z, {
-            name.removeprefix("store."): x.reshape(*x.shape[:-1], self.key_heads, -1).sum(-1)
-            for name, x in by_group.items()
-        }
-
-    def _chosen(self, own: Slots, query: Array, keys: KeyValue | Held, tokens: Tokens, store: Store | None) -> Slots:
-        """Returns the slots with the mask of the blocks that are chosen, if any are."""
-        choice = part_of(self.choice)
-        if choice is None or query.shape[1] == 1:
-            return own
-        if tokens.documents is not None:
-            raise ValueError(
-                f"mask has documents, but the choice {type(choice).__name__} counts blocks from the start of a row: "
-                "need one document per row, or choice=None"
-            )
-        places = _places(keys.positions)
-        if places is not None and places.ndim == 3:
-            raise ValueError(
-                f"the state keeps other tokens in each head, and the choice {type(choice).__name__} needs the same in "
-                "all: need a store that keeps all tokens of a prompt, such as Policy(), or choice=None"
-            )
-        at = tokens.known if store is None else tokens.positions
-        mask = choice(query, keys.key, query_positions=_one_or_all(at), key_positions=places)
-        return dataclasses.replace(own, mask=mask if own.mask is None else own.mask & mask)
-
-    def reached(self, state: Store) -> Int[Array, " b"]:
-        """Returns the positions at which the tokens that the state holds end."""
-        return state.last + 1
 
     def init_state(self, batch: int, capacity: int, store: Policy | None = None) -> Store | tuple[()]:
         """Makes a store without tokens, for positions below `capacity`; nothing for keys that are not those of x.
@@ -455,19 +395,21 @@ class MultiHeadAttention(Mixer):
         Raises:
             ValueError: A size or the policy does not fit.
         """
-        if self.keys_from != "self":
+        if self.keys_from != "self" and not self.echo:
             return ()
-        if store is None:
-            own, store = part_of(self.mask), Policy()
-            shown = capacity + 1 if own is None or own.reach is None else max(sum(own.reach), own.reach.first + 1)
-            if shown <= capacity:
-                store = Policy(Recent(own.reach.first), shown)
+        policy = self._policy(capacity, store)
+        if self.echo and policy.select is not None:
+            raise ValueError(
+                f"store selects by keys ({type(policy.select).__name__}), and layers with echo=True hold none: need "
+                "select=None"
+            )
         shape, dtype = (self.key_heads, self.head_dim), self.dtype or jnp.float32
         past = {
             name: jnp.zeros((batch, each.weight.shape[0] - 1, each.weight.shape[1]), dtype)
             for name, each in self.convolution.items()
         }
-        return dataclasses.replace(empty(batch, capacity, shape, shape, dtype, store), past=past)
+        key_shape = (self.key_heads, 0) if self.echo else shape
+        return dataclasses.replace(empty(batch, capacity, key_shape, shape, dtype, policy), past=past)
 
     def queries(self, x: Float[Array, "b t d"], past: Past | None = None) -> Float[Array, "b t n h"]:
         """Returns q of x, convolved and normed if this attention does that, before rotation.
@@ -488,6 +430,58 @@ class MultiHeadAttention(Mixer):
         key, value = (self._split(y, self.key_heads) for y in projected)
         return key if self.key_norm is None else self.key_norm(key), value
 
+    def _echoed(self, donor: Any, x: Array, tokens: Tokens, tap: Tap, store: Store | None) -> tuple[Any, ...]:
+        """Returns the queries and keys of the layer before with values of this one, what is held, and the store."""
+        value = tap("v", self._split(self.value(x), self.key_heads))
+        if store is None:
+            return donor.query, donor._replace(value=value), None, None
+        store = store.append(value[..., :0], value, jnp.broadcast_to(tokens.positions, x.shape[:2]))
+        held = store.read(donor.query)
+        if held.positions.shape != donor.positions.shape:
+            raise ValueError(
+                f"state has slots of shape {held.positions.shape} but the layer that it attends as has "
+                f"{donor.positions.shape}: need the same mask in both layers"
+            )
+        same = (held.positions == donor.positions).all((1, 2))  # where they kept different tokens, NaN tells
+        query = jnp.where(same[:, None, None, None], donor.query, jnp.nan)
+        return query, held._replace(key=donor.key), held, store
+
+    def _attend_across(
+        self, query: Array, keys: KeyValue, unturned: Array, tokens: Tokens, tap: Tap
+    ) -> tuple[Array, dict[str, Array]]:
+        """Does what `_attend` does, with other rows of the batch as a memory."""
+        if tokens.documents is not None:
+            raise ValueError("mask has documents, but with crossbatch the rows of a batch are texts: need one per row")
+        z, found = self.attended(query, keys, tokens, tap, None, with_lse=True)
+        at_start = self.turn(unturned, jnp.zeros_like(tokens.positions))
+        there = jnp.where(tokens.seen(len(query)), 0, -1)
+        memory = crossbatch_kv(at_start, keys.value, self.crossbatch, positions=there)
+        own = self.slots(tokens)
+        plain: Any = own.normalize
+        plain = dataclasses.replace(plain, null_logit=None)  # which is among the weights of the row already
+        slots = dataclasses.replace(own, mask=None, bias=None, normalize=plain)
+        options: dict[str, Any] = {"key_positions": memory.positions, "return_lse": True}
+        read, extras = attend_in_shards(
+            query, memory.key, memory.value, slots, implementation=self.implementation, **options
+        )
+        return merge(Partial(z, found["lse"]), Partial(read, extras["lse"])).out, {}
+
+    def _attend_absorbed(
+        self, query: Array, inputs: KeyValue, tokens: Tokens, tap: Tap, store: None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Does what `_attend` does, for the inputs of W_k and W_v, [B, S, 1, C], in place of keys and values."""
+        maps = self.key, self.value
+        of_key, of_value = (
+            each.kernel[...].astype(query.dtype).reshape(-1, self.key_heads, self.head_dim) for each in maps
+        )
+        bias = maps[1].bias
+        z, found = self.attended(absorb_q(query, of_key), inputs, tokens, tap, store, with_lse=bias is not None)
+        z = expand_v(z, of_value)
+        if bias is None:
+            return z, {}
+        by_head = jnp.repeat(bias[...].astype(z.dtype).reshape(self.key_heads, -1), self.heads // self.key_heads, 0)
+        return z + jnp.where(found["lse"][..., None] == -jnp.inf, 0, by_head), {}  # nothing where no key is seen
+
     def merge(self, z: Float[Array, "b t n h"], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Returns y from what the heads read: side by side, gated by x, projected."""
         merged = z.reshape(*z.shape[:-2], -1)
@@ -497,18 +491,7 @@ class MultiHeadAttention(Mixer):
 
     def turn(self, x: Float[Array, "b t n h"], positions: Int[Array, "#b t"]) -> Float[Array, "b t n h"]:
         """Returns queries or keys as they meet each other, from their positions [1 or B, T] or [T]."""
-        return x if self.position is None else self.position(x, _one_or_all(positions))
-
-    def _turned_at_read(self, query: Array, keys: Held, tokens: Tokens, store: Store) -> tuple[Array, Held]:
-        """Returns queries and keys turned to the places that the store gives them, which may differ by key head."""
-        of_queries = jnp.broadcast_to(tokens.positions[..., None], (*query.shape[:2], keys.positions.shape[-1]))
-
-        def turned(x: Array, positions: Array) -> Array:
-            places = store.key_position(keys.positions, positions)
-            by_head = jnp.moveaxis(x.reshape(*x.shape[:2], places.shape[-1], -1, x.shape[-1]), 2, 1)
-            return jnp.moveaxis(self.turn(by_head, jnp.moveaxis(places, 2, 1)), 1, 2).reshape(x.shape)
-
-        return turned(query, of_queries), keys._replace(key=turned(keys.key, keys.positions))
+        return x if self.position is None else self.position(x, one_or_all(positions))
 
     def _past(self, x: Array, tokens: Tokens, held: dict[str, Array]) -> Past:
         """Returns the past of the convolutions, without padding and other documents."""
@@ -527,47 +510,24 @@ class MultiHeadAttention(Mixer):
         return x.reshape(*x.shape[:-1], heads, self.head_dim)
 
 
+def _check_absorbs(
+    keys_from: str, score: Any, qk_norm: Any, biased: set[str], normalize: Any, maps: tuple, dropout: float
+) -> None:
+    """Raises ValueError if W_k and W_v cannot be moved to queries and results."""
+    if keys_from != "context":
+        raise ValueError(f"absorb is True but keys_from is {keys_from!r}: need keys_from='context', or absorb=False")
+    if not isinstance(score, Dot):
+        raise ValueError(f"absorb is True but score is {score!r}: need Dot(), or absorb=False")
+    if qk_norm is not None:
+        raise ValueError(f"absorb is True but keys have the norm {qk_norm}: need qk_norm=None, or absorb=False")
+    plain = isinstance(normalize, Softmax) and normalize.null_logit is None and not maps and not dropout
+    if biased and not plain:
+        raise ValueError(
+            f"absorb is True and there are biases of {' and '.join(sorted(biased))}: need Softmax() without a null "
+            "logit, maps or dropout, whose weights sum to 1, use_bias of others only, or absorb=False"
+        )
+
+
 def tokens_of(context: Context) -> Tokens:
     """Returns what stands where in the context."""
     return Tokens.of(context.x) if context.tokens is None else context.tokens
-
-
-def _in_tree(slots: Slots, tokens: Tokens, keys: KeyValue | Held) -> tuple[Slots, dict[str, Any]]:
-    """Returns the slots and positions of a call whose queries, and last keys, are nodes of a tree.
-
-    Siblings stand at one position, so nodes are told apart by their number: queries and keys are numbered, and mask and
-    bias are tables of what they are at the positions.
-    """
-    parents, held = jnp.asarray(tokens.parents), len(keys.key[0]) - tokens.length
-    at = jnp.broadcast_to(tokens.positions, (len(keys.key), tokens.length))
-    of_keys = at if keys.positions is None else jnp.broadcast_to(keys.positions[..., 0], keys.key.shape[:2])
-    query, key = at[:, None, :, None], of_keys[:, None, None, :]
-    of_tree = Ancestors(parents).to_array(tokens.length)
-    of_tree = jnp.pad(of_tree, [(0, 0)] * (of_tree.ndim - 1) + [(held, 0)], constant_values=True)
-    shown = visible(slots.mask, query, key) & of_tree
-    bias = None if slots.bias is None else Bias(slots.bias(Tile(query, key, shown)))
-    numbered = [jnp.where(x < 0, -1, jnp.arange(x.shape[1])) for x in (at, of_keys)]
-    places = dict(zip(("query_positions", "key_positions"), numbered, strict=True))
-    return dataclasses.replace(slots, mask=Explicit(shown), bias=bias), places
-
-
-def _one_or_all(positions: Any) -> Any:
-    """Returns positions that all rows share as [T]."""
-    return positions[0] if positions is not None and positions.ndim == 2 and positions.shape[0] == 1 else positions
-
-
-def _places(positions: Any) -> Any:
-    """Returns positions of keys [B, S, 1 or K] as `attend` takes them: [B, S], or by key head."""
-    return positions if positions is None or positions.shape[-1] > 1 else _one_or_all(positions[..., 0])
-
-
-def _check_rows_alone(score_maps: tuple, weight_maps: tuple) -> None:
-    """Raises ValueError for a map of which a row of scores or weights needs other rows than itself."""
-    needs = [("score_maps", each, each.scores_need) for each in score_maps]
-    needs += [("weight_maps", each, each.weights_need) for each in weight_maps]
-    for slot, each, need in needs:
-        if need == "matrix" or each.halo:
-            raise ValueError(
-                f"{slot}={each.kind} reads the scores of other queries, which a state does not hold: "
-                "need state=None, or maps that look at one query at a time"
-            )

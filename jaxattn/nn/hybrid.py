@@ -75,6 +75,11 @@ class Parallel(Mixer):
         return self.mixers[0].keys_from
 
     @property
+    def echo(self) -> bool:  # type: ignore[override]
+        """The `echo` of the first mixer."""
+        return self.mixers[0].echo
+
+    @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]
         """The sites of the first mixer."""
         return self.mixers[0].sites

@@ -23,11 +23,15 @@ class Mixer(nnx.Module):
         recorded_only: The sites that take no edits.
         keys_from: The source of its keys, as of `MultiHeadAttention`: its own x ("self"), the layer before ("layer"),
             the `context` ("context"), or "none".
+        echo: Whether it takes the queries of the layer before as well as its keys.
+        absorb: Whether it reads the context itself, in every call, and no state of it keeps anything of the context.
     """
 
     sites: ClassVar[tuple[str, ...]] = ("attn_out",)
     recorded_only: ClassVar[tuple[str, ...]] = ()
     keys_from: str = "none"
+    echo: bool = False
+    absorb: bool = False
 
     @property
     def reads_trees(self) -> bool:

@@ -62,6 +62,7 @@ SITE_AXES: dict[str, tuple[Axis, ...]] = {
     ),
     **dict.fromkeys(("q", "q_rotated", "z"), ("batch", "length", "heads", None)),
     **dict.fromkeys(("k", "v", "k_rotated"), ("batch", "length", "key_heads", None)),
+    "latent": ("batch", "length", None),
     **dict.fromkeys(("mlp_pre", "mlp_post"), ("batch", "length", "hidden")),
     "logits": ("batch", "length", "vocabulary"),
 }

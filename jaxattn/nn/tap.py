@@ -38,6 +38,7 @@ SITES = {
     "resid_pre": "[B, T, D] the residual stream before the layer",
     "mixer_norm_scale": "[B, T, 1] what the norm before the mixer divides by",
     "q": "[B, T, N, H] queries, before rotation",
+    "latent": "[B, S, R] what latent attention makes keys and values of, for this call's tokens",
     "k": "[B, S, K, H] keys of this call's tokens, before rotation",
     "v": "[B, S, K, H] values of this call's tokens",
     "q_rotated": "[B, T, N, H] queries as they meet the keys",

@@ -34,7 +34,7 @@ from jaxattn import (
     attend,
     part,
 )
-from jaxattn.core.attend import Ancestors, Dilated, Graph, Within
+from jaxattn.core.attend import Ancestors, Dilated, Expires, Graph, Within
 from jaxattn.core.attend.mask import places_in_documents
 
 IMPLEMENTATIONS = ("dense", "rows", "tiled")
@@ -77,6 +77,7 @@ BY_BATCH = np.random.default_rng(2).random((2, 1, 16, 16)) < 0.5
 BY_BATCH[1, :, :, 8:] = False
 ACTIVE = np.random.default_rng(4).random((2, 4, 6, 3)) < 0.4
 NEIGHBOURS = np.random.default_rng(3).integers(-1, 16, (4, 12, 3))
+EXPIRY = np.arange(12) + np.random.default_rng(5).choice([-1, 0, 2, 5, 100], (2, 4, 12))
 CHUNKS = range(5), range(5, 10), range(10, 15)
 PARENTS = np.array(
     [[-1, 0, 0, 1, 1, 2, 5, 0, -1, 8, 9, 8, 3, 12, 13, 10], [-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
@@ -132,6 +133,7 @@ MASKS: dict[str, tuple[Mask | None, Callable]] = {
         lambda b, n, p, r: r <= p and (p - r <= 2 or p - r in (4, 8, 12)),
     ),
     "chunked": (Chunked(5), lambda b, n, p, r: [p in chunk for chunk in CHUNKS] == [r in chunk for chunk in CHUNKS]),
+    "expires": (Expires(jnp.asarray(EXPIRY)), lambda b, n, p, r: r < 12 and r <= p <= EXPIRY[b[-1], n, r]),
     "graph": (Graph(jnp.asarray(NEIGHBOURS)), lambda b, n, p, r: p < 12 and r in NEIGHBOURS[n, p].tolist()),
     "ancestors": (Ancestors(jnp.asarray(PARENTS)), lambda b, n, p, r: descends(PARENTS[b[-1]], p, r)),
     "blocks": (
@@ -201,6 +203,7 @@ CASES = (
     Case("dilated", (8, 13), (3, 4), (4, 1, 1), positions="scattered", learned=("table",)),
     Case("strided", (16, 16), (4, 2), (2, 2, 1), learned=("scale", "alibi")),
     Case("chunked", (14, 16), 4, (4, 1, 2), (5, 3), dtype=np.float64, learned=("null",)),
+    Case("expires", (14, 16), (4, 3), (4, 4, 2), learned=("scale", "null")),
     Case("graph", (13, 16), 4, (4, 2, 1), batch=(), learned=("scale", "alibi")),
     Case("graph", (11, 12), (3, 4), positions="scattered", normalize="sigmoid", learned=("table",)),
     Case("ancestors", (16, 16), 4, (4, 2, 4), learned=("null", "table by batch")),

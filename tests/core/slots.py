@@ -104,6 +104,17 @@ def draws(p, r, fill=noise.gumbel):
     return np.asarray(fill(seeds, np.asarray(p, np.int32)[:, None], np.asarray(r, np.int32)[None]), np.float64)
 
 
+def gated(m, p, r):
+    def normalize(x, visible):
+        m_here = m[:, :, np.maximum(p, 0)[:, None], np.maximum(r, 0)]
+        mass = np.where(visible, m_here * np.exp(np.where(visible, x, 0)), 0)
+        total = mass.sum(-1, keepdims=True)
+        with np.errstate(divide="ignore"):
+            return mass / np.where(total > 0, total, 1), np.log(total[..., 0])
+
+    return normalize
+
+
 def one_hot_sample(p, r):
     def normalize(x, visible):
         probability, _ = softmax(x, visible)
@@ -414,6 +425,13 @@ SLOTS: dict[str, Slot] = {
     "Entmax15": a_normaliser(lambda a: ja.Entmax15(), lambda a, p, r: by_bisection(2), **ROWS),
     "TopK": a_normaliser(lambda a: ja.TopK(3), lambda a, p, r: top_k(3), **ROWS),
     "OneHotSample": a_normaliser(lambda a: ja.OneHotSample(KEY), lambda a, p, r: one_hot_sample(p, r), **ROWS),
+    "GatedSoftmax": a_normaliser(
+        lambda a: ja.GatedSoftmax(a["m"]),
+        lambda a, p, r: gated(a["m"], p, r),
+        {"m": (B, N, 16, 16)},
+        positive=("m",),
+        **ROWS,
+    ),
     "Gumbel": a_normaliser(
         lambda a: ja.Gumbel(KEY, a["t"]),
         lambda a, p, r: lambda x, seen: softmax((x + draws(p, r)) / a["t"], seen),

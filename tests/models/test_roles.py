@@ -31,6 +31,11 @@ MIXERS = {
         {f"convolution/{x}/weight" for x in ("query", "key", "value")},
         {"query_norm/scale", "key_norm/scale", "normalize/null_logit"},
     ),
+    "latent attention": (
+        models.Spec(nn.LatentAttention, heads=N, query_rank=5),
+        set(),
+        {"query_norm/scale", "latent_norm/scale"},
+    ),
     "linear attention": (models.Spec(nn.LinearAttention, heads=N, normalize=False), set(), {"out/norm/scale"}),
     "based": (models.Spec(nn.LinearAttention, heads=N, feature_map=TaylorFeatures(2), key_dim=4), set(), set()),
     "hedgehog": (

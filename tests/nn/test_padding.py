@@ -13,6 +13,7 @@ from jaxattn.nn import Tokens
 
 SPECS = {
     "attention": models.Spec(nn.MultiHeadAttention, heads=N, convolution=2),
+    "latent attention": models.Spec(nn.LatentAttention, heads=N, rank=5, query_rank=6),
     "mamba2": models.Spec(nn.Mamba2, heads=N, state=4),
     "gated deltanet": models.Spec(nn.DeltaNet, heads=N, decay="head", convolution=2),
     "titans": models.Spec(nn.NeuralMemory, heads=N, hidden=(), inner_batch=4),

@@ -247,6 +247,7 @@ KINDS = {
     "meta tokens": ([pre_norm(ATTENTION, BLOCK), pre_norm(Spec(nn.DeltaNet, heads=2), BLOCK)], 2),
     "parallel heads": ([pre_norm(HYMBA), pre_norm(HYMBA.replace(keys_from="layer"))], 0),
     "titans": ([pre_norm(TITANS)], 0),
+    "latent": ([pre_norm(Spec(nn.LatentAttention, heads=N, rank=6, query_rank=5), BLOCK)] * 2, 2),
     "windows": ([pre_norm(ATTENTION.replace(mask=Window(3)))] * 2, 0),
 }
 
@@ -257,8 +258,9 @@ def test_edits_of_every_mixer_do_the_same_token_by_token(kind):
     layers, meta = KINDS[kind]
     model = Transformer(TransformerConfig(V, T + 3, D, layers, meta_tokens=meta), rngs=nnx.Rngs(0))
     edits = {"attn_out": Scale(1.5), "z": Scale(0.7), "q": Scale(1.3), "resid": OnlyAt(Add(drawn(D)), jnp.array([1]))}
-    edits |= {"v": Scale(0.5), "mlp_post": Scale(0.8)} if kind != "parallel heads" else {}
-    if kind in ("meta tokens", "windows"):
+    edits |= {"v": Scale(0.5), "mlp_post": Scale(0.8)} if kind not in ("parallel heads", "latent") else {}
+    edits |= {"latent": Scale(0.5), "k_rotated": Add(0.3 * drawn(H // 2))} if kind == "latent" else {}
+    if kind in ("meta tokens", "windows", "latent"):
         edits["scores"] = {0: (Marked(jnp.float32(1.5), jnp.array([4])), Explicit(np.tri(T + 2, dtype=bool)))}
     graph, arrays = nnx.split(model)
     whole, piece = (jax.jit(lambda s, t, state: nnx.merge(graph, s)(t, state=state, edits=edits)[:2]),) * 2

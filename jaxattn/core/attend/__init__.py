@@ -1,10 +1,24 @@
 """`attend` and its slots: scores, biases, masks, normalisers, maps, measures, positions, and the ways to compute it."""
 
+from jaxattn.core.attend.absorb import absorb_q, expand_v
 from jaxattn.core.attend.api import attend, attention_weights, explain
 from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias, ScoreBias, SumOfBiases
 from jaxattn.core.attend.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
 from jaxattn.core.attend.choose import Choice, FlexPrefill, MoBA, Ordered, VerticalSlash, cumulative_select, sqrt_jsd
+from jaxattn.core.attend.crossbatch import Contexts, crossbatch_kv, distraction
 from jaxattn.core.attend.dot_product import dot_product_attention
+from jaxattn.core.attend.expiry import (
+    GLOBAL,
+    LOCAL,
+    NEVER,
+    WINDOW,
+    Expires,
+    GatedSoftmax,
+    choose_types,
+    lifetime_pressure,
+    token_expiry,
+    type_gates,
+)
 from jaxattn.core.attend.graph import Ancestors, Graph
 from jaxattn.core.attend.maps import (
     Convolution,
@@ -95,7 +109,11 @@ from jaxattn.core.attend.tile import Tile
 
 __all__ = [
     "EMPTY",
+    "GLOBAL",
+    "LOCAL",
+    "NEVER",
     "NTK",
+    "WINDOW",
     "Additive",
     "Alibi",
     "Ancestors",
@@ -110,6 +128,7 @@ __all__ = [
     "Choice",
     "Chunked",
     "CompressedBlocks",
+    "Contexts",
     "Convolution",
     "Dilated",
     "Distance",
@@ -121,8 +140,10 @@ __all__ = [
     "Elu1",
     "Entmax15",
     "Entropy",
+    "Expires",
     "Explicit",
     "FlexPrefill",
+    "GatedSoftmax",
     "GaussianWindow",
     "Graph",
     "Gumbel",
@@ -187,16 +208,22 @@ __all__ = [
     "Window",
     "Within",
     "Yarn",
+    "absorb_q",
     "add_log_mass",
     "attend",
     "attend_cascade",
     "attend_split",
     "attention_weights",
     "block_means",
+    "choose_types",
+    "crossbatch_kv",
     "cumulative_select",
+    "distraction",
     "dot_product_attention",
+    "expand_v",
     "explain",
     "gathered",
+    "lifetime_pressure",
     "merge",
     "merge_axis",
     "native_sparse_attention",
@@ -211,6 +238,8 @@ __all__ = [
     "sqrt_jsd",
     "striped",
     "take_tokens",
+    "token_expiry",
+    "type_gates",
     "unstriped",
     "unzigzag",
     "with_log_mass",

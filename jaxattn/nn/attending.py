@@ -1,0 +1,254 @@
+"""What all mixers that call `attend` have in common: slots, dropout, and what a store needs of the call."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxattn.cache import Policy, Recent, Store, by_position, unseen
+from jaxattn.cache.store import Held
+from jaxattn.core.attend.api import Implementation
+from jaxattn.core.attend.bias import Bias, as_bias
+from jaxattn.core.attend.graph import Ancestors
+from jaxattn.core.attend.maps import Dropout
+from jaxattn.core.attend.mask import Explicit, as_mask, visible
+from jaxattn.core.attend.slots import Slots
+from jaxattn.core.attend.tile import Tile
+from jaxattn.nn.mixer import Mixer
+from jaxattn.nn.sharding import attend_in_shards
+from jaxattn.nn.spec import built, owned, part_of
+from jaxattn.nn.tap import Tap, Whole
+from jaxattn.nn.tokens import Tokens
+
+
+class AttentionMixer(Mixer):
+    """The base class of mixers that call `attend`.
+
+    A mixer of its own projects queries and keys, and says how they are turned. The slots of the call, dropout, edits
+    and records at scores and weights, and what a store asks for are the same for all.
+
+    Attributes:
+        key_heads: The number of key heads that its store holds.
+        implementation: As in `attend`.
+    """
+
+    key_heads: int
+    implementation: Implementation
+
+    def _fill(
+        self,
+        sizes: dict[str, Any],
+        *,
+        score: Any,
+        bias: Any,
+        mask: Any,
+        normalize: Any,
+        score_maps: Sequence[Any],
+        weight_maps: Sequence[Any],
+        dtype: Any,
+        rngs: nnx.Rngs,
+        choice: Any = None,
+    ) -> None:
+        """Puts parts into the slots; specs of them are built from the sizes.
+
+        Raises:
+            TypeError: Maps are not in a tuple.
+        """
+        for name, given in (("score_maps", score_maps), ("weight_maps", weight_maps)):
+            if not isinstance(given, list | tuple):
+                raise TypeError(f"{name} must be a tuple such as (SoftCap(50.0),), got {type(given).__name__}")
+        score, bias, mask, normalize, *maps = (
+            built(slot, **sizes, dtype=dtype, rngs=rngs)
+            for slot in (score, bias, mask, normalize, *score_maps, *weight_maps)
+        )
+        mask = mask if isinstance(mask, nnx.Module) else as_mask(mask)
+        self.score, self.bias, self.mask, self.normalize = (owned(slot) for slot in (score, bias, mask, normalize))
+        self.choice = owned(built(choice, **sizes, dtype=dtype, rngs=rngs))
+        self.score_maps = nnx.data(tuple(maps[: len(score_maps)]))
+        self.weight_maps = nnx.data(tuple(maps[len(score_maps) :]))
+
+    def _drop(self, rate: float, rngs: nnx.Rngs) -> None:
+        """Makes the stream of dropout on the weights.
+
+        Raises:
+            ValueError: There is none to make it of.
+        """
+        self.dropout, self.deterministic = rate, False
+        if rate and "dropout" not in rngs and "default" not in rngs:
+            raise ValueError(f"dropout is {rate} but rngs has no such stream: need nnx.Rngs(0) or nnx.Rngs(dropout=0)")
+        self.stream = nnx.data(rngs["dropout"].fork() if rate else None)
+
+    def slots(self, tokens: Tokens) -> Slots:
+        """Returns the slots of the call to `attend`, as they are without dropout, edits and records.
+
+        Args:
+            tokens: What stands where: their mask and bias join those of the module.
+        """
+        biases = [bias for bias in (as_bias(part_of(self.bias)), tokens.bias) if bias is not None]
+        return Slots(
+            score=part_of(self.score),
+            bias=sum(biases[1:], biases[0]) if biases else None,
+            score_maps=tuple(map(part_of, self.score_maps)),
+            mask=tokens.shows(part_of(self.mask)),
+            normalize=part_of(self.normalize),
+            weight_maps=tuple(map(part_of, self.weight_maps)),
+        )
+
+    def attended(
+        self, query: Array, keys: Any, tokens: Tokens, tap: Tap, store: Store | None, with_lse: bool = False
+    ) -> tuple[Array, dict[str, Array]]:
+        """Returns what heads read of these keys.
+
+        Args:
+            query: [B, T, N, H], as queries meet keys.
+            keys: What they attend to.
+            tokens: What stands where.
+            tap: Edits and records at the sites scores, weights, lse and read.
+            store: The store from which the keys come, or None.
+            with_lse: Whether the lse of each row stands beside the measures.
+
+        Returns:
+            The reads of the heads [B, T, N, H], and the measures that the store observes, one per slot and key head.
+        """
+        own = self.slots(tokens)
+        if store is not None:
+            measures = {f"store.{name}": x for name, x in store.measures.items()}
+            own = dataclasses.replace(own, measures=measures)
+        if self.stream is not None and not self.deterministic:
+            own = dataclasses.replace(own, dropout=Dropout(self.dropout, self.stream()))
+        lost = None  # which tokens need one that the store had no slot for
+        if store is not None and isinstance(tokens.positions, jax.core.Tracer) and not store.retain.evicts:
+            positions = jnp.broadcast_to(tokens.positions, query.shape[:2])
+            lost = unseen(store, positions, own.mask)[..., None, None]
+            query = jnp.where(lost, jnp.nan, query)
+        own = self._chosen(own, query, keys, tokens, store)
+        slots, lse = tap.join(own)
+        if store is not None:
+            _check_rows_alone(slots.score_maps, slots.weight_maps)
+        lse = lse or with_lse
+        options: dict[str, Any] = {"return_lse": lse, "implementation": self.implementation}
+        # With a state positions are known to be where they are only as long as none is held before them.
+        at = tokens.known if store is None else tokens.positions
+        options |= {"query_positions": one_or_all(at), "key_positions": _places(keys.positions)}
+        if tokens.parents is not None and self.keys_from != "context":
+            slots, of_tree = _in_tree(slots, tokens, keys)
+            options |= of_tree
+        result = attend_in_shards(query, keys.key, keys.value, slots, **options)
+        z, extras = result if lse or slots.measures else (result, {})
+        if tap.wants("read"):
+            places = jnp.arange(keys.key.shape[1])[None, :, None] if keys.positions is None else keys.positions
+            tap("read", jnp.broadcast_to(places, (len(query), *places.shape[1:])))
+        if store is not None and isinstance(keys, Held) and (store.retain.evicts or keys.slots is not None):
+            for name, (site, reducer) in tap.asked.items():
+                if site in ("scores", "weights") and isinstance(reducer, Whole):
+                    fill = 0.0 if site == "weights" else -jnp.inf
+                    rows = by_position(extras[name].swapaxes(1, 2), keys.positions, store.span, fill)
+                    extras[name] = rows.swapaxes(1, 2)
+        tap.keep(extras)
+        z = z if lost is None else jnp.where(lost, jnp.nan, z)  # also where the mask hides every key
+        by_group = {name: x for name, x in extras.items() if name.startswith("store.")}
+        return z, ({"lse": extras["lse"]} if with_lse else {}) | {
+            name.removeprefix("store."): x.reshape(*x.shape[:-1], self.key_heads, -1).sum(-1)
+            for name, x in by_group.items()
+        }
+
+    def _chosen(self, own: Slots, query: Array, keys: Any, tokens: Tokens, store: Store | None) -> Slots:
+        """Returns the slots with the mask of the blocks that are chosen, if any are."""
+        choice = part_of(self.choice)
+        if choice is None or query.shape[1] == 1:
+            return own
+        if tokens.documents is not None:
+            raise ValueError(
+                f"mask has documents, but the choice {type(choice).__name__} counts blocks from the start of a row: "
+                "need one document per row, or choice=None"
+            )
+        places = _places(keys.positions)
+        if places is not None and places.ndim == 3:
+            raise ValueError(
+                f"the state keeps other tokens in each head, and the choice {type(choice).__name__} needs the same in "
+                "all: need a store that keeps all tokens of a prompt, such as Policy(), or choice=None"
+            )
+        at = tokens.known if store is None else tokens.positions
+        mask = choice(query, keys.key, query_positions=one_or_all(at), key_positions=places)
+        return dataclasses.replace(own, mask=mask if own.mask is None else own.mask & mask)
+
+    def _turned_at_read(self, query: Array, keys: Held, tokens: Tokens, store: Store) -> tuple[Array, Held]:
+        """Returns queries and keys turned to the places that the store gives them, which may differ by key head."""
+        of_queries = jnp.broadcast_to(tokens.positions[..., None], (*query.shape[:2], keys.positions.shape[-1]))
+
+        def turned(x: Array, positions: Array) -> Array:
+            places = store.key_position(keys.positions, positions)
+            by_head = jnp.moveaxis(x.reshape(*x.shape[:2], places.shape[-1], -1, x.shape[-1]), 2, 1)
+            return jnp.moveaxis(self.turn(by_head, jnp.moveaxis(places, 2, 1)), 1, 2).reshape(x.shape)
+
+        return turned(query, of_queries), keys._replace(key=turned(keys.key, keys.positions))
+
+    def _policy(self, capacity: int, store: Policy | None) -> Policy:
+        """Returns the policy of a store; by default one that keeps all that the mask lets a query see."""
+        if store is not None:
+            return store
+        own = part_of(self.mask)
+        shown = capacity + 1 if own is None or own.reach is None else max(sum(own.reach), own.reach.first + 1)
+        return Policy(Recent(own.reach.first), shown) if shown <= capacity else Policy()
+
+    def _check_documents(self, tokens: Tokens, store: Store) -> None:
+        """Raises ValueError if the mask is meant within documents and the store evicts by places in the row."""
+        own = part_of(self.mask)
+        if store.retain.evicts and tokens.documents is not None and own is not None and not own.is_relative:
+            raise ValueError(
+                f"mask has documents, within which the mask of the layer is meant, but the state keeps tokens by their "
+                f"place in the row ({type(store.retain).__name__}): need init_state(..., store=Policy())"
+            )
+
+    def turn(self, x: Float[Array, "b t n h"], positions: Int[Array, "#b t"]) -> Float[Array, "b t n h"]:
+        """Returns queries or keys as they meet each other, from their positions [1 or B, T] or [T]."""
+        raise NotImplementedError
+
+    def reached(self, state: Store) -> Int[Array, " b"]:
+        """Returns the positions at which the tokens that the state holds end."""
+        return state.last + 1
+
+
+def _in_tree(slots: Slots, tokens: Tokens, keys: Any) -> tuple[Slots, dict[str, Any]]:
+    """Returns the slots and positions of a call whose queries, and last keys, are nodes of a tree.
+
+    Siblings stand at one position, so nodes are told apart by their number: queries and keys are numbered, and mask and
+    bias are tables of what they are at the positions.
+    """
+    parents, held = jnp.asarray(tokens.parents), len(keys.key[0]) - tokens.length
+    at = jnp.broadcast_to(tokens.positions, (len(keys.key), tokens.length))
+    of_keys = at if keys.positions is None else jnp.broadcast_to(keys.positions[..., 0], keys.key.shape[:2])
+    query, key = at[:, None, :, None], of_keys[:, None, None, :]
+    of_tree = Ancestors(parents).to_array(tokens.length)
+    of_tree = jnp.pad(of_tree, [(0, 0)] * (of_tree.ndim - 1) + [(held, 0)], constant_values=True)
+    shown = visible(slots.mask, query, key) & of_tree
+    bias = None if slots.bias is None else Bias(slots.bias(Tile(query, key, shown)))
+    numbered = [jnp.where(x < 0, -1, jnp.arange(x.shape[1])) for x in (at, of_keys)]
+    places = dict(zip(("query_positions", "key_positions"), numbered, strict=True))
+    return dataclasses.replace(slots, mask=Explicit(shown), bias=bias), places
+
+
+def one_or_all(positions: Any) -> Any:
+    """Returns positions that all rows share as [T]."""
+    return positions[0] if positions is not None and positions.ndim == 2 and positions.shape[0] == 1 else positions
+
+
+def _places(positions: Any) -> Any:
+    """Returns positions of keys [B, S, 1 or K] as `attend` takes them: [B, S], or by key head."""
+    return positions if positions is None or positions.shape[-1] > 1 else one_or_all(positions[..., 0])
+
+
+def _check_rows_alone(score_maps: tuple, weight_maps: tuple) -> None:
+    """Raises ValueError for a map of which a row of scores or weights needs other rows than itself."""
+    needs = [("score_maps", each, each.scores_need) for each in score_maps]
+    needs += [("weight_maps", each, each.weights_need) for each in weight_maps]
+    for slot, each, need in needs:
+        if need == "matrix" or each.halo:
+            raise ValueError(
+                f"{slot}={each.kind} reads the scores of other queries, which a state does not hold: "
+                "need state=None, or maps that look at one query at a time"
+            )
