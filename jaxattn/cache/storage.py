@@ -272,10 +272,10 @@ class Quantised(Storage):
                 f"keys have {key_shape[1]} channels and values {value_shape[1]}: need multiples of {together}, the "
                 f"numbers of {self.bits} bits in a byte"
             )
-        if value_shape[1] % min(self.group, value_shape[1]):
+        if value_shape[1] % self._together(value_shape[1]):
             raise ValueError(f"values have {value_shape[1]} channels: need a multiple of the group, {self.group}")
         whole = jnp.uint16 if self.bits == 16 else jnp.uint8
-        groups = value_shape[1] // min(self.group, value_shape[1])
+        groups = value_shape[1] // self._together(value_shape[1])
         recent = min(self.recent, slots)
 
         def ranges(*shape):
@@ -343,7 +343,7 @@ class Quantised(Storage):
         }
 
     def take(self, held, slots, places):
-        of_keys, of_values = held["key"], held["value"]
+        of_keys, of_values, recent = held["key"], held["value"], held["recent"]
         if slots is None:  # a group at a time, so that the ranges are not repeated for each slot
             codes = of_keys["code"]
             grouped = codes.reshape(len(codes), -1, self.group, *codes.shape[2:])
@@ -356,10 +356,9 @@ class Quantised(Storage):
         key = self._decoded(of_keys["code"], of_keys)
         key = key.reshape(len(key), -1, *key.shape[-2:])
         codes, groups = of_values["code"], of_values["least"].shape[-1]
-        grouped = codes.reshape(*codes.shape[:-1], groups, -1)
+        grouped = codes.reshape(*codes.shape[:-1], groups, codes.shape[-1] // max(groups, 1))
         value = self._decoded(grouped, {name: of_values[name][..., None] for name in ("least", "step")})
-        value = value.reshape(*value.shape[:-2], -1)
-        recent = held["recent"]
+        value = value.reshape(*value.shape[:-2], recent["value"].shape[-1])
         count, (length, heads) = recent["positions"].shape[1], places.shape[1:]
         last = recent["positions"].max(1, keepdims=True)[..., :heads]
         ring = jnp.where(places < 0, 0, places % count)
@@ -372,6 +371,10 @@ class Quantised(Storage):
             write_slots(x.astype(dtype), lies, as_they_are)
             for x, as_they_are in ((key, recent["key"]), (value, recent["value"]))
         )
+
+    def _together(self, width: int) -> int:
+        """Returns how many of so many channels of a value share a range; values may have none, as latents do."""
+        return max(1, min(self.group, width))
 
     def _encoded_keys(self, key: Array, there: Array) -> tuple[Array, Array, Array]:
         """Returns (codes, least, step) of keys [B, S, K, H], of which `there` [B, S, G] are tokens."""
@@ -387,7 +390,8 @@ class Quantised(Storage):
     def _encoded_values(self, value: Array) -> tuple[Array, Array, Array]:
         """Returns (codes, least, step) of values [B, S, K, V]."""
         width = value.shape[-1]
-        grouped = value.astype(jnp.float32).reshape(*value.shape[:-1], -1, min(self.group, width))
+        together = self._together(width)
+        grouped = value.astype(jnp.float32).reshape(*value.shape[:-1], width // together, together)
         least, most = grouped.min(-1, keepdims=True), grouped.max(-1, keepdims=True)
         codes, step = self._codes(grouped, least, most)
         return self._packed(codes.reshape(value.shape)), least[..., 0], step[..., 0]
@@ -403,7 +407,7 @@ class Quantised(Storage):
         if self.bits == 16:
             return codes.astype(jnp.uint16)
         together = 8 // self.bits
-        parts = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], -1, together)
+        parts = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], codes.shape[-1] // together, together)
         return (parts << (self.bits * jnp.arange(together, dtype=jnp.uint8))).sum(-1, dtype=jnp.uint8)
 
     def _decoded(self, codes: Array, ranges: dict[str, Array]) -> Float[Array, "*b c"]:
@@ -413,5 +417,5 @@ class Quantised(Storage):
         else:
             together = 8 // self.bits
             parts = codes[..., None] >> (self.bits * jnp.arange(together, dtype=jnp.uint8))
-            whole = (parts & (2**self.bits - 1)).reshape(*codes.shape[:-1], -1)
+            whole = (parts & (2**self.bits - 1)).reshape(*codes.shape[:-1], codes.shape[-1] * together)
         return whole.astype(jnp.float32) * ranges["step"] + ranges["least"]
