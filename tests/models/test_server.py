@@ -7,7 +7,7 @@ import pytest
 from tiny import CONTEXT, PLAIN, VOCABULARY, decoder, shared
 
 from jaxattn import nn
-from jaxattn.cache import HeavyHitters, Policy
+from jaxattn.cache import HeavyHitters, Paged, Policy, Quantised
 from jaxattn.models import Server, Spec, generate, hymba, pre_norm
 from jaxattn.models import server as module
 
@@ -33,8 +33,14 @@ def served(server, options):
 
 @pytest.mark.parametrize(
     ("layers", "policy", "meta"),
-    [(None, None, 0), (None, Policy(HeavyHitters(1, 2), 5), 0), (HYBRID, None, 2)],
-    ids=["attention", "heavy hitters", "hymba"],
+    [
+        (None, None, 0),
+        (None, Policy(HeavyHitters(1, 2), 5), 0),
+        (None, Policy(storage=Paged(2)), 0),
+        (None, Policy(storage=Quantised(8, 2, 2)), 0),
+        (HYBRID, None, 2),
+    ],
+    ids=["attention", "heavy hitters", "pool", "bits", "hymba"],
 )
 def test_each_request_gets_what_generate_gives_it_alone(layers, policy, meta):
     """With rings of windows, recurrences, evictions by head and meta tokens; and with end tokens, which come early."""
