@@ -25,9 +25,9 @@ def choices(length: int, block: int) -> dict[str, Choice]:
     return {
         "MoBA, blocks": MoBA(block, pages, queries=block),
         "MoBA, each query": MoBA(block, pages),
-        "VerticalSlash": VerticalSlash(lines, lines, block=block),
-        "FlexPrefill, lines": FlexPrefill(0.125, 0.0, block, 2 * block),
-        "FlexPrefill, means": FlexPrefill(0.4, 1.0, block, 2 * block),
+        "VerticalSlash": VerticalSlash(lines, lines, block=block, dense_below=0),
+        "FlexPrefill, lines": FlexPrefill(0.125, 0.0, block, 2 * block, dense_below=0),
+        "FlexPrefill, means": FlexPrefill(0.4, 1.0, block, 2 * block, dense_below=0),
     }
 
 

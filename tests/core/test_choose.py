@@ -1,5 +1,7 @@
 """Choices of blocks, held to loops over the tokens that are there, in float64, one query block at a time."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from jaxattn import Blocks, Causal, Dot, Explicit, attend
 from jaxattn.core.attend import Choice, FlexPrefill, MoBA, VerticalSlash, cumulative_select, sqrt_jsd
 
 T, N, K, H = 22, 4, 2, 4
+# Of sequences as short as these.
+by_lines, by_share = (partial(kind, dense_below=0) for kind in (VerticalSlash, FlexPrefill))
 
 
 def normal(*shape, seed=0):
@@ -134,15 +138,15 @@ def flex_prefill(choice, query, key):
 CHOICES = {
     "moba": (MoBA(4, 3), moba),
     "moba, together": (MoBA(4, 2, queries=6), moba),
-    "vertical slash": (VerticalSlash(1, 1, block=3), vertical_slash),
+    "vertical slash": (by_lines(1, 1, block=3), vertical_slash),
     "vertical slash by head": (
-        VerticalSlash(jnp.array([0, 1, 2, 0]), jnp.array([2, 0, 1, 0]), sinks=1, local=2, block=3),
+        by_lines(jnp.array([0, 1, 2, 0]), jnp.array([2, 0, 1, 0]), sinks=1, local=2, block=3),
         vertical_slash,
     ),
-    "sinks and window": (VerticalSlash(0, 0, sinks=2, local=2, block=4), vertical_slash),
-    "flex, lines": (FlexPrefill(0.6, 0.0, block=3, least=2), flex_prefill),
-    "flex, means": (FlexPrefill(0.6, 1.0, block=3, least=3, most=6), flex_prefill),
-    "flex, either": (FlexPrefill(0.7, 0.25, block=4, least=4), flex_prefill),
+    "sinks and window": (by_lines(0, 0, sinks=2, local=2, block=4), vertical_slash),
+    "flex, lines": (by_share(0.6, 0.0, block=3, least=2), flex_prefill),
+    "flex, means": (by_share(0.6, 1.0, block=3, least=3, most=6), flex_prefill),
+    "flex, either": (by_share(0.7, 0.25, block=4, least=4), flex_prefill),
 }
 by_choice = pytest.mark.parametrize("name", CHOICES)
 
@@ -237,15 +241,16 @@ def test_gradients_are_those_of_the_chosen_pairs(name):
 def test_everything_chosen_is_causal_attention():
     query, key, value = a_call()
     expected = attend(query, key, value, mask=Causal())
-    all_lines = VerticalSlash(T, 0, block=4)
-    for choice in (MoBA(4, 6), MoBA(22, 1), FlexPrefill(1.0, block=4), FlexPrefill(0.5), all_lines):
+    all_lines = by_lines(T, 0, block=4)
+    for choice in (MoBA(4, 6), MoBA(22, 1), by_share(1.0, block=4), by_share(0.5), all_lines):
         mask = choice(query, key)
         assert isinstance(mask, Blocks if choice is all_lines else Causal)
         out = attend(query, key, value, mask=Causal() & mask)
         assert_close(out, expected, 8 * np.abs(value).max())
+    assert isinstance(VerticalSlash(1, 1, block=4)(query, key), Causal)
     assert isinstance(VerticalSlash(1, 1, block=4, dense_below=T + 1)(query, key), Causal)
     assert isinstance(VerticalSlash(1, 1, block=4, dense_below=T)(query, key), Blocks)
-    every = FlexPrefill(0.999999, 1.0, block=4, least=4)(query, key)  # by the selection itself, but for rounding
+    every = by_share(0.999999, 1.0, block=4, least=4)(query, key)  # by the selection itself, but for rounding
     assert every.index.density() > 0.5
 
 
@@ -259,7 +264,7 @@ def test_who_looks_ahead():
 
     @jax.jit
     def run(query, key, value):
-        choices = (MoBA(4, 3), MoBA(4, 4, queries=6), VerticalSlash(1, 1, block=2), FlexPrefill(0.6, 0.1, 2, 2))
+        choices = (MoBA(4, 3), MoBA(4, 4, queries=6), by_lines(1, 1, block=2), by_share(0.6, 0.1, 2, 2))
         return [attend(query, key, value, mask=Causal() & choice(query, key)) for choice in choices]
 
     before, ahead = run(*call), np.zeros(4, bool)
@@ -276,7 +281,7 @@ def test_half_precision_and_numbers_that_are_not_finite():
     """bfloat16 reads what it chose; a NaN in a key reaches the rows that see it, an axis of one token is no trouble."""
     query, key, value = a_call()
     half = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)]
-    for choice in (MoBA(4, 2), VerticalSlash(1, 1, block=4), FlexPrefill(0.6, 0.3, 4, 4)):
+    for choice in (MoBA(4, 2), by_lines(1, 1, block=4), by_share(0.6, 0.3, 4, 4)):
         mask = Causal() & choice(*half[:2])
         wide = [np.asarray(x, np.float32) for x in half]
         reference = attend(*wide, mask=Explicit(mask.to_array(T)))
@@ -302,7 +307,7 @@ def test_lines_are_found_where_they_are():
     vertical = np.broadcast_to(99 * np.eye(length)[column], slash.shape)
     query = np.concatenate([slash, vertical], 1).astype(np.float32)
     keys = np.swapaxes(key, 0, 1)
-    for choice in (VerticalSlash(1, 1, block=b, score=Dot(1.0)), FlexPrefill(0.9, 0.0, b, 2 * b, score=Dot(1.0))):
+    for choice in (by_lines(1, 1, block=b, score=Dot(1.0)), by_share(0.9, 0.0, b, 2 * b, score=Dot(1.0))):
         active = choice(query, keys).index.active
         i, j = np.arange(length // b)[:, None], np.arange(length // b)
         assert active[0][i - j == far // b].all()
@@ -335,11 +340,11 @@ X = np.zeros((5, 2, 3), np.float32)
     [
         (lambda: MoBA(0, 1), ValueError, "MoBA: size must be at least 1, got 0"),
         (lambda: MoBA(4, 1.5), TypeError, "MoBA: pages must be an int, got 1.5"),
-        (lambda: VerticalSlash(-1, 1), ValueError, "VerticalSlash: vertical must be at least 0, got -1"),
-        (lambda: VerticalSlash(1, 1, local=0), ValueError, "VerticalSlash: local must be at least 1, got 0"),
-        (lambda: FlexPrefill(0.0), ValueError, "FlexPrefill: gamma must be positive, got 0.0"),
-        (lambda: FlexPrefill(tau=-1.0), ValueError, "FlexPrefill: tau must be at least 0, got -1.0"),
-        (lambda: FlexPrefill(most=4), ValueError, "FlexPrefill: most must be at least 512, got 4"),
+        (lambda: by_lines(-1, 1), ValueError, "VerticalSlash: vertical must be at least 0, got -1"),
+        (lambda: by_lines(1, 1, local=0), ValueError, "VerticalSlash: local must be at least 1, got 0"),
+        (lambda: by_share(0.0), ValueError, "FlexPrefill: gamma must be positive, got 0.0"),
+        (lambda: by_share(tau=-1.0), ValueError, "FlexPrefill: tau must be at least 0, got -1.0"),
+        (lambda: by_share(most=4), ValueError, "FlexPrefill: most must be at least 512, got 4"),
         (lambda: MoBA(4, 1)(X, X[:, :0]), ValueError, "no axis may be empty"),
         (lambda: MoBA(4, 1)(X, np.zeros((5, 3, 3))), ValueError, "key has 3 heads but query has 2"),
         (lambda: MoBA(4, 1)(X, X, key_positions=np.zeros((5, 2), int)), ValueError, "positions .* all heads share"),

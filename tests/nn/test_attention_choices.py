@@ -17,8 +17,8 @@ from jaxattn.nn import MultiHeadAttention
 D, T, B = 16, 22, 2
 CHOICES = {
     "moba": MoBA(4, 2),
-    "lines": VerticalSlash(jnp.array([1, 0, 0, 1]), 1, block=4),
-    "flexible": FlexPrefill(0.6, 0.3, 4, 4),
+    "lines": VerticalSlash(jnp.array([1, 0, 0, 1]), 1, block=4, dense_below=0),
+    "flexible": FlexPrefill(0.6, 0.3, 4, 4, dense_below=0),
 }
 
 

@@ -20,6 +20,7 @@ from jaxattn.core.attend.expiry import (
     type_gates,
 )
 from jaxattn.core.attend.graph import Ancestors, Graph
+from jaxattn.core.attend.landmark import landmark_attention
 from jaxattn.core.attend.maps import (
     Convolution,
     Dropout,
@@ -103,6 +104,7 @@ from jaxattn.core.attend.position import (
     sinusoidal,
 )
 from jaxattn.core.attend.ring import gathered, ring, split_keys
+from jaxattn.core.attend.routing import Clusters, balanced_members, kmeans_step, routing_attention
 from jaxattn.core.attend.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum, Score
 from jaxattn.core.attend.slots import Slots
 from jaxattn.core.attend.tile import Tile
@@ -127,6 +129,7 @@ __all__ = [
     "Causal",
     "Choice",
     "Chunked",
+    "Clusters",
     "CompressedBlocks",
     "Contexts",
     "Convolution",
@@ -214,6 +217,7 @@ __all__ = [
     "attend_cascade",
     "attend_split",
     "attention_weights",
+    "balanced_members",
     "block_means",
     "choose_types",
     "crossbatch_kv",
@@ -223,6 +227,8 @@ __all__ = [
     "expand_v",
     "explain",
     "gathered",
+    "kmeans_step",
+    "landmark_attention",
     "lifetime_pressure",
     "merge",
     "merge_axis",
@@ -231,6 +237,7 @@ __all__ = [
     "ring",
     "rotary",
     "rotary_2d",
+    "routing_attention",
     "score_function",
     "select_tokens",
     "sinusoidal",

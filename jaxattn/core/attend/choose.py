@@ -35,6 +35,11 @@ from jaxattn.core.table import take
 LAST = np.iinfo(np.int32).max  # where empty slots are put, behind all positions
 
 
+FAST_FROM = 1024
+"""The number of keys from which reading 0.4 to 0.6 of the causal blocks was faster than dense attention, with the time
+that the choice takes. With 512 keys it was not (`benchmarks.prefill`, blocks of 128, two CPU cores)."""
+
+
 class Ordered(NamedTuple):
     """Queries and keys in the order of their positions, zeros in empty slots, which come last.
 
@@ -111,11 +116,7 @@ class Choice(abc.ABC):
         Raises:
             TypeError or ValueError: An array or positions do not fit, as in `attend`.
         """
-        check(Given(query, key, key, Slots(), query_positions, key_positions))
-        if key_positions is not None and key_positions.ndim == key.ndim - 1:
-            raise ValueError(
-                f"key_positions has shape {key_positions.shape}: a choice needs positions [..., S] that all heads share"
-            )
+        check_shared(query, key, query_positions, key_positions)
         if self.is_dense(key.shape[-3]):
             return Causal()
         (query, of_query), (key, of_key) = (
@@ -140,6 +141,21 @@ def in_order(x: Float[Array, "*b l n h"], positions: Any) -> tuple[Array, Any]:
     positions = jnp.take_along_axis(positions, order, -1)
     index = order.reshape(*(1,) * (x.ndim - 2 - order.ndim), *order.shape)[..., None, None]
     return jnp.where((positions == LAST)[..., None, None], 0, jnp.take_along_axis(x, index, -3)), positions
+
+
+def seen_by(query: Any, key: Any, query_positions: Any, key_positions: Any) -> Any:
+    """Returns the positions of the queries [..., T] for `places_of`, in their slots, of a call that is checked."""
+    check_shared(query, key, query_positions, key_positions)
+    if query_positions is None:
+        return np.arange(query.shape[-3], dtype=np.int32)
+    return jnp.where(jnp.asarray(query_positions) < 0, LAST, query_positions).astype(jnp.int32)
+
+
+def check_shared(query: Any, key: Any, query_positions: Any, key_positions: Any) -> None:
+    """Raises TypeError or ValueError for arrays that `attend` refuses, and for positions by key head."""
+    check(Given(query, key, key, Slots(), query_positions, key_positions))
+    if key_positions is not None and key_positions.ndim == key.ndim - 1:
+        raise ValueError(f"key_positions has shape {key_positions.shape}: need positions [..., S] that all heads share")
 
 
 def places_of(query_positions: Any, key_positions: Any) -> tuple[Any, Any]:
@@ -222,7 +238,7 @@ class VerticalSlash(Choice):
         local: The number of nearest diagonals, at least 1: the block itself.
         block: The number of queries and of keys per block, at least 1.
         score: How well a query matches a key, as in the call to `attend`.
-        dense_below: With fewer keys attention is dense.
+        dense_below: With fewer keys attention is dense, as that is faster.
 
     Raises:
         TypeError: A number is not an int.
@@ -235,7 +251,7 @@ class VerticalSlash(Choice):
     local: int = 1
     block: int = 128
     score: Score = Dot()
-    dense_below: int = 0
+    dense_below: int = FAST_FROM
 
     def __post_init__(self):
         least = {"sinks": 0, "local": 1, "block": 1, "dense_below": 0}
@@ -280,7 +296,7 @@ class FlexPrefill(Choice):
         least: The number of tokens that the columns, and the diagonals, have at least.
         most: The number that they have at most; None for no limit.
         score: s, how well a query matches a key, as in the call to `attend`.
-        dense_below: With fewer keys attention is dense; also with at most 2 `block` or `least`.
+        dense_below: With fewer keys attention is dense, as that is faster; also with at most 2 `block` or `least`.
 
     Raises:
         TypeError: A count is not an int.
@@ -293,7 +309,7 @@ class FlexPrefill(Choice):
     least: int = 512
     most: int | None = None
     score: Score = Dot()
-    dense_below: int = 0
+    dense_below: int = FAST_FROM
 
     def __post_init__(self):
         for name in ("block", "least", "dense_below"):

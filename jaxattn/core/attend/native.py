@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.core.attend.api import attend
 from jaxattn.core.attend.blocks import BlockIndex, block_means, cut
-from jaxattn.core.attend.choose import LAST, Choice, Ordered, in_order, places_of, weights_at
+from jaxattn.core.attend.choose import Choice, Ordered, in_order, places_of, seen_by, weights_at
 from jaxattn.core.attend.mask import Causal, Window
 from jaxattn.core.attend.score import Dot
 from jaxattn.core.checks import check_static_int
@@ -114,9 +114,8 @@ def native_sparse_attention(
     chosen = attend(query, key, value, mask=Causal() & mask, **positions)
     near = attend(query, key, value, mask=Window(window - 1), **positions)
 
+    at = seen_by(query, key, query_positions, key_positions)
     (key, of_key), (value, _) = (in_order(x, key_positions) for x in (key, value))
-    length = query.shape[-3]
-    at: Any = np.arange(length) if query_positions is None else jnp.where(query_positions < 0, LAST, query_positions)
     last, places = places_of(at, of_key)
     means = (block_means(x, size, places >= 0).astype(x.dtype) for x in (key, value))
     within: Any = {"query_positions": jnp.asarray(last), "key_positions": _ends(places, size)}
