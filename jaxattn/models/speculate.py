@@ -257,7 +257,7 @@ def speculate(
 
     Raises:
         ValueError: As of `generate`; or the draft has another vocabulary or too short a length, `ahead` is below 1,
-            `store` evicts or selects, or stores and `draft` do not fit.
+            `store` evicts, selects or rounds, or stores and `draft` do not fit.
         TypeError: As of `generate`; or `draft` is of another kind, or `ahead` is no int.
         FloatingPointError: As of `generate`.
     """
@@ -268,8 +268,8 @@ def speculate(
     if ahead < 1:
         raise ValueError(f"ahead is {ahead}: need at least 1 guess in each round")
     store = Policy() if store is None else store
-    if store.retain.evicts or store.select is not None:
-        kind = type(store.retain if store.retain.evicts else store.select).__name__
+    if store.retain.evicts or store.select is not None or not store.storage.exact:
+        kind = type(store.retain if store.retain.evicts else store.select or store.storage).__name__
         raise ValueError(
             f"store has {kind}, under which several tokens at once do not read what each alone would: need a policy "
             "that keeps and reads everything"

@@ -39,8 +39,8 @@ def rolled_back(state: Any, count: Int[Array, " b"]) -> Any:
     The next call gives the same logits as after a state that has never read these tokens.
 
     Raises:
-        ValueError: A store evicts, or a mixer keeps a state of fixed size, such as a recurrence. Keep the state from
-            before the tokens instead, and read again those that stay.
+        ValueError: A store evicts or rounds tokens, or a mixer keeps a state of fixed size, such as a recurrence. Keep
+            the state from before the tokens instead, and read again those that stay.
     """
 
     def refused(state: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import ablations, llama, report, training
+from benchmarks import ablations, decoding, llama, report, training
 from benchmarks.__main__ import run
 from benchmarks.cases import CASES, RECURRENCES, Setting, visible_pairs
 from benchmarks.contenders import CONTENDERS
@@ -161,3 +161,13 @@ def test_training_steps_of_all_contenders_are_the_same():
     assert (losses[:, 2] < losses[:, 0]).all()
     # Adam divides by the root of a mean square: where a gradient is about 0, rounding moves a parameter by the rate.
     np.testing.assert_allclose(losses, losses[:1].repeat(len(losses), 0), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_all_ways_of_decoding_write_the_same_text():
+    layer = models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=2), models.Spec(nn.FeedForward))
+    model = models.Transformer(models.TransformerConfig(11, 40, 16, [layer] * 2), rngs=nnx.Rngs(0))
+    chosen = [decoding.Text(str(i), np.random.default_rng(i).integers(0, 11, (1, 24))) for i in range(2)]
+    rows = decoding.run(model, chosen[:1], 8, 2)
+    assert [row["the same tokens"] for row in rows] == [8, 8, 8]
+    assert [row["rows with the same tokens"] for row in decoding.serve(model, chosen, 8)] == [2, 2, 2]

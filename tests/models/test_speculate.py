@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from tiny import CONTEXT, EPS, PLAIN, VOCABULARY, decoder, shared, tokens
 
-from jaxattn.cache import HeavyHitters, Policy, Quest, Recent
+from jaxattn.cache import HeavyHitters, Paged, Policy, Quantised, Quest, Recent
 from jaxattn.models import Drafter, PromptLookup, Transformer, TransformerConfig, generate, hymba, speculate
 from jaxattn.models.speculate import _speculate, verdict
 
@@ -106,6 +106,12 @@ def test_a_recurrent_model_reads_again_what_was_accepted(draft):
         assert new.calls == 4
 
 
+def test_pages_of_a_pool_are_as_good_as_rows(plain):
+    store = Policy(storage=Paged(7))
+    new = speculate(shared(), PromptLookup(), PROMPTS[:, :8], LENGTHS, max_new_tokens=NEW, temperature=0.0, store=store)
+    np.testing.assert_array_equal(new.tokens, plain.tokens)
+
+
 def test_one_guess_and_more_guesses_than_tokens(plain):
     for ahead, calls in ((1, 3), (9, 1)):
         new = speculate(shared(), shared(), PROMPTS, LENGTHS, max_new_tokens=NEW, temperature=0.0, ahead=ahead)
@@ -168,6 +174,7 @@ def test_another_temperature_or_text_is_not_another_program():
         (PromptLookup(), {"draft_store": SMALL}, ValueError, "draft_store is given, but draft is PromptLookup"),
         (PromptLookup(), {"store": SMALL}, ValueError, "store has Recent, under which several tokens at once"),
         (PromptLookup(), {"store": Policy(select=Quest(1, 1))}, ValueError, "store has Quest, under which"),
+        (PromptLookup(), {"store": Policy(storage=Quantised(8, 4, 4))}, ValueError, "store has Quantised, under which"),
         (PromptLookup(), {"ahead": 0}, ValueError, "ahead is 0: need at least 1"),
         (PromptLookup(), {"ahead": 2.0}, TypeError, r"ahead must be an int, got 2\.0"),
         (PromptLookup(), {"temperature": 1.0}, ValueError, "key is None: need a random key"),
