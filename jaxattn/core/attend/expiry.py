@@ -18,9 +18,17 @@ from jaxattn.core.numeric import ratio
 from jaxattn.core.part import part
 from jaxattn.core.table import take, take_pairs
 
-GLOBAL, LOCAL, WINDOW = 0, 1, 2
-NEVER = np.iinfo(np.int32).max
-"""The last position of a token that does not expire."""
+GLOBAL: int = 0
+"""The type of a token that is seen for ever."""
+
+LOCAL: int = 1
+"""The type of a token that is seen up to the next global one."""
+
+WINDOW: int = 2
+"""The type of a token that is seen for as many steps as the window has."""
+
+NEVER: int = int(np.iinfo(np.int32).max)
+"""The last position that sees a token which does not expire."""
 
 
 def token_expiry(types: Int[Array, "*b t"], window: int) -> Int[Array, "*b t"]:
