@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -163,15 +163,17 @@ class SnapKV(Retain):
 
     The votes of a token are the weights that it gets from the last `window` queries of the call, over the query heads
     that read the key head; then the mean of votes over `pool` neighbours in the order of positions, zeros beyond the
-    ends. The slots that remain beside sinks and window go to the most votes. Tokens that come one by one are always
-    kept: as the text grows, the tokens of the prompt with the least votes give way to them, and then the oldest.
+    ends. Of the prompt stay the first `sinks` tokens, the window and the most votes.
 
-    The paper cuts one prompt once. Here every call of several tokens votes anew.
+    The paper cuts a prompt to a capacity and keeps all that is generated. Give `capacity` for that, and as many slots
+    more as tokens will come. When slots are full, generated tokens go before those with votes, the oldest first. The
+    paper votes once; here every call of several tokens votes anew.
 
     Attributes:
         window: The number of last tokens that vote and stay, at least 1.
         pool: The number of neighbours, an odd number; 1 for none.
         sinks: The number of first tokens that stay, at least 0; 0 in the paper.
+        capacity: The number of tokens that stay of a prompt; None for as many as there are slots.
 
     Raises:
         TypeError: `pool` is not an int.
@@ -181,12 +183,16 @@ class SnapKV(Retain):
     window: Int[Array, ""] | int = 32
     pool: int = 5
     sinks: Int[Array, ""] | int = 4
+    capacity: Int[Array, ""] | int | None = None
 
     by_head: ClassVar[bool] = True
 
     def __post_init__(self):
         check_range("SnapKV: window", self.window, lambda x: x >= 1, "at least 1")
         check_range("SnapKV: sinks", self.sinks, lambda x: x >= 0, "at least 0")
+        if self.capacity is not None:
+            least: Any = self.least
+            check_range("SnapKV: capacity", self.capacity, lambda x: x > least, f"above sinks + window, {least}")
         check_static_int("SnapKV", "pool", self.pool, 1)
         if self.pool % 2 == 0:
             raise ValueError(f"SnapKV: pool is {self.pool}: need an odd number of neighbours")
@@ -199,10 +205,12 @@ class SnapKV(Retain):
         return self.sinks + self.window
 
     def start(self, shape):
-        return {"votes": jnp.full(shape, jnp.inf)}  # of a token that came by itself
+        return {"votes": jnp.full(shape, -1.0)}  # of a token that came by itself
 
     def keep(self, positions, statistics, now):
-        return protect(statistics["votes"], positions, now, self.sinks, self.window)
+        votes = statistics["votes"]
+        worth = jnp.where(votes == -1, -1 / (2.0 + positions), votes)
+        return jnp.where(votes == -jnp.inf, votes, protect(worth, positions, now, self.sinks, self.window))
 
     def observe(self, statistics, attended):
         if not attended.several:
@@ -213,7 +221,12 @@ class SnapKV(Retain):
         in_order = jnp.take_along_axis(jnp.where(positions < 0, 0, votes), order, 1)
         around = (1, self.pool, 1)
         pooled = jax.lax.reduce_window(in_order, 0.0, jax.lax.add, around, (1, 1, 1), "SAME") / self.pool
-        return {"votes": jnp.take_along_axis(pooled, order.argsort(1), 1)}
+        votes = jnp.take_along_axis(pooled, order.argsort(1), 1)
+        if self.capacity is not None:
+            worth = self.keep(positions, {"votes": votes}, attended.now)
+            by_worth = jnp.lexsort((-positions, jnp.where(positions < 0, jnp.inf, -worth)), axis=1)
+            votes = jnp.where(by_worth.argsort(1) < self.capacity, votes, -jnp.inf)
+        return {"votes": votes}
 
 
 @part

@@ -7,7 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn.cache import Everything, HeavyHitters, Policy, Quest, Recent, Spans, empty
+from jaxattn.cache import (
+    Attentive,
+    Everything,
+    HeavyHitters,
+    MeanKeys,
+    Memory,
+    Policy,
+    Quest,
+    Recent,
+    SnapKV,
+    Spans,
+    empty,
+)
 
 CAPACITY, HEADS, H = 6, 2, 4
 POSITIONS = {
@@ -215,6 +227,11 @@ def test_policies_out_of_range_are_refused():
     for make, message in (
         (lambda: Recent(-1), "Recent: sinks holds -1: need numbers at least 0"),
         (lambda: HeavyHitters(0, 0), "HeavyHitters: recent holds 0: need numbers at least 1"),
+        (lambda: SnapKV(8, sinks=2, capacity=10), "SnapKV: capacity holds 10: need numbers above sinks . window, 10"),
+        (lambda: SnapKV(8, pool=4), "SnapKV: pool is 4: need an odd number"),
+        (lambda: Attentive("often"), "Attentive: by is 'often': need 'last' or 'count'"),
+        (lambda: Memory(0), "Memory: local holds 0: need numbers at least 1"),
+        (lambda: MeanKeys(2, over_heads="mean"), "MeanKeys: over_heads is 'mean': need 'max' or 'sum'"),
         (lambda: Quest(0), "Quest: pages must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -36,8 +36,8 @@ class Mass:
 
 
 class Votes:
-    def __init__(self, window, pool, sinks):
-        self.window, self.pool, self.sinks, self.votes = window, pool, sinks, {}
+    def __init__(self, window, pool, sinks, capacity=None):
+        self.window, self.pool, self.sinks, self.capacity, self.votes = window, pool, sinks, capacity, {}
 
     def attended(self, weights, queries, held, several):
         if several:
@@ -46,9 +46,15 @@ class Votes:
             half = self.pool // 2
             for i, j in enumerate(held):
                 self.votes[j] = sum(raw[max(i - half, 0) : i + half + 1]) / self.pool
+            best = sorted(held, key=lambda j: (-self.worth(j, last), -j))
+            for j in best[len(best) if self.capacity is None else self.capacity :]:
+                self.votes[j] = -np.inf
 
     def worth(self, j, now):
-        return np.inf if j < self.sinks or j > now - self.window else self.votes.get(j, np.inf)
+        votes = self.votes.get(j, (j - 1e9) / 1e9)  # without votes: below all that have some, the older the lower
+        if votes == -np.inf:
+            return votes
+        return np.inf if j < self.sinks or j > now - self.window else votes
 
 
 class Hits:
@@ -86,6 +92,7 @@ CASES = {
     "mean mass": (HeavyHitters(0, 2, mean=True), lambda k: Mass(0, 2, True)),
     "votes": (SnapKV(3, 3, 1), lambda k: Votes(3, 3, 1)),
     "votes without a pool": (SnapKV(2, 1, 0), lambda k: Votes(2, 1, 0)),
+    "votes up to a capacity": (SnapKV(2, 3, 1, capacity=6), lambda k: Votes(2, 3, 1, 6)),
     "last": (Attentive("last", 2, 1, 2), lambda k: Hits("last", 2, 1, 2)),
     "count": (Attentive("count", 1, 0, 2), lambda k: Hits("count", 1, 0, 2)),
     "no hits": (Attentive("count", 0, 1, 1), lambda k: Hits("count", 0, 1, 1)),
