@@ -130,10 +130,19 @@ class Store:
         return dataclasses.replace(self, fresh=fresh)
 
     def joined(self, chosen: Bool[Array, "b t"]) -> "Store":
-        """Returns the store after some of the tokens beside it were appended; the others are gone."""
+        """Returns the store after some of the tokens beside it were appended; the others are gone.
+
+        Raises:
+            ValueError: The policy looks at attention, and what queries of the other tokens saw cannot be taken out.
+        """
+        if self.measures:
+            raise ValueError(
+                f"the store keeps tokens by the attention that they get ({type(self.retain).__name__}), and that of "
+                "nodes which are gone counts no more: need a policy that does not look at attention"
+            )
         positions = jnp.where(chosen, self.fresh.positions[..., 0], -1)
         new = dataclasses.replace(self, fresh=None).append(self.fresh.key, self.fresh.value, positions)
-        return new if new.fresh is None or self.retain.evicts else new.observe({}, new.fresh)
+        return new if new.fresh is None else new.observe({}, new.read(new.fresh.key))
 
     def _free(self, positions: Int[Array, "b 1"]) -> Int[Array, "b 1 g"]:
         """Returns the slot for a single token: an empty one, or that of the least worth; C for padding."""
@@ -187,11 +196,11 @@ class Store:
         if self.fresh is not None:
             fresh = self.fresh.positions
             fresh = jnp.broadcast_to(fresh, (*fresh.shape[:2], self.positions.shape[-1]))
-            pairs = (self.key, self.fresh.key), (self.value, self.fresh.value), (self.positions, fresh)
-            key, value, positions = (jnp.concatenate(pair, 1) for pair in pairs)
-            return Held(key, value, positions)
+            held = *self.storage.take(self.held, None, self.positions), self.positions
+            beside = self.fresh.key, self.fresh.value, fresh
+            return Held(*(jnp.concatenate(pair, 1) for pair in zip(held, beside, strict=True)))
         if self.select is None or query.shape[1] > 1 or self.positions.shape[1] <= self.select.pages * self.select.size:
-            return Held(self.key, self.value, self.positions)
+            return Held(*self.storage.take(self.held, None, self.positions), self.positions)
         size, heads = self.select.size, jax.eval_shape(lambda: self.key).shape[2]
         scores = self.select.score(query[:, 0].reshape(len(query), heads, -1, query.shape[-1]), self.summary)
         pages = chosen(scores, self.select.pages, _pages(self.positions, size))  # [B, P, K]

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Bool, Int
 
 from jaxattn.cache import Store
-from jaxattn.nn.attention import KeyValue
+from jaxattn.nn.attention import Context, KeyValue
 
 
 def reordered(state: Any, rows: Int[Array, " r"]) -> Any:
@@ -21,16 +21,31 @@ def reordered(state: Any, rows: Int[Array, " r"]) -> Any:
     def moved(x: Any) -> Any:
         return jax.tree.map(lambda x: x[:, rows], x)
 
-    return _mapped(lambda store: store.reordered(rows), moved, moved, state)
+    def of_context(context: Context) -> Context:
+        batch = len(context.x)
+
+        def of_rows(x: Any) -> Any:  # what rows share has an axis of size 1, and stays
+            return x[rows] if batch > 1 and x.ndim > 1 and len(x) == batch else x
+
+        return Context(context.x[rows], jax.tree.map(of_rows, context.tokens))
+
+    return _mapped(lambda store: store.reordered(rows), moved, moved, state, of_context=of_context)
 
 
 def replaced(state: Any, rows: Int[Array, " r"], other: Any) -> Any:
-    """Returns the state of a model with these rows taken by the R rows of another state of the same capacity."""
+    """Returns the state of a model with these rows taken by the R rows of another state of the same capacity.
+
+    Raises:
+        ValueError: The state keeps a context, which is that of all its rows.
+    """
 
     def put(x: Any, new: Any) -> Any:
         return jax.tree.map(lambda x, new: x.at[:, rows].set(new), x, new)
 
-    return _mapped(lambda store, new: store.replaced(rows, new), put, put, state, other)
+    def refused(context: Context) -> Context:
+        raise ValueError("the state keeps the context of all its rows: need a model that reads no context")
+
+    return _mapped(lambda store, new: store.replaced(rows, new), put, put, state, other, of_context=refused)
 
 
 def rolled_back(state: Any, count: Int[Array, " b"]) -> Any:
@@ -68,7 +83,7 @@ def can_roll_back(state: Any) -> bool:
     """Returns whether `rolled_back` takes the state, or the shapes of one."""
     if isinstance(state, Store):
         return state.rolls_back
-    if isinstance(state, KeyValue):
+    if state is None or isinstance(state, KeyValue | Context):
         return True
     return _is_several(state) and all(map(can_roll_back, state))
 
@@ -79,17 +94,27 @@ def _is_several(state: Any) -> bool:
 
 
 def _mapped(
-    of_store: Callable[..., Any], of_keys: Callable[..., Any], of_other: Callable[..., Any], state: Any, *others: Any
+    of_store: Callable[..., Any],
+    of_keys: Callable[..., Any],
+    of_other: Callable[..., Any],
+    state: Any,
+    *others: Any,
+    of_context: Callable[[Context], Context] = lambda context: context,
 ) -> Any:
     """Applies a function to each store, keys of a context, or other state of a mixer, whose first axis is layers.
 
-    With `others`, states of the same structure, the functions take one of each.
+    A context that a state keeps for all layers (`absorb`) has no axis of layers, and a function of its own. With
+    `others`, states of the same structure, the functions take one of each.
     """
+    if state is None:
+        return None
+    if isinstance(state, Context):
+        return of_context(state)
     if isinstance(state, Store):
         return jax.vmap(of_store)(state, *others)
     if isinstance(state, KeyValue):
         return of_keys(state, *others)
     if _is_several(state):
         pairs = zip(state, *others, strict=True)
-        return tuple(_mapped(of_store, of_keys, of_other, *each) for each in pairs)
+        return tuple(_mapped(of_store, of_keys, of_other, *each, of_context=of_context) for each in pairs)
     return of_other(state, *others)

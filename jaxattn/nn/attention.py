@@ -351,8 +351,12 @@ class MultiHeadAttention(AttentionMixer):
 
     @property
     def reads_trees(self) -> bool:
-        """Whether tokens may be the nodes of a tree: unless a convolution goes before the keys."""
-        return not self.convolution
+        """Whether tokens may be the nodes of a tree.
+
+        A convolution before the keys and a choice of blocks tell tokens apart by their positions, which siblings share.
+        A layer that attends as another one keeps no nodes beside its store.
+        """
+        return not (self.convolution or self.echo) and self.choice is None
 
     def _source(self, x: Array, context: Any, state: Any) -> Context | KeyValue | None:
         """Returns the context as it is read, checked: that of this call, or the keys of an earlier one in the state."""
@@ -449,7 +453,7 @@ class MultiHeadAttention(AttentionMixer):
     def _attend_across(
         self, query: Array, keys: KeyValue, unturned: Array, tokens: Tokens, tap: Tap
     ) -> tuple[Array, dict[str, Array]]:
-        """Does what `_attend` does, with other rows of the batch as a memory."""
+        """Does what `attended` does, with other rows of the batch as a memory."""
         if tokens.documents is not None:
             raise ValueError("mask has documents, but with crossbatch the rows of a batch are texts: need one per row")
         z, found = self.attended(query, keys, tokens, tap, None, with_lse=True)
@@ -469,7 +473,7 @@ class MultiHeadAttention(AttentionMixer):
     def _attend_absorbed(
         self, query: Array, inputs: KeyValue, tokens: Tokens, tap: Tap, store: None
     ) -> tuple[Array, dict[str, Array]]:
-        """Does what `_attend` does, for the inputs of W_k and W_v, [B, S, 1, C], in place of keys and values."""
+        """Does what `attended` does, for the inputs of W_k and W_v, [B, S, 1, C], in place of keys and values."""
         maps = self.key, self.value
         of_key, of_value = (
             each.kernel[...].astype(query.dtype).reshape(-1, self.key_heads, self.head_dim) for each in maps

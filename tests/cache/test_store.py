@@ -14,6 +14,7 @@ from jaxattn.cache import (
     MeanKeys,
     Memory,
     Policy,
+    Quantised,
     Quest,
     Recent,
     SnapKV,
@@ -122,6 +123,26 @@ def test_sinks_and_recent_tokens_are_kept_however_they_come(lengths):
         for slot, position in enumerate(np.asarray(store.positions[row, :, 0])):
             np.testing.assert_array_equal(store.key[row, slot], key[row, position])
             np.testing.assert_array_equal(store.value[row, slot], value[row, position])
+
+
+def test_tokens_that_join_are_kept_as_tokens_that_were_appended_and_the_others_leave_no_trace():
+    """Twice, so that what joined first must not be lost when others stand beside the store."""
+    key, value = (x[:2] for x in tokens(1, 8))
+    chosen = np.array([[1, 0, 1, 1], [1, 1, 0, 0]], bool)
+    for policy in (Policy(), Policy(Recent(1), 5), Policy(storage=Quantised(8, 2, 2))):
+        capacity = 8 if policy.slots is None else 20
+        joined = appended = start(2, capacity, policy, (HEADS, 4))
+        of_value = jnp.asarray(np.repeat(value[..., :4], HEADS, 2))
+        for first in (0, 4):
+            piece, at = slice(first, first + 4), np.where(chosen, first + np.cumsum(chosen, 1) - 1, first)
+            new = jnp.asarray(key[:, piece]), of_value[:, piece]
+            joined = joined.beside(*new, jnp.asarray(at)).joined(jnp.asarray(chosen))
+            appended = append(appended, *new, np.where(chosen, at, -1))
+        assert joined.fresh is None
+        jax.tree.map(np.testing.assert_array_equal, joined, appended)
+    heavy = start(2, 20, Policy(HeavyHitters(1, 2), 8), (HEADS, 4))
+    with pytest.raises(ValueError, match=r"by the attention that they get \(HeavyHitters\)"):
+        heavy.beside(*new, jnp.asarray(at)).joined(jnp.asarray(chosen))
 
 
 @pytest.mark.parametrize("lengths", [(1,) * 9, (5, 1, 3)], ids=str)

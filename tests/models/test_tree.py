@@ -10,7 +10,7 @@ from tiny import CONTEXT, VOCABULARY, assert_close, decoder, shared, tokens
 
 from jaxattn import Alibi, Causal, Window, nn
 from jaxattn.cache import Policy
-from jaxattn.core.attend import Ancestors
+from jaxattn.core.attend import Ancestors, MoBA
 from jaxattn.models import Spec, generate, hymba, joined, longest_path, pre_norm
 
 TEXT, LENGTHS = tokens(length=CONTEXT), np.array([5, 1, 3])
@@ -124,6 +124,19 @@ def test_what_reads_no_trees_says_so():
         (tuple(hymba(7, 2, window=3, meta_tokens=0)), {}, "parents is given, but Parallel reads no trees"),
         (
             (pre_norm(Spec(nn.MultiHeadAttention, heads=2, convolution=3), FEED),),
+            {},
+            "parents is given, but MultiHeadAttention reads no trees",
+        ),
+        (
+            (pre_norm(Spec(nn.MultiHeadAttention, heads=2, choice=MoBA(2, 1)), FEED),),
+            {},
+            "parents is given, but MultiHeadAttention reads no trees",
+        ),
+        (
+            (
+                pre_norm(Spec(nn.MultiHeadAttention, heads=2), FEED),
+                pre_norm(Spec(nn.MultiHeadAttention, heads=2, keys_from="layer", echo=True), FEED),
+            ),
             {},
             "parents is given, but MultiHeadAttention reads no trees",
         ),

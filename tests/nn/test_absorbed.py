@@ -53,6 +53,29 @@ ENCODER = TransformerConfig(V, S, D, [pre_norm(ATTENTION, FEED)], causal=False, 
 DECODER = TransformerConfig(V, T, D, [Layer([Branch(ATTENTION), Branch(CROSS, name="cross"), Branch(FEED)])] * L)
 
 
+def test_rows_of_a_state_that_keeps_the_context_take_it_along():
+    """Beams reorder the rows: each row goes on with its own context, padding of the context included."""
+    both = randomise(EncoderDecoder(ENCODER, DECODER, rngs=nnx.Rngs(0)), scale=0.3)
+    converted = replace_mixers(both.decoder, reads_itself)
+    inputs = np.random.default_rng(1).integers(0, V, (B, S))
+    positions = jnp.asarray(np.where(np.arange(S) < np.array([[4], [S]]), np.arange(S), -1))
+    context, _ = both.encode(inputs, positions=positions)
+    prompts, rows = np.array([[1, 2], [1, 2]]), jnp.array([1, 1, 0])
+    found = []
+    for model in (both.decoder, converted):
+        state = model(jnp.asarray(prompts), state=model.init_state(B, T), context=context)[1]
+        straight = model(jnp.asarray(prompts[:, :1]), state=state)[0]
+        moved = model(jnp.asarray(prompts[rows, :1]), state=models.reordered(state, rows))[0]
+        np.testing.assert_allclose(moved, straight[rows], rtol=0, atol=100 * EPS * abs(straight).max())
+        assert abs(straight[0] - straight[1]).max() > 0.01  # the contexts matter
+        found.append(models.beam_search(model, prompts, beams=3, max_new_tokens=2, context=context))
+        back = models.rolled_back(state, jnp.array([1, 1]))
+        again = model(jnp.asarray(prompts[:, 1:]), state=back)[0]
+        whole = model(jnp.asarray(prompts), context=context)[0][:, 1:]
+        np.testing.assert_allclose(again, whole, rtol=0, atol=100 * EPS * abs(whole).max())
+    np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+
+
 def reads_itself(layer, mixer):
     return mixer.replace(absorb=True) if mixer.arguments.get("keys_from") == "context" else mixer
 
