@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxattn.cache import Policy
+from jaxattn.models.sample import in_evaluation
 from jaxattn.models.transformer import Transformer
 from jaxattn.nn.attention import MultiHeadAttention
 from jaxattn.nn.tap import Tap
@@ -22,7 +23,7 @@ class UnderPolicy(NamedTuple):
 
     Attributes:
         memory: Bytes of the whole state.
-        loss: The mean over tokens after the prompt of −log p(token), in nats.
+        loss: The mean of −log p(next token) over the tokens that are read one by one, in nats.
         accuracy: [B], the share of the asked tokens that are the likeliest ones; NaN if none is asked for.
         lost: [L, N], the mean of `lost_mass` over batch and tokens after the prompt.
     """
@@ -47,7 +48,7 @@ def lost_mass(
 
     One pass of the model gives queries, keys and values of all layers, as they are with nothing evicted. The store of
     each layer then takes the prompt at once and the other tokens one by one. So the figure is the loss of the policy
-    alone, without what a changed layer does to later ones. Memory is linear in length.
+    alone, without what a changed layer does to later ones. Memory is linear in length. Dropout is off.
 
     Args:
         model: A decoder whose layers each have one attention of their own keys.
@@ -63,12 +64,12 @@ def lost_mass(
         ValueError: `prompt` does not fit, the key position is another, or a layer has no such attention.
     """
     tokens, positions = _checked(model, tokens, prompt, positions)
-    if not policy.key_position.at_write:
-        raise ValueError(
-            f"policy has key_position={type(policy.key_position).__name__}, which turns keys when they are read: need "
-            "Absolute()"
-        )
-    layers = []
+    return _lost_by_layer(_layers(model, tokens, positions), prompt, positions, policy)
+
+
+def _layers(model: Transformer, tokens: Array, positions: Array) -> list[tuple[Any, Any, list[Array]]]:
+    """Returns the attention of each layer, as graph and arrays, and its queries, keys, values and lse of one pass."""
+    model, layers = in_evaluation(model), []
     for run, length in zip(model.runs, model.lengths, strict=True):
         found = [branch for branch in run.branches if branch.mixes]
         if (
@@ -84,10 +85,20 @@ def lost_mass(
     names = [tuple(site(name) for name in ("q_rotated", "k_rotated", "v", "lse")) for _, _, site in layers]
     recorded = sorted({site for of_layer in names for site in of_layer})
     _, _, records = nnx.jit(lambda m, x: m(x, positions=positions, record=tuple(recorded)))(model, tokens)
-    lost = []
-    for number, ((graph, arrays, _), sites) in enumerate(zip(layers, names, strict=True)):
-        lost.append(_lost(graph, prompt, arrays, [records[site][number] for site in sites], positions, policy))
-    return jnp.stack(lost)
+    return [
+        (graph, arrays, [records[site][number] for site in sites])
+        for number, ((graph, arrays, _), sites) in enumerate(zip(layers, names, strict=True))
+    ]
+
+
+def _lost_by_layer(layers: Any, prompt: int, positions: Array, policy: Policy) -> Float[Array, "layers b t n"]:
+    """Returns `lost_mass` from what `_layers` returned."""
+    if not policy.key_position.at_write:
+        raise ValueError(
+            f"policy has key_position={type(policy.key_position).__name__}, which turns keys when they are read: need "
+            "Absolute()"
+        )
+    return jnp.stack([_lost(graph, prompt, arrays, records, positions, policy) for graph, arrays, records in layers])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -130,6 +141,8 @@ def compare_stores(
 ) -> dict[str, UnderPolicy]:
     """Reads a text under each policy, the prompt at once and the other tokens one by one, each given as it stands.
 
+    Dropout is off.
+
     Args:
         model: As in `lost_mass`.
         tokens: [B, T].
@@ -149,18 +162,19 @@ def compare_stores(
     tokens, positions = _checked(model, tokens, prompt, positions)
     positions = jnp.broadcast_to(positions, tokens.shape)
     asked = jnp.zeros(tokens.shape, bool) if answers is None else jnp.asarray(answers)
-    graph, arrays = nnx.split(model)
+    graph, arrays = nnx.split(in_evaluation(model))
+    layers = _layers(model, tokens, positions) if lost else None  # one pass for all policies
+    counted = (positions >= 0)[:, prompt:, None]
     results = {}
     for name, policy in policies.items():
         state = model.init_state(tokens.shape[0], tokens.shape[1], policy)
         loss, right = _read(graph, prompt, arrays, tokens, positions, asked, state)
-        by_head = (
-            lost_mass(model, tokens, policy, prompt=prompt, positions=positions) if lost else jnp.zeros((0, 1, 1, 0))
-        )
-        counted = (positions >= 0)[:, prompt:, None] if lost else jnp.ones((1, 1, 1))
-        mean = (by_head[:, :, prompt:] * counted).sum((1, 2)) / counted.sum() if lost else by_head[:, 0, 0]
+        mean = np.zeros((0, 0))
+        if layers is not None:
+            by_head = _lost_by_layer(layers, prompt, positions, policy)[:, :, prompt:]
+            mean = np.asarray((by_head * counted).sum((1, 2)) / counted.sum())
         memory = sum(x.nbytes for x in jax.tree.leaves(state))
-        results[name] = UnderPolicy(memory, float(loss), np.asarray(right), np.asarray(mean))
+        results[name] = UnderPolicy(memory, float(loss), np.asarray(right), mean)
     return results
 
 

@@ -45,6 +45,18 @@ def test_nothing_is_lost_where_there_is_room(model, tokens, policy):
     assert np.asarray(lost_mass(model, tokens, policy, prompt=PROMPT)).max() < 1e-5
 
 
+def test_dropout_is_off_also_in_a_model_that_trains(tokens):
+    layer = pre_norm(Spec(nn.MultiHeadAttention, heads=N, key_heads=K, dropout=0.5))
+    model = Transformer(TransformerConfig(11, T, 16, [layer]), rngs=nnx.Rngs(0, dropout=1))
+    found = []
+    for mode in (model.train, model.eval):
+        mode()
+        each = compare_stores(model, tokens, {"few": Policy(Recent(1), 4)}, prompt=PROMPT)["few"]
+        lost = lost_mass(model, tokens, Policy(Recent(1), 4), prompt=PROMPT)
+        found.append((each.loss, each.lost, np.asarray(lost)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def test_padding_loses_nothing_and_is_not_counted(model, tokens):
     positions = np.stack([np.arange(T), np.where(np.arange(T) < 15, np.arange(T), -1)])
     padded = np.asarray(lost_mass(model, tokens, Policy(Recent(1), 4), prompt=PROMPT, positions=positions))
