@@ -175,28 +175,17 @@ class Paged(Storage):
 
         def written(pool, new):
             pool = pool.at[onto].set(pool[jnp.maximum(old, 0)], mode="drop")
-            within = slots % self.size
-            if slots.shape[-1] == 1:
-                return pool.at[page[..., 0], within[..., 0]].set(new.astype(pool.dtype), mode="drop")
-            return pool.at[page, within, jnp.arange(slots.shape[-1])].set(new.astype(pool.dtype), mode="drop")
+            return pool.at[self._index(page, slots)].set(new.astype(pool.dtype), mode="drop")
 
         return {"key": written(held["key"], key), "value": written(held["value"], value), "table": table}
 
     def take(self, held, slots, places):
         table = held["table"]
         if slots is None:
-            page, within = jnp.repeat(table, self.size, 1), jnp.arange(places.shape[1]) % self.size
-            taken = (held[name][page, within] for name in ("key", "value"))
-            lost = (page < 0)[..., None, None]
-        else:
-            page = jnp.take_along_axis(table, (slots // self.size).reshape(len(table), -1), 1).reshape(slots.shape)
-            within, lost = slots % self.size, (page < 0)[..., None]
-            if slots.shape[-1] == 1:
-                taken = (held[name][page[..., 0], within[..., 0]] for name in ("key", "value"))
-            else:
-                head = jnp.arange(slots.shape[-1])
-                taken = (held[name][page, within, head] for name in ("key", "value"))
-        return tuple(jnp.where(lost, jnp.nan, x) for x in taken)
+            slots = jnp.broadcast_to(jnp.arange(places.shape[1])[:, None], (*places.shape[:2], 1))
+        page = jnp.take_along_axis(table, (slots // self.size).reshape(len(table), -1), 1).reshape(slots.shape)
+        index, lost = self._index(page, slots), (page < 0)[..., None]
+        return tuple(jnp.where(lost, jnp.nan, held[name][index]) for name in ("key", "value"))
 
     def fill(self, held, key, value, places):
         return super().fill(self.cleared(held, jnp.full_like(places, -1)), key, value, places)
@@ -215,6 +204,13 @@ class Paged(Storage):
     def cleared(self, held, places):
         there = (places >= 0).any(-1).reshape(len(places), -1, self.size).any(-1)
         return held | {"table": jnp.where(there, held["table"], -1)}
+
+    def _index(self, page: Int[Array, "b t g"], slots: Int[Array, "b t g"]) -> tuple[Array, ...]:
+        """Returns where in a pool the slots of each head lie, or of all heads if they share them."""
+        within = slots % self.size
+        if slots.shape[-1] == 1:
+            return page[..., 0], within[..., 0]
+        return page, within, jnp.arange(slots.shape[-1])
 
     def owners(self, held: Any) -> Int[Array, " p"]:
         """Returns how many rows have each page of the pool in their table."""

@@ -87,6 +87,12 @@ class Expires(Mask):
         return "from the key to the last position that sees it"
 
 
+def _check_types(name: str, x: Any) -> None:
+    """Raises ValueError if x is not [..., T, 3]."""
+    if x.shape[-1] != 3 or x.ndim < 2:
+        raise ValueError(f"{name} has shape {x.shape}: need [..., T, 3], of the types global, local and window")
+
+
 def choose_types(
     logits: Float[Array, "*b t 3"], key: Any = None, *, temperature: float = 1.0
 ) -> Float[Array, "*b t 3"]:
@@ -104,8 +110,7 @@ def choose_types(
     Raises:
         ValueError: The logits are not of three types, or the temperature is not positive.
     """
-    if logits.shape[-1] != 3 or logits.ndim < 2:
-        raise ValueError(f"logits has shape {logits.shape}: need [..., T, 3], of the types global, local and window")
+    _check_types("logits", logits)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if key is not None:
@@ -134,8 +139,7 @@ def type_gates(choice: Float[Array, "*b t 3"], window: int) -> Float[Array, "*b 
         ValueError: `window` is negative, or there are not three types.
     """
     check_static_int("type_gates", "window", window, 0)
-    if choice.shape[-1] != 3 or choice.ndim < 2:
-        raise ValueError(f"choice has shape {choice.shape}: need [..., T, 3], of the types global, local and window")
+    _check_types("choice", choice)
     is_global, is_local, in_window = jnp.moveaxis(choice, -1, 0)
     length = choice.shape[-2]
     places = jnp.arange(length)
@@ -165,8 +169,7 @@ def lifetime_pressure(choice: Float[Array, "*b t 3"]) -> Float[Array, "*b"]:
     Raises:
         ValueError: There are not three types.
     """
-    if choice.shape[-1] != 3 or choice.ndim < 2:
-        raise ValueError(f"choice has shape {choice.shape}: need [..., T, 3], of the types global, local and window")
+    _check_types("choice", choice)
     length = choice.shape[-2]
     hard = jax.lax.stop_gradient(choice)
     places = jnp.arange(length)

@@ -154,8 +154,8 @@ def routing_attention(
     key, value = (jnp.repeat(x, heads // x.shape[-2], -2) for x in (key, value))
     query, key, value = (jnp.moveaxis(x, -2, -3) for x in (layer_normed(query), layer_normed(key), value))
     last, places = (x[..., None, :] for x in (last, places))  # of heads, which are an axis of the batch from here on
-    attended = _balanced if membership == "balanced" else _of_nearest
-    out = attended(query, key, value, last, places, centroids, width, causal, score)
+    arrays = query, key, value, last, places, centroids, width, score
+    out = _balanced(*arrays, causal) if membership == "balanced" else _of_nearest(*arrays)
     return jnp.moveaxis(out, -3, -2).astype(value.dtype)
 
 
@@ -167,8 +167,8 @@ def _balanced(
     places: Array,
     centroids: Array,
     width: int,
-    causal: bool,
     score: Score,
+    causal: bool,
 ) -> Array:
     """Returns the means over the clusters that take a query, [..., N, T, V]."""
 
@@ -206,7 +206,6 @@ def _of_nearest(
     places: Array,
     centroids: Array,
     width: int,
-    causal: bool,
     score: Score,
 ) -> Array:
     """Returns what queries read of the last keys of their cluster, [..., N, T, V].
