@@ -3,7 +3,7 @@
 A store combines a policy of what is kept with a policy of what is chosen to be read, and of where keys stand.
 """
 
-from jaxattn.cache.key_position import Absolute, KeyPosition, Memory, Rank
+from jaxattn.cache.key_position import Absolute, KeyPosition, Memory, MemoryAtStart, Rank
 from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans
 from jaxattn.cache.select import MeanKeys, Quest, Select
 from jaxattn.cache.storage import Dense, Paged, Quantised, Storage
@@ -19,6 +19,7 @@ __all__ = [
     "KeyPosition",
     "MeanKeys",
     "Memory",
+    "MemoryAtStart",
     "Paged",
     "Policy",
     "Quantised",

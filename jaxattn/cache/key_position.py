@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxattn.core.checks import check_range
+from jaxattn.core.checks import check_range, check_static_int
 from jaxattn.core.part import part
 
 
@@ -60,8 +60,8 @@ class Rank(KeyPosition):
 class Memory(KeyPosition):
     """The last `local` tokens stand one after the other, and all older ones together before them, at place 0.
 
-    This is the memory of the Focused Transformer (Tworkowski et al., 2023): old keys are turned as if they stood at the
-    first place of the local context, so no distance is larger than `local` − 1. Tokens that come together count from
+    The local context slides with the newest token, so no distance is larger than `local` − 1. In `MemoryAtStart` it
+    begins anew with every window, as in the training of the Focused Transformer. Tokens that come together count from
     the last of them.
 
     Attributes:
@@ -77,5 +77,36 @@ class Memory(KeyPosition):
         check_range("Memory: local", self.local, lambda x: x >= 1, "at least 1")
 
     def __call__(self, held, positions):
-        first = held.max(1, keepdims=True) - self.local + 1
-        return jnp.where(positions < 0, -1, jnp.maximum(positions - first, 0))
+        return _counted_from(held.max(1, keepdims=True) - self.local + 1, positions)
+
+
+@part
+class MemoryAtStart(KeyPosition):
+    """The tokens of the present window stand at 0, 1, ..., and all earlier ones at 0 (LongLLaMA, 2023).
+
+        model.init_state(batch, capacity, Policy(key_position=MemoryAtStart(2048)))
+
+    Windows begin at the multiples of their size, and the present one is that of the newest token. So an attention that
+    was trained with `crossbatch` meets a memory of any length at the places that it knows. A call of several tokens
+    should not go beyond the end of a window: its tokens before the newest window would stand at 0 too.
+
+    Attributes:
+        window: The tokens of a window, at least 1: the length of a row in training.
+
+    Raises:
+        TypeError: `window` is not an int.
+        ValueError: `window` is below 1.
+    """
+
+    window: int
+
+    def __post_init__(self):
+        check_static_int("MemoryAtStart", "window", self.window, 1)
+
+    def __call__(self, held, positions):
+        return _counted_from(held.max((1, 2), keepdims=True) // self.window * self.window, positions)
+
+
+def _counted_from(first: Int[Array, "b 1 g"], positions: Int[Array, "b t g"]) -> Int[Array, "b t g"]:
+    """Returns places counted from `first`, 0 for earlier tokens; −1 for empty slots."""
+    return jnp.where(positions < 0, -1, jnp.maximum(positions - first, 0))

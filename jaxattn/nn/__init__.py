@@ -21,7 +21,6 @@ from jaxattn.nn.embedding import (
     TokenEmbedding,
     VectorEmbedding,
 )
-from jaxattn.nn.far_memory import MemoryAtStart
 from jaxattn.nn.feed_forward import FeedForward
 from jaxattn.nn.hybrid import Chain, Parallel, hymba_heads
 from jaxattn.nn.latent import LatentAttention
@@ -117,7 +116,6 @@ __all__ = [
     "MaskedTokenHead",
     "Mechanism",
     "MemoryAsContext",
-    "MemoryAtStart",
     "MemoryInputs",
     "MergedLinearAttention",
     "MergedSoftmaxHeads",

@@ -95,7 +95,7 @@ class MultiHeadAttention(AttentionMixer):
             are turned to position 0, in one softmax with its own tokens (`crossbatch_kv`; Focused Transformer, 2023).
             Rows before the first do not exist. It is active without a state, unless `deterministic`. Edits and records
             of scores and weights are of the tokens of the row. To decode with such a memory, give a store
-            `nn.MemoryAtStart(window)`.
+            `cache.MemoryAtStart(window)`.
         dropout: The rate of dropout on the attention weights, active unless `deterministic` (see `nnx.Module.train` and
             `eval`).
         convolution: The width of a short causal convolution of q, k and v per channel, after their projection; 0 for

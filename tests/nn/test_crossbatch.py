@@ -9,10 +9,10 @@ from mixers import call
 from multi_head import randomise
 
 from jaxattn import Causal, Documents, SoftCap, nn
-from jaxattn.cache import Policy
+from jaxattn.cache import MemoryAtStart, Policy
 from jaxattn.core.attend import crossbatch_kv, distraction
 from jaxattn.models import Spec, Transformer, TransformerConfig, from_plain, pre_norm, replace_mixers, to_plain
-from jaxattn.nn import MemoryAtStart, MultiHeadAttention, NullSoftmax
+from jaxattn.nn import MultiHeadAttention, NullSoftmax
 
 B, T, D, N, K = 4, 5, 16, 4, 2
 EPS = float(np.finfo(np.float32).eps)
