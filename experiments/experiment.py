@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from jaxattn.viz.figure import COLOURS, STYLES, WEIGHTS, panels
 
@@ -195,6 +196,10 @@ class Maps:
             figure.set_size_inches(1.7 * width, 1.7 * height)
         for axes, (title, matrix) in zip(places, drawn.items(), strict=True):
             axes.imshow(matrix, cmap=WEIGHTS, vmin=0)
+            axes.xaxis.set_major_locator(
+                MaxNLocator("auto", integer=True, min_n_ticks=1)
+            )  # rows and columns have whole numbers
+            axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
             axes.set_title(title, fontsize="small")
             axes.set_ylabel(seeds[0].y if axes.get_ylabel() else "")
             axes.set_xlabel(seeds[0].x if axes.get_xlabel() else "")
