@@ -75,8 +75,10 @@ class AttentionMixer(Mixer):
         """Makes the stream of dropout on the weights.
 
         Raises:
-            ValueError: There is none to make it of.
+            ValueError: The rate is out of range, or there is nothing to make the stream of.
         """
+        if not 0 <= rate < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {rate}")
         self.dropout, self.deterministic = rate, False
         if rate and "dropout" not in rngs and "default" not in rngs:
             raise ValueError(f"dropout is {rate} but rngs has no such stream: need nnx.Rngs(0) or nnx.Rngs(dropout=0)")
@@ -211,6 +213,18 @@ class AttentionMixer(Mixer):
     def reached(self, state: Store) -> Int[Array, " b"]:
         """Returns the positions at which the tokens that the state holds end."""
         return state.last + 1
+
+
+def head_size(features: int, heads: int, head_dim: int | None) -> int:
+    """Returns the channels per head, `head_dim` or features / heads, or raises ValueError where there are none."""
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
+    if head_dim is None and features % heads:
+        raise ValueError(f"features {features} is no multiple of heads {heads}: choose another, or give head_dim")
+    head_dim = features // heads if head_dim is None else head_dim
+    if head_dim < 1:
+        raise ValueError(f"head_dim must be at least 1, got {head_dim}")
+    return head_dim
 
 
 def _in_tree(slots: Slots, tokens: Tokens, keys: Any) -> tuple[Slots, dict[str, Any]]:

@@ -18,7 +18,7 @@ from jaxattn.core.attend.partial import Partial, merge
 from jaxattn.core.attend.position import Position, Rotary
 from jaxattn.core.attend.score import Dot
 from jaxattn.core.checks import check_array
-from jaxattn.nn.attending import AttentionMixer, one_or_all
+from jaxattn.nn.attending import AttentionMixer, head_size, one_or_all
 from jaxattn.nn.mechanisms import ShortConvolution
 from jaxattn.nn.parameter import Axis, linear_map
 from jaxattn.nn.recurrent import Past
@@ -155,19 +155,11 @@ class MultiHeadAttention(AttentionMixer):
         rngs: nnx.Rngs,
     ):
         key_heads = heads if key_heads is None else key_heads
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
-        if head_dim is None and features % heads:
-            raise ValueError(f"features {features} is no multiple of heads {heads}: choose another, or give head_dim")
+        head_dim = head_size(features, heads, head_dim)
         if key_heads < 1 or heads % key_heads:
             raise ValueError(f"key_heads is {key_heads} but heads is {heads}: need a divisor of {heads}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if keys_from not in get_args(KeysFrom):
             raise ValueError(f"keys_from is {keys_from!r}: need one of {', '.join(get_args(KeysFrom))}")
-        head_dim = features // heads if head_dim is None else head_dim
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
         if position is not None:
             if not isinstance(position, Position):
                 raise TypeError(f"position must be a part such as Rotary(10000.0), or None, got {position!r}")

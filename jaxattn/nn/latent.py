@@ -15,7 +15,7 @@ from jaxattn.core.attend.normalize import Softmax
 from jaxattn.core.attend.position import Position, Rotary
 from jaxattn.core.attend.score import Dot
 from jaxattn.core.checks import check_array
-from jaxattn.nn.attending import AttentionMixer, one_or_all
+from jaxattn.nn.attending import AttentionMixer, head_size, one_or_all
 from jaxattn.nn.norm import RMSNorm
 from jaxattn.nn.parameter import linear_map
 from jaxattn.nn.spec import Spec, built
@@ -104,22 +104,16 @@ class LatentAttention(AttentionMixer):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
-        if head_dim is None and features % heads:
-            raise ValueError(f"features {features} is no multiple of heads {heads}: choose another, or give head_dim")
-        head_dim = features // heads if head_dim is None else head_dim
+        head_dim = head_size(features, heads, head_dim)
         rank = 4 * head_dim if rank is None else rank
         value_dim = head_dim if value_dim is None else value_dim
         rotary_dim = head_dim // 2 if rotary_dim is None else rotary_dim
-        sizes = {"rank": rank, "head_dim": head_dim, "value_dim": value_dim, "query_rank": query_rank}
+        sizes = {"rank": rank, "value_dim": value_dim, "query_rank": query_rank}
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if rotary_dim < 0:
             raise ValueError(f"rotary_dim must be at least 0, got {rotary_dim}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if form not in get_args(Form):
             raise ValueError(f"form is {form!r}: need one of {', '.join(get_args(Form))}")
         if not (position is None or isinstance(position, Position)):
