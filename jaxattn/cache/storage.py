@@ -88,8 +88,9 @@ def take_slots(x: Array, slots: Int[Array, "b s g"] | None) -> Array:
     row = jnp.arange(len(x))[:, None]
     if slots.shape[-1] == 1:  # one slot for all heads
         return x[row, slots[..., 0]]
-    head = jnp.arange(slots.shape[-1]) if x.shape[2] > 1 else 0
-    return x[row[..., None], slots, head]
+    # Heads come first, as attention takes them.
+    head = jnp.arange(slots.shape[-1])[:, None] if x.shape[2] > 1 else 0
+    return x[row[..., None], slots.swapaxes(1, 2), head].swapaxes(1, 2)
 
 
 def write_slots(x: Array, slots: Int[Array, "b t g"], new: Array) -> Array:
