@@ -1,6 +1,7 @@
 """How keys and values lie in memory: as they are, in shared pages, or in a few bits."""
 
 import abc
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -67,6 +68,10 @@ class Storage(abc.ABC):
         """Returns what is held with other tokens in all slots."""
         slots = jnp.broadcast_to(jnp.arange(places.shape[1])[:, None], places.shape)
         return self.write(held, jnp.where(places < 0, places.shape[1], slots), key, value, places)
+
+    def of_a_row(self) -> "Storage":
+        """Returns the storage of a single row that is to replace one of a batch: without memory for other rows."""
+        return self
 
     def reordered(self, held: Any, rows: Int[Array, " r"]) -> Any:
         """Returns what is held of these rows of the batch."""
@@ -190,6 +195,9 @@ class Paged(Storage):
 
     def fill(self, held, key, value, places):
         return super().fill(self.cleared(held, jnp.full_like(places, -1)), key, value, places)
+
+    def of_a_row(self):
+        return dataclasses.replace(self, pages=None)
 
     def reordered(self, held, rows):
         return held | {"table": held["table"][rows]}
