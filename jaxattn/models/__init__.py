@@ -36,12 +36,13 @@ from jaxattn.models.speculate import Drafter, PromptLookup, Speculation, specula
 from jaxattn.models.state import joined, reordered, rolled_back
 from jaxattn.models.stores import UnderPolicy, compare_stores, lost_mass
 from jaxattn.models.transformer import Transformer
-from jaxattn.models.tree import longest_path
+from jaxattn.models.tree import Branches, longest_path
 from jaxattn.nn.spec import Spec
 
 __all__ = [
     "Beams",
     "Branch",
+    "Branches",
     "Combine",
     "Contrast",
     "Drafter",
