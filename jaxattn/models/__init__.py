@@ -6,6 +6,7 @@ from jaxattn.models.convert import linearize, matching_loss
 from jaxattn.models.encoder_decoder import EncoderDecoder
 from jaxattn.models.fold import centre_writes, fold_norms
 from jaxattn.models.folded import FoldedDecoder
+from jaxattn.models.frozen import FrozenReader
 from jaxattn.models.generate import (
     Combine,
     Contrast,
@@ -50,6 +51,7 @@ __all__ = [
     "EncoderDecoder",
     "Finished",
     "FoldedDecoder",
+    "FrozenReader",
     "Generation",
     "Layer",
     "MinimumLength",
