@@ -52,9 +52,9 @@ class Config:
     width: int = 64
     layers: int = 6
     heads: int = 4
-    steps: int = 600
-    imitate_steps: int = 100
-    finetune_steps: int = 100
+    steps: int = 2500
+    imitate_steps: int = 200
+    finetune_steps: int = 200
     batch_size: int = 8
     eval_batches: int = 48
     skip: int = 16

@@ -63,7 +63,7 @@ def drafts_of(q, prefix, children):
     return found
 
 
-@pytest.mark.parametrize("children", [(1, 1), (2, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("children", [(1, 1), (2, 2), pytest.param((3, 1), marks=pytest.mark.slow)], ids=str)
 def test_the_tokens_of_a_round_are_distributed_as_those_of_the_model(children):
     """By all drafts, all verdicts and all draws: P(y_1 .. y_3) = p(y_1) p(y_2 | y_1) p(y_3 | y_1 y_2), in closed form.
 
@@ -181,7 +181,7 @@ def test_whatever_drafts_the_greedy_text_is_that_of_generate(plain, name):
         np.testing.assert_array_equal(new.accepted, [4, 4, 4])  # 3 and one of its own, then 1 and one
 
 
-@pytest.mark.parametrize("name", ["lookup", "another model"])
+@pytest.mark.parametrize("name", ["lookup", pytest.param("another model", marks=pytest.mark.slow)])
 def test_a_tree_of_guesses_does_not_change_the_greedy_text(plain, name):
     """And where the second guess is right, the tree needs fewer calls than the chain of its first guesses."""
     draft = PromptLookup() if name == "lookup" else decoder((PLAIN,), seed=3)
