@@ -52,9 +52,9 @@ class Config:
     width: int = 64
     layers: int = 6
     heads: int = 4
-    steps: int = 2500
-    imitate_steps: int = 200
-    finetune_steps: int = 200
+    steps: int = 1500
+    imitate_steps: int = 150
+    finetune_steps: int = 150
     batch_size: int = 8
     eval_batches: int = 48
     skip: int = 16

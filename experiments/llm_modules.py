@@ -49,10 +49,10 @@ class Config:
     context: int = 64
     wide: int = 96
     layers: int = 3
-    steps: int = 1500
+    steps: int = 1000
     small: int = 32
     small_layers: int = 2
-    small_steps: int = 1000
+    small_steps: int = 600
     closed: float = -4.0
     half_open: float = 0.0
     heads: int = 4
