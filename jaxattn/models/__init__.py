@@ -6,6 +6,7 @@ from jaxattn.models.convert import linearize, matching_loss
 from jaxattn.models.encoder_decoder import EncoderDecoder
 from jaxattn.models.fold import centre_writes, fold_norms
 from jaxattn.models.folded import FoldedDecoder
+from jaxattn.models.frozen import FrozenReader
 from jaxattn.models.generate import (
     Combine,
     Contrast,
@@ -36,12 +37,13 @@ from jaxattn.models.speculate import Drafter, PromptLookup, Speculation, specula
 from jaxattn.models.state import joined, reordered, rolled_back
 from jaxattn.models.stores import UnderPolicy, compare_stores, lost_mass
 from jaxattn.models.transformer import Transformer
-from jaxattn.models.tree import longest_path
+from jaxattn.models.tree import Branches, longest_path
 from jaxattn.nn.spec import Spec
 
 __all__ = [
     "Beams",
     "Branch",
+    "Branches",
     "Combine",
     "Contrast",
     "Drafter",
@@ -49,6 +51,7 @@ __all__ = [
     "EncoderDecoder",
     "Finished",
     "FoldedDecoder",
+    "FrozenReader",
     "Generation",
     "Layer",
     "MinimumLength",

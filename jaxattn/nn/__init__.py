@@ -22,6 +22,7 @@ from jaxattn.nn.embedding import (
     VectorEmbedding,
 )
 from jaxattn.nn.feed_forward import FeedForward
+from jaxattn.nn.gate import AdapterGate
 from jaxattn.nn.hybrid import Chain, Parallel, hymba_heads
 from jaxattn.nn.latent import LatentAttention
 from jaxattn.nn.learned import (
@@ -86,6 +87,7 @@ __all__ = [
     "SITE_AXES",
     "TTT",
     "AcrossHeads",
+    "AdapterGate",
     "AdditiveScore",
     "AudioEmbedding",
     "BilinearScore",
