@@ -4,7 +4,7 @@ A store combines a policy of what is kept with a policy of what is chosen to be 
 """
 
 from jaxattn.cache.key_position import Absolute, KeyPosition, Memory, MemoryAtStart, Rank
-from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans
+from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans, Unexpired
 from jaxattn.cache.select import MeanKeys, Quest, Select
 from jaxattn.cache.storage import Dense, Paged, Quantised, Storage
 from jaxattn.cache.store import Policy, Store, by_position, check_room, empty, unseen
@@ -32,6 +32,7 @@ __all__ = [
     "Spans",
     "Storage",
     "Store",
+    "Unexpired",
     "by_position",
     "check_room",
     "empty",
