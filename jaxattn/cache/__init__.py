@@ -3,6 +3,7 @@
 A store combines a policy of what is kept with a policy of what is chosen to be read, and of where keys stand.
 """
 
+from jaxattn.cache.history import ByHistory, HistoryScorer
 from jaxattn.cache.key_position import Absolute, KeyPosition, Memory, MemoryAtStart, Rank
 from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans, Unexpired
 from jaxattn.cache.select import MeanKeys, Quest, Select
@@ -13,9 +14,11 @@ __all__ = [
     "Absolute",
     "Attended",
     "Attentive",
+    "ByHistory",
     "Dense",
     "Everything",
     "HeavyHitters",
+    "HistoryScorer",
     "KeyPosition",
     "MeanKeys",
     "Memory",
