@@ -3,6 +3,7 @@
 A store combines a policy of what is kept with a policy of what is chosen to be read, and of where keys stand.
 """
 
+from jaxattn.cache.delay import Waiting, delay_line, waiting
 from jaxattn.cache.history import ByHistory, HistoryScorer
 from jaxattn.cache.key_position import Absolute, KeyPosition, Memory, MemoryAtStart, Rank
 from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans, Unexpired
@@ -36,8 +37,11 @@ __all__ = [
     "Storage",
     "Store",
     "Unexpired",
+    "Waiting",
     "by_position",
     "check_room",
+    "delay_line",
     "empty",
     "unseen",
+    "waiting",
 ]
