@@ -5,7 +5,7 @@ A store combines a policy of what is kept with a policy of what is chosen to be 
 
 from jaxattn.cache.delay import Waiting, delay_line, waiting
 from jaxattn.cache.history import ByHistory, HistoryScorer
-from jaxattn.cache.key_position import Absolute, KeyPosition, Memory, MemoryAtStart, Rank
+from jaxattn.cache.key_position import Absolute, AtPieces, KeyPosition, Memory, MemoryAtStart, Rank
 from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans, Unexpired
 from jaxattn.cache.select import MeanKeys, Quest, Select
 from jaxattn.cache.storage import Dense, Paged, Quantised, Storage
@@ -13,6 +13,7 @@ from jaxattn.cache.store import Policy, Store, by_position, check_room, empty, u
 
 __all__ = [
     "Absolute",
+    "AtPieces",
     "Attended",
     "Attentive",
     "ByHistory",

@@ -92,6 +92,7 @@ from jaxattn.core.attend.normalize import (
     score_function,
 )
 from jaxattn.core.attend.order import striped, unstriped, unzigzag, zigzag
+from jaxattn.core.attend.parallel import READER, SHARED, KeepGroups, Pieces, piece_places
 from jaxattn.core.attend.partial import EMPTY, Partial, add_log_mass, merge, merge_axis, psum_merge, with_log_mass
 from jaxattn.core.attend.pieces import attend_cascade, attend_split
 from jaxattn.core.attend.position import (
@@ -121,6 +122,8 @@ __all__ = [
     "NEVER",
     "NTK",
     "OPEN",
+    "READER",
+    "SHARED",
     "WINDOW",
     "Additive",
     "Alibi",
@@ -157,6 +160,7 @@ __all__ = [
     "Graph",
     "Gumbel",
     "Interpolate",
+    "KeepGroups",
     "KeyBias",
     "LagProfile",
     "Latest",
@@ -185,6 +189,7 @@ __all__ = [
     "PairSum",
     "Partial",
     "PerHead",
+    "Pieces",
     "Position",
     "Prefix",
     "Reallocate",
@@ -242,6 +247,7 @@ __all__ = [
     "merge_axis",
     "native_sparse_attention",
     "open_expiry",
+    "piece_places",
     "pressed",
     "psum_merge",
     "ring",
