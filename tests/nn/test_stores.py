@@ -311,10 +311,14 @@ GRADIENTS = {
     "heavy hitters and pages": Policy(HeavyHitters(1, 3), 8, Quest(1, 4), jnp.array([5, 7])),
     "votes, at their rank": Policy(SnapKV(2, 3, 1), 6, key_position=Rank()),
     "pages of a pool": Policy(Attentive("last", 2, 1, 2), 6, MeanKeys(2, 2), storage=Paged(2)),
+    "histories": Policy(ByHistory(SCORER, every=5, window=4, hop=2), 6),
 }
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
+SLOW = {"histories": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in GRADIENTS])
 def test_gradients_through_decoding_are_finite_differences(name):
     """In float64, of inputs and of every parameter: what is kept is piecewise constant, what is read is not."""
     with jax.enable_x64(True):

@@ -195,6 +195,34 @@ def test_a_model_with_types_decodes_as_it_reads_and_a_config_can_say_it():
     np.testing.assert_array_equal(text[:, 0], whole[:, 8].argmax(-1))
 
 
+def test_gradients_through_decoding_are_those_of_the_parallel_form():
+    """In float64, of inputs and of every parameter but the types, which have none where they are not drawn."""
+    with jax.enable_x64(True):
+        module = build(dtype=jnp.float64)
+        module.eval()
+        graph, arrays, rest = nnx.split(module, nnx.Param, ...)
+        arrays = jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
+        x, goal = (jnp.asarray(np.random.default_rng(seed).standard_normal((B, T, D))) for seed in (0, 7))
+
+        def decoded_loss(arrays, x):
+            prompt, store = nnx.merge(graph, arrays, rest)(x[:, :8], state=module.init_state(B, T))
+
+            def one(store, x):
+                y, store = nnx.merge(graph, arrays, rest)(x[:, None], state=store)
+                return store, y[:, 0]
+
+            _, after = jax.lax.scan(one, store, jnp.moveaxis(x[:, 8:], 1, 0))
+            return (goal * jnp.concatenate([prompt, jnp.moveaxis(after, 0, 1)], 1)).sum()
+
+        def parallel_loss(arrays, x):
+            return (goal * nnx.merge(graph, arrays, rest)(x)[0]).sum()
+
+        found, expected = (jax.jit(jax.grad(f, (0, 1)))(arrays, x) for f in (decoded_loss, parallel_loss))
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-11 * max(abs(np.asarray(other)).max(), 1))
+        assert (found[0]["types"]["types"]["kernel"][...] == 0).all()
+
+
 def test_what_does_not_go_with_types_is_refused(module):
     x = jnp.asarray(X)
     with pytest.raises(ValueError, match=r"store keeps tokens by HeavyHitters, but types say .* need Policy"):
