@@ -284,7 +284,7 @@ class MultiHeadAttention(AttentionMixer):
                 within each document. A choice refuses documents, and for several tokens a state that keeps other tokens
                 in each head. With `convolution`, there is a context, or documents together with a state, or a
                 mask of the tokens other than None, `Causal()` and `Documents(ids)`, which say which tokens follow each
-                other. With `types`, there are documents, keys for another layer, or several tokens at positions that
+                other. With `types`, another layer takes the keys, or there are several tokens at positions that
                 are known to be beyond their number, or with a state beyond its capacity; where such positions are not
                 known, the row is NaN.
         """
@@ -300,8 +300,9 @@ class MultiHeadAttention(AttentionMixer):
         drawn = self.types is not None and store is None and not self.deterministic
         facts = {}
         if self.types is not None:
-            _check_typed(tokens, give)
-            facts = {} if drawn else {"expires": self.types.expiry(x, tokens.positions)}
+            if give is not None:
+                raise ValueError("another layer takes the keys, but not when they expire: need types=None in this one")
+            facts = {} if drawn else {"expires": self.types.expiry(x, tokens)}
 
         if self.echo:
             query, keys, held, store = self._echoed(source, x, tokens, tap, store)
@@ -506,7 +507,7 @@ class MultiHeadAttention(AttentionMixer):
             )
         query = jnp.where((positions >= size).any(-1)[:, None, None, None], jnp.nan, query)
         if expiry is None:
-            return dataclasses.replace(own, normalize=self.types.gates(x, positions, self.heads)), query
+            return dataclasses.replace(own, normalize=self.types.gates(x, tokens, self.heads)), query
         places = positions[..., None] if store is None else held.positions
         expiry = expiry if store is None else store.all_statistics["expires"]
         mask = shown_by(expiry, places, size, self.heads)
@@ -583,14 +584,6 @@ def _check_absorbs(
             f"absorb is True and there are biases of {' and '.join(sorted(biased))}: need Softmax() without a null "
             "logit, maps or dropout, whose weights sum to 1, use_bias of others only, or absorb=False"
         )
-
-
-def _check_typed(tokens: Tokens, give: dict | None) -> None:
-    """Raises ValueError where types of tokens would not mean what they say."""
-    if tokens.documents is not None:
-        raise ValueError("mask has documents, but types are of the tokens of a row: need one document per row")
-    if give is not None:
-        raise ValueError("another layer takes the keys, but not when they expire: need types=None, or keys of its own")
 
 
 def tokens_of(context: Context) -> Tokens:

@@ -20,13 +20,15 @@ from jaxattn.core.attend.expiry import (
 )
 from jaxattn.core.checks import check_static_int
 from jaxattn.nn.parameter import linear_map
+from jaxattn.nn.tokens import Tokens
 
 
 class TokenTypes(nnx.Module):
     """Owns W_t: each token has a type for each key head, of the largest of its three numbers W_t x (NATS, 2025).
 
     A token is global, and seen for ever; local, and seen up to the next global one of its key head; or seen by as many
-    later tokens as the window has. The first token of a row is global. Give a spec as `MultiHeadAttention(types=)`.
+    later tokens as the window has. The first token of a row, or of each of its documents, is global. Give a spec as
+    `MultiHeadAttention(types=)`.
 
     In training, which is a call without a state and not `deterministic`, types are drawn with Gumbel noise and have a
     straight-through gradient. The mask is then one of gates [N, T, T], so memory is quadratic in length. Wherever types
@@ -73,22 +75,23 @@ class TokenTypes(nnx.Module):
         logits = self.types(jax.lax.stop_gradient(x) if self.detach else x)
         return logits.reshape(*logits.shape[:-1], -1, 3).astype(jnp.float32)
 
-    def expiry(self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"]) -> Int[Array, "b t k"]:
+    def expiry(self, x: Float[Array, "b t d"], tokens: Tokens) -> Int[Array, "b t k"]:
         """Returns when each token expires, as far as it is known when it comes (`open_expiry`)."""
-        types = jnp.where(positions[..., None] == 0, GLOBAL, self.logits(x).argmax(-1))
-        return open_expiry(types, positions[..., None], self.window)
+        types = jnp.where(tokens.places[..., None] == 0, GLOBAL, self.logits(x).argmax(-1))
+        return open_expiry(types, tokens.positions[..., None], self.window)
 
-    def draw(self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"]) -> Float[Array, "b k t 3"]:
+    def draw(self, x: Float[Array, "b t d"], tokens: Tokens) -> Float[Array, "b k t 3"]:
         """Returns drawn types by position, one-hot with their gradient; where no token stands they are windows."""
-        logits = by_place(self.logits(x), positions[..., None], x.shape[1], 0.0)
-        choice = choose_types(logits, self.stream())
-        there = by_place(jnp.ones((*x.shape[:2], 1), bool), positions[..., None], x.shape[1], False)
-        choice = jnp.where(there[..., None], choice, jax.nn.one_hot(WINDOW, 3, dtype=choice.dtype))
-        return pressed(choice, self.pressure)
+        positions, length = tokens.positions[..., None], x.shape[1]
+        choice = choose_types(by_place(self.logits(x), positions, length, 0.0), self.stream())
+        places = jnp.broadcast_to(tokens.places, x.shape[:2])[..., None]
+        places = by_place(places, positions, length, -1)[..., None]  # in the row, or in the document
+        fixed = jax.nn.one_hot(jnp.where(places == 0, GLOBAL, WINDOW)[..., 0], 3, dtype=choice.dtype)
+        return pressed(jnp.where(places > 0, choice, fixed), self.pressure)
 
-    def gates(self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], heads: int) -> GatedSoftmax:
+    def gates(self, x: Float[Array, "b t d"], tokens: Tokens, heads: int) -> GatedSoftmax:
         """Returns the normaliser of `heads` query heads whose keys are there as drawn types say."""
-        choice = self.draw(x, positions)
+        choice = self.draw(x, tokens)
         return GatedSoftmax(jnp.repeat(type_gates(choice, self.window), heads // choice.shape[1], 1))
 
 

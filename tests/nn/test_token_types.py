@@ -116,6 +116,19 @@ def test_parallel_and_decoded_are_attention_under_the_mask_of_what_has_not_expir
             np.testing.assert_array_equal(reads[b, t], by_place[b, :, positions[b, t]])
 
 
+def test_documents_of_a_row_have_the_types_that_they_have_alone(module):
+    """In use, and in training, where the first token of each is global; padding may stand behind."""
+    ids = np.array([0] * 8 + [1] * 10 + [-1] * 2)
+    x, tokens = jnp.asarray(X), Tokens.of(X, mask=Documents(jnp.asarray(ids)))
+    y, _ = module(x, tokens)
+    for first, last in ((0, 8), (8, 18)):
+        alone, _ = module(x[:, first:last])
+        np.testing.assert_allclose(y[:, first:last], alone, rtol=0, atol=300 * EPS * abs(np.asarray(alone)).max())
+    choice = build().types.draw(x, tokens)
+    assert (choice[:, :, [0, 8], GLOBAL] == 1).all()
+    assert (choice[:, :, 18:, WINDOW] == 1).all()
+
+
 def test_with_too_few_slots_the_oldest_goes_and_the_step_reads_what_is_left(module):
     """Replay: a dense pass under the mask of what was read."""
     y, reads = decoded(module, Policy(Unexpired(), 4), PADDING["none"], [1] * T)
@@ -144,9 +157,9 @@ def test_training_attends_under_the_types_that_it_draws_and_presses_on_their_lif
     @nnx.jit
     def drawn(module, x):
         def lifetimes(module, x):
-            return lifetime_pressure(module.types.draw(x, positions)).sum()
+            return lifetime_pressure(module.types.draw(x, Tokens.of(x, positions=positions))).sum()
 
-        choice = nnx.clone(module).types.draw(x, positions)
+        choice = nnx.clone(module).types.draw(x, Tokens.of(x, positions=positions))
         return choice, nnx.grad(lifetimes, argnums=(0, 1))(module, x)
 
     found, of_x = {}, {}
@@ -230,8 +243,6 @@ def test_what_does_not_go_with_types_is_refused(module):
     untyped = plain(module)
     with pytest.raises(ValueError, match=r"facts lacks \['expires'\], by which Unexpired keeps tokens"):
         untyped(x, state=untyped.init_state(B, T, Policy(Unexpired(), 8)))
-    with pytest.raises(ValueError, match="mask has documents, but types are of the tokens of a row"):
-        module(x, Tokens.of(x, mask=Documents(jnp.zeros((B, T), jnp.int32))))
     with pytest.raises(ValueError, match=r"positions reaches 20, but types are told apart below 20"):
         module(x, Tokens.of(x, positions=jnp.arange(1, T + 1)))
     beyond = nnx.jit(lambda m, p: m(x, Tokens.of(x, positions=p))[0])(module, PADDING["none"] + np.array([[0], [1]]))
