@@ -3,19 +3,24 @@
 A store combines a policy of what is kept with a policy of what is chosen to be read, and of where keys stand.
 """
 
-from jaxattn.cache.key_position import Absolute, KeyPosition, Memory, MemoryAtStart, Rank
-from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans
+from jaxattn.cache.delay import Waiting, delay_line, waiting
+from jaxattn.cache.history import ByHistory, HistoryScorer
+from jaxattn.cache.key_position import Absolute, AtPieces, KeyPosition, Memory, MemoryAtStart, Rank
+from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans, Unexpired
 from jaxattn.cache.select import MeanKeys, Quest, Select
 from jaxattn.cache.storage import Dense, Paged, Quantised, Storage
 from jaxattn.cache.store import Policy, Store, by_position, check_room, empty, unseen
 
 __all__ = [
     "Absolute",
+    "AtPieces",
     "Attended",
     "Attentive",
+    "ByHistory",
     "Dense",
     "Everything",
     "HeavyHitters",
+    "HistoryScorer",
     "KeyPosition",
     "MeanKeys",
     "Memory",
@@ -32,8 +37,12 @@ __all__ = [
     "Spans",
     "Storage",
     "Store",
+    "Unexpired",
+    "Waiting",
     "by_position",
     "check_room",
+    "delay_line",
     "empty",
     "unseen",
+    "waiting",
 ]

@@ -74,6 +74,7 @@ from jaxattn.nn.spec import Spec
 from jaxattn.nn.state_space import S6, Mamba2, mimetic_initialization
 from jaxattn.nn.tap import ALIASES, SITES, Edit, Layers, Reducer, Tap, Whole
 from jaxattn.nn.titans import MemoryAsContext, memory_as_gate, memory_as_layer
+from jaxattn.nn.token_types import TokenTypes
 from jaxattn.nn.tokens import Tokens
 
 __all__ = [
@@ -146,6 +147,7 @@ __all__ = [
     "Spec",
     "Tap",
     "TokenEmbedding",
+    "TokenTypes",
     "Tokens",
     "VectorEmbedding",
     "Whole",

@@ -101,7 +101,14 @@ class AttentionMixer(Mixer):
         )
 
     def attended(
-        self, query: Array, keys: Any, tokens: Tokens, tap: Tap, store: Store | None, with_lse: bool = False
+        self,
+        query: Array,
+        keys: Any,
+        tokens: Tokens,
+        tap: Tap,
+        store: Store | None,
+        with_lse: bool = False,
+        own: Slots | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """Returns what heads read of these keys.
 
@@ -112,13 +119,14 @@ class AttentionMixer(Mixer):
             tap: Edits and records at the sites scores, weights, lse and read.
             store: The store from which the keys come, or None.
             with_lse: Whether the lse of each row stands beside the measures.
+            own: The slots of the call, by default those of `slots`.
 
         Returns:
             The reads of the heads [B, T, N, H], and the measures that the store observes, one per slot and key head.
         """
-        own = self.slots(tokens)
+        own = self.slots(tokens) if own is None else own
         if store is not None:
-            measures = {f"store.{name}": x for name, x in store.measures.items()}
+            measures = {f"store.{name}": x for name, x in store.measures(query.shape[1]).items()}
             own = dataclasses.replace(own, measures=measures)
         if self.stream is not None and not self.deterministic:
             own = dataclasses.replace(own, dropout=Dropout(self.dropout, self.stream()))

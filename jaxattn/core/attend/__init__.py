@@ -11,11 +11,15 @@ from jaxattn.core.attend.expiry import (
     GLOBAL,
     LOCAL,
     NEVER,
+    OPEN,
     WINDOW,
     Expires,
     GatedSoftmax,
     choose_types,
+    closed_expiry,
     lifetime_pressure,
+    open_expiry,
+    pressed,
     token_expiry,
     type_gates,
 )
@@ -55,6 +59,7 @@ from jaxattn.core.attend.measure import (
     Distance,
     Entropy,
     LagProfile,
+    Latest,
     LinearMeasure,
     Lookback,
     Mass,
@@ -87,6 +92,7 @@ from jaxattn.core.attend.normalize import (
     score_function,
 )
 from jaxattn.core.attend.order import striped, unstriped, unzigzag, zigzag
+from jaxattn.core.attend.parallel import READER, SHARED, KeepGroups, Pieces, piece_places
 from jaxattn.core.attend.partial import EMPTY, Partial, add_log_mass, merge, merge_axis, psum_merge, with_log_mass
 from jaxattn.core.attend.pieces import attend_cascade, attend_split
 from jaxattn.core.attend.position import (
@@ -115,6 +121,9 @@ __all__ = [
     "LOCAL",
     "NEVER",
     "NTK",
+    "OPEN",
+    "READER",
+    "SHARED",
     "WINDOW",
     "Additive",
     "Alibi",
@@ -151,8 +160,10 @@ __all__ = [
     "Graph",
     "Gumbel",
     "Interpolate",
+    "KeepGroups",
     "KeyBias",
     "LagProfile",
+    "Latest",
     "LearnedPositions",
     "Lengths",
     "LinearMeasure",
@@ -178,6 +189,7 @@ __all__ = [
     "PairSum",
     "Partial",
     "PerHead",
+    "Pieces",
     "Position",
     "Prefix",
     "Reallocate",
@@ -220,6 +232,7 @@ __all__ = [
     "balanced_members",
     "block_means",
     "choose_types",
+    "closed_expiry",
     "crossbatch_kv",
     "cumulative_select",
     "distraction",
@@ -233,6 +246,9 @@ __all__ = [
     "merge",
     "merge_axis",
     "native_sparse_attention",
+    "open_expiry",
+    "piece_places",
+    "pressed",
     "psum_merge",
     "ring",
     "rotary",

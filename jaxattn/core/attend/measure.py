@@ -360,6 +360,38 @@ class RowsOf(Measure):
 
 
 @part
+class Latest(Measure):
+    """The weights that each key gets from the last queries, one by one, [..., S, count, N]: entry i is from now − i.
+
+    Entries are 0 where no query stands. Memory is that of `count` rows of weights.
+
+    Attributes:
+        now: The position of the newest query, one number or one per batch entry [...].
+        count: The number of positions up to `now`, at least 1.
+
+    Raises:
+        TypeError: `count` is not an int.
+        ValueError: `count` is below 1.
+    """
+
+    now: Int[Array, "*batch"] | int
+    count: int
+
+    over: ClassVar[Literal["rows", "sum"]] = "sum"
+
+    def __post_init__(self):
+        check_static_int("Latest", "count", self.count, 1)
+
+    def __call__(self, view, tile):
+        asked = jnp.asarray(self.now)[..., None] - jnp.arange(self.count)
+        queries = tile.query[..., 0, :, 0]
+        here = (asked[..., :, None] == queries[..., None, :]) & (queries >= 0)[..., None, :]  # [..., count, T]
+        weights = jnp.where(here.any(-2)[..., None, :, None], view.weights, 0)  # others may be NaN
+        rows = jnp.matmul(here[..., None, :, :].astype(weights.dtype), weights, precision=jax.lax.Precision.HIGHEST)
+        return jnp.moveaxis(rows, -1, -3).swapaxes(-1, -2)  # from [..., N, count, S]
+
+
+@part
 class Lookback(Measure):
     """The lookback ratio ā_C / (ā_C + ā_G)  (Chuang et al., 2024). [..., T, N]
 
