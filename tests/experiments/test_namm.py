@@ -80,7 +80,6 @@ def test_what_is_missing_or_does_not_fit_is_said(untrained, tmp_path, monkeypatc
 
 
 def test_a_quick_run_measures_every_claim(quick_run):
-    pytest.importorskip("evosax")
     result = quick_run("namm")[1]
     assert {claim.number for claim in CLAIMS} <= set(result.numbers)
     rows = result.tables["Policies of as many slots"]
