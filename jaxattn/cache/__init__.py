@@ -5,7 +5,7 @@ A store combines a policy of what is kept with a policy of what is chosen to be 
 
 from jaxattn.cache.key_position import Absolute, KeyPosition, Memory, MemoryAtStart, Rank
 from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans
-from jaxattn.cache.select import MeanKeys, Quest, Recycled, Remembered, Select, Sizes, Step
+from jaxattn.cache.select import MeanKeys, QAdA, Quest, Recycled, Remembered, Select, Sizes, Step
 from jaxattn.cache.storage import Dense, Paged, Quantised, Storage
 from jaxattn.cache.store import Policy, Store, by_position, check_room, empty, unseen
 
@@ -22,6 +22,7 @@ __all__ = [
     "MemoryAtStart",
     "Paged",
     "Policy",
+    "QAdA",
     "Quantised",
     "Quest",
     "Rank",

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.cache.retain import Statistics
+from jaxattn.cache.storage import take_slots
+from jaxattn.core.attend.bulk import Moments, bulk_log_mass
 from jaxattn.core.attend.measure import Measure, Received
 from jaxattn.core.checks import check_range, check_static_int
 from jaxattn.core.matmul import accumulator
@@ -32,11 +34,11 @@ class Remembered(NamedTuple):
 
     Attributes:
         slots: Name -> [B, C, K, ...], on each slot. A slot begins anew with every token that is written to it.
-        rows: Name -> [B, ...], on each row.
+        rows: Name -> a pytree of arrays [B, ...], on each row.
     """
 
     slots: Statistics
-    rows: Statistics
+    rows: dict[str, Any]
 
 
 class Step(NamedTuple):
@@ -258,6 +260,83 @@ class Recycled(Select):
         query = jnp.where(whole[:, None], step.newest.mean(1), rows["query"])
         looked = whole | (rows["steps"] + 1 >= self.every)
         return Remembered({"weight": weight}, {"query": query, "steps": jnp.where(looked, 0, rows["steps"] + 1)})
+
+
+@part
+class QAdA(Select):
+    """Reads sinks and a window where they have most of the attention, and everything elsewhere (QAdA, 2025):
+
+        local where   sigmoid(lse of the sinks and the window − log mass of the others) ≥ threshold
+
+    The log mass of the others is `bulk_log_mass`, an estimate from the mean and the covariance of all keys behind the
+    sinks. Each query decides anew, and each head: those that read one key head are local only if all of them are. A
+    step in which every row and head is local reads the sinks and the window alone. `LocalMass` is the share itself, for
+    which all keys must be read. The store keeps all tokens.
+
+    The card of the paper has the formula from memory, and no numbers: those here are ours.
+
+    Attributes:
+        sinks: The number of first tokens, at least 0.
+        window: The number of last tokens with the newest, at least 1.
+        threshold: A share: with 0 all steps are local, above 1 none is.
+        scale: The scale of the scores, by default H^−½.
+
+    Raises:
+        TypeError: A static number is not an int.
+        ValueError: A number is below its least value.
+    """
+
+    sinks: int = 16
+    window: int = 1024
+    threshold: Float[Array, ""] | float = 0.6
+    scale: float | None = None
+
+    def __post_init__(self):
+        check_static_int("QAdA", "sinks", self.sinks, 0)
+        check_static_int("QAdA", "window", self.window, 1)
+
+    @property
+    def pages(self):  # type: ignore[override]
+        return self.sinks + self.window
+
+    @property
+    def size(self):  # type: ignore[override]
+        return 1
+
+    def start(self, sizes):
+        batch, _, heads, width = sizes
+        zeros = jnp.zeros((batch, heads))
+        moments = Moments(zeros, jnp.zeros((batch, heads, width)), jnp.zeros((batch, heads, width, width)))
+        return Remembered({}, {"moments": moments, "until": jnp.full(batch, -1)})
+
+    def _local(self, positions: Int[Array, "b s g"], now: Int[Array, " b"]) -> Bool[Array, "b s g"]:
+        return (positions >= 0) & ((positions < self.sinks) | (positions > now[:, None, None] - self.window))
+
+    def whole(self, query, store):
+        slots = store.few(query)
+        key, local = store.keys(slots), self._local(take_slots(store.positions, slots), store.last)
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = jnp.einsum("bkgh,bskh->bkgs", query, jnp.where(local[..., None], key, 0), precision="highest")
+        scores = jnp.where(jnp.moveaxis(local, 1, -1)[:, :, None], scale * scores.astype(accumulator(key)), -jnp.inf)
+        moments = store.remembered.rows["moments"]
+        others = (store.positions >= 0).sum(1) - self._local(store.positions, store.last).sum(1)
+        by_head = query.reshape(len(query), 1, -1, query.shape[-1])
+        bulk = bulk_log_mass(by_head, moments.mean, moments.covariance, others, scale)[:, 0].reshape(query.shape[:3])
+        more = jnp.where(bulk == -jnp.inf, jnp.inf, jax.nn.logsumexp(scores, -1) - bulk)
+        return (jax.nn.sigmoid(more) < self.threshold).any(-1)
+
+    def score(self, query, store):
+        return jnp.where(self._local(store.positions, store.last), 1.0, 0.0)
+
+    def observe(self, remembered, step):
+        moments, until = remembered.rows["moments"], remembered.rows["until"]
+        key, places = step.key, step.key_positions
+        if step.asked.shape[1] == 1:
+            newest = places.argmax(1, keepdims=True)
+            key, places = take_slots(key, newest), jnp.take_along_axis(places, newest, 1)
+        new = (places > until[:, None, None]) & (places >= self.sinks)
+        moments = jax.tree.map(lambda x, y: x.astype(y.dtype), moments + Moments.of(key, new), moments)
+        return Remembered({}, {"moments": moments, "until": jnp.maximum(until, step.asked.max(1))})
 
 
 def _cosine(a: Float[Array, "b h"], b: Float[Array, "b h"]) -> Float[Array, " b"]:

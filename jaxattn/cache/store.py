@@ -253,14 +253,9 @@ class Store:
             return Held(*(jnp.concatenate(pair, 1) for pair in zip(held, beside, strict=True)), **back)
         if not self._chooses(query) or (whole is not None and whole.size == 1):
             return Held(*self.storage.take(self.held, None, self.positions), self.positions, **back)
-        select: Any = self.select
-        size, heads = select.size, jax.eval_shape(lambda: self.key).shape[2]
-        scores = select.score(self._by_group(query), self)
-        scores = jnp.broadcast_to(scores, (*scores.shape[:2], heads))
-        pages = chosen(scores, select.pages, paged(self.positions, size))  # [B, P, K]
-        slots = (pages[:, :, None] * size + jnp.arange(size)[:, None]).reshape(len(query), -1, heads)
+        slots = self.few(self._by_group(query))
         if whole is not None:
-            shown = jnp.broadcast_to(whole[:, None], (*self.positions.shape[:2], heads))
+            shown = jnp.broadcast_to(whole[:, None], (*self.positions.shape[:2], slots.shape[-1]))
             shown = write_slots(shown, slots, jnp.ones(slots.shape, bool))
             positions = jnp.where(shown, self.positions, -1)
             return Held(*self.storage.take(self.held, None, self.positions), positions, **back, whole=whole)
@@ -268,6 +263,18 @@ class Store:
             back["whole"] = jnp.zeros((len(query), 1), bool)
         positions = take_slots(self.positions, slots)
         return Held(*self.storage.take(self.held, slots, self.positions), positions, slots, **back)
+
+    def few(self, query: Float[Array, "b k g h"]) -> Int[Array, "b s k"]:
+        """Returns the slots of the pages that are chosen for single queries, by key head."""
+        select: Any = self.select
+        size, scores = select.size, select.score(query, self)
+        scores = jnp.broadcast_to(scores, (*scores.shape[:2], query.shape[1]))
+        pages = chosen(scores, select.pages, paged(self.positions, size))  # [B, P, K]
+        return (pages[:, :, None] * size + jnp.arange(size)[:, None]).reshape(len(query), -1, query.shape[1])
+
+    def keys(self, slots: Int[Array, "b s g"]) -> Float[Array, "b s k h"]:
+        """Returns the keys in these slots of each head; those of empty slots may be anything."""
+        return self.storage.take(self.held, slots, self.positions)[0]
 
     def _chooses(self, query: Float[Array, "b t n h"]) -> bool:
         """Returns whether these queries may read less than everything."""

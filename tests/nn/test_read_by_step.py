@@ -8,7 +8,7 @@ from flax import nnx
 from multi_head import randomise
 
 from jaxattn import Causal, Received
-from jaxattn.cache import HeavyHitters, Policy, Recycled, empty
+from jaxattn.cache import HeavyHitters, Policy, QAdA, Recycled, empty
 from jaxattn.nn import MultiHeadAttention, Tap, Tokens
 
 B, T, D, N, K = 2, 20, 16, 4, 2
@@ -161,3 +161,28 @@ def test_rows_go_their_own_way(module):
     assert apart[1] == found[1]
     same = jax.tree.leaves(store.reordered(jnp.array([1, 0])).reordered(jnp.array([1, 0])))
     jax.tree.map(np.testing.assert_array_equal, same, jax.tree.leaves(store))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6, 1.1])
+def test_qada_reads_sinks_and_window_where_they_outweigh_what_the_moments_say_of_the_rest(module, threshold):
+    sinks, window, prompt = 2, 4, 9
+    found, _ = reads(module, Policy(select=QAdA(sinks, window, threshold)), RAGGED, prompt)
+    query, key = turned(module, RAGGED)
+    kinds = []
+    for b in range(B):
+        first = int((RAGGED[b] < 0).sum())
+        for i, t in enumerate(range(prompt, T)):
+            seen = np.arange(first, t + 1)
+            local = [s for s in seen if s - first < sinks or s > t - window]
+            for k in range(K):
+                rest = key[b, first + sinks : t, k]  # the moments are those before this step
+                mean, spread = rest.mean(0), np.cov(rest.T, bias=True)
+                shares = []
+                for n in range(k * G, (k + 1) * G):
+                    q = query[b, t, n] / np.sqrt(H)
+                    bulk = np.log(len(seen) - len(local)) + q @ mean + q @ spread @ q / 2
+                    shares.append(1 / (1 + np.exp(bulk - np.log(np.exp(key[b, local, k] @ q).sum()))))
+                whole = min(shares) < threshold
+                kinds.append(whole)
+                assert found[b][i][k] == {int(RAGGED[b, s]) for s in (seen if whole else local)}
+    assert np.mean(kinds) == {0.0: 0, 1.1: 1}.get(threshold, pytest.approx(0.5, abs=0.45))

@@ -20,6 +20,7 @@ from jaxattn.cache import (
     Memory,
     Paged,
     Policy,
+    QAdA,
     Quantised,
     Quest,
     Rank,
@@ -62,6 +63,7 @@ SELECT = {
     "by bounds": Quest(2, 4),
     "by means": MeanKeys(2, 4, "sum"),
     "recycled": Recycled(5, 4),
+    "local or all": QAdA(1, 5, 0.5),
 }
 STORAGE = {"dense": Dense(), "paged": Paged(4), "in bits": Quantised(16, 4, 4)}
 PRODUCT = {
@@ -70,7 +72,7 @@ PRODUCT = {
 }
 # A part of the product is run always: a third, in which all pairs of two parts occur, for policies that read as many
 # slots in every step, and one case for each that does not.
-DECIDED = ["heavy, recycled, paged"]
+DECIDED = ["heavy, recycled, paged", "all, local or all, dense"]
 CASES = [*POLICIES] + [
     name
     if name in DECIDED
@@ -173,7 +175,8 @@ def test_with_room_for_all_every_policy_is_the_whole_cache(module, name):
     policy = (POLICIES | PRODUCT)[name]
     policy = dataclasses.replace(policy, slots=T if policy.retain.evicts else None, budget=None)
     if policy.select is not None:
-        select = dataclasses.replace(policy.select, pages=T // policy.select.size)
+        all_ = {"window": T} if isinstance(policy.select, QAdA) else {"pages": T // policy.select.size}
+        select = dataclasses.replace(policy.select, **all_)
         policy = dataclasses.replace(policy, select=select)
     if isinstance(policy.retain, Spans):
         policy = dataclasses.replace(policy, retain=Spans(0, 1.0))
@@ -312,6 +315,7 @@ GRADIENTS = {
     "heavy hitters and pages": Policy(HeavyHitters(1, 3), 8, Quest(1, 4), jnp.array([5, 7])),
     "votes, at their rank": Policy(SnapKV(2, 3, 1), 6, key_position=Rank()),
     "recycled": Policy(select=Recycled(5, 4, 0.9)),
+    "local or all": Policy(select=QAdA(1, 5, 0.5)),
     "pages of a pool": Policy(Attentive("last", 2, 1, 2), 6, MeanKeys(2, 2), storage=Paged(2)),
 }
 

@@ -4,6 +4,7 @@ from jaxattn.core.attend.absorb import absorb_q, expand_v
 from jaxattn.core.attend.api import attend, attention_weights, explain
 from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias, ScoreBias, SumOfBiases
 from jaxattn.core.attend.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
+from jaxattn.core.attend.bulk import Moments, bulk_log_mass
 from jaxattn.core.attend.choose import Choice, FlexPrefill, MoBA, Ordered, VerticalSlash, cumulative_select, sqrt_jsd
 from jaxattn.core.attend.crossbatch import Contexts, crossbatch_kv, distraction
 from jaxattn.core.attend.dot_product import dot_product_attention
@@ -56,6 +57,7 @@ from jaxattn.core.attend.measure import (
     Entropy,
     LagProfile,
     LinearMeasure,
+    LocalMass,
     Lookback,
     Mass,
     MaxWeight,
@@ -158,6 +160,7 @@ __all__ = [
     "LinearMeasure",
     "LinearWeights",
     "Llama3",
+    "LocalMass",
     "Location",
     "LogGaussian",
     "LongRope",
@@ -170,6 +173,7 @@ __all__ = [
     "Measure",
     "MixHeads",
     "MoBA",
+    "Moments",
     "NegativeDistance",
     "Neural",
     "Normalize",
@@ -219,6 +223,7 @@ __all__ = [
     "attention_weights",
     "balanced_members",
     "block_means",
+    "bulk_log_mass",
     "choose_types",
     "crossbatch_kv",
     "cumulative_select",

@@ -340,6 +340,26 @@ class AtLags(Measure):
 
 
 @part
+class LocalMass(Measure):
+    """The weight of the first `sinks` positions and the last `window` ones, the query's own among them. [..., T, N]
+
+    Where a head has a share of at least a threshold there, it needs no other keys: the rule that `cache.QAdA` estimates
+    without reading them (2025).
+
+    Attributes:
+        sinks: At least 0.
+        window: At least 1.
+    """
+
+    sinks: Int[Array, ""] | int
+    window: Int[Array, ""] | int
+
+    def __call__(self, view, tile):
+        local = (tile.key < self.sinks) | (tile.query - tile.key < self.window)
+        return jnp.where(local & tile.visible, view.weights, 0).sum(-1)
+
+
+@part
 class RowsOf(Measure):
     """All weights of the queries at a few positions, [..., N, R, S]. Rows are zeros where no query stands.
 
