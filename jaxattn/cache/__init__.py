@@ -3,9 +3,10 @@
 A store combines a policy of what is kept with a policy of what is chosen to be read, and of where keys stand.
 """
 
+from jaxattn.cache.forecast import Convolutions, Forecast, Forecasted, LastRow, MeanOverTime
 from jaxattn.cache.key_position import Absolute, KeyPosition, Memory, MemoryAtStart, Rank
 from jaxattn.cache.retain import Attended, Attentive, Everything, HeavyHitters, Recent, Retain, SnapKV, Spans
-from jaxattn.cache.select import MeanKeys, QAdA, Quest, Recycled, Remembered, Select, Sizes, Step
+from jaxattn.cache.select import Landmarks, MeanKeys, QAdA, Quest, Recycled, Remembered, Select, Sizes, Step
 from jaxattn.cache.storage import Dense, Paged, Quantised, Storage
 from jaxattn.cache.store import Policy, Store, by_position, check_room, empty, unseen
 
@@ -13,11 +14,17 @@ __all__ = [
     "Absolute",
     "Attended",
     "Attentive",
+    "Convolutions",
     "Dense",
     "Everything",
+    "Forecast",
+    "Forecasted",
     "HeavyHitters",
     "KeyPosition",
+    "Landmarks",
+    "LastRow",
     "MeanKeys",
+    "MeanOverTime",
     "Memory",
     "MemoryAtStart",
     "Paged",

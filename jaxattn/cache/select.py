@@ -93,11 +93,12 @@ class Select(abc.ABC):
         """Returns what is remembered before any token."""
         return Remembered({}, {})
 
-    def measures(self, now: Int[Array, " b"]) -> Mapping[str, Measure]:
+    def measures(self, now: Int[Array, " b"], count: int) -> Mapping[str, Measure]:
         """Returns the measures that the policy needs of attention: results [B, S, N, ...], as those of `Received`.
 
         Args:
             now: [B], the position of the newest token.
+            count: The number of queries of the call.
         """
         return {}
 
@@ -198,6 +199,43 @@ class MeanKeys(Select):
 
 
 @part
+class Landmarks(Select):
+    """Reads the pages whose landmark, the token in their last slot, the queries match best (Mohtashami & Jaggi, 2023).
+
+        q · key of the landmark
+
+    Among the pages are those that each of the query heads likes best, the same number for each head that reads the key
+    head: a page is worth its best rank. A page without its landmark is that of the newest token, which is always read.
+
+    Attributes:
+        pages: The number of pages that are read, at least 1: with G query heads per key head, G times as many as each
+            of them needs, and the newest.
+        size: The number of slots per page with its landmark, at least 2.
+
+    Raises:
+        TypeError: A number is not an int.
+        ValueError: A number is below its least value.
+    """
+
+    pages: int
+    size: int = 64
+
+    def __post_init__(self):
+        check_static_int("Landmarks", "pages", self.pages, 1)
+        check_static_int("Landmarks", "size", self.size, 2)
+
+    def summarise(self, key, there):
+        return {"landmark": jnp.where(there[:, :, -1, :, None], key[:, :, -1], 0), "whole": there[:, :, -1]}
+
+    def score(self, query, store):
+        past = store.summary["whole"] & (paged(store.positions, self.size)[:, :, -1] < store.last[:, None, None])
+        scores = jnp.einsum("bkgh,bpkh->bpkg", query, store.summary["landmark"], precision="highest")
+        scores = jnp.where(past[..., None], scores, -jnp.inf)
+        rank = (-scores).argsort(1).argsort(1)
+        return -rank.min(-1).astype(jnp.float32)
+
+
+@part
 class Recycled(Select):
     """Reads the tokens that the last full step attended to most (Recycled Attention, Xu et al., 2024).
 
@@ -239,7 +277,7 @@ class Recycled(Select):
         steps = jnp.full(sizes.batch, jnp.iinfo(jnp.int32).max - 1)
         return Remembered({"weight": weight}, {"query": query, "steps": steps})
 
-    def measures(self, now):
+    def measures(self, now, count):
         return {"weight": Received(now)}
 
     def whole(self, query, store):

@@ -124,8 +124,12 @@ class Store:
 
     @property
     def measures(self) -> Mapping[str, Measure]:
-        """The measures of attention that `observe` needs, of what `read` returns; "select.*" are those of `select`."""
-        own = {} if self.select is None else self.select.measures(self.last)
+        """The measures of attention that `observe` needs of a single query."""
+        return self.measures_of(1)
+
+    def measures_of(self, count: int) -> Mapping[str, Measure]:
+        """Returns the measures that `observe` needs of so many queries to what they read; "select.*": of `select`."""
+        own = {} if self.select is None else self.select.measures(self.last, count)
         return {**self.retain.measures(self.last), **{f"select.{name}": x for name, x in own.items()}}
 
     def _own_slots(self, positions: Int[Array, "b t"]) -> Int[Array, "b t 1"]:

@@ -23,9 +23,11 @@ from jaxattn.nn.embedding import (
 )
 from jaxattn.nn.feed_forward import FeedForward
 from jaxattn.nn.hybrid import Chain, Parallel, hymba_heads
+from jaxattn.nn.landmark import LandmarkAttention
 from jaxattn.nn.latent import LatentAttention
 from jaxattn.nn.learned import (
     AdditiveScore,
+    AttentionForecast,
     BilinearScore,
     HeadMixing,
     HedgehogMap,
@@ -87,6 +89,7 @@ __all__ = [
     "TTT",
     "AcrossHeads",
     "AdditiveScore",
+    "AttentionForecast",
     "AudioEmbedding",
     "BilinearScore",
     "Chain",
@@ -102,6 +105,7 @@ __all__ = [
     "HedgehogMap",
     "KeyQueryConvolution",
     "KeyValue",
+    "LandmarkAttention",
     "LatentAttention",
     "Latte",
     "LayerNorm",

@@ -119,7 +119,7 @@ class AttentionMixer(Mixer):
         """
         own = self.slots(tokens)
         if store is not None:
-            measures = {f"store.{name}": x for name, x in store.measures.items()}
+            measures = {f"store.{name}": x for name, x in store.measures_of(query.shape[1]).items()}
             own = dataclasses.replace(own, measures=measures)
         if self.stream is not None and not self.deterministic:
             own = dataclasses.replace(own, dropout=Dropout(self.dropout, self.stream()))

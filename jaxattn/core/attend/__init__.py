@@ -53,9 +53,11 @@ from jaxattn.core.attend.measure import (
     ArgMax,
     AtKeys,
     AtLags,
+    BlockMax,
     Distance,
     Entropy,
     LagProfile,
+    LastRows,
     LinearMeasure,
     LocalMass,
     Lookback,
@@ -105,10 +107,12 @@ from jaxattn.core.attend.position import (
     rotary_2d,
     sinusoidal,
 )
+from jaxattn.core.attend.probe import activation_bias, allocate, information_density, probe_query
 from jaxattn.core.attend.ring import gathered, ring, split_keys
 from jaxattn.core.attend.routing import Clusters, balanced_members, kmeans_step, routing_attention
 from jaxattn.core.attend.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum, Score
 from jaxattn.core.attend.slots import Slots
+from jaxattn.core.attend.spans import Intervals, interval_nms, span_of_tokens, triangle_scores
 from jaxattn.core.attend.tile import Tile
 
 __all__ = [
@@ -127,6 +131,7 @@ __all__ = [
     "Bias",
     "Bilinear",
     "BlockIndex",
+    "BlockMax",
     "Blocks",
     "Causal",
     "Choice",
@@ -153,8 +158,10 @@ __all__ = [
     "Graph",
     "Gumbel",
     "Interpolate",
+    "Intervals",
     "KeyBias",
     "LagProfile",
+    "LastRows",
     "LearnedPositions",
     "Lengths",
     "LinearMeasure",
@@ -216,7 +223,9 @@ __all__ = [
     "Within",
     "Yarn",
     "absorb_q",
+    "activation_bias",
     "add_log_mass",
+    "allocate",
     "attend",
     "attend_cascade",
     "attend_split",
@@ -232,12 +241,15 @@ __all__ = [
     "expand_v",
     "explain",
     "gathered",
+    "information_density",
+    "interval_nms",
     "kmeans_step",
     "landmark_attention",
     "lifetime_pressure",
     "merge",
     "merge_axis",
     "native_sparse_attention",
+    "probe_query",
     "psum_merge",
     "ring",
     "rotary",
@@ -246,11 +258,13 @@ __all__ = [
     "score_function",
     "select_tokens",
     "sinusoidal",
+    "span_of_tokens",
     "split_keys",
     "sqrt_jsd",
     "striped",
     "take_tokens",
     "token_expiry",
+    "triangle_scores",
     "type_gates",
     "unstriped",
     "unzigzag",

@@ -380,6 +380,67 @@ class RowsOf(Measure):
 
 
 @part
+class LastRows(Measure):
+    """All weights of the last `count` queries of each batch entry, the newest last. [..., S, N, count]
+
+    Rows are zeros where no query stands.
+
+    Attributes:
+        last: The position of the newest query, one number or one per batch entry [...].
+        count: The number of positions, at least 1.
+
+    Raises:
+        TypeError: `count` is not an int.
+        ValueError: `count` is below 1.
+    """
+
+    last: Int[Array, "*batch"] | int
+    count: int
+
+    over: ClassVar[Literal["rows", "sum"]] = "sum"
+
+    def __post_init__(self):
+        check_static_int("LastRows", "count", self.count, 1)
+
+    def __call__(self, view, tile):
+        asked = jnp.asarray(self.last)[..., None] - jnp.arange(self.count)[::-1]  # [..., count]
+        at = tile.query[..., 0, :, 0][..., None, :]
+        here = (asked[..., None] == at) & (at >= 0)  # [..., count, T]
+        weights = jnp.where(here.any(-2)[..., None, :, None], view.weights, 0)
+        rows = jnp.matmul(here.astype(weights.dtype)[..., None, :, :], weights, precision=jax.lax.Precision.HIGHEST)
+        return jnp.moveaxis(rows, -1, -3)
+
+
+@part
+class BlockMax(Measure):
+    """The largest weight in each block of `size` key positions. [..., T, N, blocks]
+
+    Attributes:
+        size: The number of positions per block, at least 1.
+        blocks: The number of blocks, at least 1. Keys behind them count for none.
+
+    Raises:
+        TypeError: A number is not an int.
+        ValueError: A number is below 1.
+    """
+
+    size: int
+    blocks: int
+
+    def __post_init__(self):
+        check_static_int("BlockMax", "size", self.size, 1)
+        check_static_int("BlockMax", "blocks", self.blocks, 1)
+
+    def __call__(self, view, tile):
+        block = jnp.where(tile.key < 0, self.blocks, tile.key // self.size)
+        block = jnp.moveaxis(jnp.broadcast_to(block, view.weights.shape), -1, 0)
+        weights = jnp.moveaxis(jnp.where(tile.visible, view.weights, 0), -1, 0)  # [S, ..., N, T]
+        most = jnp.zeros((self.blocks, *weights.shape[1:]), weights.dtype)
+        index = block, *jnp.indices(weights.shape[1:], sparse=True)
+        return jnp.moveaxis(most.at[index].max(weights, mode="drop"), 0, -1)
+
+
+@part
 class Lookback(Measure):
     """The lookback ratio ā_C / (ā_C + ā_G)  (Chuang et al., 2024). [..., T, N]
 
