@@ -1,10 +1,12 @@
 """`python -m benchmarks.decoding drafts`: SmolLM2-135M continues texts of the standard library, with drafts or without.
 
-`... server` continues eight of them at once. All ways of decoding take turns, so that a slow moment of the machine hits
-them alike, and all are greedy. Needs the weights that `jaxattn weights smollm2` gets. Prints one line of JSON per row.
+`... server` continues eight of them at once, and `... stores` times attention alone, to a long text that stores hold
+under other policies. All ways of decoding take turns, so that a slow moment of the machine hits them alike, and all are
+greedy. The first two need the weights that `jaxattn weights smollm2` gets. Prints one line of JSON per row.
 """
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 import json
@@ -15,10 +17,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from benchmarks.measure import take_turns
-from jaxattn.cache import Policy, Recent
+from jaxattn import Causal, attend
+from jaxattn.cache import HeavyHitters, MeanKeys, Paged, Policy, Quantised, Quest, Recent, Store, empty
 from jaxattn.models import PromptLookup, Server, fetch_weights, generate, load_pretrained, speculate
 
 CODE, PROSE = (
@@ -130,15 +135,87 @@ def serve(model: Any, chosen: list[Text], new: int, budget: float = 0.0) -> list
     ]
 
 
+def stores(length: int) -> dict[str, Policy]:
+    """Returns policies by name, of a text of so many tokens: their budgets are shares of it."""
+    found = {"all": Policy()}
+    for part in (16, 8, 4):
+        found[f"Recent, 1/{part}"] = Policy(Recent(4), length // part)
+        found[f"HeavyHitters, 1/{part}"] = Policy(HeavyHitters(), length // part)
+        for size in (16, 64):
+            found[f"Quest, 1/{part}, pages of {size}"] = Policy(select=Quest(length // part // size, size))
+    found["MeanKeys, 1/16"] = Policy(select=MeanKeys(length // 16 // 16, 16))
+    return found | {"Paged": Policy(storage=Paged(16)), "4 bits": Policy(storage=Quantised(4))}
+
+
+def held(length: int, policy: Policy, heads: int = 8, dim: int = 64) -> Store:
+    """Returns a store that is full of the last tokens of a text, but for one; keys and values are standard normal."""
+    store = empty(1, length, (heads, dim), (heads, dim), jnp.float32, policy)
+    count = store.positions.shape[1]
+    at = np.broadcast_to(np.arange(length - count, length)[:, None], store.positions.shape)
+    at = at if store.retain.evicts else np.where(at == length - 1, -1, at)
+    key, value = jax.random.normal(jax.random.key(0), (2, 1, count, heads, dim))
+    filled = store.storage.fill(store.held, key, value, jnp.asarray(at, jnp.int32))
+    last = jnp.full(1, length - 2, jnp.int32)
+    store = dataclasses.replace(store, held=filled, positions=jnp.asarray(at, jnp.int32), last=last)
+    return store if store.select is None else store._summarised(None)
+
+
+def decode(store: Store, query: Array, steps: int) -> tuple[Store, Array]:
+    """Appends a token, reads and observes, so many times at the last position of the text; queries depend on reads."""
+    at = jnp.full((1, 1), store.span - 1, jnp.int32)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        store, query = carry
+        store = store.append(query, query, at)
+        seen = store.read(query)
+        by_head = seen.positions if seen.positions.shape[-1] > 1 else seen.positions[..., 0]
+        options: dict[str, Any] = {"query_positions": at, "key_positions": by_head, "measures": dict(store.measures)}
+        result = attend(query, seen.key, seen.value, mask=Causal(), **options)
+        z, measured = result if store.measures else (result, {})
+        return (store.observe(measured, seen), query + 1e-6 * z), None
+
+    return jax.lax.scan(step, (store, query), length=steps)[0]
+
+
+def read_stores(length: int, of: list[str], steps: int = 10, budget: float = 0.0) -> list[dict[str, Any]]:
+    """Returns a row for each policy: milliseconds of a step in a compiled loop, which changes the store in place."""
+    query, run = (
+        jax.random.normal(jax.random.key(1), (1, 1, 8, 64)),
+        jax.jit(decode, static_argnums=2, donate_argnums=0),
+    )
+    held_by = {name: held(length, policy) for name, policy in stores(length).items() if not of or name in ("all", *of)}
+
+    def timed(name: str) -> Callable[[], Any]:
+        return lambda: held_by.update({name: jax.block_until_ready(run(held_by[name], query, steps))[0]})
+
+    seconds = take_turns({name: timed(name) for name in held_by}, budget)
+    return [
+        {
+            "store": name,
+            "ms": 1000 * statistics.median(each) / steps,
+            "fastest": 1000 * min(each) / steps,
+            "time over all": statistics.median(a / b for a, b in zip(each, seconds["all"], strict=True)),
+            "MiB": sum(x.nbytes for x in jax.tree.leaves(held_by[name])) / 2**20,
+        }
+        for name, each in seconds.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=str(__doc__).split("\n")[0])
-    parser.add_argument("what", choices=["drafts", "server"])
-    parser.add_argument("--length", type=int, default=256, help="tokens of each prompt")
+    parser.add_argument("what", choices=["drafts", "server", "stores"])
+    parser.add_argument("--length", type=int, help="tokens of each prompt, or of the text that is held")
     parser.add_argument("--new", type=int, default=128, help="tokens that are drawn")
     parser.add_argument("--ahead", type=int, default=4, help="guesses in each round")
+    parser.add_argument("--of", nargs="+", default=[], help="only these stores, beside that of all")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing of stores")
     arguments = parser.parse_args()
+    if arguments.what == "stores":
+        for row in read_stores(arguments.length or 32768, arguments.of, budget=arguments.budget):
+            print(json.dumps(row), flush=True)
+        return
     loaded = load_pretrained(fetch_weights("smollm2"))
-    chosen = texts(loaded.encode, arguments.length)
+    chosen = texts(loaded.encode, arguments.length or 256)
     if arguments.what == "server":
         for row in serve(loaded.model, chosen, arguments.new):
             print(json.dumps(row), flush=True)

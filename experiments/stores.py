@@ -207,29 +207,29 @@ def run(config, seed, folder, console):
     asked[:, -answer:] = True
     turns = {"in the prompt": config.length - answer, "second turn": config.length - answer - question}
 
-    def measured(name: str, policy: Policy) -> dict[str, Any]:
-        console.print(name)
-        of_text = compare_stores(got.model, read, {name: policy}, prompt=prompt)[name]
-        found = {
-            turn: compare_stores(got.model, rows, {name: policy}, prompt=at, answers=asked, lost=False)[name]
-            for turn, at in turns.items()
-        }
+    by_part = policies(config, config.length)
+    compared = {"all": Policy()}
+    compared |= {f"{n} bits": Policy(storage=Quantised(n, config.page, config.page)) for n in config.bits}
+    compared |= {f"{name}, 1/{part}": each for name, parts in by_part.items() for part, each in parts.items()}
+    console.print("[bold]texts")
+    of_text = compare_stores(got.model, read, compared, prompt=prompt, console=console)
+    of_turn = {}
+    for turn, at in turns.items():
+        console.print(f"[bold]needles, {turn}")
+        of_turn[turn] = compare_stores(got.model, rows, compared, prompt=at, answers=asked, lost=False, console=console)
+
+    def measured(name: str) -> dict[str, Any]:
         return {
-            "memory (MiB)": of_text.memory / 2**20,
-            "lost mass": float(of_text.lost.mean()),
-            "loss": of_text.loss,
-            **{f"needles, {turn}": float(each.accuracy.mean()) for turn, each in found.items()},
-            "by depth": {turn: each.accuracy for turn, each in found.items()},
+            "memory (MiB)": of_text[name].memory / 2**20,
+            "lost mass": float(of_text[name].lost.mean()),
+            "loss": of_text[name].loss,
+            **{f"needles, {turn}": float(each[name].accuracy.mean()) for turn, each in of_turn.items()},
+            "by depth": {turn: each[name].accuracy for turn, each in of_turn.items()},
         }
 
-    whole = measured("all", Policy())
-    bits = {n: measured(f"{n} bits", Policy(storage=Quantised(n, config.page, config.page))) for n in config.bits}
-    found = {
-        (name, part): measured(f"{name}, 1/{part}", policy)
-        for name, by_part in policies(config, config.length).items()
-        for part, policy in by_part.items()
-    }
-    return results(config, whole, bits, found)
+    bits = {n: measured(f"{n} bits") for n in config.bits}
+    found = {(name, part): measured(f"{name}, 1/{part}") for name, parts in by_part.items() for part in parts}
+    return results(config, measured("all"), bits, found)
 
 
 def results(config: Config, whole: Any, bits: Any, found: Any) -> Result:

@@ -1,5 +1,6 @@
 """Every test sees 8 simulated CPU devices; compiled programs are kept for later runs, of this checkout and others."""
 
+import collections
 import functools
 import gc
 import itertools
@@ -41,6 +42,7 @@ SLOW = pathlib.Path(__file__).with_name("slow.txt")  # as choose_slow.py writes 
 
 def pytest_addoption(parser):
     parser.addoption("--cpu-times", metavar="FILE", help="add the seconds of CPU of every test to a file")
+    parser.addoption("--cases", metavar="N", type=int, help="of each test no more than N cases, spread evenly")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -56,6 +58,19 @@ def pytest_collection_modifyitems(config, items):
             pytest.PytestCollectionWarning(f"slow.txt names tests that there are not: {gone}; see choose_slow.py"),
             stacklevel=1,
         )
+
+
+@pytest.hookimpl(trylast=True, specname="pytest_collection_modifyitems")
+def pytest_leave_out_cases(config, items):
+    """Leaves out cases of tests that have more than `--cases` of those that are run: the first and the last stay."""
+    if (most := config.getoption("--cases")) is None:
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = {id(of[round(i * (len(of) - 1) / max(most - 1, 1))]) for of in cases.values() for i in range(most)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
 
 
 @pytest.hookimpl(wrapper=True)

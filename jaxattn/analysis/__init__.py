@@ -14,6 +14,14 @@ from jaxattn.analysis.heads import (
 from jaxattn.analysis.lens import Attribution, TunedLens, direct_attribution, lens, lens_loss
 from jaxattn.analysis.probe import Probe, Selectivity, auroc, cka, fit_logistic, fit_ridge, hsic, selectivity
 from jaxattn.analysis.similarity import attention_similarity, similar_blocks
+from jaxattn.analysis.spans import (
+    SpanInfluence,
+    choose_rules,
+    elastic_rules,
+    elastic_spans,
+    removal_influence,
+    span_influence,
+)
 
 __all__ = [
     "USUAL",
@@ -23,14 +31,18 @@ __all__ = [
     "HeadStatistics",
     "Probe",
     "Selectivity",
+    "SpanInfluence",
     "TunedLens",
     "attention_similarity",
     "auroc",
     "between_classes",
+    "choose_rules",
     "cka",
     "composition",
     "copying",
     "direct_attribution",
+    "elastic_rules",
+    "elastic_spans",
     "fit_logistic",
     "fit_ridge",
     "head_scores",
@@ -40,8 +52,10 @@ __all__ = [
     "lens_loss",
     "ov",
     "qk",
+    "removal_influence",
     "repeated_tokens",
     "selectivity",
     "similar_blocks",
+    "span_influence",
     "statistics",
 ]

@@ -121,6 +121,8 @@ def _gain(norm: Any) -> Array:
 def _maps(branch: Any, count: int, gains: bool, biases: bool) -> tuple[Array, ...]:
     """Returns (query, key, value, out) of one run of layers, each by layer and head."""
     module, norm = branch.module, branch.norm if gains else None
+    if branch.gate is not None:
+        raise ValueError(f"a branch has the gate {type(branch.gate).__name__}: what its heads write is no product")
     heads, key_heads, width = module.heads, module.key_heads, module.head_dim
 
     def by_layer(x: Array) -> Array:  # layers that share their parameters have an axis of 1

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxattn.cache.select import Remembered, Select, paged
-from jaxattn.core.attend.measure import LastRows
+from jaxattn.core.attend.measure import Latest
 from jaxattn.core.checks import check_range, check_static_int
 from jaxattn.core.matmul import precision
 from jaxattn.core.part import part
@@ -119,8 +119,8 @@ class Forecasted(Select):
         history = jnp.zeros((sizes.batch, self.steps, sizes.slots // self.size, sizes.heads))
         return Remembered({}, {"history": history, "since": jnp.zeros(sizes.batch, jnp.int32)})
 
-    def measures(self, now, count):
-        return {"weights": LastRows(now, min(count, self.steps))}
+    def measures(self, now, queries):
+        return {"weights": Latest(now, min(queries, self.steps))}
 
     def whole(self, query, store):
         return (store.remembered.rows["since"] + 1 >= self.every)[:, None]
@@ -134,7 +134,7 @@ class Forecasted(Select):
         return jnp.where(ever, jnp.inf, jnp.moveaxis(scores, 1, -1))
 
     def observe(self, remembered, step):
-        rows, new = remembered.rows, step.measured["weights"].max(3)  # [B, C, K, R of the call]
+        rows, new = remembered.rows, step.measured["weights"].max(3)[..., ::-1]  # [B, C, K, R of the call]
         new = jnp.moveaxis(paged(new, self.size).max(2), -1, 1)
         came = jnp.minimum((step.asked >= 0).sum(1), new.shape[1])
         # The newest `came` rows are of this call, and before them stand the newest of earlier ones.

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxattn.core.attend.parallel import READER, piece_places
 from jaxattn.core.checks import check_range, check_static_int
 from jaxattn.core.part import part
+from jaxattn.core.table import take
 
 
 class KeyPosition(abc.ABC):
@@ -105,6 +107,31 @@ class MemoryAtStart(KeyPosition):
 
     def __call__(self, held, positions):
         return _counted_from(held.max((1, 2), keepdims=True) // self.window * self.window, positions)
+
+
+@part
+class AtPieces(KeyPosition):
+    """Each piece of a parallel context begins behind the shared prefix, and readers behind the longest piece (2025).
+
+        mask = Causal() & Pieces(ids)
+        model(tokens, mask=mask, state=model.init_state(batch, capacity, Policy(key_position=AtPieces(ids))))
+
+    Tokens of different pieces stand at the same places, as if each piece had been read by itself. Positions beyond the
+    table go on behind the last reader.
+
+    Attributes:
+        ids: Integers [P] or [B, P], by position, as of `core.attend.Pieces`.
+    """
+
+    ids: Int[Array, "*b positions"]
+
+    def __call__(self, held, positions):
+        ids = jnp.asarray(self.ids)
+        # One more token is a reader: where it stands, the tokens beyond the table begin.
+        places = piece_places(jnp.concatenate([ids, jnp.full_like(ids[..., :1], READER)], -1))
+        at = jnp.broadcast_to(jnp.minimum(positions, ids.shape[-1]), positions.shape).reshape(len(positions), -1)
+        found = take(places, at, 1, fill=-1).reshape(positions.shape)
+        return found + jnp.maximum(positions - ids.shape[-1], 0)
 
 
 def _counted_from(first: Int[Array, "b 1 g"], positions: Int[Array, "b t g"]) -> Int[Array, "b t g"]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxattn.core.attend.expiry import NEVER, OPEN
 from jaxattn.core.attend.measure import Measure, Received, SeenBy, TopFor
 from jaxattn.core.checks import check_range, check_static_int
 from jaxattn.core.part import part
@@ -21,7 +22,7 @@ class Attended(NamedTuple):
     """What was seen of the slots when queries attended to them.
 
     Attributes:
-        measured: The results of the policy's measures, [B, C, K].
+        measured: The results of the policy's measures, [B, C, ..., K].
         positions: [B, C, G], the positions of the tokens in the slots; −1: empty.
         now: [B, 1, 1], the position of the newest token.
         several: Whether several tokens came together, as a prompt does.
@@ -39,13 +40,20 @@ class Retain(abc.ABC):
     Attributes:
         evicts: Whether the policy ever gives a slot to another token. Otherwise a store has one slot for each position.
         by_head: Whether key heads keep different tokens.
+        facts: The statistics that are known of a token when it comes, and that the layer must give with it.
     """
 
     evicts: ClassVar[bool] = True
     by_head: ClassVar[bool] = False
+    facts: ClassVar[tuple[str, ...]] = ()
 
-    def measures(self, now: Int[Array, " b"]) -> Mapping[str, Measure]:
-        """Returns the measures that the policy needs of attention to the store: one number per key, as `Received`."""
+    def measures(self, now: Int[Array, " b"], queries: int) -> Mapping[str, Measure]:
+        """Returns the measures that the policy needs of attention to the store: one number per key, as `Received`.
+
+        Args:
+            now: [B], the position of the newest token.
+            queries: The number of queries that attend together.
+        """
         return {}
 
     @property
@@ -54,7 +62,10 @@ class Retain(abc.ABC):
         return 0
 
     def start(self, shape: tuple[int, ...]) -> Statistics:
-        """Returns the statistics of empty slots, each [B, C, 1 or K, ...]; a slot begins with them anew."""
+        """Returns the statistics of empty slots, each [B, C, 1 or K, ...]; a slot begins with them anew.
+
+        Those that `facts` names begin with what the layer gives of the token.
+        """
         return {}
 
     @abc.abstractmethod
@@ -138,7 +149,7 @@ class HeavyHitters(Retain):
         check_range("HeavyHitters: sinks", self.sinks, lambda x: x >= 0, "at least 0")
         check_range("HeavyHitters: recent", self.recent, lambda x: x >= 1, "at least 1")
 
-    def measures(self, now):
+    def measures(self, now, queries):
         return {"mass": Received()} | ({"queries": SeenBy()} if self.mean else {})
 
     @property
@@ -146,7 +157,7 @@ class HeavyHitters(Retain):
         return self.sinks + self.recent
 
     def start(self, shape):
-        return {name: jnp.zeros(shape) for name in self.measures(jnp.zeros(0))}
+        return {name: jnp.zeros(shape) for name in self.measures(jnp.zeros(0), 1)}
 
     def keep(self, positions, statistics, now):
         mass = statistics["mass"]
@@ -197,7 +208,7 @@ class SnapKV(Retain):
         if self.pool % 2 == 0:
             raise ValueError(f"SnapKV: pool is {self.pool}: need an odd number of neighbours")
 
-    def measures(self, now):
+    def measures(self, now, queries):
         return {"votes": Received(now - self.window + 1)}
 
     @property
@@ -262,7 +273,7 @@ class Attentive(Retain):
         check_range("Attentive: sinks", self.sinks, lambda x: x >= 0, "at least 0")
         check_range("Attentive: recent", self.recent, lambda x: x >= 1, "at least 1")
 
-    def measures(self, now):
+    def measures(self, now, queries):
         return {"hits": TopFor(self.top)}
 
     @property
@@ -317,3 +328,42 @@ class Spans(Retain):
         span = jnp.floor(jnp.asarray(self.alpha) + jnp.asarray(self.beta) * (now + 1))
         worth = jnp.where(now - positions < jnp.maximum(span, 1), positions, -jnp.inf)
         return jnp.where(positions < self.sinks, jnp.inf, worth)
+
+
+@part
+class Unexpired(Retain):
+    """Keeps by key head the tokens that have not expired (Neural Attention Search, 2025).
+
+    The layer says of each token when it expires: never, a number of steps later, or with the next global token of the
+    key head (`core.attend.open_expiry`). So this policy needs a layer that has types of tokens,
+    `MultiHeadAttention(types=)`. When slots are full all the same, the oldest token goes, but for the first `sinks`.
+
+    Attributes:
+        sinks: The number of first tokens that stay, at least 0. The first token of a row is global.
+
+    Raises:
+        ValueError: `sinks` is known and negative.
+    """
+
+    sinks: Int[Array, ""] | int = 1
+
+    by_head: ClassVar[bool] = True
+    facts: ClassVar[tuple[str, ...]] = ("expires",)
+
+    def __post_init__(self):
+        check_range("Unexpired: sinks", self.sinks, lambda x: x >= 0, "at least 0")
+
+    @property
+    def least(self):
+        return self.sinks
+
+    def start(self, shape):
+        return {"expires": jnp.full(shape, NEVER, jnp.int32)}
+
+    def keep(self, positions, statistics, now):
+        expires = statistics["expires"]
+        # The last global token that `now` comes after. Local tokens before it were seen by it for the last time.
+        closing = jnp.where((expires == NEVER) & (positions < now), positions, -1).max(1, keepdims=True)
+        expires = jnp.where((expires == OPEN) & (positions < closing), closing, expires)
+        worth = jnp.where(positions < self.sinks, jnp.inf, positions.astype(jnp.float32))
+        return jnp.where(expires < now, -jnp.inf, worth)

@@ -93,12 +93,12 @@ class Select(abc.ABC):
         """Returns what is remembered before any token."""
         return Remembered({}, {})
 
-    def measures(self, now: Int[Array, " b"], count: int) -> Mapping[str, Measure]:
-        """Returns the measures that the policy needs of attention: results [B, S, N, ...], as those of `Received`.
+    def measures(self, now: Int[Array, " b"], queries: int) -> Mapping[str, Measure]:
+        """Returns the measures that the policy needs of attention: results [B, S, ..., N], as those of `Received`.
 
         Args:
             now: [B], the position of the newest token.
-            count: The number of queries of the call.
+            queries: The number of queries of the call.
         """
         return {}
 
@@ -277,7 +277,7 @@ class Recycled(Select):
         steps = jnp.full(sizes.batch, jnp.iinfo(jnp.int32).max - 1)
         return Remembered({"weight": weight}, {"query": query, "steps": steps})
 
-    def measures(self, now, count):
+    def measures(self, now, queries):
         return {"weight": Received(now)}
 
     def whole(self, query, store):

@@ -1,6 +1,7 @@
 """How keys and values lie in memory: as they are, in shared pages, or in a few bits."""
 
 import abc
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -68,6 +69,10 @@ class Storage(abc.ABC):
         slots = jnp.broadcast_to(jnp.arange(places.shape[1])[:, None], places.shape)
         return self.write(held, jnp.where(places < 0, places.shape[1], slots), key, value, places)
 
+    def of_a_row(self) -> "Storage":
+        """Returns the storage of a single row that is to replace one of a batch: without memory for other rows."""
+        return self
+
     def reordered(self, held: Any, rows: Int[Array, " r"]) -> Any:
         """Returns what is held of these rows of the batch."""
         return jax.tree.map(lambda x: x[rows], held)
@@ -88,8 +93,9 @@ def take_slots(x: Array, slots: Int[Array, "b s g"] | None) -> Array:
     row = jnp.arange(len(x))[:, None]
     if slots.shape[-1] == 1:  # one slot for all heads
         return x[row, slots[..., 0]]
-    head = jnp.arange(slots.shape[-1]) if x.shape[2] > 1 else 0
-    return x[row[..., None], slots, head]
+    # Heads come first, as attention takes them.
+    head = jnp.arange(slots.shape[-1])[:, None] if x.shape[2] > 1 else 0
+    return x[row[..., None], slots.swapaxes(1, 2), head].swapaxes(1, 2)
 
 
 def write_slots(x: Array, slots: Int[Array, "b t g"], new: Array) -> Array:
@@ -189,6 +195,9 @@ class Paged(Storage):
 
     def fill(self, held, key, value, places):
         return super().fill(self.cleared(held, jnp.full_like(places, -1)), key, value, places)
+
+    def of_a_row(self):
+        return dataclasses.replace(self, pages=None)
 
     def reordered(self, held, rows):
         return held | {"table": held["table"][rows]}

@@ -36,6 +36,7 @@ class Held(NamedTuple):
         query: [B, T, N, H], the queries that read them, if the policy that chose them looks back at them; else None.
         asked: [B, T], the positions of these queries, likewise.
         whole: Which rows, or key heads, read all slots, [B, 1 or K]; None for all.
+        facts: What the layer gave of tokens beside a store, by name.
     """
 
     key: Float[Array, "b s k h"]
@@ -45,6 +46,7 @@ class Held(NamedTuple):
     query: Float[Array, "b t n h"] | None = None
     asked: Int[Array, "b t"] | None = None
     whole: Bool[Array, "b g"] | None = None
+    facts: Any = None
 
 
 @part
@@ -100,7 +102,11 @@ class Store:
         return self.storage.take(self.held, None, self.positions)[1]
 
     def append(
-        self, key: Float[Array, "b t k h"], value: Float[Array, "b t k v"], positions: Int[Array, "b t"]
+        self,
+        key: Float[Array, "b t k h"],
+        value: Float[Array, "b t k v"],
+        positions: Int[Array, "b t"],
+        facts: Mapping[str, Array] | None = None,
     ) -> "Store":
         """Returns the store with new tokens; those at position −1 are not kept.
 
@@ -108,40 +114,69 @@ class Store:
         `observe`, so that queries can attend to all of them as they are, and to all that is held. If nothing is ever
         evicted, each token takes the slot of its position, and a token at a position beyond the capacity takes none:
         `unseen` says for which tokens that matters.
+
+        Args:
+            key: [B, T, K, H].
+            value: [B, T, K, V].
+            positions: [B, T].
+            facts: What the policy cannot know of the tokens, [B, T, K, ...] each: the statistics that `Retain.facts`
+                names begin with them. Others are not looked at.
+
+        Raises:
+            ValueError: A fact is missing, or a position that is known has no slot.
         """
+        facts = {name: x for name, x in (facts or {}).items() if name in self.retain.facts}
+        if missing := sorted(set(self.retain.facts) - set(facts)):
+            raise ValueError(
+                f"facts lacks {missing}, by which {type(self.retain).__name__} keeps tokens: need a layer that gives "
+                "them, such as MultiHeadAttention(types=Spec(TokenTypes)), or another policy"
+            )
         positions = positions.astype(jnp.int32)
         key, value = key.astype(self.dtype), value.astype(self.dtype)
         new = dataclasses.replace(self, last=jnp.maximum(self.last, positions.max(-1)))
         if self.retain.evicts:
-            worth = new._worth(self.positions, self.statistics)
+            # What is worth nothing to the first of the tokens is worth nothing to all of them.
+            first = jnp.where(positions < 0, new.last[:, None], positions).min(-1)
+            worth = self._worth(self.positions, self.statistics, jnp.maximum(self.last, first))
             new = dataclasses.replace(new, positions=jnp.where(worth == -jnp.inf, -1, self.positions))
         else:
             check_room(self, positions)
         if positions.shape[1] > 1 and (self.retain.evicts or not self.storage.exact):
-            return new.beside(key, value, positions)
+            return new.beside(key, value, positions, facts)
         slots = new._free(positions) if self.retain.evicts else self._own_slots(positions)
-        return new._written(slots, key, value, positions[..., None])
+        return new._written(slots, key, value, positions[..., None], facts)
 
-    @property
-    def measures(self) -> Mapping[str, Measure]:
-        """The measures of attention that `observe` needs of a single query."""
-        return self.measures_of(1)
+    def measures(self, queries: int = 1) -> Mapping[str, Measure]:
+        """Returns the measures of attention that `observe` needs, of what so many queries `read`.
 
-    def measures_of(self, count: int) -> Mapping[str, Measure]:
-        """Returns the measures that `observe` needs of so many queries to what they read; "select.*": of `select`."""
-        own = {} if self.select is None else self.select.measures(self.last, count)
-        return {**self.retain.measures(self.last), **{f"select.{name}": x for name, x in own.items()}}
+        Those of `select` are named "select.*".
+        """
+        own = {} if self.select is None else self.select.measures(self.last, queries)
+        return {**self.retain.measures(self.last, queries), **{f"select.{name}": x for name, x in own.items()}}
 
     def _own_slots(self, positions: Int[Array, "b t"]) -> Int[Array, "b t 1"]:
         """Returns the slots of tokens that each have the slot of their position; C for padding."""
         return jnp.where(positions < 0, self.positions.shape[1], positions)[..., None]
 
     def beside(
-        self, key: Float[Array, "b t k h"], value: Float[Array, "b t k v"], positions: Int[Array, "b t"]
+        self,
+        key: Float[Array, "b t k h"],
+        value: Float[Array, "b t k v"],
+        positions: Int[Array, "b t"],
+        facts: Mapping[str, Array] | None = None,
     ) -> "Store":
         """Returns the store with new tokens beside its slots: `read` shows them, and nothing else has changed."""
-        fresh = Held(key.astype(self.dtype), value.astype(self.dtype), positions[..., None].astype(jnp.int32))
+        places = positions[..., None].astype(jnp.int32)
+        fresh = Held(key.astype(self.dtype), value.astype(self.dtype), places, facts=dict(facts or {}))
         return dataclasses.replace(self, fresh=fresh)
+
+    @property
+    def all_statistics(self) -> dict[str, Array]:
+        """The statistics of the slots, and behind them those with which fresh tokens begin, [B, S, 1 or K, ...]."""
+        if self.fresh is None:
+            return self.statistics
+        start = self.retain.start((*self.fresh.positions.shape[:2], self.positions.shape[2])) | self.fresh.facts
+        return {name: jnp.concatenate([x, start[name].astype(x.dtype)], 1) for name, x in self.statistics.items()}
 
     def joined(self, chosen: Bool[Array, "b t"]) -> "Store":
         """Returns the store after some of the tokens beside it were appended; the others are gone.
@@ -149,19 +184,20 @@ class Store:
         Raises:
             ValueError: The policy looks at attention, and what queries of the other tokens saw cannot be taken out.
         """
-        if self.measures or self._remembers:
-            kind = type(self.retain if self.retain.measures(self.last) else self.select).__name__
+        if self.measures() or self._remembers:
+            kind = type(self.retain if self.retain.measures(self.last, 1) else self.select).__name__
             raise ValueError(
                 f"the store keeps or reads tokens by the attention that they get ({kind}), and that of nodes which are "
                 "gone counts no more: need a policy that does not look at attention"
             )
         positions = jnp.where(chosen, self.fresh.positions[..., 0], -1)
-        new = dataclasses.replace(self, fresh=None).append(self.fresh.key, self.fresh.value, positions)
+        fresh = self.fresh
+        new = dataclasses.replace(self, fresh=None).append(fresh.key, fresh.value, positions, fresh.facts)
         return new if new.fresh is None else new.observe({}, new.read(new.fresh.key))
 
     def _free(self, positions: Int[Array, "b 1"]) -> Int[Array, "b 1 g"]:
         """Returns the slot for a single token: an empty one, or that of the least worth; C for padding."""
-        worth, filled = self._worth(self.positions, self.statistics), self.positions >= 0
+        worth, filled = self._worth(self.positions, self.statistics, self.last), self.positions >= 0
         if self.budget is not None:
             full = filled.sum(1, keepdims=True) >= self.budget
             worth = jnp.where(~filled & full, jnp.inf, worth)
@@ -169,18 +205,21 @@ class Store:
         oldest = jnp.where(least, self.positions, np.iinfo(np.int32).max).argmin(1, keepdims=True)
         return jnp.where(positions[..., None] < 0, self.positions.shape[1], oldest)
 
-    def _worth(self, positions: Int[Array, "b c g"], statistics: Any) -> Float[Array, "b c g"]:
+    def _worth(self, positions: Int[Array, "b c g"], statistics: Any, now: Int[Array, " b"]) -> Float[Array, "b c g"]:
         """Returns the worth of the slots; −inf for empty ones."""
-        worth = self.retain.keep(positions, statistics, self.last[:, None, None])
+        worth = self.retain.keep(positions, statistics, now[:, None, None])
         return jnp.where(positions < 0, -jnp.inf, worth)
 
-    def _written(self, slots: Int[Array, "b t g"], key: Array, value: Array, positions: Int[Array, "b t 1"]) -> "Store":
+    def _written(
+        self, slots: Int[Array, "b t g"], key: Array, value: Array, positions: Int[Array, "b t 1"], facts: Any = None
+    ) -> "Store":
         """Returns the store with tokens in these slots."""
+        facts = facts or {}
         start = self.retain.start(self.positions.shape)
         by_slot = (*slots.shape[:2], self.positions.shape[2])
 
         def anew(name: str, held: Array) -> Array:
-            return jnp.broadcast_to(start[name][:, :1], (*by_slot, *held.shape[3:]))
+            return jnp.broadcast_to(facts.get(name, start[name][:, :1]), (*by_slot, *held.shape[3:]))
 
         statistics = {name: write_slots(held, slots, anew(name, held)) for name, held in self.statistics.items()}
         places = write_slots(self.positions, slots, jnp.broadcast_to(positions, by_slot))
@@ -364,16 +403,14 @@ class Store:
             fresh = self.fresh
             new = dataclasses.replace(self, fresh=None)
             slots = self._own_slots(fresh.positions[..., 0])
-            new = new._written(slots, fresh.key, fresh.value, fresh.positions)
+            new = new._written(slots, fresh.key, fresh.value, fresh.positions, fresh.facts)
             count = self.positions.shape[1]
             by_slot = {name: write_slots(x[:, :count], slots, x[:, count:]) for name, x in measured.items()}
             return new._noted(by_slot, seen)
         count, capacity = seen.positions.shape[1] - self.positions.shape[1], self.positions.shape[1]
-        beside = self.retain.start((*seen.positions.shape[:1], count, seen.positions.shape[2]))
-        statistics = {name: jnp.concatenate([x, beside[name]], 1) for name, x in self.statistics.items()}
         attended = Attended(measured, seen.positions, self.last[:, None, None], several=True)
-        statistics = self.retain.observe(statistics, attended)
-        worth = self._worth(seen.positions, statistics)
+        statistics = self.retain.observe(self.all_statistics, attended)
+        worth = self._worth(seen.positions, statistics, self.last)
         seen_positions = jnp.where(worth == -jnp.inf, -1, seen.positions)
         order = jnp.lexsort((-seen_positions, -worth), axis=1)[:, :capacity]
         positions = jnp.take_along_axis(seen_positions, order, 1)

@@ -7,6 +7,7 @@ from jaxattn.models.encoder_decoder import EncoderDecoder
 from jaxattn.models.fold import centre_writes, fold_norms
 from jaxattn.models.folded import FoldedDecoder
 from jaxattn.models.forecast import attention_history, fit_forecast
+from jaxattn.models.frozen import FrozenReader
 from jaxattn.models.generate import (
     Combine,
     Contrast,
@@ -37,12 +38,13 @@ from jaxattn.models.speculate import Drafter, PromptLookup, Speculation, specula
 from jaxattn.models.state import joined, reordered, rolled_back
 from jaxattn.models.stores import UnderPolicy, compare_stores, lost_mass
 from jaxattn.models.transformer import Transformer
-from jaxattn.models.tree import longest_path
+from jaxattn.models.tree import Branches, longest_path
 from jaxattn.nn.spec import Spec
 
 __all__ = [
     "Beams",
     "Branch",
+    "Branches",
     "Combine",
     "Contrast",
     "Drafter",
@@ -50,6 +52,7 @@ __all__ = [
     "EncoderDecoder",
     "Finished",
     "FoldedDecoder",
+    "FrozenReader",
     "Generation",
     "Layer",
     "MinimumLength",

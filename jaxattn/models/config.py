@@ -13,12 +13,14 @@ from jaxattn.nn.spec import Spec
 
 @dataclass(frozen=True)
 class Branch:
-    """x + scale ⊙ norm_after(module(norm(x))), and then norm_sum of that.
+    """x + scale ⊙ gate(norm(x), norm_after(module(norm(x)))), and then norm_sum of that.
 
     Attributes:
         module: A mixer, a mechanism (`nn.Mechanism`), or a module that works on each token by itself.
         norm: The norm of the input of the module; None in a model with norms elsewhere.
         norm_after: The norm of the module's result, before it is added (Gemma 2).
+        gate: The module called as gate(what the module reads, its result), which makes of both what is added, such as
+            `Spec(nn.AdapterGate)`; None for the result itself.
         norm_sum: The norm of the sum (post-norm: the first Transformer, BERT).
         scale: The start of learned gains per channel of the added result (LayerScale, Touvron et al., 2021); None for
             none.
@@ -28,6 +30,7 @@ class Branch:
     module: Spec
     norm: Spec | None = Spec(nn.RMSNorm)
     norm_after: Spec | None = None
+    gate: Spec | None = None
     norm_sum: Spec | None = None
     scale: float | None = None
     name: str = ""

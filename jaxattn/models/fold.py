@@ -143,6 +143,8 @@ def _branches(model: Transformer) -> Iterator[tuple[str, Residual]]:
 
 
 def _check_norms(where: str, branch: Residual) -> None:
+    if branch.gate is not None:
+        raise ValueError(f"{where} has the gate {type(branch.gate).__name__}, which reads the norm too: need gate=None")
     for name in ("norm_after", "norm_sum"):
         if (norm := getattr(branch, name)) is not None:
             raise ValueError(

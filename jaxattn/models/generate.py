@@ -190,9 +190,7 @@ def generate(
         raise ValueError(
             f"combine is {combine!r} for {len(runs)} runs: need a Combine, and a list of two edits or more"
         )
-    for processor in processors:
-        if not isinstance(processor, Processor):
-            raise TypeError(f"processors must be a tuple of parts such as RepetitionPenalty(1.2), got {processor!r}")
+    check_processors(processors)
     key = checked_key(key, temperature)
     graph, arrays = nnx.split(in_evaluation(model))
     scalars = settings_of(temperature, top_k, top_p, end_token)
@@ -204,6 +202,13 @@ def generate(
     new, lost = under_auto_axes(lambda given: _generate(graph, int(max_new_tokens), sites, *given), dynamic, Axes)
     check_drawn(new.lengths, lost)
     return new
+
+
+def check_processors(processors: Sequence[Any]) -> None:
+    """Raises TypeError if one of these is no `Processor`."""
+    for processor in processors:
+        if not isinstance(processor, Processor):
+            raise TypeError(f"processors must be a tuple of parts such as RepetitionPenalty(1.2), got {processor!r}")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -92,7 +92,7 @@ def replace_mixers(
 
 def _update(branch: Any, old: Any, *, norms_only: bool) -> None:
     """Takes over the state of a branch; that of its module unless `norms_only`."""
-    for name in ("norm", "norm_after", "norm_sum", *(() if norms_only else ("module",))):
+    for name in ("norm", "norm_after", "norm_sum", "gate", *(() if norms_only else ("module",))):
         if getattr(branch, name) is not None:
             nnx.update(getattr(branch, name), nnx.state(getattr(old, name)))
     if branch.scale is not None:

@@ -92,8 +92,9 @@ class Server:
         self.capacity = capacity
         self._model = model
         self._graph, self._arrays = nnx.split(in_evaluation(model))
-        self._empty = partial(_empty, self._graph, int(capacity), self._arrays, store)
-        self._state = self._empty(int(slots))
+        self._state = _empty(self._graph, int(capacity), self._arrays, store, int(slots))
+        of_a_row = None if store is None else dataclasses.replace(store, storage=store.storage.of_a_row())
+        self._empty = partial(_empty, self._graph, int(capacity), self._arrays, of_a_row, 1)
         self._rows: list[_Request | None] = [None] * int(slots)
         self._waiting: deque[_Request] = deque()
         self._finished: dict[int, Finished] = {}
@@ -185,7 +186,7 @@ class Server:
         prompt[:length] = request.prompt
         settings = request.temperature, request.top_k, request.top_p
         token, self._state = _admitted(
-            self._graph, self._arrays, self._state, self._empty(1), row, prompt, length, request.key, settings
+            self._graph, self._arrays, self._state, self._empty(), row, prompt, length, request.key, settings
         )
         self._rows[row] = request
         self._keys = self._keys.at[row].set(request.key)
@@ -208,7 +209,7 @@ class Server:
         self._finished[request.number] = Finished(np.array(drawn, np.int32), reason)
         self._rows[row] = None
         of["positions"][row] = -1
-        self._state = _freed(self._state, self._empty(1), row)
+        self._state = _freed(self._state, self._empty(), row)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 4))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from rich.console import Console
 
 from jaxattn.cache import Policy
 from jaxattn.models.sample import in_evaluation
@@ -141,6 +142,7 @@ def compare_stores(
     positions: Int[ArrayLike, "#b t"] | None = None,
     answers: Bool[ArrayLike, "b t"] | None = None,
     lost: bool = True,
+    console: Console | None = None,
 ) -> dict[str, UnderPolicy]:
     """Reads a text under each policy, the prompt at once and the other tokens one by one, each given as it stands.
 
@@ -155,6 +157,7 @@ def compare_stores(
         answers: The tokens that `accuracy` asks for, behind the first one of the prompt. None asks for none.
         lost: Whether `lost_mass` is computed too. Without, `lost` of the results is empty and the model may be any
             decoder.
+        console: The console on which each policy is named before its turn. None names none.
 
     Returns:
         Name -> memory, loss, accuracy and lost mass.
@@ -170,6 +173,8 @@ def compare_stores(
     counted = (positions >= 0)[:, prompt:, None]
     results = {}
     for name, policy in policies.items():
+        if console is not None:
+            console.print(name)
         state = model.init_state(tokens.shape[0], tokens.shape[1], policy)
         loss, right = _read(graph, prompt, arrays, tokens, positions, asked, state)
         mean = np.zeros((0, 0))

@@ -28,7 +28,7 @@ DOCUMENTS = 8  # how many of them may be packed in a row behind meta tokens: eac
 
 
 class Residual(nnx.Module):
-    """x + scale ⊙ norm_after(module(norm(x))), and then norm_sum of that, from a `Branch`.
+    """x + scale ⊙ gate(norm(x), norm_after(module(norm(x)))), and then norm_sum of that, from a `Branch`.
 
     Args:
         spec: The branch.
@@ -42,6 +42,7 @@ class Residual(nnx.Module):
         self.norm = built(spec.norm, **sizes)
         self.module: Any = as_mixer(spec.module, **sizes)
         self.norm_after = built(spec.norm_after, **sizes)
+        self.gate: Any = built(spec.gate, **sizes)
         self.norm_sum = built(spec.norm_sum, features=features, rngs=rngs)  # in the dtype of the residual stream
         self.scale = None if spec.scale is None else undecayed(jnp.full(features, float(spec.scale)))
         self.name = spec.name
@@ -94,13 +95,14 @@ class Residual(nnx.Module):
             give: A dict that takes the keys for layers without their own, or None.
         """
         inside = tap.renamed({self.site(name): name for name in self.inside})
-        y = x if self.norm is None else _normed(self.norm, x, tap, self._scale)
+        y = read = x if self.norm is None else _normed(self.norm, x, tap, self._scale)
         if self.mixes:
             more = {} if give is None else {"give": give}
             y, state = self.module(y, tokens, inside, state, context, **more)
         else:
             y = self.module(y, inside) if isinstance(self.module, nn.FeedForward) else self.module(y)
         y = y if self.norm_after is None else self.norm_after(y)
+        y = y if self.gate is None else self.gate(read, y)
         return tap(self.adds, y if self.scale is None else self.scale[...] * y), state
 
     def closed(self, x, tap):

@@ -22,6 +22,7 @@ from jaxattn.nn.embedding import (
     VectorEmbedding,
 )
 from jaxattn.nn.feed_forward import FeedForward
+from jaxattn.nn.gate import AdapterGate
 from jaxattn.nn.hybrid import Chain, Parallel, hymba_heads
 from jaxattn.nn.landmark import LandmarkAttention
 from jaxattn.nn.latent import LatentAttention
@@ -75,6 +76,7 @@ from jaxattn.nn.spec import Spec
 from jaxattn.nn.state_space import S6, Mamba2, mimetic_initialization
 from jaxattn.nn.tap import ALIASES, SITES, Edit, Layers, Reducer, Tap, Whole
 from jaxattn.nn.titans import MemoryAsContext, memory_as_gate, memory_as_layer
+from jaxattn.nn.token_types import TokenTypes
 from jaxattn.nn.tokens import Tokens
 
 __all__ = [
@@ -88,6 +90,7 @@ __all__ = [
     "SITE_AXES",
     "TTT",
     "AcrossHeads",
+    "AdapterGate",
     "AdditiveScore",
     "AttentionForecast",
     "AudioEmbedding",
@@ -148,6 +151,7 @@ __all__ = [
     "Spec",
     "Tap",
     "TokenEmbedding",
+    "TokenTypes",
     "Tokens",
     "VectorEmbedding",
     "Whole",

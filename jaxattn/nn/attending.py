@@ -102,7 +102,14 @@ class AttentionMixer(Mixer):
         )
 
     def attended(
-        self, query: Array, keys: Any, tokens: Tokens, tap: Tap, store: Store | None, with_lse: bool = False
+        self,
+        query: Array,
+        keys: Any,
+        tokens: Tokens,
+        tap: Tap,
+        store: Store | None,
+        with_lse: bool = False,
+        own: Slots | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """Returns what heads read of these keys.
 
@@ -113,13 +120,14 @@ class AttentionMixer(Mixer):
             tap: Edits and records at the sites scores, weights, lse and read.
             store: The store from which the keys come, or None.
             with_lse: Whether the lse of each row stands beside the measures.
+            own: The slots of the call, by default those of `slots`.
 
         Returns:
             The reads of the heads [B, T, N, H], and the measures that the store observes, one per slot and key head.
         """
-        own = self.slots(tokens)
+        own = self.slots(tokens) if own is None else own
         if store is not None:
-            measures = {f"store.{name}": x for name, x in store.measures_of(query.shape[1]).items()}
+            measures = {f"store.{name}": x for name, x in store.measures(query.shape[1]).items()}
             own = dataclasses.replace(own, measures=measures)
         if self.stream is not None and not self.deterministic:
             own = dataclasses.replace(own, dropout=Dropout(self.dropout, self.stream()))
@@ -157,11 +165,14 @@ class AttentionMixer(Mixer):
         z = z if lost is None else jnp.where(lost, jnp.nan, z)  # also where the mask hides every key
         by_group = {name: x for name, x in extras.items() if name.startswith("store.")}
         measured = {name.removeprefix("store."): self._by_key_head(x) for name, x in by_group.items()}
-        measured = {name: x if name.startswith("select.") else x.sum(3) for name, x in measured.items()}
+        measured = {
+            name: jnp.moveaxis(x, (-2, -1), (2, 3)) if name.startswith("select.") else x.sum(-1)
+            for name, x in measured.items()
+        }
         return z, ({"lse": extras["lse"]} if with_lse else {}) | measured
 
-    def _by_key_head(self, x: Float[Array, "b s n ..."]) -> Float[Array, "b s k g ..."]:
-        return x.reshape(*x.shape[:2], self.key_heads, -1, *x.shape[3:])
+    def _by_key_head(self, x: Float[Array, "b s *c n"]) -> Float[Array, "b s *c k g"]:
+        return x.reshape(*x.shape[:-1], self.key_heads, -1)
 
     def from_store(
         self, store: Store, query: Array, tokens: Tokens, tap: Tap, reads: Callable[[Held, Tap], tuple[Array, Any]]

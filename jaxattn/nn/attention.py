@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn.cache import Policy, Store, empty
+from jaxattn.cache import Policy, Store, Unexpired, empty
 from jaxattn.core.attend.absorb import absorb_q, expand_v
 from jaxattn.core.attend.api import Implementation
 from jaxattn.core.attend.choose import Choice
@@ -17,6 +19,7 @@ from jaxattn.core.attend.normalize import Softmax
 from jaxattn.core.attend.partial import Partial, merge
 from jaxattn.core.attend.position import Position, Rotary
 from jaxattn.core.attend.score import Dot
+from jaxattn.core.attend.slots import Slots
 from jaxattn.core.checks import check_array
 from jaxattn.nn.attending import AttentionMixer, head_size, one_or_all
 from jaxattn.nn.mechanisms import ShortConvolution
@@ -25,6 +28,7 @@ from jaxattn.nn.recurrent import Past
 from jaxattn.nn.sharding import attend_in_shards
 from jaxattn.nn.spec import Spec, built, part_of
 from jaxattn.nn.tap import Tap
+from jaxattn.nn.token_types import shown_by
 from jaxattn.nn.tokens import Tokens
 
 
@@ -100,6 +104,9 @@ class MultiHeadAttention(AttentionMixer):
             `eval`).
         convolution: The width of a short causal convolution of q, k and v per channel, after their projection; 0 for
             none.
+        types: A spec of types of tokens, `Spec(nn.TokenTypes, window=16)`: each token is seen by all later ones, up to
+            the next global one, or by a few (Neural Attention Search, 2025). A state drops what has expired: its policy
+            is `Policy(Unexpired(), slots)`.
         use_bias: Whether the maps have biases: all, none, or those of the named ones of "query", "key", "value", "out"
             and "gate".
         score: The part that says how well a query matches a key.
@@ -120,7 +127,8 @@ class MultiHeadAttention(AttentionMixer):
         ValueError: Sizes do not divide or are out of range, cross-attention has positions or a choice, `keys_from` or a
             name of a bias is unknown, a convolution has keys that are not those of x, dropout has no stream, or with
             `absorb` the context is not all that keys and values are made of by W_k and W_v, or scores are no dot
-            products.
+            products. `types` stand with other keys than those of x, with `crossbatch`, or with another normaliser than
+            Softmax.
         TypeError: Maps are not in a tuple, or `position` or `choice` is of another kind.
     """
 
@@ -142,6 +150,7 @@ class MultiHeadAttention(AttentionMixer):
         crossbatch: Sequence[int] = (),
         dropout: float = 0.0,
         convolution: int = 0,
+        types: Spec | None = None,
         use_bias: bool | Sequence[str] = False,
         score: Any = Dot(),
         bias: Any = None,
@@ -207,6 +216,14 @@ class MultiHeadAttention(AttentionMixer):
                     "weight_maps, dropout or convolution"
                 )
 
+        plain = part_of(self.normalize)
+        if types is not None and not (isinstance(plain, Softmax) and plain.null_logit is None):
+            raise ValueError(f"types is {types} but normalize is {plain}: need Softmax() without a null logit")
+        if types is not None and (keys_from != "self" or self.crossbatch):
+            raise ValueError(
+                f"types is {types} with keys_from={keys_from!r} and crossbatch={self.crossbatch}: need keys of x alone"
+            )
+
         def linear(name: str, inputs: int, outputs: int, *axes: Axis) -> nnx.Linear:
             return linear_map(inputs, outputs, dtype, rngs, axes, use_bias=name in biased)
 
@@ -226,6 +243,7 @@ class MultiHeadAttention(AttentionMixer):
             if convolution
             else {}
         )
+        self.types = built(types, **sizes, dtype=dtype, rngs=rngs)
         self.gate = linear("gate", features, heads * head_dim, "width", by_head) if gate else None
         norm_sizes = {"features": head_dim, "dtype": dtype, "rngs": rngs}
         self.query_norm = built(qk_norm, heads=heads, **norm_sizes)
@@ -266,7 +284,9 @@ class MultiHeadAttention(AttentionMixer):
                 within each document. A choice refuses documents, and for several tokens a state that keeps other tokens
                 in each head. With `convolution`, there is a context, or documents together with a state, or a
                 mask of the tokens other than None, `Causal()` and `Documents(ids)`, which say which tokens follow each
-                other.
+                other. With `types`, another layer takes the keys, or there are several tokens at positions that
+                are known to be beyond their number, or with a state beyond its capacity; where such positions are not
+                known, the row is NaN.
         """
         check_array("x", x)
         store: Any = state if self.keys_from == "self" or self.echo else None  # others hold no tokens of x
@@ -277,6 +297,12 @@ class MultiHeadAttention(AttentionMixer):
             self._check_documents(tokens, store)
         x = tokens.clean(x)
         convolved = self._past(x, tokens, {} if store is None else store.past) if self.convolution else None
+        drawn = self.types is not None and store is None and not self.deterministic
+        facts = {}
+        if self.types is not None:
+            if give is not None:
+                raise ValueError("another layer takes the keys, but not when they expire: need types=None in this one")
+            facts = {} if drawn else {"expires": self.types.expiry(x, tokens)}
 
         if self.echo:
             query, keys, held, store = self._echoed(source, x, tokens, tap, store)
@@ -310,7 +336,7 @@ class MultiHeadAttention(AttentionMixer):
                 state = None if state is None else keys
             elif store is not None:
                 put = store.append if tokens.parents is None else store.beside
-                store = put(key, value, jnp.broadcast_to(tokens.positions, x.shape[:2]))
+                store = put(key, value, jnp.broadcast_to(tokens.positions, x.shape[:2]), facts)
 
         def reads(held: Any, tap: Tap) -> tuple[Array, dict[str, Array]]:
             """Returns what heads read of these keys, and what is measured."""
@@ -320,6 +346,9 @@ class MultiHeadAttention(AttentionMixer):
                 asks = tap("q_rotated", asks)
             if give is not None:
                 give["keys"] = KeyValue(keys.key, keys.value, keys.positions, asks)
+            if self.types is not None and (store is None or x.shape[1] > 1):
+                own, asks = self._typed(x, asks, tokens, held, None if drawn else facts["expires"], store)
+                return self.attended(asks, keys, tokens, tap, store, own=own)
             if self.crossbatch and store is None and not self.deterministic:
                 return self._attend_across(asks, keys, unturned, tokens, tap)
             attends = self._attend_absorbed if self.absorb else self.attended
@@ -355,10 +384,11 @@ class MultiHeadAttention(AttentionMixer):
     def reads_trees(self) -> bool:
         """Whether tokens may be the nodes of a tree.
 
-        A convolution before the keys and a choice of blocks tell tokens apart by their positions, which siblings share.
+        A convolution before the keys, a choice of blocks and types tell tokens apart by their positions, which siblings
+        share.
         A layer that attends as another one keeps no nodes beside its store.
         """
-        return not (self.convolution or self.echo) and self.choice is None
+        return not (self.convolution or self.echo) and self.choice is None and self.types is None
 
     def _source(self, x: Array, context: Any, state: Any) -> Context | KeyValue | None:
         """Returns the context as it is read, checked: that of this call, or the keys of an earlier one in the state."""
@@ -471,6 +501,38 @@ class MultiHeadAttention(AttentionMixer):
             query, memory.key, memory.value, slots, implementation=self.implementation, **options
         )
         return merge(Partial(z, found["lse"]), Partial(read, extras["lse"])).out, {}
+
+    def _typed(
+        self, x: Array, query: Array, tokens: Tokens, held: Any, expiry: Array | None, store: Store | None
+    ) -> tuple[Slots, Array]:
+        """Returns the slots of a call in which types say what is seen, and the queries, NaN in rows beyond its tables.
+
+        Types are drawn where `expiry` is None. One token with a state needs no mask: the store has dropped the others.
+        """
+        own, size = self.slots(tokens), tokens.length if store is None else store.span
+        positions = tokens.positions
+        if not isinstance(positions, jax.core.Tracer) and (last := int(np.max(np.asarray(positions)))) >= size:
+            raise ValueError(
+                f"positions reaches {last}, but types are told apart below {size}: need positions up to there"
+            )
+        query = jnp.where((positions >= size).any(-1)[:, None, None, None], jnp.nan, query)
+        if expiry is None:
+            return dataclasses.replace(own, normalize=self.types.gates(x, tokens, self.heads)), query
+        places = positions[..., None] if store is None else held.positions
+        expiry = expiry if store is None else store.all_statistics["expires"]
+        mask = shown_by(expiry, places, size, self.heads)
+        return dataclasses.replace(own, mask=mask if own.mask is None else own.mask & mask), query
+
+    def _policy(self, capacity: int, store: Policy | None) -> Policy:
+        if self.types is None:
+            return super()._policy(capacity, store)
+        policy = Policy(Unexpired(), capacity) if store is None else store
+        if "expires" not in policy.retain.facts:
+            kind = type(policy.retain).__name__
+            raise ValueError(
+                f"store keeps tokens by {kind}, but types say when they expire: need Policy(Unexpired(), slots)"
+            )
+        return policy
 
     def _attend_absorbed(
         self, query: Array, inputs: KeyValue, tokens: Tokens, tap: Tap, store: None

@@ -128,6 +128,8 @@ def _recorded(model: Any) -> tuple[str, ...]:
             )
         for branch in layers.branches:
             module = branch.module
+            if branch.gate is not None:
+                raise ValueError(f"{where} a gate of a branch (gate): edges need branches that add what they find")
             if branch.norm_sum is not None:
                 raise ValueError(f"{where} a norm of the sum (norm_sum): edges need a stream to which layers only add")
             if branch.mixes and not (isinstance(module, MultiHeadAttention) and module.gate is None):

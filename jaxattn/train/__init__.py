@@ -18,13 +18,21 @@ from jaxattn.train.data import (
     standard_library,
 )
 from jaxattn.train.hooks import csv_log, tensorboard_log
-from jaxattn.train.language import language_loss, masked_language_loss, module_loss, sequence_loss, with_params
+from jaxattn.train.language import (
+    imitation_loss,
+    language_loss,
+    masked_language_loss,
+    module_loss,
+    sequence_loss,
+    with_params,
+)
 from jaxattn.train.loop import Result, TrainConfig, fit
 from jaxattn.train.losses import (
     bits_per_byte,
     classification_loss,
     contrastive_loss,
     distillation_loss,
+    hidden_loss,
     next_token_loss,
     squared_error_loss,
 )
@@ -84,6 +92,8 @@ __all__ = [
     "encode",
     "evaluation_params",
     "fit",
+    "hidden_loss",
+    "imitation_loss",
     "init_state",
     "language_loss",
     "learning_rate",

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxattn.core.attend.mask import Documents
 from jaxattn.core.checks import check_range
-from jaxattn.train.losses import column, next_token_loss
+from jaxattn.train.losses import column, distillation_loss, hidden_loss, next_token_loss
 from jaxattn.train.step import LossFunction, Params
 
 M = TypeVar("M", bound=nnx.Module)
@@ -65,21 +65,83 @@ def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossF
     check_range("z_loss", z_loss, lambda x: (x >= 0) & (x < jnp.inf), "from 0 on")
 
     def loss(model: Any, batch: Any, key: Any) -> Any:
-        tokens = jnp.asarray(column(batch, "tokens"))
-        check_columns(batch, "tokens", "targets", "weights", "documents", "bytes")
-        batch = {name: jnp.asarray(value) for name, value in batch.items()}
-        if "targets" not in batch:
-            batch = batch | _next_tokens(batch)
-        padding = (tokens < 0) & ~_counts_later(batch, tokens)
-        if "documents" not in batch:
-            logits, *_ = model(jnp.where(padding, 0, tokens))
-            return next_token_loss(logits, batch, z_loss)
-        padding |= batch["documents"] < 0
-        documents = jnp.where(padding, -1, batch["documents"])
-        logits, *_ = model(jnp.where(padding, 0, tokens), mask=Documents(documents))
+        tokens, options, batch = _read(batch)
+        logits, *_ = model(tokens, **options)
         return next_token_loss(logits, batch, z_loss)
 
     return module_loss(model, loss)
+
+
+def imitation_loss(
+    student: nnx.Module,
+    teacher: nnx.Module,
+    *,
+    logits: float = 1.0,
+    hidden: float = 1.0,
+    text: float = 1.0,
+    temperature: float = 1.0,
+) -> tuple[Params, LossFunction]:
+    """Returns the parameters of a student, and a loss of it as `fit` takes them: imitation of a teacher, and text.
+
+        total = logits · KD + hidden · H + text · CE
+
+    with KD of `distillation_loss`, H of `hidden_loss` over the residual stream behind every layer, and CE of
+    `next_token_loss`. These are the terms of the first stage of EchoAtt (2024), whose weights are not published; the
+    text may be one that the teacher wrote. The second stage is `language_loss`. Batches, padding and random streams are
+    those of `language_loss`. The teacher is called in evaluation mode, and no gradient reaches it.
+
+    Args:
+        student: The model that learns, `model(tokens, mask=..., record=("resid",)) -> (logits, state, records)`, as a
+            `Transformer`.
+        teacher: The model that is imitated, with as many layers of the same width.
+        logits: The factor of KD, at least 0.
+        hidden: The factor of H, at least 0; at 0 the layers of the teacher may be others.
+        text: The factor of CE, at least 0.
+        temperature: τ of KD, above 0.
+
+    Returns:
+        A pair (parameters, loss). The sums of the loss are those of `next_token_loss`, and `logits_apart` (KD),
+            `hidden_apart` (H) and `agree`.
+
+    Raises:
+        ValueError: A factor is known and below 0, or the temperature not above 0. The loss raises as that of
+            `language_loss`, and where vectors of the two have other shapes.
+    """
+    for name, factor in (("logits", logits), ("hidden", hidden), ("text", text)):
+        check_range(name, factor, lambda x: (x >= 0) & (x < jnp.inf), "from 0 on")
+    check_range("temperature", temperature, lambda x: x > 0, "above 0")
+    imitated = nnx.merge(*nnx.split(teacher))
+    imitated.eval()
+    record = ("resid",) if hidden else ()
+
+    def loss(model: Any, batch: Any, key: Any) -> Any:
+        tokens, options, batch = _read(batch)
+        said, _, records = model(tokens, record=record, **options)
+        wanted, _, seen = imitated(tokens, record=record, **options)
+        total, sums = next_token_loss(said, batch)
+        apart, more = distillation_loss(said, wanted, batch, temperature)
+        sums = sums | {"logits_apart": apart, "agree": more["agree"]}
+        total = text * total + logits * apart
+        if hidden:
+            far, _ = hidden_loss(records["resid"], seen["resid"], batch)
+            total, sums = total + hidden * far, sums | {"hidden_apart": far}
+        return total, sums
+
+    return module_loss(student, loss)
+
+
+def _read(batch: Any) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
+    """Returns the tokens that a model is to see, the mask as an option of its call, and the batch with targets."""
+    tokens = jnp.asarray(column(batch, "tokens"))
+    check_columns(batch, "tokens", "targets", "weights", "documents", "bytes")
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    if "targets" not in batch:
+        batch = batch | _next_tokens(batch)
+    padding = (tokens < 0) & ~_counts_later(batch, tokens)
+    if "documents" not in batch:
+        return jnp.where(padding, 0, tokens), {}, batch
+    padding |= batch["documents"] < 0
+    return jnp.where(padding, 0, tokens), {"mask": Documents(jnp.where(padding, -1, batch["documents"]))}, batch
 
 
 def masked_language_loss(

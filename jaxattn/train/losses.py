@@ -156,6 +156,37 @@ def distillation_loss(
     return total, {"weight": jnp.sum(weights), "agree": jnp.sum(weights * agree)}
 
 
+def hidden_loss(hidden: jax.Array, teacher_hidden: jax.Array, batch: Mapping[str, Any]) -> tuple[jax.Array, Sums]:
+    """Returns the weighted sum over tokens of how far the vectors of a model are from those of its teacher:
+
+        total = Σ wₜ · mean_l ‖hₗₜ − h′ₗₜ‖² / ‖h′ₗₜ‖²
+
+    over layers l, so that layers whose vectors are long do not outweigh the others (after FitNets, Romero et al.,
+    2015). No gradient reaches the teacher. Where a vector of the teacher is 0 the term is 0.
+
+    Args:
+        hidden: h `[L, ..., D]`.
+        teacher_hidden: h′ `[L, ..., D]`.
+        batch: A mapping with perhaps `weights`, `[...]`.
+
+    Returns:
+        A pair (total, sums). `sums` has `weight`.
+
+    Raises:
+        ValueError: Shapes do not fit, or a weight is known and below 0.
+    """
+    check_array("hidden", hidden)
+    _check_shape("teacher_hidden", teacher_hidden, hidden, hidden.shape, "hidden", of_batch=False)
+    counted, weights = _weights(batch, hidden, hidden.shape[1:-1], "hidden")
+    student, teacher = (
+        jnp.where(counted[..., None], _wide(x), 0) for x in (hidden, jax.lax.stop_gradient(teacher_hidden))
+    )
+    length = (teacher**2).sum(-1)
+    far = ((student - teacher) ** 2).sum(-1)
+    each = jnp.where(length > 0, far / jnp.where(length > 0, length, 1), 0).mean(0)
+    return jnp.sum(weights * each), {"weight": jnp.sum(weights)}
+
+
 def contrastive_loss(
     queries: jax.Array, keys: jax.Array, batch: Mapping[str, Any], temperature: Any = 0.07
 ) -> tuple[jax.Array, Sums]:

@@ -19,7 +19,7 @@ def call(store, key, value, positions, mass):
     store = store.append(key, value, positions)
     seen = store.read(jnp.ones((len(key), key.shape[1], K, H)))
     mass = mass[:, : seen.positions.shape[1]]
-    return store.observe({"mass": mass} if store.measures else {}, seen)
+    return store.observe({"mass": mass} if store.measures() else {}, seen)
 
 
 def filled(policy, pieces, length=C, padding=0, dtype=jnp.float32):

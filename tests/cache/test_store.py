@@ -257,4 +257,4 @@ def test_policies_out_of_range_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    assert not Everything().measures(jnp.zeros(1))
+    assert not Everything().measures(jnp.zeros(1), 1)

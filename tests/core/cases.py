@@ -34,7 +34,7 @@ from jaxattn import (
     attend,
     part,
 )
-from jaxattn.core.attend import Ancestors, Dilated, Expires, Graph, Within
+from jaxattn.core.attend import Ancestors, Dilated, Expires, Graph, Pieces, Within
 from jaxattn.core.attend.mask import places_in_documents
 
 IMPLEMENTATIONS = ("dense", "rows", "tiled")
@@ -84,6 +84,16 @@ PARENTS = np.array(
 )
 
 
+PIECE_IDS = np.array(
+    [[-1, -1, 0, 0, 0, 1, 1, 2, 2, 2, 2, -2, -2, -2, -2, -2], [-1, 3, 0, 3, -1, 0, 0, 1, 1, -2, 1, 1, 0, 0, 0, 0]]
+)
+
+
+def in_pieces(ids, query, key) -> bool:
+    of_query, of_key = (ids[at] if at < len(ids) else -2 for at in (query, key))
+    return of_query == -2 or of_key == -1 or of_query == of_key
+
+
 def descends(parents, node, ancestor) -> bool:
     while node > ancestor:
         node = parents[node]
@@ -107,6 +117,7 @@ MASKS: dict[str, tuple[Mask | None, Callable]] = {
         Documents(jnp.asarray(IDS[:10]), jnp.asarray(BATCH_IDS)),
         lambda b, n, p, r: p < 10 and IDS[p] >= 0 and IDS[p] == BATCH_IDS[b[-1], r],
     ),
+    "pieces": (Pieces(jnp.asarray(PIECE_IDS)), lambda b, n, p, r: in_pieces(PIECE_IDS[b[-1]], p, r)),
     "lengths": (Lengths(jnp.asarray(LENGTHS)), lambda b, n, p, r: r < LENGTHS[b[-1]]),
     "explicit by head": (Explicit(jnp.asarray(BY_HEAD)), lambda b, n, p, r: BY_HEAD[n, p, r]),
     "explicit by batch": (

@@ -131,6 +131,27 @@ def keep(w, kept):
     return left * w.sum(-1, keepdims=True) / np.where(left.sum(-1, keepdims=True) != 0, left.sum(-1, keepdims=True), 1)
 
 
+def keep_groups(r, count, top):
+    """Keeps the groups of a row with the largest sums of a few weights, or means; by a loop."""
+
+    def mapped(w, visible):
+        kept = np.zeros(w.shape, bool)
+        for row in np.ndindex(*w.shape[:-1]):
+            ids = np.broadcast_to(np.where(r < S, GROUPS[np.clip(r, 0, S - 1)], -1), (B, 1, 1, w.shape[-1]))[
+                row[0], 0, 0
+            ]
+            scores = {}
+            for group in range(3):
+                of_group = w[row][(ids == group) & np.broadcast_to(visible, w.shape)[row]]
+                if len(of_group):
+                    scores[group] = np.sort(of_group)[::-1][:top].sum() if top else of_group.mean()
+            best = sorted(scores, key=lambda g: (-scores[g], g))[:count]
+            kept[row] = np.isin(ids, best) | (ids < 0)
+        return keep(w, kept)
+
+    return mapped
+
+
 def drop_top_k(k, rate, p, r):
     coins = draws(p, r, noise.uniform)
 
@@ -378,6 +399,12 @@ SLOTS: dict[str, Slot] = {
     ),
     "DropTopK": a_map(
         "weight_maps", lambda a: ja.DropTopK(5, 0.6, KEY), lambda a, p, r: drop_top_k(5, 0.6, p, r), **ROWS
+    ),
+    "KeepGroups": a_map(
+        "weight_maps", lambda a: ja.KeepGroups(GROUPS, 1, 2), lambda a, p, r: keep_groups(r, 1, 2), **ROWS
+    ),
+    "KeepGroups by means": a_map(
+        "weight_maps", lambda a: ja.KeepGroups(GROUPS, 2, 0), lambda a, p, r: keep_groups(r, 2, 0), **ROWS
     ),
     "Reallocate": a_map(
         "weight_maps",

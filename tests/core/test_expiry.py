@@ -17,6 +17,7 @@ from jaxattn.core.attend import (
     GatedSoftmax,
     choose_types,
     lifetime_pressure,
+    pressed,
     token_expiry,
     type_gates,
 )
@@ -169,3 +170,16 @@ def test_errors_name_what_is_wrong():
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_pressure_is_a_term_of_the_loss_that_only_the_backward_pass_sees():
+    choice = jax.nn.one_hot(np.random.default_rng(4).integers(0, 3, (2, T)), 3)
+    weights = jnp.asarray(np.random.default_rng(5).standard_normal(choice.shape), jnp.float32)
+
+    def loss(choice, press):
+        return (weights * press(choice)).sum()
+
+    value, slope = jax.value_and_grad(loss)(choice, lambda x: pressed(x, 0.25))
+    whole = jax.grad(lambda choice: loss(choice, lambda x: x) + 0.25 * lifetime_pressure(choice).sum())(choice)
+    assert value == loss(choice, lambda x: x)
+    np.testing.assert_allclose(slope, whole, rtol=1e-6)

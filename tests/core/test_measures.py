@@ -78,6 +78,14 @@ def at(w, seen, p, r):
     return out
 
 
+def latest(w, p, now, count):
+    out = np.zeros((w.shape[0], w.shape[3], count, w.shape[1]))
+    for b, i in np.ndindex(len(w), count):
+        for t in np.flatnonzero(p == now[b] - i) if p.ndim == 1 else np.flatnonzero(p[b] == now[b] - i):
+            out[b, :, i] = w[b, :, t].T
+    return out
+
+
 def by_row(x):
     return np.moveaxis(x, 1, 2)
 
@@ -119,6 +127,7 @@ MEASURES = {
     ),
     "at lags": (ja.AtLags((3, 0, 1)), lambda w, seen, p, r: by_row(at_lags(w, p, r, (3, 0, 1)))),
     "rows": (ja.RowsOf(AT), at),
+    "latest": (ja.Latest(jnp.array([7, 12]), 3), lambda w, seen, p, r: latest(w, p, (7, 12), 3)),
     "lookback": (ja.Lookback(SPLIT), lambda w, seen, p, r: by_row(lookback(w, seen, p, r))),
 }
 KINDS = ("Dot", "Sigmoid", "Sparsemax", "everything on rows")

@@ -27,12 +27,13 @@ def operands(sizes, axis):
     return draw(size=(*batch, heads, length, width)), draw(size=(*batch, groups, columns, 5))
 
 
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("name", SIZES)
-def test_it_is_the_product_of_each_head_with_its_group(name, axis):
+def test_it_is_the_product_of_each_head_with_its_group(name, axis, gathered):
     rows, columns = operands(SIZES[name], axis)
     with jax.enable_x64(True):
-        actual = grouped_matmul(jnp.asarray(rows), jnp.asarray(columns), axis)
+        actual = grouped_matmul(jnp.asarray(rows), jnp.asarray(columns), axis, gathered)
         repeated = columns.repeat(rows.shape[-3] // columns.shape[-3], -3)
         expected = rows @ (repeated.swapaxes(-1, -2) if axis == -1 else repeated)
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-13)

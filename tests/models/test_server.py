@@ -56,6 +56,17 @@ def test_each_request_gets_what_generate_gives_it_alone(layers, policy, meta):
     assert {results[number].reason for number in results} == {"end", "length"}
 
 
+def test_a_row_that_joins_brings_no_pool_for_the_others():
+    server = Server(shared((PLAIN,)), slots=3, capacity=8, store=Policy(storage=Paged(2, 9)))
+    server.submit(PROMPTS[0][:3], max_new_tokens=3, **GREEDY)
+    assert server.step()
+    row, all_rows = (
+        state[0][0].held for state in (server._empty(), server._state)
+    )  # each layer has its own, [1, pages, ..]
+    assert (row["key"].shape[1], all_rows["key"].shape[1]) == (4, 9)
+    assert (np.asarray(all_rows["table"][0]) >= 0).sum(-1).tolist() == [2, 0, 0]  # four tokens of the request
+
+
 def test_rows_that_were_left_hold_nothing():
     server = Server(shared((PLAIN,)), slots=2)
     server.submit(PROMPTS[0], max_new_tokens=2, **GREEDY)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxattn import Causal, Sinks, Window, attend, nn
+from jaxattn import Causal, Documents, Sinks, Window, attend, nn
 from jaxattn.analysis import attention_similarity, similar_blocks
 from jaxattn.cache import HeavyHitters, Policy, Quest, Recent
 from jaxattn.models import (
@@ -22,6 +22,7 @@ from jaxattn.models import (
     share_attention,
     to_plain,
 )
+from jaxattn.train import distillation_loss, hidden_loss, imitation_loss, language_loss
 
 B, T, D, N, K, V, L = 2, 10, 16, 4, 2, 11, 4
 EPS = float(np.finfo(np.float32).eps)
@@ -130,6 +131,36 @@ def test_the_maps_of_the_first_learn_from_all_layers_of_the_block(shared):
     echoes = still.runs[1].branches[0].module
     echoes.value.kernel[...] = jnp.zeros_like(echoes.value.kernel[...])
     assert abs(slope(shared) - slope(still)).max() > 1e-3 * abs(slope(shared)).max()
+
+
+def test_imitation_is_the_sum_of_its_terms_and_ends_at_the_teacher(model, shared):
+    """Of packed rows with padding; the student that is the teacher has nothing left but the text."""
+    documents = jnp.asarray(np.array([[0] * 4 + [1] * 6, [0] * 7 + [-1] * 3]))
+    batch = {"tokens": jnp.asarray(np.where(documents < 0, -100, TOKENS)), "documents": documents}
+    options = {"mask": Documents(documents), "record": ("resid",)}
+    seen = [each(jnp.where(documents < 0, 0, TOKENS), **options) for each in (shared, model)]
+    text, sums = language_loss(shared)[1](nnx.state(shared, nnx.Param), batch, None)
+    inside = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
+    counts = {"weights": jnp.pad(inside, ((0, 0), (0, 1))).astype(jnp.float32)}
+    logits, _ = distillation_loss(seen[0][0], seen[1][0], counts, 2.0)
+    hidden, _ = hidden_loss(seen[0][2]["resid"], seen[1][2]["resid"], counts)
+    factors = {"logits": 0.5, "hidden": 3.0, "text": 0.25}
+    params, loss_fn = imitation_loss(shared, model, temperature=2.0, **factors)
+    total, found = loss_fn(params, batch, None)
+    close(total, 0.5 * logits + 3.0 * hidden + 0.25 * text, 100)
+    close(found["logits_apart"], logits, 100)
+    close(found["hidden_apart"], hidden, 100)
+    close(found["nll"], sums["nll"], 100)
+    params, loss_fn = imitation_loss(model, model, text=0.0)
+    assert float(loss_fn(params, batch, None)[0]) == 0
+    params, loss_fn = imitation_loss(model, model, hidden=0.0)
+    assert "hidden_apart" not in loss_fn(params, batch, None)[1]
+    for options, message in (
+        ({"hidden": -1.0}, r"hidden holds -1\.0: need"),
+        ({"temperature": 0.0}, "temperature holds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            imitation_loss(shared, model, **options)
 
 
 def test_similarity_is_the_mean_cosine_of_rows():

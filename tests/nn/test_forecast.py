@@ -9,7 +9,7 @@ from multi_head import randomise
 
 from jaxattn import Causal, attend
 from jaxattn.cache import Convolutions, Forecasted, LastRow, MeanOverTime, Policy
-from jaxattn.core.attend import BlockMax, LastRows, attention_weights
+from jaxattn.core.attend import BlockMax, attention_weights
 from jaxattn.models import Spec, Transformer, TransformerConfig, attention_history, fit_forecast, pre_norm
 from jaxattn.nn import AttentionForecast, MultiHeadAttention, Tap, Tokens
 
@@ -19,25 +19,19 @@ X = jnp.asarray(np.random.default_rng(4).standard_normal((B, T, D)), jnp.float32
 RAGGED = np.stack([np.arange(T), np.where(np.arange(T) < 3, -1, np.arange(T) - 3)])
 
 
-def test_the_measures_are_their_definitions():
-    """Row 1 is padded at both ends: its newest query is not the last one, and its last slots hold nothing."""
+def test_the_largest_weight_of_blocks_is_its_definition():
+    """Row 1 is padded at both ends, and a key behind the last block counts for none."""
     rng = np.random.default_rng(0)
     query, key = (jnp.asarray(rng.standard_normal((2, 9, heads, 4)), jnp.float32) for heads in (N, K))
     places = np.stack([np.arange(9), [-1, 0, 1, 2, 3, 4, 5, -1, -1]])
     at = {"query_positions": jnp.asarray(places), "key_positions": jnp.asarray(places)}
-    measures = {"last": LastRows(jnp.array([8, 5]), 8), "blocks": BlockMax(3, 2)}
-    _, extras = attend(query, key, key, mask=Causal(), measures=measures, **at)
+    _, extras = attend(query, key, key, mask=Causal(), measures={"blocks": BlockMax(3, 2)}, **at)
     weights = np.asarray(attention_weights(query, key, mask=Causal(), **at)[0])  # [B, N, T, S]
-    last, blocks = np.zeros((2, 9, N, 8)), np.zeros((2, 9, N, 2))
-    for b, t in np.ndindex(2, 9):
-        place = places[b, t]
-        if place >= 0 and (row := 7 - (places[b].max() - place)) >= 0:
-            last[b, :, :, row] = weights[b, :, t].T
-        for s in range(9):
-            if 0 <= places[b, s] < 6:
-                at_block = blocks[b, t, :, places[b, s] // 3]
-                at_block[:] = np.maximum(at_block, weights[b, :, t, s])
-    np.testing.assert_allclose(extras["last"], last, atol=1e-6)
+    blocks = np.zeros((2, 9, N, 2))
+    for b, t, s in np.ndindex(2, 9, 9):
+        if 0 <= places[b, s] < 6:
+            of_block = blocks[b, t, :, places[b, s] // 3]
+            of_block[:] = np.maximum(of_block, weights[b, :, t, s])
     np.testing.assert_allclose(extras["blocks"], blocks, atol=1e-6)
 
 

@@ -13,10 +13,12 @@ from multi_head import randomise
 from jaxattn import Causal, Explicit, nn, rotary
 from jaxattn.cache import (
     Attentive,
+    ByHistory,
     Dense,
     Everything,
     Forecasted,
     HeavyHitters,
+    HistoryScorer,
     MeanKeys,
     MeanOverTime,
     Memory,
@@ -37,6 +39,10 @@ from jaxattn.nn import MultiHeadAttention, Tap, Tokens
 B, T, D, N, K = 2, 24, 16, 4, 2
 EPS = float(np.finfo(np.float32).eps)
 X = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
+SCORER = HistoryScorer.zeros(4, 2, 3)
+SCORER = jax.tree.map(
+    lambda x: x + jnp.asarray(np.random.default_rng(5).standard_normal(x.shape) / 4, jnp.float32), SCORER
+)
 POLICIES = {
     "sinks and recent": Policy(Recent(2), 8),
     "a ring": Policy(Recent(0), 5),
@@ -59,6 +65,7 @@ RETAIN = {
     "attended last": Attentive("last", 2, 1, 2),
     "attended most": Attentive("count", 1, 0, 2),
     "spans of heads": Spans(jnp.array([1.0, 5.5]), jnp.array([0.25, 0.0]), 1),
+    "histories": ByHistory(SCORER, every=5, window=4, hop=2),
 }
 SELECT = {
     "read whole": None,
@@ -190,6 +197,9 @@ def test_with_room_for_all_every_policy_is_the_whole_cache(module, name):
         policy = dataclasses.replace(policy, select=select)
     if isinstance(policy.retain, Spans):
         policy = dataclasses.replace(policy, retain=Spans(0, 1.0))
+    if isinstance(policy.retain, ByHistory):
+        scorer = dataclasses.replace(SCORER, score=(SCORER.score[0], jnp.full(1, jnp.inf)))
+        policy = dataclasses.replace(policy, retain=dataclasses.replace(policy.retain, scorer=scorer))
     whole, _ = module(X)
     for cut in ([1] * T, [11, *[1] * 13]):
         y, _ = decoded(module, policy, PADDING["none"], cut)
@@ -327,10 +337,14 @@ GRADIENTS = {
     "recycled": Policy(select=Recycled(5, 4, 0.9)),
     "local or all": Policy(select=QAdA(1, 5, 0.5)),
     "pages of a pool": Policy(Attentive("last", 2, 1, 2), 6, MeanKeys(2, 2), storage=Paged(2)),
+    "histories": Policy(ByHistory(SCORER, every=5, window=4, hop=2), 6),
 }
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
+SLOW = {"histories": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in GRADIENTS])
 def test_gradients_through_decoding_are_finite_differences(name):
     """In float64, of inputs and of every parameter: what is kept is piecewise constant, what is read is not."""
     with jax.enable_x64(True):

@@ -15,6 +15,7 @@ from jaxattn.train import (
     classification_loss,
     contrastive_loss,
     distillation_loss,
+    hidden_loss,
     next_token_loss,
     squared_error_loss,
 )
@@ -322,3 +323,29 @@ def test_batches_that_do_not_fit_a_loss_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             loss(x, batch)
+
+
+def test_the_loss_of_layers_is_a_relative_distance_to_the_teacher():
+    """By a loop in float64, with a vector of the teacher that is 0, and NaN where nothing counts."""
+    rng = np.random.default_rng(0)
+    student, teacher = rng.standard_normal((2, 3, 2, 4, 5))  # [layers, batch, tokens, channels]
+    teacher[1, 0, 2] = 0
+    weights = np.array([[1.0, 0.0, 2.0, 0.5], [0.0, 1.0, 1.0, 3.0]])
+    expected = 0.0
+    for layer, row, token in np.ndindex(3, 2, 4):
+        length = (teacher[layer, row, token] ** 2).sum()
+        far = ((student[layer, row, token] - teacher[layer, row, token]) ** 2).sum()
+        expected += weights[row, token] * (far / length if length else 0) / 3
+    student[:, 0, 1], teacher[:, 1, 0] = np.nan, np.nan
+    given = jnp.asarray(student), jnp.asarray(teacher), {"weights": jnp.asarray(weights)}
+    (total, sums), slopes = jax.value_and_grad(hidden_loss, argnums=(0, 1), has_aux=True)(*given)
+    assert float(total) == pytest.approx(expected, rel=40 * EPS)
+    assert float(sums["weight"]) == 8.5
+    assert np.isfinite(slopes[0]).all()
+    assert (slopes[0][:, 0, 1] == 0).all()
+    assert abs(slopes[0]).max() > 0
+    assert (slopes[1] == 0).all()
+    with pytest.raises(
+        ValueError, match=r"teacher_hidden has shape \(2, 2, 4, 5\) but hidden has shape \(3, 2, 4, 5\)"
+    ):
+        hidden_loss(given[0], given[1][:2], {})

@@ -22,7 +22,7 @@ from jaxattn.core.attend.mask import Mask
 from jaxattn.core.attend.measure import LinearMeasure, Measure
 from jaxattn.core.attend.normalize import Normalize, Softmax, Streaming
 from jaxattn.core.attend.rows import rows
-from jaxattn.core.attend.schedule import FEW_QUERIES, READ_BYTES
+from jaxattn.core.attend.schedule import COPIED_BYTES, FEW_QUERIES
 from jaxattn.core.attend.score import Dot
 from jaxattn.core.attend.slots import Slots
 from jaxattn.core.attend.tiled import apart_of, tiled
@@ -326,7 +326,7 @@ def _choose(
     sees_all = given.slots.mask is None and given.key_positions is None
     few = not small and sees_all and DENSE_SHARE * size <= held_anyway
     # A few queries that see some keys, as in decoding: zeros for what they must not see would be a copy of all keys.
-    decoding = query.shape[-3] <= FEW_QUERIES and not sees_all and held_anyway > READ_BYTES
+    decoding = query.shape[-3] <= FEW_QUERIES and not sees_all and held_anyway > COPIED_BYTES
     decoding &= jax.default_backend() == "cpu"
     needs = needs_of(given)
     by_rows, by_matrix = (" and ".join(needs[need]) for need in ("rows", "matrix"))

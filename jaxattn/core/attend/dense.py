@@ -81,7 +81,8 @@ def read(
     weights = view.weights
     if isinstance(call.slots.dropout, Seeded):
         weights = call.slots.dropout(weights, tile)
-    out = grouped_matmul(weights, call.value.swapaxes(-2, -3).astype(weights.dtype))
+    values = call.value.swapaxes(-2, -3).astype(weights.dtype)
+    out = grouped_matmul(weights, values, gathered=tile.key.shape[-3] > 1)
     out = out if rows is None else jnp.where(rows[..., None], jnp.nan, out)
     return out.swapaxes(-2, -3), told[0].lse.swapaxes(-1, -2), measured
 

@@ -4,6 +4,7 @@ A token has one of three types: GLOBAL is seen for ever, LOCAL up to the next gl
 WINDOW by a number of tokens after it.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -31,6 +32,39 @@ NEVER: int = int(np.iinfo(np.int32).max)
 """The last position that sees a token which does not expire."""
 
 
+OPEN: int = NEVER - 1
+"""What stands for the last position that sees a local token, as long as no global token has come after it."""
+
+
+def open_expiry(
+    types: Int[Array, "*b t"], positions: Int[Array, "*#b t"], window: Int[Array, ""] | int
+) -> Int[Array, "*b t"]:
+    """Returns the last position that sees each token, as far as it is known when the token comes.
+
+        GLOBAL: NEVER,   LOCAL: OPEN, up to a global token to come,   WINDOW: position + window
+
+    Args:
+        types: [..., T] of GLOBAL, LOCAL and WINDOW.
+        positions: [..., T], where the tokens stand.
+        window: The number of later tokens that see a token of type WINDOW, at least 0.
+    """
+    of_window = jnp.where(types == LOCAL, OPEN, jnp.asarray(positions) + window)
+    return jnp.where(types == GLOBAL, NEVER, of_window).astype(jnp.int32)
+
+
+def closed_expiry(expires: Int[Array, "*b t"]) -> Int[Array, "*b t"]:
+    """Returns the last position that sees each token, `NEVER` for those that no later token ends.
+
+    Args:
+        expires: [..., T], as from `open_expiry`, of the tokens at positions 0..T−1.
+    """
+    places = jnp.arange(expires.shape[-1], dtype=jnp.int32)
+    of_global = jnp.where(expires == NEVER, places, NEVER)
+    following = jnp.concatenate([of_global[..., 1:], jnp.full_like(of_global[..., :1], NEVER)], -1)
+    following = jax.lax.cummin(following, axis=expires.ndim - 1, reverse=True)
+    return jnp.where(expires == OPEN, following, expires)
+
+
 def token_expiry(types: Int[Array, "*b t"], window: int) -> Int[Array, "*b t"]:
     """Returns the last position that sees each token, `NEVER` for those that do not expire.
 
@@ -48,11 +82,7 @@ def token_expiry(types: Int[Array, "*b t"], window: int) -> Int[Array, "*b t"]:
     """
     check_static_int("token_expiry", "window", window, 0)
     types = jnp.asarray(types)
-    places = jnp.arange(types.shape[-1], dtype=jnp.int32)
-    of_global = jnp.where(types == GLOBAL, places, NEVER)
-    following = jnp.concatenate([of_global[..., 1:], jnp.full_like(of_global[..., :1], NEVER)], -1)
-    following = jax.lax.cummin(following, axis=types.ndim - 1, reverse=True)
-    return jnp.where(types == GLOBAL, NEVER, jnp.where(types == LOCAL, following, places + window))
+    return closed_expiry(open_expiry(types, jnp.arange(types.shape[-1], dtype=jnp.int32), window))
 
 
 @part
@@ -176,6 +206,32 @@ def lifetime_pressure(choice: Float[Array, "*b t 3"]) -> Float[Array, "*b"]:
     closes = jnp.minimum(token_expiry(hard.argmax(-1), 0), length - 1)
     costs = jnp.stack([jnp.broadcast_to(length - places, closes.shape), closes - places, jnp.zeros_like(closes)], -1)
     return (costs * hard * choice).sum((-1, -2)) / length
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def pressed(choice: Float[Array, "*b t 3"], strength: float) -> Float[Array, "*b t 3"]:
+    """Returns the choice as it is, and adds strength · ∂ `lifetime_pressure` / ∂ choice to its gradient.
+
+    So the pressure on lifetimes needs no place in a loss: it acts as if strength · Σ `lifetime_pressure(choice)` were
+    added to whatever is differentiated. The paper adds it in the backward pass too.
+
+    Args:
+        choice: [..., T, 3], one-hot, as from `choose_types`.
+        strength: λ, the price of one token that is kept for the whole length.
+    """
+    return choice
+
+
+def _pressed_forward(choice: Array, strength: float) -> tuple[Array, Array]:
+    return choice, choice
+
+
+def _pressed_backward(strength: float, choice: Array, slope: Array) -> tuple[Array]:
+    of_lifetimes = jax.grad(lambda choice: lifetime_pressure(choice).sum())(choice)
+    return (slope + strength * of_lifetimes,)
+
+
+pressed.defvjp(_pressed_forward, _pressed_backward)
 
 
 @part

@@ -214,7 +214,7 @@ class Convolution(Map):
 # Maps of weights. Those that take some away give it to the rest of the row, whose total stays what it was.
 
 
-def _keep(weights: Block, kept: Bool[Array, "*b n t s"]) -> Block:
+def kept_weights(weights: Block, kept: Bool[Array, "*b n t s"]) -> Block:
     """Keeps some weights, scaled so that each row's total stays as before; a row that keeps none is zeros."""
     left = jnp.where(kept, weights, 0)
     return left * ratio(weights.sum(-1, keepdims=True), left.sum(-1, keepdims=True))
@@ -238,7 +238,7 @@ class TopKWeights(Map):
         check_static_int("TopKWeights", "k", self.k, 1)
 
     def __call__(self, x, tile):
-        return _keep(x, largest(x, tile.visible, self.k)[0])
+        return kept_weights(x, largest(x, tile.visible, self.k)[0])
 
 
 @part
@@ -276,7 +276,7 @@ class DropTopK(Map):
         counts = np.floor(self.rate * np.arange(index.shape[-1] + 1) + 1e-9).astype(np.int32)
         count = jnp.asarray(counts)[top.sum(-1, keepdims=True)]
         dropped = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, rank < count, axis=-1, inplace=False)
-        return _keep(x, ~dropped)
+        return kept_weights(x, ~dropped)
 
 
 @part

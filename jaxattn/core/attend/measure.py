@@ -380,35 +380,35 @@ class RowsOf(Measure):
 
 
 @part
-class LastRows(Measure):
-    """All weights of the last `count` queries of each batch entry, the newest last. [..., S, N, count]
+class Latest(Measure):
+    """The weights that each key gets from the last queries, one by one, [..., S, count, N]: entry i is from now − i.
 
-    Rows are zeros where no query stands.
+    Entries are 0 where no query stands. Memory is that of `count` rows of weights.
 
     Attributes:
-        last: The position of the newest query, one number or one per batch entry [...].
-        count: The number of positions, at least 1.
+        now: The position of the newest query, one number or one per batch entry [...].
+        count: The number of positions up to `now`, at least 1.
 
     Raises:
         TypeError: `count` is not an int.
         ValueError: `count` is below 1.
     """
 
-    last: Int[Array, "*batch"] | int
+    now: Int[Array, "*batch"] | int
     count: int
 
     over: ClassVar[Literal["rows", "sum"]] = "sum"
 
     def __post_init__(self):
-        check_static_int("LastRows", "count", self.count, 1)
+        check_static_int("Latest", "count", self.count, 1)
 
     def __call__(self, view, tile):
-        asked = jnp.asarray(self.last)[..., None] - jnp.arange(self.count)[::-1]  # [..., count]
-        at = tile.query[..., 0, :, 0][..., None, :]
-        here = (asked[..., None] == at) & (at >= 0)  # [..., count, T]
-        weights = jnp.where(here.any(-2)[..., None, :, None], view.weights, 0)
-        rows = jnp.matmul(here.astype(weights.dtype)[..., None, :, :], weights, precision=jax.lax.Precision.HIGHEST)
-        return jnp.moveaxis(rows, -1, -3)
+        asked = jnp.asarray(self.now)[..., None] - jnp.arange(self.count)
+        queries = tile.query[..., 0, :, 0]
+        here = (asked[..., :, None] == queries[..., None, :]) & (queries >= 0)[..., None, :]  # [..., count, T]
+        weights = jnp.where(here.any(-2)[..., None, :, None], view.weights, 0)  # others may be NaN
+        rows = jnp.matmul(here[..., None, :, :].astype(weights.dtype), weights, precision=jax.lax.Precision.HIGHEST)
+        return jnp.moveaxis(rows, -1, -3).swapaxes(-1, -2)  # from [..., N, count, S]
 
 
 @part

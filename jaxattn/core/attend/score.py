@@ -59,7 +59,7 @@ class Dot(Score):
                 f"query has head dim {query.shape[-1]} but key has {key.shape[-1]}: Dot needs them to be equal"
             )
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return grouped_matmul(query, key, -1) * scale
+        return grouped_matmul(query, key, -1, gathered=tile.key.shape[-3] > 1) * scale
 
 
 def _spread(heads: Float[Array, "*b k s h"], count: int) -> Float[Array, "*b n s h"]:
