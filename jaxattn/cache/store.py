@@ -15,13 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.cache.key_position import Absolute, KeyPosition
 from jaxattn.cache.retain import Attended, Everything, Retain
-from jaxattn.cache.select import Select, chosen
+from jaxattn.cache.select import Remembered, Select, Sizes, Step, chosen, paged
 from jaxattn.cache.storage import Dense, Storage, take_slots, write_slots
 from jaxattn.core.attend.mask import Mask
 from jaxattn.core.attend.measure import Measure
 from jaxattn.core.part import part
 
-BY_ROW = ("positions", "last", "statistics", "summary", "past", "fresh")  # fields with a batch axis, beside `held`
+# The fields with a batch axis, beside `held`.
+BY_ROW = ("positions", "last", "statistics", "summary", "remembered", "past", "fresh")
 
 
 class Held(NamedTuple):
@@ -32,6 +33,9 @@ class Held(NamedTuple):
         value: [B, S, K, V].
         positions: [B, S, 1 or K], where they stand.
         slots: The slots that they are in, or None.
+        query: [B, T, N, H], the queries that read them, if the policy that chose them looks back at them; else None.
+        asked: [B, T], the positions of these queries, likewise.
+        whole: Which rows, or key heads, read all slots, [B, 1 or K]; None for all.
         facts: What the layer gave of tokens beside a store, by name.
     """
 
@@ -39,6 +43,9 @@ class Held(NamedTuple):
     value: Float[Array, "b s k v"]
     positions: Int[Array, "b s g"]
     slots: Int[Array, "b s g"] | None = None
+    query: Float[Array, "b t n h"] | None = None
+    asked: Int[Array, "b t"] | None = None
+    whole: Bool[Array, "b g"] | None = None
     facts: Any = None
 
 
@@ -54,6 +61,7 @@ class Store:
         statistics: The statistics of `retain` on each slot, by name.
         select: The policy that says which pages a single query reads; None for all.
         summary: The summary of each page that `select` uses.
+        remembered: What `select` remembers of earlier steps.
         budget: The number of slots that may be filled, one number or one per key head [K]; None for all C.
         past: The earlier tokens that a convolution before the keys sees.
         fresh: Tokens that came together, until they were attended to.
@@ -71,6 +79,7 @@ class Store:
     statistics: Any = dataclasses.field(default_factory=dict)
     select: Select | None = None
     summary: Any = None
+    remembered: Remembered = dataclasses.field(default_factory=lambda: Remembered({}, {}))
     budget: Int[Array, "..."] | None = None
     past: Any = dataclasses.field(default_factory=dict)
     fresh: Any = None
@@ -138,8 +147,12 @@ class Store:
         return new._written(slots, key, value, positions[..., None], facts)
 
     def measures(self, queries: int = 1) -> Mapping[str, Measure]:
-        """Returns the measures of attention that `observe` needs, of what so many queries `read`."""
-        return self.retain.measures(self.last, queries)
+        """Returns the measures of attention that `observe` needs, of what so many queries `read`.
+
+        Those of `select` are named "select.*".
+        """
+        own = {} if self.select is None else self.select.measures(self.last, queries)
+        return {**self.retain.measures(self.last, queries), **{f"select.{name}": x for name, x in own.items()}}
 
     def _own_slots(self, positions: Int[Array, "b t"]) -> Int[Array, "b t 1"]:
         """Returns the slots of tokens that each have the slot of their position; C for padding."""
@@ -171,10 +184,11 @@ class Store:
         Raises:
             ValueError: The policy looks at attention, and what queries of the other tokens saw cannot be taken out.
         """
-        if self.measures():
+        if self.measures() or self._remembers:
+            kind = type(self.retain if self.retain.measures(self.last, 1) else self.select).__name__
             raise ValueError(
-                f"the store keeps tokens by the attention that they get ({type(self.retain).__name__}), and that of "
-                "nodes which are gone counts no more: need a policy that does not look at attention"
+                f"the store keeps or reads tokens by the attention that they get ({kind}), and that of nodes which are "
+                "gone counts no more: need a policy that does not look at attention"
             )
         positions = jnp.where(chosen, self.fresh.positions[..., 0], -1)
         fresh = self.fresh
@@ -211,13 +225,31 @@ class Store:
         places = write_slots(self.positions, slots, jnp.broadcast_to(positions, by_slot))
         held = self.storage.write(self.held, slots, key, value, places)
         new = dataclasses.replace(self, held=held, positions=places, statistics=statistics)
-        return new if self.select is None else new._summarised(slots if slots.shape[1] == 1 else None)
+        if self.select is None:
+            return new
+        marks, rows = self.remembered
+        if marks:
+            begin = self.select.start(self._sizes._replace(slots=slots.shape[1])).slots
+            marks = {name: write_slots(x, slots, begin[name]) for name, x in marks.items()}
+        new = dataclasses.replace(new, remembered=Remembered(marks, rows))
+        return new._summarised(slots if slots.shape[1] == 1 else None)
+
+    @property
+    def _sizes(self) -> Sizes:
+        """The sizes that a `Select` is told."""
+        key = jax.eval_shape(lambda: self.key)
+        return Sizes(*key.shape)
+
+    @property
+    def _remembers(self) -> bool:
+        """Whether the policy of what is read looks back at earlier steps."""
+        return bool(self.remembered.slots or self.remembered.rows)
 
     def _summarised(self, slots: Int[Array, "b 1 g"] | None) -> "Store":
         """Returns the store with the summary of the page of these slots made anew, or of all pages."""
         select: Any = self.select
         if slots is None:
-            key, there = (_pages(x, select.size) for x in (self.key, self.positions >= 0))
+            key, there = (paged(x, select.size) for x in (self.key, self.positions >= 0))
             return dataclasses.replace(self, summary=select.summarise(key, jnp.broadcast_to(there, key.shape[:-1])))
         page = jnp.minimum(slots // select.size, self.positions.shape[1] // select.size - 1)
         of_page = page * select.size + jnp.arange(select.size)[:, None]  # [B, size, G]
@@ -228,29 +260,89 @@ class Store:
             self, summary=jax.tree.map(lambda all_, x: write_slots(all_, page, x), self.summary, made)
         )
 
-    def read(self, query: Float[Array, "b t n h"]) -> Held:
+    def whole(self, query: Float[Array, "b t n h"], asked: Int[Array, "b t"]) -> Bool[Array, "b g"] | None:
+        """Returns which rows, or key heads, read all slots in this step; None if that is not a question of the step.
+
+        Args:
+            query: The queries, as they meet the keys.
+            asked: Their positions; −1: none.
+        """
+        if not self._chooses(query):
+            return None
+        found = self.select.whole(self._by_group(query), self)  # type: ignore[union-attr]
+        return None if found is None else found & (asked >= 0)
+
+    def read(
+        self,
+        query: Float[Array, "b t n h"],
+        asked: Int[Array, "b t"] | None = None,
+        whole: Bool[Array, "b g"] | None = None,
+    ) -> Held:
         """Returns the keys and values that these queries attend to.
 
         These are all that is held and the fresh tokens, or of single queries the chosen pages.
+
+        Args:
+            query: The queries, as they meet the keys.
+            asked: Their positions; −1: none. A store whose policy looks back at earlier steps needs them.
+            whole: Which rows, or key heads, see all slots. All slots are read then, and the others see the chosen ones.
         """
+        back: dict[str, Any] = {"query": query, "asked": asked} if self._remembers else {}
         if self.fresh is not None:
             fresh = self.fresh.positions
             fresh = jnp.broadcast_to(fresh, (*fresh.shape[:2], self.positions.shape[-1]))
             held = *self.storage.take(self.held, None, self.positions), self.positions
             beside = self.fresh.key, self.fresh.value, fresh
-            return Held(*(jnp.concatenate(pair, 1) for pair in zip(held, beside, strict=True)))
-        if self.select is None or query.shape[1] > 1 or self.positions.shape[1] <= self.select.pages * self.select.size:
-            return Held(*self.storage.take(self.held, None, self.positions), self.positions)
-        size, heads = self.select.size, jax.eval_shape(lambda: self.key).shape[2]
-        scores = self.select.score(query[:, 0].reshape(len(query), heads, -1, query.shape[-1]), self.summary)
-        pages = chosen(scores, self.select.pages, _pages(self.positions, size))  # [B, P, K]
-        slots = (pages[:, :, None] * size + jnp.arange(size)[:, None]).reshape(len(query), -1, heads)
-        return Held(*self.storage.take(self.held, slots, self.positions), take_slots(self.positions, slots), slots)
+            return Held(*(jnp.concatenate(pair, 1) for pair in zip(held, beside, strict=True)), **back)
+        if not self._chooses(query) or (whole is not None and whole.size == 1):
+            return Held(*self.storage.take(self.held, None, self.positions), self.positions, **back)
+        slots = self.few(self._by_group(query))
+        if whole is not None:
+            shown = jnp.broadcast_to(whole[:, None], (*self.positions.shape[:2], slots.shape[-1]))
+            shown = write_slots(shown, slots, jnp.ones(slots.shape, bool))
+            positions = jnp.where(shown, self.positions, -1)
+            return Held(*self.storage.take(self.held, None, self.positions), positions, **back, whole=whole)
+        if back:
+            back["whole"] = jnp.zeros((len(query), 1), bool)
+        positions = take_slots(self.positions, slots)
+        return Held(*self.storage.take(self.held, slots, self.positions), positions, slots, **back)
+
+    def few(self, query: Float[Array, "b k g h"]) -> Int[Array, "b s k"]:
+        """Returns the slots of the pages that are chosen for single queries, by key head."""
+        select: Any = self.select
+        size, scores = select.size, select.score(query, self)
+        scores = jnp.broadcast_to(scores, (*scores.shape[:2], query.shape[1]))
+        pages = chosen(scores, select.pages, paged(self.positions, size))  # [B, P, K]
+        return (pages[:, :, None] * size + jnp.arange(size)[:, None]).reshape(len(query), -1, query.shape[1])
+
+    def keys(self, slots: Int[Array, "b s g"]) -> Float[Array, "b s k h"]:
+        """Returns the keys in these slots of each head; those of empty slots may be anything."""
+        return self.storage.take(self.held, slots, self.positions)[0]
+
+    def _chooses(self, query: Float[Array, "b t n h"]) -> bool:
+        """Returns whether these queries may read less than everything."""
+        select, slots = self.select, self.positions.shape[1]
+        if select is None or self.fresh is not None or query.shape[1] > 1:
+            return False
+        return slots > select.pages * select.size
+
+    def _by_group(self, query: Float[Array, "b 1 n h"]) -> Float[Array, "b k g h"]:
+        """Returns single queries with those that read one key head side by side."""
+        heads = jax.eval_shape(lambda: self.key).shape[2]
+        return query[:, 0].reshape(len(query), heads, -1, query.shape[-1])
+
+    def by_slot(self, x: Array, seen: Held, fill: Any) -> Array:
+        """Returns x [B, S, 1 or K, ...] of what was read by the slots instead, [B, C, K, ...]; `fill` at others."""
+        heads = jax.eval_shape(lambda: self.key).shape[2]
+        x = jnp.broadcast_to(x, (*x.shape[:2], heads, *x.shape[3:]))
+        if seen.slots is None:
+            return x
+        return write_slots(jnp.full((len(x), self.positions.shape[1], *x.shape[2:]), fill, x.dtype), seen.slots, x)
 
     @property
     def rolls_back(self) -> bool:
         """Whether the newest tokens can be taken back."""
-        return not self.retain.evicts and self.storage.rolls_back and not self.past
+        return not (self.retain.evicts or self.past or self._remembers) and self.storage.rolls_back
 
     def rolled_back(self, last: Int[Array, "#b"]) -> "Store":
         """Returns the store without the tokens behind position `last` [1 or B], as if they had not been appended.
@@ -258,10 +350,12 @@ class Store:
         Raises:
             ValueError: The policy evicts, since the token that an evicted one made room for cannot be brought back; the
                 storage rounds tokens together; or the store holds the past of a convolution, which is that of the
-                newest tokens alone.
+                newest tokens alone; or the policy of what is read remembers earlier steps.
         """
         if not self.rolls_back:
             why = "holds the past of a convolution"
+            if self._remembers:
+                why = f"remembers what earlier steps have read ({type(self.select).__name__})"
             if not self.storage.rolls_back:
                 why = f"has rounded tokens together ({type(self.storage).__name__})"
             if self.retain.evicts:
@@ -289,6 +383,10 @@ class Store:
         """Returns the store after the queries have attended to the result of `read`.
 
         Statistics are updated, and tokens that do not fit are cut.
+
+        Args:
+            measured: The results of `measures`. Those of "select.*" are by query head, [B, S, K, G, ...].
+            seen: What was read.
         """
         if self.fresh is None:
             statistics = self.statistics
@@ -299,13 +397,17 @@ class Store:
                 before = {name: take_slots(x, seen.slots) for name, x in statistics.items()}
                 after = self.retain.observe(before, attended)
                 statistics = {name: write_slots(x, seen.slots, after[name]) for name, x in statistics.items()}
-            return dataclasses.replace(self, statistics=statistics)
+            new = dataclasses.replace(self, statistics=statistics)
+            return new._noted({name: self.by_slot(x, seen, 0) for name, x in measured.items() if "." in name}, seen)
         if not self.retain.evicts:
             fresh = self.fresh
             new = dataclasses.replace(self, fresh=None)
             slots = self._own_slots(fresh.positions[..., 0])
-            return new._written(slots, fresh.key, fresh.value, fresh.positions, fresh.facts)
-        capacity = self.positions.shape[1]
+            new = new._written(slots, fresh.key, fresh.value, fresh.positions, fresh.facts)
+            count = self.positions.shape[1]
+            by_slot = {name: write_slots(x[:, :count], slots, x[:, count:]) for name, x in measured.items()}
+            return new._noted(by_slot, seen)
+        count, capacity = seen.positions.shape[1] - self.positions.shape[1], self.positions.shape[1]
         attended = Attended(measured, seen.positions, self.last[:, None, None], several=True)
         statistics = self.retain.observe(self.all_statistics, attended)
         worth = self._worth(seen.positions, statistics, self.last)
@@ -323,12 +425,37 @@ class Store:
             statistics={name: take_slots(x, order) for name, x in statistics.items()},
             fresh=None,
         )
-        return new if self.select is None else new._summarised(None)
+        if self.select is None:
+            return new
+        marks, rows = self.remembered
+        if marks:
+            begin = self.select.start(self._sizes._replace(slots=count)).slots
+            marks = {name: take_slots(jnp.concatenate([x, begin[name]], 1), order) for name, x in marks.items()}
+        new = dataclasses.replace(new, remembered=Remembered(marks, rows))._summarised(None)
+        return new._noted({name: take_slots(x, order) for name, x in measured.items() if "." in name}, seen)
 
+    def _noted(self, measured: Mapping[str, Array], seen: Held) -> "Store":
+        """Returns the store after its policy of what is read has seen a step; rows without a query keep what it had."""
+        if not self._remembers:
+            return self
+        select: Any = self.select
+        query: Any = seen.query
+        asked = seen.asked
+        if asked is None:
+            raise ValueError(
+                f"read was not given the positions of the queries, which {type(select).__name__} looks back at: need "
+                "read(query, positions)"
+            )
+        whole = jnp.ones((len(asked), 1), bool) if seen.whole is None else seen.whole
+        own = {name.removeprefix("select."): x for name, x in measured.items()}
+        step = Step(query, asked, own, whole, seen.key, seen.positions, self.positions)
+        after = select.observe(self.remembered, step)
+        active = (asked >= 0).any(1)
 
-def _pages(x: Array, size: int) -> Array:
-    """Cuts x [B, C, ...] in pages, [B, P, size, ...]."""
-    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+        def kept(new: Array, old: Array) -> Array:
+            return jnp.where(active.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+        return dataclasses.replace(self, remembered=jax.tree.map(kept, after, self.remembered))
 
 
 @part
@@ -338,7 +465,7 @@ class Policy:
     Attributes:
         retain: The policy that says which tokens are kept when the slots are full.
         slots: C, the number of slots; by default one for each position.
-        select: The policy that says which pages a single query reads.
+        select: The policy that says which pages a single query reads, and which steps read everything.
         budget: The number of slots that may be filled, one number or one per key head.
         key_position: The policy that says where keys and queries stand for a rotary position.
         storage: The way in which keys and values lie in memory.
@@ -403,7 +530,8 @@ def empty(
     by_head = retain.by_head or (budget is not None and budget.ndim == 1)
     if by_head and key_shape[0] != value_shape[0]:
         raise ValueError(f"keys have {key_shape[0]} heads and values {value_shape[0]}: to evict by head need the same")
-    retain = jax.tree.map(jnp.asarray, retain)  # so that another number is not another program
+    # So that another number is not another program.
+    retain, select = (jax.tree.map(jnp.asarray, each) for each in (retain, select))
     if select is not None and select.needs_turned and not policy.key_position.at_write:
         raise ValueError(
             f"select is {type(select).__name__}, which bounds scores by keys as they are written, but key_position is "
@@ -425,7 +553,10 @@ def empty(
         span=capacity,
         key_position=policy.key_position,
     )
-    return store if select is None else store._summarised(None)
+    if select is None:
+        return store
+    remembered = select.start(Sizes(batch, slots, *key_shape))
+    return dataclasses.replace(store, remembered=remembered)._summarised(None)
 
 
 def _check_worth(retain: Retain, positions: Int[Array, "b c g"]) -> None:

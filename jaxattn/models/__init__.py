@@ -6,6 +6,7 @@ from jaxattn.models.convert import linearize, matching_loss
 from jaxattn.models.encoder_decoder import EncoderDecoder
 from jaxattn.models.fold import centre_writes, fold_norms
 from jaxattn.models.folded import FoldedDecoder
+from jaxattn.models.forecast import attention_history, fit_forecast
 from jaxattn.models.frozen import FrozenReader
 from jaxattn.models.generate import (
     Combine,
@@ -67,6 +68,7 @@ __all__ = [
     "UnderPolicy",
     "WaitK",
     "WritePolicy",
+    "attention_history",
     "average_lagging",
     "based",
     "beam_search",
@@ -74,6 +76,7 @@ __all__ = [
     "compare_stores",
     "fetch_weights",
     "first_crossing",
+    "fit_forecast",
     "fold_norms",
     "from_plain",
     "generate",

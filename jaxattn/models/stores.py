@@ -113,10 +113,13 @@ def _lost(graph, prompt, arrays, records, positions, policy):
         """Returns the store after this piece, and the lse [B, T, N] of what its queries read."""
         query, key, value, positions = piece
         store = store.append(key, value, positions)
-        held = store.read(query)
-        tap = Tap(record=("lse",))
-        _, measured = mixer.attended(query, held, Tokens.of(query, positions=positions), tap, store)
-        return store.observe(measured, held), tap.records["lse"]
+        tap, tokens = Tap(record=("lse",)), Tokens.of(query, positions=positions)
+
+        def reads(held, tap):
+            return mixer.attended(query, held, tokens, tap, store)
+
+        _, store = mixer.from_store(store, query, tokens, tap, reads)
+        return store, tap.records["lse"]
 
     def cut(first, last):
         return tuple(x[:, first:last] for x in (query, key, value, positions))

@@ -24,9 +24,11 @@ from jaxattn.nn.embedding import (
 from jaxattn.nn.feed_forward import FeedForward
 from jaxattn.nn.gate import AdapterGate
 from jaxattn.nn.hybrid import Chain, Parallel, hymba_heads
+from jaxattn.nn.landmark import LandmarkAttention
 from jaxattn.nn.latent import LatentAttention
 from jaxattn.nn.learned import (
     AdditiveScore,
+    AttentionForecast,
     BilinearScore,
     HeadMixing,
     HedgehogMap,
@@ -90,6 +92,7 @@ __all__ = [
     "AcrossHeads",
     "AdapterGate",
     "AdditiveScore",
+    "AttentionForecast",
     "AudioEmbedding",
     "BilinearScore",
     "Chain",
@@ -105,6 +108,7 @@ __all__ = [
     "HedgehogMap",
     "KeyQueryConvolution",
     "KeyValue",
+    "LandmarkAttention",
     "LatentAttention",
     "Latte",
     "LayerNorm",

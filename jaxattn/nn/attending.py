@@ -1,7 +1,7 @@
 """What all mixers that call `attend` have in common: slots, dropout, and what a store needs of the call."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jaxattn.core.attend.bias import Bias, as_bias
 from jaxattn.core.attend.graph import Ancestors
 from jaxattn.core.attend.maps import Dropout
 from jaxattn.core.attend.mask import Explicit, as_mask, visible
+from jaxattn.core.attend.measure import Measure
 from jaxattn.core.attend.slots import Slots
 from jaxattn.core.attend.tile import Tile
 from jaxattn.nn.mixer import Mixer
@@ -149,8 +150,10 @@ class AttentionMixer(Mixer):
             options |= of_tree
         result = attend_in_shards(query, keys.key, keys.value, slots, **options)
         z, extras = result if lse or slots.measures else (result, {})
+        decided = store is not None and isinstance(keys, Held) and store.select is not None and store.select.decides
         if tap.wants("read"):
             places = jnp.arange(keys.key.shape[1])[None, :, None] if keys.positions is None else keys.positions
+            places = store.by_slot(places, keys, -1) if decided else places  # type: ignore[union-attr]
             tap("read", jnp.broadcast_to(places, (len(query), *places.shape[1:])))
         if store is not None and isinstance(keys, Held) and (store.retain.evicts or keys.slots is not None):
             for name, (site, reducer) in tap.asked.items():
@@ -161,10 +164,65 @@ class AttentionMixer(Mixer):
         tap.keep(extras)
         z = z if lost is None else jnp.where(lost, jnp.nan, z)  # also where the mask hides every key
         by_group = {name: x for name, x in extras.items() if name.startswith("store.")}
-        return z, ({"lse": extras["lse"]} if with_lse else {}) | {
-            name.removeprefix("store."): x.reshape(*x.shape[:-1], self.key_heads, -1).sum(-1)
-            for name, x in by_group.items()
+        measured = {name.removeprefix("store."): self._by_key_head(x) for name, x in by_group.items()}
+        measured = {
+            name: jnp.moveaxis(x, (-2, -1), (2, 3)) if name.startswith("select.") else x.sum(-1)
+            for name, x in measured.items()
         }
+        return z, ({"lse": extras["lse"]} if with_lse else {}) | measured
+
+    def _by_key_head(self, x: Float[Array, "b s *c n"]) -> Float[Array, "b s *c k g"]:
+        return x.reshape(*x.shape[:-1], self.key_heads, -1)
+
+    def from_store(
+        self, store: Store, query: Array, tokens: Tokens, tap: Tap, reads: Callable[[Held, Tap], tuple[Array, Any]]
+    ) -> tuple[Array, Store]:
+        """Attends to what a store shows to these queries.
+
+        Where the policy of the store says of a step whether it reads everything, only one of the two is run.
+
+        Args:
+            store: The store, in which the tokens of the call are.
+            query: [B, T, N, H], as the keys of the store are chosen by it.
+            tokens: What stands where.
+            tap: Edits and records.
+            reads: A function of what is read, and of a tap, that returns what heads read and what was measured.
+
+        Returns:
+            What the heads read, and the store after it has observed that. Nodes of a tree are not observed.
+        """
+        at = jnp.broadcast_to(tokens.positions, query.shape[:2])
+        whole = store.whole(query, at)
+        if whole is None:
+            held = store.read(query, at)
+            z, measured = reads(held, tap)
+            return z, store if tokens.parents is not None else store.observe(measured, held)
+        self._check_decides(store, tap)
+
+        def branch(whole: Any) -> Callable[[], Any]:
+            def run() -> Any:
+                held, apart = store.read(query, at, whole), tap.apart()
+                z, measured = reads(held, apart)
+                new = store.observe(measured, held)
+                return z, {"statistics": new.statistics, "remembered": new.remembered}, apart.records
+
+            return run
+
+        z, changed, records = jax.lax.cond(whole.any(), branch(whole), branch(None))
+        tap.records.update(records)
+        return z, dataclasses.replace(store, **changed)
+
+    def _check_decides(self, store: Store, tap: Tap) -> None:
+        """Raises ValueError for what cannot be the same whether a step reads everything or not."""
+        kind = type(store.select).__name__
+        if self.stream is not None and not self.deterministic:
+            raise ValueError(f"dropout is active, and {kind} decides by step what is read: need eval(), or dropout=0")
+        for name, (site, reducer) in tap.asked.items():
+            if site in ("scores", "weights") and isinstance(reducer, Measure) and reducer.over == "sum":
+                raise ValueError(
+                    f"record {name!r} has a number per key, and {kind} decides by step how many keys are read: need a "
+                    "measure of each query, or Whole()"
+                )
 
     def _chosen(self, own: Slots, query: Array, keys: Any, tokens: Tokens, store: Store | None) -> Slots:
         """Returns the slots with the mask of the blocks that are chosen, if any are."""

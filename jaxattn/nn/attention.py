@@ -337,27 +337,37 @@ class MultiHeadAttention(AttentionMixer):
             elif store is not None:
                 put = store.append if tokens.parents is None else store.beside
                 store = put(key, value, jnp.broadcast_to(tokens.positions, x.shape[:2]), facts)
-                keys = store.read(query)
-        held = keys  # as the store keeps them
-        if turns_at_read:
-            query, keys = self._turned_at_read(query, keys, tokens, store)
-            query = tap("q_rotated", query)
-        if give is not None:
-            give["keys"] = KeyValue(keys.key, keys.value, keys.positions, query)
-        if self.types is not None and (store is None or x.shape[1] > 1):
-            own, query = self._typed(x, query, tokens, held, None if drawn else facts["expires"], store)
-            z, measured = self.attended(query, keys, tokens, tap, store, own=own)
-        elif self.crossbatch and store is None and not self.deterministic:
-            z, measured = self._attend_across(query, keys, unturned, tokens, tap)
-        else:
+
+        def reads(held: Any, tap: Tap) -> tuple[Array, dict[str, Array]]:
+            """Returns what heads read of these keys, and what is measured."""
+            asks, keys = query, held
+            if turns_at_read:
+                asks, keys = self._turned_at_read(query, held, tokens, store)
+                asks = tap("q_rotated", asks)
+            if give is not None:
+                give["keys"] = KeyValue(keys.key, keys.value, keys.positions, asks)
+            if self.types is not None and (store is None or x.shape[1] > 1):
+                own, asks = self._typed(x, asks, tokens, held, None if drawn else facts["expires"], store)
+                return self.attended(asks, keys, tokens, tap, store, own=own)
+            if self.crossbatch and store is None and not self.deterministic:
+                return self._attend_across(asks, keys, unturned, tokens, tap)
             attends = self._attend_absorbed if self.absorb else self.attended
-            z, measured = attends(query, keys, tokens, tap, store)
+            return attends(asks, keys, tokens, tap, store)
+
+        if store is None:
+            z, _ = reads(keys, tap)
+        else:
+            if give is not None and store.select is not None and store.select.decides:
+                raise ValueError(
+                    f"the state decides by step what is read ({type(store.select).__name__}), which layers that share "
+                    "keys cannot follow: need a policy that always reads as many keys"
+                )
+            z, store = self.from_store(store, query, tokens, tap, reads)
         y = tap("attn_out", self.merge(tap("z", z), x))
         if store is None:
             return y, state
         if tokens.parents is not None:  # the nodes stay beside the store until some of them join it
             return y, store
-        store = store.observe(measured, held)
         return y, store if convolved is None else dataclasses.replace(store, past=convolved.kept)
 
     @property

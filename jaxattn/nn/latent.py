@@ -206,20 +206,26 @@ class LatentAttention(AttentionMixer):
         held: Any = _Keys(key, key[..., :0], None if tokens.known is None else tokens.known[..., None])
         if store is not None:
             store = store.append(key, held.value, jnp.broadcast_to(tokens.positions, x.shape[:2]))
-            held = store.read(self.absorbed(query))
-        keys = held
-        if at_read:
-            query, keys = self._turned_at_read(query, held, tokens, store)
-            query = tap("q_rotated", query)
-        absorbs = self._absorbs(query.shape[1], keys.key.shape[1])
-        if absorbs:
-            z, measured = self.attended(self.absorbed(query), keys._replace(value=keys.key), tokens, tap, store)
-            z = expand_v(z[..., : self.rank], self._weight(self.value, z))
+
+        def reads(held: Any, tap: Tap) -> tuple[Array, dict[str, Array]]:
+            """Returns what heads read of these keys, and what is measured."""
+            asks, keys = query, held
+            if at_read:
+                asks, keys = self._turned_at_read(query, held, tokens, store)
+                asks = tap("q_rotated", asks)
+            if not self._absorbs(asks.shape[1], keys.key.shape[1]):
+                return self.attended(asks, self._expanded(keys), tokens, tap, store)
+            both = keys._replace(value=keys.key)
+            z, measured = self.attended(self.absorbed(asks), both, tokens, tap, store)
+            return expand_v(z[..., : self.rank], self._weight(self.value, z)), measured
+
+        if store is None:
+            z, _ = reads(held, tap)
         else:
-            z, measured = self.attended(query, self._expanded(keys), tokens, tap, store)
+            z, store = self.from_store(store, self.absorbed(query), tokens, tap, reads)
         z = tap("z", z)
         y = tap("attn_out", self.out(z.reshape(*z.shape[:-2], -1)))
-        return y, None if store is None else store.observe(measured, held)
+        return y, store
 
     @property
     def sites(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxattn.cache.forecast import Convolutions
 from jaxattn.core.attend.bias import RelativeBias
 from jaxattn.core.attend.maps import Convolution, MixHeads, Temperature
 from jaxattn.core.attend.normalize import Softmax
@@ -266,3 +267,31 @@ class NullSoftmax(nnx.Module):
 
     def __call__(self) -> Softmax:
         return Softmax(self.null_logit[...])
+
+
+class AttentionForecast(nnx.Module):
+    """Owns the arrays of `cache.Convolutions`, and returns it (AttentionPredictor, Yang et al., 2025).
+
+    With the sizes of the paper there are 4 832 parameters. Fit them with `models.fit_forecast`.
+
+    Args:
+        first: The channels of the first convolution, at least 1.
+        second: The channels of the second one, at least 1.
+        rngs: Streams for the initial parameters.
+
+    Raises:
+        ValueError: A size is below 1.
+    """
+
+    def __init__(self, first: int = 16, second: int = 32, *, rngs: nnx.Rngs):
+        _check_sizes(self, first=first, second=second)
+        self.first = decayed(he(rngs.params(), (3, 3, 1, first)))
+        self.first_bias = undecayed(jnp.zeros(first))
+        self.second = decayed(he(rngs.params(), (3, 3, first, second)))
+        self.second_bias = undecayed(jnp.zeros(second))
+        self.weight = decayed(lecun(rngs.params(), (second, 1))[:, 0])
+
+    def __call__(self) -> Convolutions:
+        """Returns the forecast with the present arrays."""
+        arrays = (self.first, self.first_bias, self.second, self.second_bias, self.weight)
+        return Convolutions(*(each[...] for each in arrays))

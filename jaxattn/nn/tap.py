@@ -281,6 +281,12 @@ class Tap:
         new.kept = self.kept
         return new
 
+    def apart(self) -> "Tap":
+        """Returns the same tap with records of its own, for a function whose records are among its results."""
+        new = self.at(self.where)
+        new.records = {}
+        return new
+
     def holding(self, parts: Any) -> "Tap":
         """Returns the same tap with these `parts` in place of its own."""
         new = self.at(self.where)

@@ -16,16 +16,20 @@ from jaxattn.cache import (
     ByHistory,
     Dense,
     Everything,
+    Forecasted,
     HeavyHitters,
     HistoryScorer,
     MeanKeys,
+    MeanOverTime,
     Memory,
     Paged,
     Policy,
+    QAdA,
     Quantised,
     Quest,
     Rank,
     Recent,
+    Recycled,
     SnapKV,
     Spans,
 )
@@ -63,19 +67,36 @@ RETAIN = {
     "spans of heads": Spans(jnp.array([1.0, 5.5]), jnp.array([0.25, 0.0]), 1),
     "histories": ByHistory(SCORER, every=5, window=4, hop=2),
 }
-SELECT = {"read whole": None, "by bounds": Quest(2, 4), "by means": MeanKeys(2, 4, "sum")}
-STORAGE = {"dense": Dense(), "paged": Paged(4), "in bits": Quantised(16, 4, 4)}
-PRODUCT = {
-    f"{r}, {s}, {m}": Policy(RETAIN[r], 12 if RETAIN[r].evicts else None, SELECT[s], storage=STORAGE[m])
-    for r, s, m in itertools.product(RETAIN, SELECT, STORAGE)
+SELECT = {
+    "read whole": None,
+    "by bounds": Quest(2, 4),
+    "by means": MeanKeys(2, 4, "sum"),
+    "recycled": Recycled(5, 4),
+    "local or all": QAdA(1, 5, 0.5),
+    "by a forecast": Forecasted(MeanOverTime(), 2, 4, 3, 4, 1, 2),
 }
-# A third of the product, in which all pairs of two parts occur, is run always.
-CASES = [*POLICIES] + [
+STORAGE = {"dense": Dense(), "paged": Paged(4), "in bits": Quantised(16, 4, 4)}
+TRIPLES = {f"{r}, {s}, {m}": (r, s, m) for r, s, m in itertools.product(RETAIN, SELECT, STORAGE)}
+# One case for each policy that does not read as many slots in every step; of its others, a quarter is tried.
+DECIDED = ["heavy, recycled, paged", "all, local or all, dense", "all, by a forecast, dense"]
+
+
+def number(name):
+    return sum(list(way).index(part) for way, part in zip((RETAIN, SELECT, STORAGE), TRIPLES[name], strict=True))
+
+
+PRODUCT = {
+    name: Policy(RETAIN[r], 12 if RETAIN[r].evicts else None, SELECT[s], storage=STORAGE[m])
+    for name, (r, s, m) in TRIPLES.items()
+    if SELECT[s] is None or not SELECT[s].decides or name in DECIDED or number(name) % 4 == 0
+}
+# Of the policies that always read as many, a third is run always, in which all pairs of two parts occur.
+ALWAYS = [
     name
-    if (list(RETAIN).index(r) + list(SELECT).index(s) + list(STORAGE).index(m)) % 3 == 0
-    else pytest.param(name, marks=pytest.mark.slow)
-    for name, (r, s, m) in zip(PRODUCT, itertools.product(RETAIN, SELECT, STORAGE), strict=True)
+    for name, policy in PRODUCT.items()
+    if name in DECIDED or (number(name) % 3 == 0 and not (policy.select and policy.select.decides))
 ]
+CASES = [*POLICIES] + [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in PRODUCT]
 PADDING = {
     "none": np.tile(np.arange(T), (B, 1)),
     "left": np.stack([np.where(np.arange(T) < 5, -1, np.arange(T) - 5), np.arange(T)]),
@@ -138,7 +159,8 @@ def test_an_evicting_store_equals_a_dense_pass_under_the_mask_of_what_was_read(m
     assert_same(y, dense, seen, rounding(policy))
     counts = reads[seen].sum(-1)
     room = policy.select.pages * policy.select.size if policy.select else policy.slots
-    assert room is None or counts.max() <= room < T
+    decides = policy.select is not None and policy.select.decides
+    assert room is None or (counts.max() <= room < T if not decides else counts.min() < counts.max() > room)
     if policy.budget is not None:
         np.testing.assert_array_equal(counts.max(0), np.minimum(policy.budget, room))
     if name.startswith("heavy") and padding == "none":
@@ -170,7 +192,9 @@ def test_with_room_for_all_every_policy_is_the_whole_cache(module, name):
     policy = (POLICIES | PRODUCT)[name]
     policy = dataclasses.replace(policy, slots=T if policy.retain.evicts else None, budget=None)
     if policy.select is not None:
-        policy = dataclasses.replace(policy, select=dataclasses.replace(policy.select, pages=T // 4))
+        all_ = {"window": T} if isinstance(policy.select, QAdA) else {"pages": T // policy.select.size}
+        select = dataclasses.replace(policy.select, **all_)
+        policy = dataclasses.replace(policy, select=select)
     if isinstance(policy.retain, Spans):
         policy = dataclasses.replace(policy, retain=Spans(0, 1.0))
     if isinstance(policy.retain, ByHistory):
@@ -310,6 +334,8 @@ GRADIENTS = {
     "sinks and recent": Policy(Recent(2), 6),
     "heavy hitters and pages": Policy(HeavyHitters(1, 3), 8, Quest(1, 4), jnp.array([5, 7])),
     "votes, at their rank": Policy(SnapKV(2, 3, 1), 6, key_position=Rank()),
+    "recycled": Policy(select=Recycled(5, 4, 0.9)),
+    "local or all": Policy(select=QAdA(1, 5, 0.5)),
     "pages of a pool": Policy(Attentive("last", 2, 1, 2), 6, MeanKeys(2, 2), storage=Paged(2)),
     "histories": Policy(ByHistory(SCORER, every=5, window=4, hop=2), 6),
 }

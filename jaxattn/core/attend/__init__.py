@@ -4,6 +4,7 @@ from jaxattn.core.attend.absorb import absorb_q, expand_v
 from jaxattn.core.attend.api import attend, attention_weights, explain
 from jaxattn.core.attend.bias import Alibi, Bias, KeyBias, LogGaussian, RelativeBias, ScoreBias, SumOfBiases
 from jaxattn.core.attend.blocks import BlockIndex, Blocks, block_means, select_tokens, take_tokens
+from jaxattn.core.attend.bulk import Moments, bulk_log_mass
 from jaxattn.core.attend.choose import Choice, FlexPrefill, MoBA, Ordered, VerticalSlash, cumulative_select, sqrt_jsd
 from jaxattn.core.attend.crossbatch import Contexts, crossbatch_kv, distraction
 from jaxattn.core.attend.dot_product import dot_product_attention
@@ -56,11 +57,13 @@ from jaxattn.core.attend.measure import (
     ArgMax,
     AtKeys,
     AtLags,
+    BlockMax,
     Distance,
     Entropy,
     LagProfile,
     Latest,
     LinearMeasure,
+    LocalMass,
     Lookback,
     Mass,
     MaxWeight,
@@ -109,10 +112,12 @@ from jaxattn.core.attend.position import (
     rotary_2d,
     sinusoidal,
 )
+from jaxattn.core.attend.probe import activation_bias, allocate, information_density, probe_query
 from jaxattn.core.attend.ring import gathered, ring, split_keys
 from jaxattn.core.attend.routing import Clusters, balanced_members, kmeans_step, routing_attention
 from jaxattn.core.attend.score import Additive, Bilinear, Dot, Location, NegativeDistance, Neural, PairSum, Score
 from jaxattn.core.attend.slots import Slots
+from jaxattn.core.attend.spans import Intervals, interval_nms, span_of_tokens, triangle_scores
 from jaxattn.core.attend.tile import Tile
 
 __all__ = [
@@ -134,6 +139,7 @@ __all__ = [
     "Bias",
     "Bilinear",
     "BlockIndex",
+    "BlockMax",
     "Blocks",
     "Causal",
     "Choice",
@@ -160,6 +166,7 @@ __all__ = [
     "Graph",
     "Gumbel",
     "Interpolate",
+    "Intervals",
     "KeepGroups",
     "KeyBias",
     "LagProfile",
@@ -169,6 +176,7 @@ __all__ = [
     "LinearMeasure",
     "LinearWeights",
     "Llama3",
+    "LocalMass",
     "Location",
     "LogGaussian",
     "LongRope",
@@ -181,6 +189,7 @@ __all__ = [
     "Measure",
     "MixHeads",
     "MoBA",
+    "Moments",
     "NegativeDistance",
     "Neural",
     "Normalize",
@@ -224,13 +233,16 @@ __all__ = [
     "Within",
     "Yarn",
     "absorb_q",
+    "activation_bias",
     "add_log_mass",
+    "allocate",
     "attend",
     "attend_cascade",
     "attend_split",
     "attention_weights",
     "balanced_members",
     "block_means",
+    "bulk_log_mass",
     "choose_types",
     "closed_expiry",
     "crossbatch_kv",
@@ -240,6 +252,8 @@ __all__ = [
     "expand_v",
     "explain",
     "gathered",
+    "information_density",
+    "interval_nms",
     "kmeans_step",
     "landmark_attention",
     "lifetime_pressure",
@@ -249,6 +263,7 @@ __all__ = [
     "open_expiry",
     "piece_places",
     "pressed",
+    "probe_query",
     "psum_merge",
     "ring",
     "rotary",
@@ -257,11 +272,13 @@ __all__ = [
     "score_function",
     "select_tokens",
     "sinusoidal",
+    "span_of_tokens",
     "split_keys",
     "sqrt_jsd",
     "striped",
     "take_tokens",
     "token_expiry",
+    "triangle_scores",
     "type_gates",
     "unstriped",
     "unzigzag",

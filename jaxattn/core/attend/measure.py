@@ -340,6 +340,26 @@ class AtLags(Measure):
 
 
 @part
+class LocalMass(Measure):
+    """The weight of the first `sinks` positions and the last `window` ones, the query's own among them. [..., T, N]
+
+    Where a head has a share of at least a threshold there, it needs no other keys: the rule that `cache.QAdA` estimates
+    without reading them (2025).
+
+    Attributes:
+        sinks: At least 0.
+        window: At least 1.
+    """
+
+    sinks: Int[Array, ""] | int
+    window: Int[Array, ""] | int
+
+    def __call__(self, view, tile):
+        local = (tile.key < self.sinks) | (tile.query - tile.key < self.window)
+        return jnp.where(local & tile.visible, view.weights, 0).sum(-1)
+
+
+@part
 class RowsOf(Measure):
     """All weights of the queries at a few positions, [..., N, R, S]. Rows are zeros where no query stands.
 
@@ -389,6 +409,35 @@ class Latest(Measure):
         weights = jnp.where(here.any(-2)[..., None, :, None], view.weights, 0)  # others may be NaN
         rows = jnp.matmul(here[..., None, :, :].astype(weights.dtype), weights, precision=jax.lax.Precision.HIGHEST)
         return jnp.moveaxis(rows, -1, -3).swapaxes(-1, -2)  # from [..., N, count, S]
+
+
+@part
+class BlockMax(Measure):
+    """The largest weight in each block of `size` key positions. [..., T, N, blocks]
+
+    Attributes:
+        size: The number of positions per block, at least 1.
+        blocks: The number of blocks, at least 1. Keys behind them count for none.
+
+    Raises:
+        TypeError: A number is not an int.
+        ValueError: A number is below 1.
+    """
+
+    size: int
+    blocks: int
+
+    def __post_init__(self):
+        check_static_int("BlockMax", "size", self.size, 1)
+        check_static_int("BlockMax", "blocks", self.blocks, 1)
+
+    def __call__(self, view, tile):
+        block = jnp.where(tile.key < 0, self.blocks, tile.key // self.size)
+        block = jnp.moveaxis(jnp.broadcast_to(block, view.weights.shape), -1, 0)
+        weights = jnp.moveaxis(jnp.where(tile.visible, view.weights, 0), -1, 0)  # [S, ..., N, T]
+        most = jnp.zeros((self.blocks, *weights.shape[1:]), weights.dtype)
+        index = block, *jnp.indices(weights.shape[1:], sparse=True)
+        return jnp.moveaxis(most.at[index].max(weights, mode="drop"), 0, -1)
 
 
 @part
