@@ -273,7 +273,9 @@ def run(config, seed, folder, console):
         "evolved over whole cache": of[here, "evolved"] / whole if whole else None,
         "evolved over heavy hitters: accuracy gained": of[here, "evolved"] - of[here, "heavy hitters"],
         "evolved over recent: accuracy gained": of[here, "evolved"] - of[here, "recent"],
+        "evolved over mean attention: accuracy gained": of[here, "evolved"] - of[here, "mean attention"],
         "transferred over heavy hitters: accuracy gained": of[there, "evolved"] - of[there, "heavy hitters"],
+        "transferred over mean attention: accuracy gained": of[there, "evolved"] - of[there, "mean attention"],
     }
     figure = Curves("generation", "mean accuracy of a generation", {"evolution": curve})
     return Result(numbers, {"Policies of as many slots": found}, {"Accuracy by generation": figure})
