@@ -21,19 +21,20 @@ def assert_same(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=300 * EPS * abs(np.asarray(expected)).max())
 
 
+@nnx.jit
+def read(module, x, store, positions, mask):
+    return module(x, Tokens.of(x, positions=positions, mask=mask), None, store)
+
+
 def test_pieces_in_one_row_are_pieces_that_were_read_apart():
     """Each behind the prefix, by a module without any of this; readers attend to all of their keys, as they stood."""
     module = randomise(MultiHeadAttention(D, N, key_heads=K, mask=Causal(), rngs=nnx.Rngs(0)))
     mask = Pieces(jnp.asarray(IDS))
     policy = Policy(key_position=AtPieces(jnp.asarray(IDS)))
 
-    @nnx.jit
-    def read(module, x, store, positions):
-        return module(x, Tokens.of(x, positions=positions, mask=mask), None, store)
-
     store, pieces, first = module.init_state(B, P + MORE, policy), [], 0
     for size in (4, 10, 1, 2, 1, 1):  # pieces of calls are no pieces of context
-        y, store = read(module, X[:, first : first + size], store, jnp.arange(first, first + size))
+        y, store = read(module, X[:, first : first + size], store, jnp.arange(first, first + size), mask)
         pieces.append(y)
         first += size
     y = np.concatenate(pieces, 1)
@@ -66,6 +67,6 @@ def test_one_piece_is_the_plain_text_and_evicting_keeps_the_places():
         stores = [module.init_state(B, P, each) for each in (policy, pieces)]
         for first, last in ((0, 12), (12, 13), (13, 14), (14, P)):
             x, at = X[:, first:last], jnp.arange(first, last)
-            plain, stores[0] = module(x, Tokens.of(x, positions=at), None, stores[0])
-            y, stores[1] = module(x, Tokens.of(x, positions=at, mask=Pieces(one)), None, stores[1])
+            plain, stores[0] = read(module, x, stores[0], at, None)
+            y, stores[1] = read(module, x, stores[1], at, Pieces(one))
             assert_same(y, plain)
