@@ -159,8 +159,10 @@ def test_an_evicting_store_equals_a_dense_pass_under_the_mask_of_what_was_read(m
     assert_same(y, dense, seen, rounding(policy))
     counts = reads[seen].sum(-1)
     room = policy.select.pages * policy.select.size if policy.select else policy.slots
-    decides = policy.select is not None and policy.select.decides
-    assert room is None or (counts.max() <= room < T if not decides else counts.min() < counts.max() > room)
+    if policy.select is None or not policy.select.decides:
+        assert room is None or counts.max() <= room < T
+    elif name in DECIDED:  # other ways to keep may hold so few tokens that whole steps read no more
+        assert counts.min() < counts.max() > room
     if policy.budget is not None:
         np.testing.assert_array_equal(counts.max(0), np.minimum(policy.budget, room))
     if name.startswith("heavy") and padding == "none":
