@@ -169,9 +169,9 @@ def decode(store: Store, query: Array, steps: int) -> tuple[Store, Array]:
         store = store.append(query, query, at)
         seen = store.read(query)
         by_head = seen.positions if seen.positions.shape[-1] > 1 else seen.positions[..., 0]
-        options: dict[str, Any] = {"query_positions": at, "key_positions": by_head, "measures": dict(store.measures)}
+        options: dict[str, Any] = {"query_positions": at, "key_positions": by_head, "measures": store.measures()}
         result = attend(query, seen.key, seen.value, mask=Causal(), **options)
-        z, measured = result if store.measures else (result, {})
+        z, measured = result if options["measures"] else (result, {})
         return (store.observe(measured, seen), query + 1e-6 * z), None
 
     return jax.lax.scan(step, (store, query), length=steps)[0]

@@ -164,6 +164,18 @@ def test_training_steps_of_all_contenders_are_the_same():
 
 
 @pytest.mark.slow
+def test_stores_are_read_and_their_memory_counted():
+    rows = {
+        row["store"]: row for row in decoding.read_stores(1024, ["Quest, 1/16, pages of 16", "HeavyHitters, 1/16"], 2)
+    }
+    assert set(rows) == {"all", "Quest, 1/16, pages of 16", "HeavyHitters, 1/16"}
+    keys_and_values = 2 * 1024 * 8 * 64 * 4 / 2**20
+    assert rows["all"]["MiB"] == pytest.approx(keys_and_values, rel=0.01)
+    # A summary of two vectors per page of 16 slots, and a sixteenth of the slots.
+    assert rows["Quest, 1/16, pages of 16"]["MiB"] == pytest.approx(17 / 16 * keys_and_values, rel=0.01)
+    assert rows["HeavyHitters, 1/16"]["MiB"] == pytest.approx(keys_and_values / 16, rel=0.05)
+
+
 def test_all_ways_of_decoding_write_the_same_text():
     layer = models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=2), models.Spec(nn.FeedForward))
     model = models.Transformer(models.TransformerConfig(11, 40, 16, [layer] * 2), rngs=nnx.Rngs(0))
