@@ -52,7 +52,7 @@ class Config:
     width: int = 64
     layers: int = 6
     heads: int = 4
-    steps: int = 1500
+    steps: int = 1200
     imitate_steps: int = 150
     finetune_steps: int = 150
     batch_size: int = 8

@@ -21,14 +21,15 @@ class FrozenReader(nnx.Module):
     """logits of a small decoder whose cross-attention reads what a frozen decoder makes of the same tokens.
 
         cross = Spec(nn.MultiHeadAttention, heads=4, keys_from="context", context_features=512)
-        cross = cross.replace(position=None, mask=Causal())
+        cross = cross.replace(position=None, mask=Causal(), bias=Spec(Alibi.geometric))
         layer = Layer([Branch(attention), Branch(cross, gate=Spec(nn.AdapterGate), name="cross"), Branch(block)])
         model = models.FrozenReader(large, TransformerConfig(..., layers=[layer] * 4), rngs=nnx.Rngs(0))
 
-    The context is the output of the final norm of the frozen decoder (LLM Modules, 2025). Only the small decoder has
-    parameters: those of the frozen one are constants, which no optimiser sees and no gradient reaches. In decoding both
-    keep a state, and that of the model keeps the vectors: W_k and W_v of all of them are computed in every step, or
-    with `absorb=True` of none.
+    The context is the output of the final norm of the frozen decoder (LLM Modules, 2025). A bias by distance tells
+    attention which vectors are those of the token and its neighbours; without one it has to tell by content. Only the
+    small decoder has parameters: those of the frozen one are constants, which no optimiser sees and no gradient
+    reaches. In decoding both keep a state, and that of the model keeps the vectors: W_k and W_v of all of them are
+    computed in every step, or with `absorb=True` of none.
 
     Args:
         frozen: The decoder that is read. Dropout in it is off.

@@ -235,7 +235,7 @@ def verdict(
     tokens: Int[Array, "*b m"],
     siblings: Int[Any, "k m"],
 ) -> tuple[Float[Array, "*b m"], Float[Array, "*b m vocabulary"]]:
-    """Returns how likely each draft is accepted, and from what is drawn behind a node of whose children none is.
+    """Returns how likely each draft is accepted, and what is drawn from behind a node none of whose children was.
 
     The children c_1 .. c_k of a node are tried one after the other. With p the probabilities of the model behind the
     node, and q_j those from which c_j was drawn, given that its elder siblings are other tokens,
@@ -257,9 +257,9 @@ def verdict(
     for children in siblings:
         token = jnp.take(tokens, children, -1, fill_value=-1)
         q = jnp.take(draft, children, -2, fill_value=0.0)
-        of_token = (jnp.take_along_axis(x, jnp.maximum(token, 0)[..., None], -1)[..., 0] for x in (rest, q))
-        likely_by_model, likely_by_draft = of_token
-        chance = jnp.minimum(1.0, likely_by_model / jnp.where(likely_by_draft > 0, likely_by_draft, 1.0))
+        at_token = jnp.maximum(token, 0)[..., None]
+        r_token, q_token = (jnp.take_along_axis(x, at_token, -1)[..., 0] for x in (rest, q))
+        chance = jnp.minimum(1.0, r_token / jnp.where(q_token > 0, q_token, 1.0))
         accept = accept.at[..., children].set(jnp.where(token >= 0, chance, 0.0), mode="drop")
         above = jnp.maximum(rest - q, 0.0)
         mass = above.sum(-1, keepdims=True)
