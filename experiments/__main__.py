@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
             case "list":
                 _list(console)
             case "run":
-                _run(options, shlex.join(["python", "-m", "experiments", *given]), console)
+                _run(options, shlex.join(["python", "-m", "experiments", *_without_folder(given)]), console)
             case "keep":
                 for name in options.name:
                     report.keep(options.folder / experiment.load(name).name, options.place / name)
@@ -55,6 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, collect, keep):
         command.add_argument("--folder", type=Path, default=Path("results"), help="where results go (default: results)")
     return parser
+
+
+def _without_folder(given: list[str]) -> list[str]:
+    """Returns the arguments without the folder, a place on this machine that changes no number."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--folder")
+    return parser.parse_known_args(given)[1]
 
 
 def _list(console: Console) -> None:

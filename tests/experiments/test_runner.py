@@ -485,6 +485,14 @@ def test_run_and_report_from_the_shell(toy, tmp_path, capsys, monkeypatch):
     assert "seeds is 0" in fails(capsys, "run", "toy", "--seeds", 0, "--folder", tmp_path / "none")
 
 
+def test_the_command_of_a_run_does_not_say_where_its_results_lie(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.experiment.load", lambda name: toy)
+    for folder in (["--folder", str(tmp_path / "a")], [f"--folder={tmp_path / 'b'}"]):
+        main(["run", "toy", *folder, "--seeds", "2"])
+    written = [file.read_text() for file in tmp_path.glob("*/toy/report.md")]
+    assert ["| python -m experiments run toy --seeds 2 |" in text for text in written] == [True, True]
+
+
 def test_a_report_is_kept_without_seeds_and_checkpoints(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("experiments.experiment.load", lambda name: toy)
     run, place = tmp_path / "results" / "toy", tmp_path / "kept"
