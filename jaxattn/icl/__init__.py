@@ -5,7 +5,7 @@ A **task** draws prompts, a **predictor** answers them, and `compare` measures i
 model is one more predictor.
 """
 
-from jaxattn.icl import layer_theory, theory
+from jaxattn.icl import capacity, layer_theory, theory
 from jaxattn.icl.bayes import BayesFinite, GF2Parity, parity_accuracy
 from jaxattn.icl.boolean import (
     CNF,
@@ -147,6 +147,7 @@ __all__ = [
     "Zero",
     "additive_memory_accuracy",
     "at_inputs",
+    "capacity",
     "compare",
     "debiased_gradient_step",
     "diagonality",
