@@ -201,6 +201,7 @@ CASES = (
     Case("documents", (16, 15), 4, (4, 1, 4), normalize="sigmoid", learned=("alibi",), dtype=ml_dtypes.bfloat16),
     Case("batch documents", (16, 16), (4, 2), learned=("null", "table by batch"), widths=(4, 2)),
     Case("cross documents", (14, 9), 5, (2, 1, 1), learned=("scale",), dtype=np.float64),
+    Case("pieces", (14, 16), (4, 3), (4, 2, 1), learned=("scale",)),
     Case("lengths", (6, 12), 4, (4, 4, 2), learned=("null", "table by batch")),
     Case("explicit by head", (9, 16), 4, learned=("scale", "alibi"), widths=(5, 4)),
     Case("explicit by batch", (14, 10), 4, (2, 1, 2), (4, 3), normalize="sigmoid", learned=("table",)),
