@@ -41,6 +41,7 @@ EXAMPLES: dict[str, Any] = {
     "mixing": jnp.array([[0.8, 0.6], [-0.6, 0.8]]),
     "kernel": jnp.array([[[0.0, 0.3, 0.0], [0.3, 0.8, 0.3]]]),
     "halves": jnp.array([0] * 10 + [1] * 10),
+    "pieces": jnp.array([-1] * 3 + [0] * 4 + [1] * 6 + [2] * 3 + [-2] * 4),
     "key": jax.random.key(0),
 }
 
@@ -77,6 +78,7 @@ FAMILIES = (
             "Prefix(6)",
             "Explicit(array)",
             "Expires(expiry)",
+            "Causal() & Pieces(pieces)",
             "Graph.from_edges(senders, receivers, 20)",
             "Ancestors(parents)",
             "Causal() & Blocks(BlockIndex.from_scores(scores, 2, (1, 4)))",
@@ -131,6 +133,7 @@ FAMILIES = (
             "Reallocate(halves, jnp.array([0.9, 0.1]), 2)",
             "GaussianWindow(centres, sigma=3.0)",
             "Dropout(0.3, key)",
+            "KeepGroups(pieces, keep=1)",
         ),
         columns=2,
     ),

@@ -686,6 +686,8 @@ def test_caches_are_as_small_as_the_page_says_and_models_say_the_same(page):
     assert p.last.tolist() == [never, 4, 3, 4, never, 6, never, 8]
     assert (np.abs(p.slope[:, :, 1:-1]).max((-1, -2)) > 0).all()
     assert_close(p.alone, p.model(p.text)[0])
+    assert p.places.tolist() == [0, 1, 2, 3, 4, 2, 3, 5]
+    assert [x.tolist() for x in p.found[:2]] == [[0, 4, 8, -1], [3, 7, 11, -1]]
 
 
 # devices.md
@@ -721,6 +723,7 @@ def test_the_pages_name_every_part_and_call():
             "linear",
             "memory",
             "long_context",
+            "caches",
         )
     )
     text = " ".join(re.findall(r"`[^`\n]+`", text))

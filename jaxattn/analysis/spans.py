@@ -73,7 +73,7 @@ def span_influence(
     key: Float[Array, "*b t k h"],
     value: Float[Array, "*b t k v"],
     cotangent: Float[Array, "*b t n v"],
-    spans: Int[ArrayLike, " r"],
+    spans: Float[ArrayLike, " r"],
     *,
     sinks: int = 4,
     mask: Any = None,
@@ -89,7 +89,7 @@ def span_influence(
         key: [..., T, K, H], the site `k_rotated`.
         value: [..., T, K, V], the site `v`.
         cotangent: [..., T, N, V], the gradient of the loss at the site `z`.
-        spans: [R], numbers of tokens; below 1 they count as 1, the query's own token.
+        spans: [R], numbers of tokens, rounded down; below 1 they count as 1, the query's own token.
         sinks: The number of first keys that each span shows.
         mask: The mask of the head; by default `Causal()`.
         options: Other arguments of `attend`.
@@ -101,9 +101,8 @@ def span_influence(
     if cotangent.shape != shape:
         raise ValueError(f"cotangent has shape {cotangent.shape}: need {shape}, that of what the heads read")
     by_head = jnp.repeat(value, query.shape[-2] // value.shape[-2], -2)
-    measure = SpanInfluence(
-        by_head.swapaxes(-3, -2), cotangent.swapaxes(-3, -2), jnp.maximum(jnp.asarray(spans), 1), jnp.asarray(sinks)
-    )
+    shown = jnp.maximum(jnp.floor(jnp.asarray(spans)), 1).astype(jnp.int32)
+    measure = SpanInfluence(by_head.swapaxes(-3, -2), cotangent.swapaxes(-3, -2), shown, jnp.asarray(sinks))
     mask = Causal() if mask is None else mask
     return attend(query, key, value, mask=mask, measures={"spans": measure}, **options)[1]["spans"]
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import numpy as np
-import pytest
 from flax import nnx
 
 from experiments import echoatt, focused, llm_modules
@@ -54,15 +53,23 @@ def test_the_least_similar_block_is_found_by_trying_all():
     assert echoatt.least_similar(table) == (first, first + 1, first + 2)
 
 
-@pytest.mark.parametrize("module", [focused, llm_modules, echoatt], ids=lambda module: module.__name__)
-def test_numbers_are_those_of_the_tables(quick_run, module):
-    quick = quick_run(module.__name__.rpartition(".")[2])[1]
-    assert {claim.number for claim in module.CLAIMS} <= quick.numbers.keys()
-    if module is focused:
-        rows = quick.tables["Among other contexts"]
-        assert [row["contexts"] for row in rows] == [1, 2, 4] * 2
-        assert all(row["share of the own"] == 1 for row in rows if row["contexts"] == 1)
-        return
-    values = {row["model"]: row["bits per byte"] for row in quick.tables["Quality on held-out text"]}
-    for name, value in values.items():
-        assert quick.numbers[f"{name}: bits per byte"] == value
+def test_a_quick_run_of_focused_measures_its_claims(quick_run):
+    quick = quick_run("focused")[1]
+    assert {claim.number for claim in focused.CLAIMS} <= quick.numbers.keys()
+    rows = quick.tables["Among other contexts"]
+    assert [row["contexts"] for row in rows] == [1, 2, 4] * 2
+    assert all(row["share of the own"] == 1 for row in rows if row["contexts"] == 1)
+
+
+def test_a_quick_run_of_llm_modules_measures_its_claims(quick_run):
+    assert_numbers_are_those_of_the_table(quick_run("llm_modules")[1], llm_modules.CLAIMS)
+
+
+def test_a_quick_run_of_echoatt_measures_its_claims(quick_run):
+    assert_numbers_are_those_of_the_table(quick_run("echoatt")[1], echoatt.CLAIMS)
+
+
+def assert_numbers_are_those_of_the_table(quick, claims):
+    assert {claim.number for claim in claims} <= quick.numbers.keys()
+    for row in quick.tables["Quality on held-out text"]:
+        assert quick.numbers[f"{row['model']}: bits per byte"] == row["bits per byte"]
