@@ -1,27 +1,14 @@
 """A trained decoder converted to linear attention: what Hedgehog keeps of its quality, and what each stage brings."""
 
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import jax
 from flax import nnx
 
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, outside
+from experiments.stages import Stages
 from jaxattn import models, nn
-from jaxattn.train import (
-    OptimizerConfig,
-    TrainConfig,
-    Windows,
-    bits_per_byte,
-    fit,
-    language_loss,
-    make_optimizer,
-    ordered_batches,
-    split,
-    standard_library,
-    with_params,
-)
+from jaxattn.train import OptimizerConfig
 
 # The decoder and the training of `experiments.demo`.
 OPTIMIZER = OptimizerConfig(learning_rate=4e-3, warmup_steps=40)
@@ -105,67 +92,26 @@ CLAIMS = (
 
 
 def run(config, seed, folder, console):
-    documents, validation = split(standard_library(), 0.05, seed)
-    windows, held_out = Windows(documents, config.context), Windows(validation, config.context)
-    learning: dict[str, list[tuple[float, float]]] = {}
-
-    def stage(name: str, given: Any, steps: int, optimizer: OptimizerConfig) -> Any:
-        """Parameters after `steps` of the loss in `given`, (params, loss_fn); taken up again where it was stopped."""
-        console.print(f"conversion: {name}")
-        params, loss_fn = given
-        result = fit(
-            loss_fn=loss_fn,
-            params=params,
-            optimizer=make_optimizer(optimizer, steps),
-            train_data=windows,
-            validation_data=held_out,
-            config=TrainConfig(
-                steps=steps,
-                batch_size=config.batch_size,
-                eval_every=steps,
-                eval_batches=1,
-                save_every=max(steps // 3, 1),
-                keep=1,
-                log_every=max(steps // 30, 1),
-                seed=seed,
-            ),
-            run_config={"stage": name, "conversion": asdict(config)},
-            folder=folder / name.replace(" ", "_"),
-            console=console,
-        )
-        if not result.complete:
-            raise KeyboardInterrupt
-        key = "bits_per_byte" if "bits_per_byte" in result.history[0] else "loss"
-        learning[name] = [(line["step"], line[key]) for line in result.history if key in line]
-        return result.params
-
-    def bits(model: nnx.Module) -> float:
-        params, loss_fn = language_loss(model)
-        measure = jax.jit(lambda batch: loss_fn(params, batch, None)[1])
-        sums: Counter = Counter()
-        for batch in ordered_batches(held_out, config.batch_size, config.eval_batches):
-            sums.update({name: float(value) for name, value in measure(batch).items()})
-        return bits_per_byte(sums)
-
+    stages = Stages("conversion", asdict(config), seed, folder, console, saves=3, lines=30)
     layer = models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=config.heads, qk_norm=models.Spec(nn.RMSNorm)))
     decoder = models.TransformerConfig(length=config.context, width=config.width, layers=[layer] * config.layers)
     model = models.Transformer(decoder, rngs=nnx.Rngs(seed))
-    teacher = with_params(model, stage("teacher", language_loss(model), config.steps, config.optimizer))
-    teacher.eval()
+    teacher = stages.on_text("teacher", model, config.steps, config.optimizer)
     converted = models.linearize(teacher)
     matched = models.linearize(teacher)
-    nnx.update(matched, stage("matching", models.matching_loss(matched, teacher), config.match_steps, config.matching))
+    matching = models.matching_loss(matched, teacher)
+    nnx.update(matched, stages.trained("matching", matching, config.match_steps, config.matching))
 
-    def finetuned(name: str, model: nnx.Module) -> nnx.Module:
-        return with_params(model, stage(name, language_loss(model), config.finetune_steps, config.finetuning))
+    def finetuned(name: str, model: nnx.Module) -> Any:
+        return stages.on_text(name, model, config.finetune_steps, config.finetuning)
 
     measured = {
-        "teacher": bits(teacher),
-        "teacher, finetuned": bits(finetuned("teacher finetuned", teacher)),
-        "converted": bits(converted),
-        "converted, finetuned": bits(finetuned("converted finetuned", converted)),
-        "matched": bits(matched),
-        "matched, finetuned": bits(finetuned("matched finetuned", matched)),
+        "teacher": stages.bits(teacher),
+        "teacher, finetuned": stages.bits(finetuned("teacher finetuned", teacher)),
+        "converted": stages.bits(converted),
+        "converted, finetuned": stages.bits(finetuned("converted finetuned", converted)),
+        "matched": stages.bits(matched),
+        "matched, finetuned": stages.bits(finetuned("matched finetuned", matched)),
     }
     costs = measured["converted"] - measured["teacher"]
     numbers = {
@@ -176,12 +122,14 @@ def run(config, seed, folder, console):
     table: list[dict[str, str | int | float | None]] = [
         {"model": name, "bits per byte": value} for name, value in measured.items()
     ]
-    finetuning = {name: points for name, points in learning.items() if name.endswith("finetuned")}
+    finetuning = {name: points for name, points in stages.learning.items() if name.endswith("finetuned")}
     return Result(
         numbers | {f"{name}: bits per byte": value for name, value in measured.items()},
         {"Quality on held-out text": table},
         {
             "Finetuning": Curves("step", "bits per byte of the step's batch", finetuning),
-            "Matching": Curves("step", "cross-entropy of attention maps, nats", {"matching": learning["matching"]}),
+            "Matching": Curves(
+                "step", "cross-entropy of attention maps, nats", {"matching": stages.learning["matching"]}
+            ),
         },
     )

@@ -1,6 +1,5 @@
 """EchoAtt: what layers that share their attention cost a trained decoder, and what distillation wins back."""
 
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -8,22 +7,10 @@ import jax
 from flax import nnx
 
 from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most
+from experiments.stages import Stages
 from jaxattn import models, nn
 from jaxattn.analysis import attention_similarity, similar_blocks
-from jaxattn.train import (
-    OptimizerConfig,
-    TrainConfig,
-    Windows,
-    bits_per_byte,
-    fit,
-    imitation_loss,
-    language_loss,
-    make_optimizer,
-    ordered_batches,
-    split,
-    standard_library,
-    with_params,
-)
+from jaxattn.train import OptimizerConfig, imitation_loss, ordered_batches, with_params
 
 OPTIMIZER = OptimizerConfig(learning_rate=4e-3, warmup_steps=40)
 FINETUNING = OptimizerConfig(learning_rate=1e-3, warmup_steps=10)
@@ -116,64 +103,20 @@ def least_similar(similarity: Any) -> tuple[int, ...]:
 
 
 def run(config, seed, folder, console):
-    documents, validation = split(standard_library(), 0.05, seed)
-    windows, held_out = Windows(documents, config.context), Windows(validation, config.context)
-    learning: dict[str, list[tuple[float, float]]] = {}
-
-    def fitted(name: str, model: Any, given: Any, steps: int, optimizer: OptimizerConfig) -> Any:
-        """The model after `steps` of the loss in `given`, (params, loss_fn); taken up again where it was stopped."""
-        console.print(f"echoatt: {name}")
-        params, loss_fn = given
-        result = fit(
-            loss_fn=loss_fn,
-            params=params,
-            optimizer=make_optimizer(optimizer, steps),
-            train_data=windows,
-            validation_data=held_out,
-            config=TrainConfig(
-                steps=steps,
-                batch_size=config.batch_size,
-                eval_every=steps,
-                eval_batches=1,
-                save_every=max(steps // 2, 1),
-                keep=1,
-                log_every=max(steps // 20, 1),
-                seed=seed,
-            ),
-            run_config={"stage": name, "echoatt": asdict(config)},
-            folder=folder / name.replace(" ", "_").replace(",", ""),
-            console=console,
-        )
-        if not result.complete:
-            raise KeyboardInterrupt
-        learning[name] = [(line["step"], line["bits_per_byte"]) for line in result.history if "bits_per_byte" in line]
-        model = with_params(model, result.params)
-        model.eval()
-        return model
-
-    def on_text(name: str, model: Any, steps: int, optimizer: OptimizerConfig) -> Any:
-        return fitted(name, model, language_loss(model), steps, optimizer)
+    stages = Stages("echoatt", asdict(config), seed, folder, console)
 
     def distilled(name: str, model: Any, teacher: Any) -> Any:
         """Both stages."""
         given = imitation_loss(model, teacher)
-        model = fitted(f"{name}, imitation", model, given, config.imitate_steps, config.finetuning)
-        return on_text(f"{name}, text after imitation", model, config.finetune_steps, config.finetuning)
-
-    def bits(model: nnx.Module) -> float:
-        params, loss_fn = language_loss(model)
-        measure = jax.jit(lambda batch: loss_fn(params, batch, None)[1])
-        sums: Counter = Counter()
-        for batch in ordered_batches(held_out, config.batch_size, config.eval_batches):
-            sums.update({name: float(value) for name, value in measure(batch).items()})
-        return bits_per_byte(sums)
+        model = with_params(model, stages.trained(f"{name}, imitation", given, config.imitate_steps, config.finetuning))
+        return stages.on_text(f"{name}, text after imitation", model, config.finetune_steps, config.finetuning)
 
     layer = models.pre_norm(models.Spec(nn.MultiHeadAttention, heads=config.heads))
     decoder = models.TransformerConfig(length=config.context, width=config.width, layers=[layer] * config.layers)
     model = models.Transformer(decoder, rngs=nnx.Rngs(seed))
-    teacher = on_text("teacher", model, config.steps, config.optimizer)
+    teacher = stages.on_text("teacher", model, config.steps, config.optimizer)
 
-    batch = next(iter(ordered_batches(held_out, config.batch_size, 1)))
+    batch = next(iter(ordered_batches(stages.held_out, config.batch_size, 1)))
     weights = jax.jit(lambda tokens: teacher(tokens, record=("weights",))[2]["weights"])(batch["tokens"])
     similarity = jax.device_get(attention_similarity(weights, skip=config.skip))
     blocks = {
@@ -182,12 +125,12 @@ def run(config, seed, folder, console):
     }
     shared = {name: models.share_attention(teacher, [block]) for name, block in blocks.items()}
     steps = config.imitate_steps + config.finetune_steps
-    measured = {"teacher": bits(teacher)}
+    measured = {"teacher": stages.bits(teacher)}
     for name, student in shared.items():
-        measured[f"{name}, untrained"] = bits(student)
-        measured[f"{name}, distilled"] = bits(distilled(name, student, teacher))
-    plain = on_text("most similar, text alone", shared["most similar"], steps, config.finetuning)
-    measured["most similar, text alone"] = bits(plain)
+        measured[f"{name}, untrained"] = stages.bits(student)
+        measured[f"{name}, distilled"] = stages.bits(distilled(name, student, teacher))
+    plain = stages.on_text("most similar, text alone", shared["most similar"], steps, config.finetuning)
+    measured["most similar, text alone"] = stages.bits(plain)
 
     cost = {name: value - measured["teacher"] for name, value in measured.items()}
     alike, unlike = cost["most similar, untrained"], cost["least similar, untrained"]
@@ -210,7 +153,7 @@ def run(config, seed, folder, console):
         }
         for name, block in blocks.items()
     ]
-    later = {name: points for name, points in learning.items() if name != "teacher"}
+    later = {name: points for name, points in stages.learning.items() if name != "teacher"}
     return Result(
         numbers | {f"{name}: bits per byte": value for name, value in measured.items()},
         {"Quality on held-out text": rows, "Blocks": of_blocks},

@@ -1,6 +1,5 @@
 """LLM Modules: a small decoder that reads the vectors of a frozen larger one, beside one that has to do alone."""
 
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -8,20 +7,9 @@ import jax
 from flax import nnx
 
 from experiments.experiment import Claim, Curves, Result, at_least, at_most, outside
+from experiments.stages import Stages
 from jaxattn import Alibi, Causal, models, nn
-from jaxattn.train import (
-    OptimizerConfig,
-    TrainConfig,
-    Windows,
-    bits_per_byte,
-    fit,
-    language_loss,
-    make_optimizer,
-    ordered_batches,
-    split,
-    standard_library,
-    with_params,
-)
+from jaxattn.train import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(learning_rate=4e-3, warmup_steps=40)
 
@@ -144,48 +132,10 @@ def alone(config: Config, parameters: int, seed: int) -> models.Transformer:
 
 
 def run(config, seed, folder, console):
-    documents, validation = split(standard_library(), 0.05, seed)
-    windows, held_out = Windows(documents, config.context), Windows(validation, config.context)
-    learning: dict[str, list[tuple[float, float]]] = {}
+    stages = Stages("llm_modules", asdict(config), seed, folder, console)
 
     def fitted(name: str, model: Any, steps: int) -> Any:
-        """The model after `steps` of training on text; taken up again where it was stopped."""
-        console.print(f"llm_modules: {name}")
-        params, loss_fn = language_loss(model)
-        result = fit(
-            loss_fn=loss_fn,
-            params=params,
-            optimizer=make_optimizer(config.optimizer, steps),
-            train_data=windows,
-            validation_data=held_out,
-            config=TrainConfig(
-                steps=steps,
-                batch_size=config.batch_size,
-                eval_every=steps,
-                eval_batches=1,
-                save_every=max(steps // 2, 1),
-                keep=1,
-                log_every=max(steps // 20, 1),
-                seed=seed,
-            ),
-            run_config={"model": name, "llm_modules": asdict(config)},
-            folder=folder / name.replace(" ", "_").replace(",", ""),
-            console=console,
-        )
-        if not result.complete:
-            raise KeyboardInterrupt
-        learning[name] = [(line["step"], line["bits_per_byte"]) for line in result.history if "bits_per_byte" in line]
-        model = with_params(model, result.params)
-        model.eval()
-        return model
-
-    def bits(model: nnx.Module) -> float:
-        params, loss_fn = language_loss(model)
-        measure = jax.jit(lambda batch: loss_fn(params, batch, None)[1])
-        sums: Counter = Counter()
-        for batch in ordered_batches(held_out, config.batch_size, config.eval_batches):
-            sums.update({name: float(value) for name, value in measure(batch).items()})
-        return bits_per_byte(sums)
+        return stages.on_text(name, model, steps, config.optimizer)
 
     wide = decoder(config, config.wide, [layer(config.heads)] * config.layers)
     frozen = fitted("frozen", models.Transformer(wide, rngs=nnx.Rngs(seed)), config.steps)
@@ -199,10 +149,10 @@ def run(config, seed, folder, console):
     for branch in (branch for run in shut.reader.runs for branch in run.branches if branch.gate is not None):
         branch.gate.gate.bias[...] = branch.gate.gate.bias[...] - float("inf")
     other = alone(config, trained(reader), seed)
-    before = abs(bits(reader) - bits(shut))
-    measured = {"frozen": (trained(frozen), bits(frozen))}
+    before = abs(stages.bits(reader) - stages.bits(shut))
+    measured = {"frozen": (trained(frozen), stages.bits(frozen))}
     for name, model in {"alone": other, **readers}.items():
-        measured[name] = trained(model), bits(fitted(name, model, config.small_steps))
+        measured[name] = trained(model), stages.bits(fitted(name, model, config.small_steps))
     saved, saved_without, gap = (measured["alone"][1] - measured[name][1] for name in (*readers, "frozen"))
     numbers: dict[str, float | None] = {
         "bits saved by reading": saved,
@@ -217,5 +167,5 @@ def run(config, seed, folder, console):
     return Result(
         numbers | {f"{name}: bits per byte": value for name, (_, value) in measured.items()},
         {"Quality on held-out text": rows},
-        {"Training": Curves("step", "bits per byte of the step's batch", learning)},
+        {"Training": Curves("step", "bits per byte of the step's batch", stages.learning)},
     )
