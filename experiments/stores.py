@@ -15,11 +15,24 @@ import numpy as np
 
 from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, check_names
 from experiments.inside_smollm2 import RANDOM, loaded
-from jaxattn.cache import Attentive, HeavyHitters, MeanKeys, Policy, Quantised, Quest, Recent, SnapKV
+from jaxattn.cache import (
+    Attentive,
+    Forecasted,
+    HeavyHitters,
+    MeanKeys,
+    MeanOverTime,
+    Policy,
+    Quantised,
+    Quest,
+    Recent,
+    Recycled,
+    SnapKV,
+)
 from jaxattn.models import compare_stores
 
 SINKS, HEAVY, VOTES, PAGES, MEANS = "streaming_llm", "h2o", "snapkv", "quest", "moba"
-LATE, BITS = "attendre", "kivi"
+LATE, BITS, AGAIN, AHEAD = "attendre", "kivi", "recycled", "attn_predictor"
+EVERY = 10  # every tenth step of recycled and forecast attention is full
 NAMES = {
     SINKS: "sinks and recent",
     HEAVY: "heavy hitters",
@@ -27,6 +40,8 @@ NAMES = {
     LATE: "attended to last",
     PAGES: "Quest",
     MEANS: "mean keys",
+    AGAIN: "recycled",
+    AHEAD: "forecast by the mean",
 }
 
 
@@ -130,6 +145,29 @@ CLAIMS = (
         refuted=at_least(1),
     ),
     Claim(
+        "What one step attends to is what the next ones need: recycled attention, in which every tenth step is full, "
+        "loses at most half of what sinks and recent tokens lose.",
+        paper=AGAIN,
+        number="lost by recycled over sinks and recent" + EIGHTH,
+        confirmed=at_most(0.5),
+        refuted=at_least(1),
+    ),
+    Claim(
+        "Recycled attention finds needles in a second turn, though only every tenth step reads all: at least half as "
+        "many as the whole store.",
+        paper=AGAIN,
+        number="needles of recycled over all, second turn" + EIGHTH,
+        confirmed=at_least(0.5),
+        refuted=at_most(0.2),
+    ),
+    Claim(
+        "A mean over the last 64 steps forecasts better than the last full step alone: it loses at most nine tenths.",
+        paper=AHEAD,
+        number="lost by forecast by the mean over recycled" + EIGHTH,
+        confirmed=at_most(0.9),
+        refuted=at_least(1),
+    ),
+    Claim(
         "Two bits are enough: the loss rises by at most 0.1 nats per token.",
         paper=BITS,
         number="cost of 2 bits",
@@ -162,6 +200,15 @@ def policies(config: Config, length: int) -> dict[str, dict[int, Policy]]:
         found[NAMES[name]] = {
             part: Policy(select=select(length // part // config.page, config.page)) for part in config.parts
         }
+    found[NAMES[AGAIN]] = {part: Policy(select=Recycled(length // part, EVERY)) for part in config.parts}
+    found[NAMES[AHEAD]] = {
+        part: Policy(
+            select=Forecasted(
+                MeanOverTime(), length // part // config.page, config.page, every=EVERY, sinks=4, recent=recent
+            )
+        )
+        for part in config.parts
+    }
     check_names("policies", config.policies, found)
     return {name: found[name] for name in config.policies}
 
@@ -252,6 +299,9 @@ def results(config: Config, whole: Any, bits: Any, found: Any) -> Result:
         "lost by Quest over sinks and recent" + EIGHTH: lost(PAGES, SINKS),
         "lost by Quest over mean keys" + EIGHTH: lost(PAGES, MEANS),
         "lost by attended to last over sinks and recent" + EIGHTH: lost(LATE, SINKS),
+        "lost by recycled over sinks and recent" + EIGHTH: lost(AGAIN, SINKS),
+        "lost by forecast by the mean over recycled" + EIGHTH: lost(AHEAD, AGAIN),
+        "needles of recycled over all, second turn" + EIGHTH: over(of(AGAIN, late), whole[late]),
         "needles of Quest over all, second turn" + EIGHTH: over(of(PAGES, late), whole[late]),
         "needles of SnapKV over all, in the prompt" + EIGHTH: over(of(VOTES, early), whole[early]),
         "needles of SnapKV, second turn over in the prompt" + EIGHTH: over(of(VOTES, late), of(VOTES, early)),
