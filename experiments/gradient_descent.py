@@ -150,15 +150,17 @@ def one_layer(config: Config, seed: int, folder: Path, console: Console) -> Resu
     kinds = [("isotropic", False, 0), ("anisotropic", False, 0)]
     for kind, free, number in [*kinds, *(("anisotropic", True, number) for number in range(config.starts))]:
         covariance = jnp.eye(config.dim) if kind == "isotropic" else rotated(jax.random.fold_in(key, 1), config.dim)
-        inputs, given = Gaussian(config.dim, covariance), (covariance, config.context, config.noise**2)
+        inputs = Gaussian(config.dim, covariance)
+        given: dict[str, Any] = {"n": config.context, "sigma2": config.noise**2}
         task = FunctionTask(icl.Linear(), inputs, config.context + 1, noise=config.noise)
         name = f"{kind}, free start {number}" if free else kind
         console.print(f"gradient_descent: {name}")
         begun = start(jax.random.fold_in(key, 2 + number), config.dim, structured=not free)
         layer, learning[name] = fitted(config, task, begun, lambda layer: layer, name, seed, folder, console)
         mean, error = predictors.risk(task, layer, config.prompts, seed)
-        gamma, best = readout.effective_gamma(layer.layers[0]), layer_theory.lsa_optimum(*given)
-        least, rank_one = float(layer_theory.lsa_minimum(*given)), float(layer_theory.lsa_rank_one_risk(*given))
+        gamma, best = readout.effective_gamma(layer.layers[0]), layer_theory.lsa_optimum(covariance, **given)
+        least = float(layer_theory.lsa_minimum(covariance, **given))
+        rank_one = float(layer_theory.lsa_rank_one_risk(covariance, **given))
         distance = float(jnp.linalg.norm(gamma - best) / jnp.linalg.norm(best))
         row = {"training": name, "risk": mean, "standard error": error, "minimum": least, "best of rank one": rank_one}
         rows.append(row | {"distance of Γ": distance})
@@ -226,7 +228,7 @@ def layers(config: Config, seed: int, folder: Path, console: Console) -> Result:
         numbers["difference of 2 trained layers and 2 of GD++"] = float(((one - other) ** 2).mean()) / mean
     numbers["one tuned step over its closed form"] = None
     if ("steps", 1) in excess:
-        closed = float(layer_theory.lsa_minimum(jnp.eye(config.dim), config.deep_context))
+        closed = float(layer_theory.lsa_minimum(jnp.eye(config.dim), n=config.deep_context))
         numbers["one tuned step over its closed form"] = excess["steps", 1] / closed
 
     covariance = rotated(jax.random.fold_in(jax.random.key(seed), 1), config.dim)

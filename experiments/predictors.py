@@ -33,14 +33,26 @@ def train(
     batch_size: int,
     folder: Path,
     console: Console,
+    draws: int | None = None,
 ) -> tuple[Any, list[tuple[float, float]]]:
     """(the params after training, (step, risk) at 10 measurements), build(params) being the predictor.
+
+    With `draws`, the params of so many predictors lie along a first axis, and each learns from prompts of its own, an
+    equal part of the batch. They are as they would be alone if the optimiser clips nothing.
 
     Raises KeyboardInterrupt if it was stopped: it goes on when called again.
     """
     last, every = [task.length - 1], steps // 10
+
+    def answers(params: Any, x: Any, y: Any) -> jax.Array:
+        if draws is None:
+            return build(params).after(x, y, last)
+        parts = [a.reshape(draws, -1, *a.shape[1:]) for a in (x, y)]
+        each = jax.vmap(lambda one, x, y: build(one).after(x, y, last))(params, *parts)
+        return each.reshape(-1, *each.shape[2:])
+
     result = decoders.train_params(
-        prompt_loss(lambda params, x, y: build(params).after(x, y, last), icl.square, last),
+        prompt_loss(answers, icl.square, last),
         params,
         drawn(task),
         steps=steps,

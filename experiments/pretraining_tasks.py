@@ -177,19 +177,21 @@ def run(config, seed, folder, console):
 def pretrained(config: Config, count: int, key: PRNGKeyArray) -> tuple[dict[str, Any], Float[Array, "r d d"]]:
     """(the excess risk after so many tasks and what the theory says of it, the weights of all runs)."""
     task, covariance = setting(config)
-    given = covariance, config.context, config.noise**2
-    rate = config.rate / float(jnp.trace(covariance) * jnp.trace(layer_theory.moment_matrix(*given)))
-    rates, least = layer_theory.halving_rates(rate, count), float(layer_theory.lsa_minimum(*given))
+    given: dict[str, Any] = {"n": config.context, "sigma2": config.noise**2}
+    rate = config.rate / float(jnp.trace(covariance) * jnp.trace(layer_theory.moment_matrix(covariance, **given)))
+    rates = layer_theory.halving_rates(rate=rate, tasks=count)
+    least = float(layer_theory.lsa_minimum(covariance, **given))
     gammas = descend(key, task, rates, config.runs)
-    excess = np.array([float(layer_theory.linear_icl_risk(gamma, *given)) - least for gamma in gammas])
+    length: dict[str, Any] = {"m": config.context, "sigma2": config.noise**2}
+    excess = np.array([float(layer_theory.linear_icl_risk(gamma, covariance, **length)) - least for gamma in gammas])
     row = {
         "dimension": config.dim,
         "tasks": count,
         "excess": float(excess.mean()),
         "standard error": float(excess.std(ddof=1) / math.sqrt(config.runs)),
-        "bias": float(layer_theory.mean_path_bias(rates, *given)),
-        "bound": float(layer_theory.task_complexity_bound(rate, count, *given)),
-        "effective dimension": float(layer_theory.effective_dimension(rate, count, *given)),
+        "bias": float(layer_theory.mean_path_bias(rates, covariance, **given)),
+        "bound": float(layer_theory.task_complexity_bound(covariance, rate=rate, tasks=count, **given)),
+        "effective dimension": float(layer_theory.effective_dimension(covariance, rate=rate, tasks=count, **given)),
     }
     return row, gammas
 
@@ -207,16 +209,18 @@ def lengths(
     """(excess over the noise after so many examples of the trained layers, in the mean, of the best ones and of ridge;
     the largest distance of the formula from a simulation, of one trained layer, in standard errors)."""
     noise2 = config.noise**2
-    best = layer_theory.lsa_optimum(covariance, config.context, noise2)
+    best = layer_theory.lsa_optimum(covariance, n=config.context, sigma2=noise2)
     asked = {"layer": icl.Preconditioned(gammas[0]), "ridge": icl.Ridge(noise2)}
     options: dict[str, Any] = {"batch": 256, "batches": config.prompts // 256, "excess": True}
     table = icl.compare(task, asked, config.lengths, key, **options)
     rows, distances = [], []
     for number, count in enumerate(config.lengths):
-        after = [float(layer_theory.linear_icl_risk(x, covariance, count, noise2)) - noise2 for x in (*gammas, best)]
+        after = [
+            float(layer_theory.linear_icl_risk(x, covariance, m=count, sigma2=noise2)) - noise2 for x in (*gammas, best)
+        ]
         simulated = table.risks["layer"]
         distances.append(abs(float(simulated.mean[number]) - after[0]) / float(simulated.error[number]))
-        there = float(layer_theory.lsa_minimum(covariance, count, noise2)) - noise2
+        there = float(layer_theory.lsa_minimum(covariance, n=count, sigma2=noise2)) - noise2
         values = sum(after[:-1]) / len(gammas), after[-1], there, float(table.risks["ridge"].mean[number])
         rows.append({"examples": count, **dict(zip(LAYERS, values, strict=True))})
     return rows, float(np.max(distances))

@@ -155,19 +155,19 @@ def run(config, seed, folder, console):
 
     numbers: dict[str, float | None] = {claim.number: None for claim in CLAIMS}
     psi2, noise = 1 / config.dim, config.noise2**0.5
-    setting = config.dim, config.context, config.noise2, psi2
+    setting: dict[str, Any] = {"d": config.dim, "n": config.context, "sigma2": config.noise2, "psi2": psi2}
     task = FunctionTask(icl.Linear(scale=psi2**0.5), Gaussian(config.dim), config.context + 1, noise=noise)
     known = {
-        "one step of gradient descent": config.noise2 + float(theory.gd_excess(*setting)),
-        "debiased": config.noise2 + float(theory.debiased_gd_excess(*setting)),
-        "ridge": config.noise2 + float(theory.ridge_excess(*setting)),
+        "one step of gradient descent": config.noise2 + float(theory.gd_excess(**setting)),
+        "debiased": config.noise2 + float(theory.debiased_gd_excess(**setting)),
+        "ridge": config.noise2 + float(theory.ridge_excess(**setting)),
     }
     rows: list[dict[str, Any]] = [{"predictor": name, "risk": value} for name, value in known.items()]
     learning: dict[str, Any] = {}
     scatter: dict[str, Any] = {}
     maps: dict[str, Any] = {}
     by_length: dict[str, Any] = {}
-    step = icl.DebiasedDescent(theory.debiased_gd_step(*setting))
+    step = icl.DebiasedDescent(theory.debiased_gd_step(**setting))
     for count in config.heads:
         name = f"{count} heads"
         layer, learning[name] = trained(name, task, count)
@@ -205,14 +205,16 @@ def run(config, seed, folder, console):
     layer, learning["anisotropic"] = trained("anisotropic", skewed, most)
     mean, error = predictors.risk(skewed, layer, config.prompts, seed)
     # Examples with their mean taken off are as good as L − 1 others: the best step is the best Γ for so many.
-    best = float(layer_theory.lsa_minimum(covariance, config.context - 1, config.noise2, psi2))
+    best = float(layer_theory.lsa_minimum(covariance, n=config.context - 1, sigma2=config.noise2, psi2=psi2))
     numbers["anisotropic: risk over preconditioned debiased descent"] = mean / best
     rows.append({"predictor": f"{most} heads, anisotropic", "risk": mean, "standard error": error})
     rows.append({"predictor": "debiased with a matrix, anisotropic", "risk": best})
 
     blocks = icl.BlockwiseLinear(2, scale=config.blocks**-0.5)
     both = FunctionTask(blocks, Gaussian(2 * config.blocks), config.two_context + 1, noise=noise)
-    of_one = float(theory.debiased_gd_excess(config.blocks, config.two_context, config.noise2, 1 / config.blocks))
+    of_one = float(
+        theory.debiased_gd_excess(d=config.blocks, n=config.two_context, sigma2=config.noise2, psi2=1 / config.blocks)
+    )
     shared: list[dict[str, Any]] = [{"predictor": "debiased, one task", "excess per task": of_one}]
     excesses = {}
     for count in config.two_heads:

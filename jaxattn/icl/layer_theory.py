@@ -26,7 +26,7 @@ def _check(owner: str, covariance: Any, n: int, sigma2: Any, psi2: Any) -> None:
     check_covariance(owner, covariance, dim)
 
 
-def moment_matrix(covariance: Matrix, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Matrix:
+def moment_matrix(covariance: Matrix, *, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Matrix:
     """Returns C_n = E[ŵ ŵᵀ] for ŵ = Xᵀy / n: Σ ( psi2 (n + 1) / n Σ + (psi2 tr Σ + sigma2) / n I ).
 
     The formula follows from E[A²] = (n + 1) / n Σ² + tr Σ / n Σ for A = XᵀX / n.
@@ -36,7 +36,7 @@ def moment_matrix(covariance: Matrix, n: int, sigma2: Number = 0.0, psi2: Number
     return covariance @ (psi2 * (n + 1) / n * covariance + (psi2 * jnp.trace(covariance) + sigma2) / n * eye)
 
 
-def lsa_optimum(covariance: Matrix, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Matrix:
+def lsa_optimum(covariance: Matrix, *, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Matrix:
     """Returns the best Γ in ŷ = xᵀ Γ Xᵀy / n: Γ* = ( (n + 1) / n Σ + (tr Σ + sigma2 / psi2) / n I )⁻¹ = psi2 Σ C_n⁻¹.
 
     One layer of linear attention learns Γ* (Ahn et al., 2023; Zhang et al., 2023; with noise Wu et al., 2024). Γ* tends
@@ -53,7 +53,7 @@ def lsa_optimum(covariance: Matrix, n: int, sigma2: Number = 0.0, psi2: Number =
 
 
 def linear_icl_risk(
-    gamma: Matrix, covariance: Matrix, m: int, sigma2: Number = 0.0, psi2: Number = 1.0
+    gamma: Matrix, covariance: Matrix, *, m: int, sigma2: Number = 0.0, psi2: Number = 1.0
 ) -> Float[Array, ""]:
     """Returns the risk of ŷ = xᵀ Γ Xᵀy / m after m examples, for any Γ and m (Wu et al., 2024):
 
@@ -62,34 +62,34 @@ def linear_icl_risk(
     Raises:
         ValueError: gamma has another shape than the covariance.
     """
-    moments = moment_matrix(covariance, m, sigma2, psi2)
+    moments = moment_matrix(covariance, n=m, sigma2=sigma2, psi2=psi2)
     if jnp.shape(gamma) != jnp.shape(covariance):
         raise ValueError(f"linear_icl_risk: gamma has shape {jnp.shape(gamma)}: need {jnp.shape(covariance)}")
     signal = psi2 * (jnp.trace(covariance) - 2 * jnp.trace(covariance @ gamma @ covariance))
     return sigma2 + signal + jnp.trace(covariance @ gamma @ moments @ gamma.T)
 
 
-def lsa_minimum(covariance: Matrix, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Float[Array, ""]:
+def lsa_minimum(covariance: Matrix, *, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Float[Array, ""]:
     """Returns the risk of `lsa_optimum`, the least of one layer of linear attention: sigma2 + psi2 tr(Σ (I − Γ* Σ))."""
-    gamma = lsa_optimum(covariance, n, sigma2, psi2)
+    gamma = lsa_optimum(covariance, n=n, sigma2=sigma2, psi2=psi2)
     return sigma2 + psi2 * jnp.trace(covariance - covariance @ gamma @ covariance)
 
 
-def lsa_rank_one_risk(covariance: Matrix, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Float[Array, ""]:
+def lsa_rank_one_risk(covariance: Matrix, *, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Float[Array, ""]:
     """Returns the risk of the best Γ of rank one, sigma2 + psi2 (tr Σ − λ₁² γ₁).
 
     λ₁ is the largest eigenvalue of Σ and γ₁ its eigenvalue in Γ*. Free layers that start at random often end here,
     since they put Γ in a place of rank one.
     """
     largest = jnp.linalg.eigvalsh(covariance)[-1]
-    gamma = jnp.linalg.eigvalsh(lsa_optimum(covariance, n, sigma2, psi2))[0]
+    gamma = jnp.linalg.eigvalsh(lsa_optimum(covariance, n=n, sigma2=sigma2, psi2=psi2))[0]
     return sigma2 + psi2 * (jnp.trace(covariance) - largest**2 * gamma)
 
 
 # Stochastic gradient descent with a fresh task at every step, Γ ← Γ − g_t (ŷ − y) x (Xᵀy / n)ᵀ (Wu et al., 2024).
 
 
-def halving_rates(rate: Number, tasks: int) -> Float[Array, " t"]:
+def halving_rates(*, rate: Number, tasks: int) -> Float[Array, " t"]:
     """Returns g_1 .. g_T: `rate`, halved every ⌊T / ln T⌋ tasks.
 
     Args:
@@ -108,6 +108,7 @@ def halving_rates(rate: Number, tasks: int) -> Float[Array, " t"]:
 def mean_path_bias(
     rates: Float[Array, " t"],
     covariance: Matrix,
+    *,
     n: int,
     sigma2: Number = 0.0,
     psi2: Number = 1.0,
@@ -128,7 +129,7 @@ def mean_path_bias(
         psi2: The variance of weights.
         start: Γ_0, by default 0.
     """
-    optimum, moments = (f(covariance, n, sigma2, psi2) for f in (lsa_optimum, moment_matrix))
+    optimum, moments = (f(covariance, n=n, sigma2=sigma2, psi2=psi2) for f in (lsa_optimum, moment_matrix))
     offset = -optimum if start is None else start - optimum
 
     def after(offset: Matrix, rate: Array) -> tuple[Matrix, None]:
@@ -144,7 +145,7 @@ def _moments_of(values: Float[Array, " d"], n: int, sigma2: Any, psi2: Any) -> F
 
 
 def effective_dimension(
-    rate: Number, tasks: int, covariance: Matrix, n: int, sigma2: Number = 0.0, psi2: Number = 1.0
+    covariance: Matrix, *, rate: Number, tasks: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0
 ) -> Float[Array, ""]:
     """Returns how many of the d² weights T tasks determine: D = Σ_ij min(1, (T_e g_0 λ_i c_j)²), T_e = T / ln T.
 
@@ -167,13 +168,13 @@ def effective_dimension(
 
 
 def task_complexity_bound(
-    rate: Number, tasks: int, covariance: Matrix, n: int, sigma2: Number = 0.0, psi2: Number = 1.0
+    covariance: Matrix, *, rate: Number, tasks: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0
 ) -> Float[Array, ""]:
     """Returns the risk that noise adds to `mean_path_bias` in T tasks, up to a constant: (psi2 tr Σ + sigma2) D / T_e.
 
     D and T_e are those of `effective_dimension`, with the same arguments (Wu et al., 2024).
     """
-    dimension = effective_dimension(rate, tasks, covariance, n, sigma2, psi2)
+    dimension = effective_dimension(covariance, rate=rate, tasks=tasks, n=n, sigma2=sigma2, psi2=psi2)
     return (psi2 * jnp.trace(covariance) + sigma2) * dimension * math.log(tasks) / tasks
 
 
@@ -181,7 +182,7 @@ def task_complexity_bound(
 
 
 def softmax_icl_loss(
-    omega: Float[Array, " h"], mu: Float[Array, " h"], d: int, n: int, sigma2: Number = 0.0
+    omega: Float[Array, " h"], mu: Float[Array, " h"], *, d: int, n: int, sigma2: Number = 0.0
 ) -> Float[Array, ""]:
     """Returns the risk of heads (ω, μ) to leading order in large d and n (He et al., 2025):
 
@@ -197,7 +198,7 @@ def softmax_icl_loss(
     return sigma2 + (1 - mu @ omega) ** 2 + (1 + sigma2) / n * spread
 
 
-def one_head_optimum(d: int, n: int, sigma2: Number = 0.0) -> tuple[Array, Array, Array]:
+def one_head_optimum(*, d: int, n: int, sigma2: Number = 0.0) -> tuple[Array, Array, Array]:
     """Returns (ω, μ, risk) of the least `softmax_icl_loss` of one head.
 
     ω = 1 / √d, μ ω = 1 / (1 + c) and risk = sigma2 + c / (1 + c) with c = e d (1 + sigma2) / n.
@@ -208,7 +209,7 @@ def one_head_optimum(d: int, n: int, sigma2: Number = 0.0) -> tuple[Array, Array
     return omega, 1 / (1 + cost) / omega, sigma2 + cost / (1 + cost)
 
 
-def two_head_infimum(d: int, n: int, sigma2: Number = 0.0) -> Float[Array, ""]:
+def two_head_infimum(*, d: int, n: int, sigma2: Number = 0.0) -> Float[Array, ""]:
     """Returns the limit of `softmax_icl_loss` of heads (ω, −ω), (μ, −μ) as ω → 0 with the best 2 μ ω = 1 / (1 + c).
 
     The limit is sigma2 + c / (1 + c) with c = d (1 + sigma2) / n, e times less than for one head. No pair attains it.

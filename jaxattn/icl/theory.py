@@ -27,13 +27,13 @@ def check_setting(owner: str, dim: int, count: int, sigma2: Any, psi2: Any = 1.0
     check_range(f"{owner}: psi2", psi2, lambda x: x >= 0, "from 0 on")
 
 
-def averaging_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Number:
+def averaging_excess(*, d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Number:
     """The excess risk of `Averaging`: (psi2 d (d + 1) + sigma2 d) / n, and psi2 d without examples."""
     check_setting("averaging_excess", d, n, sigma2, psi2)
     return psi2 * d if n == 0 else (psi2 * d * (d + 1) + sigma2 * d) / n
 
 
-def sparse_averaging_excess(d: int, nonzero: int, n: int, sigma2: Number = 0.0) -> Number:
+def sparse_averaging_excess(*, d: int, nonzero: int, n: int, sigma2: Number = 0.0) -> Number:
     """The excess risk of `Averaging` on `SparseLinear(nonzero)`: (nonzero (d + 1) + sigma2 d) / n.
 
     Without examples it is `nonzero`. The weights that are not 0 are N(0, 1).
@@ -48,7 +48,7 @@ def sparse_averaging_excess(d: int, nonzero: int, n: int, sigma2: Number = 0.0) 
     return nonzero if n == 0 else (nonzero * (d + 1) + sigma2 * d) / n
 
 
-def ols_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Number:
+def ols_excess(*, d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Number:
     """The excess risk of `LeastSquares`, the shortest w that fits best: the share not seen, and the noise fitted.
 
         psi2 (d − n) + sigma2 n / (d − n − 1)   for n < d − 1,
@@ -67,7 +67,7 @@ def ols_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Numb
 
 
 def ridge_excess(
-    d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0, penalty: Number | None = None
+    *, d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0, penalty: Number | None = None
 ) -> Float[Array, ""]:
     """The excess risk of `Ridge(penalty)`: E Σ_k (psi2 penalty² + sigma2 λ_k) / (λ_k + penalty)².
 
@@ -100,7 +100,7 @@ def _bayes_penalty(owner: str, sigma2: Any, psi2: Any, penalty: Any) -> Any:
 
 
 def ridge_excess_spectral(
-    covariance: Float[Array, "d d"], n: int, sigma2: Number = 0.0, psi2: Number = 1.0, penalty: Number | None = None
+    covariance: Float[Array, "d d"], *, n: int, sigma2: Number = 0.0, psi2: Number = 1.0, penalty: Number | None = None
 ) -> Float[Array, ""]:
     """The excess risk of `Ridge(penalty)` on x ~ N(0, Σ) to leading order in n and d, its deterministic equivalent:
 
@@ -138,14 +138,14 @@ def ridge_excess_spectral(
     return (psi2 * kappa**2 * (values / (values + kappa) ** 2).sum() + sigma2 * freedom) / (1 - freedom)
 
 
-def gd_step(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Number:
+def gd_step(*, d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Number:
     """The step of one step of `GradientDescent` with the least risk: n / (n + 1 + d + sigma2 / psi2)."""
     check_setting("gd_step", d, n, sigma2, psi2)
     check_range("gd_step: psi2", psi2, lambda x: x > 0, "above 0")
     return n / (n + 1 + d + sigma2 / psi2)
 
 
-def gd_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0, step: Number | None = None) -> Number:
+def gd_excess(*, d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0, step: Number | None = None) -> Number:
     """The excess risk of one step of `GradientDescent`: psi2 d ((1 − step)² + step² (d + 1) / n) + sigma2 step² d / n.
 
     With step 1 it is `averaging_excess`. Without examples it is psi2 d.
@@ -161,18 +161,20 @@ def gd_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0, step: Nu
     check_setting("gd_excess", d, n, sigma2, psi2)
     if n == 0:
         return psi2 * d
-    step = gd_step(d, n, sigma2, psi2) if step is None else step
+    step = gd_step(d=d, n=n, sigma2=sigma2, psi2=psi2) if step is None else step
     return psi2 * d * ((1 - step) ** 2 + step**2 * (d + 1) / n) + sigma2 * step**2 * d / n
 
 
-def debiased_gd_step(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Number:
+def debiased_gd_step(*, d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0) -> Number:
     """The step of `DebiasedDescent` with the least risk: n / (n + d + sigma2 / psi2)."""
     check_setting("debiased_gd_step", d, n, sigma2, psi2, least=1)
     check_range("debiased_gd_step: psi2", psi2, lambda x: x > 0, "above 0")
     return n / (n + d + sigma2 / psi2)
 
 
-def debiased_gd_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0, step: Number | None = None) -> Number:
+def debiased_gd_excess(
+    *, d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0, step: Number | None = None
+) -> Number:
     """The excess risk of `DebiasedDescent`, with η = step (n − 1) / n:
 
         psi2 d (1 − 2 η + η² (n + d) / (n − 1)) + sigma2 η² d / (n − 1)
@@ -191,7 +193,7 @@ def debiased_gd_excess(d: int, n: int, sigma2: Number = 0.0, psi2: Number = 1.0,
         ValueError: n is below 1.
     """
     check_setting("debiased_gd_excess", d, n, sigma2, psi2, least=1)
-    step = debiased_gd_step(d, n, sigma2, psi2) if step is None else step
+    step = debiased_gd_step(d=d, n=n, sigma2=sigma2, psi2=psi2) if step is None else step
     share = (n - 1) / n
     bias = 1 - 2 * step * share + step**2 * share * (n + d) / n
     return psi2 * d * bias + sigma2 * step**2 * share * d / n

@@ -35,11 +35,11 @@ def test_one_step_from_0_is_the_product_of_the_query_and_the_moment():
 def test_the_mean_path_is_that_of_the_theory():
     """E Γ_t − Γ* is multiplied by 1 − g λ_i c_j at each task, entry by entry for a diagonal covariance."""
     task, covariance = setting(CONFIG)
-    given = covariance, CONFIG.context, CONFIG.noise**2
+    given = {"n": CONFIG.context, "sigma2": CONFIG.noise**2}
     rates, runs = jnp.array([0.05, 0.05, 0.02]), 20000
     gammas = np.asarray(descend(jax.random.key(0), task, rates, runs), np.float64)
-    curvature = np.diag(covariance)[:, None] * np.diag(layer_theory.moment_matrix(*given))
-    best = np.asarray(layer_theory.lsa_optimum(*given))
+    curvature = np.diag(covariance)[:, None] * np.diag(layer_theory.moment_matrix(covariance, **given))
+    best = np.asarray(layer_theory.lsa_optimum(covariance, **given))
     expected = best - np.prod([1 - rate * curvature for rate in np.asarray(rates)], axis=0) * best
     error = gammas.std(0) / np.sqrt(runs)
     assert (abs(gammas.mean(0) - expected) < 4.5 * error).all()  # 9 entries at once

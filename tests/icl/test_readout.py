@@ -86,7 +86,7 @@ def test_balanced_descent_on_the_risk_ends_at_the_best_gamma():
     def risk(weights):
         kq, c = weights
         layer = LinearSelfAttention(jnp.pad(kq, ((0, 1), (0, 1))), jnp.zeros((6, 6)).at[-1, -1].set(c))
-        return icl.layer_theory.linear_icl_risk(icl.effective_gamma(layer), covariance, 10, 0.25)
+        return icl.layer_theory.linear_icl_risk(icl.effective_gamma(layer), covariance, m=10, sigma2=0.25)
 
     @jax.jit
     def descend(weights):
@@ -98,7 +98,7 @@ def test_balanced_descent_on_the_risk_ends_at_the_best_gamma():
     theta = jax.random.normal(KEY, (5, 5))
     gram = theta @ theta.T
     kq, c = descend((0.1 * gram / jnp.linalg.norm(gram), jnp.array(0.1)))
-    gamma = icl.layer_theory.lsa_optimum(covariance, 10, 0.25)
+    gamma = icl.layer_theory.lsa_optimum(covariance, n=10, sigma2=0.25)
     scale = jnp.trace(gamma @ gamma) ** 0.25
     # The invariant ‖W_KQ‖² − W_PV² of the flow is kept by steps of 0.02 up to a few of its squares.
     np.testing.assert_allclose(c, scale, rtol=0.01)

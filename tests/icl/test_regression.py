@@ -367,11 +367,11 @@ def test_risks_without_noise_are_those_of_theory(x64):
     task = icl.FunctionTask(icl.Linear(), icl.Gaussian(20), 41)
     predictors = {"least": icl.LeastSquares(), "averaging": icl.Averaging()}
     risks = icl.compare(task, predictors, lengths, KEY, batch=512, batches=2).risks
-    assert [theory.ols_excess(20, n) for n in lengths] == [15, 10, 1, 0, 0]
-    assert [theory.averaging_excess(20, n) for n in (5, 20, 40)] == [84, 21, 10.5]
+    assert [theory.ols_excess(d=20, n=n) for n in lengths] == [15, 10, 1, 0, 0]
+    assert [theory.averaging_excess(d=20, n=n) for n in (5, 20, 40)] == [84, 21, 10.5]
     within(risks["least"], [15, 10, 1], slice(3))
     assert (risks["least"].mean[3:] < 1e-12).all()
-    within(risks["averaging"], [theory.averaging_excess(20, n) for n in lengths])
+    within(risks["averaging"], [theory.averaging_excess(d=20, n=n) for n in lengths])
 
 
 def test_risks_of_sparse_functions_are_those_of_theory():
@@ -380,27 +380,29 @@ def test_risks_of_sparse_functions_are_those_of_theory():
     task = icl.FunctionTask(icl.SparseLinear(3), icl.Gaussian(20), 41)
     predictors = {"averaging": icl.Averaging(), "least": icl.LeastSquares()}
     risks = icl.compare(task, predictors, lengths, KEY, batch=512, batches=8).risks
-    expected = [theory.sparse_averaging_excess(20, 3, n) for n in lengths]
+    expected = [theory.sparse_averaging_excess(d=20, nonzero=3, n=n) for n in lengths]
     np.testing.assert_allclose(expected, [12.6, 6.3, 3.15, 1.575])
     within(risks["averaging"], expected)
-    within(risks["least"], [theory.ols_excess(20, n, psi2=3 / 20) for n in (5, 10)], slice(2))
+    within(risks["least"], [theory.ols_excess(d=20, n=n, psi2=3 / 20) for n in (5, 10)], slice(2))
 
 
 def test_risks_under_noise_are_those_of_theory(x64):
     """d = 20, noise .5: ridge is at 10.26 and 0.256 after 10 and 40 examples."""
     lengths = (10, 20, 30, 40)
     task = icl.FunctionTask(icl.Linear(), icl.Gaussian(20), 41, noise=0.5)
-    steps = {n: theory.gd_step(20, n, 0.25) for n in lengths}
+    steps = {n: theory.gd_step(d=20, n=n, sigma2=0.25) for n in lengths}
     predictors = {"ridge": icl.Ridge(0.25), "heavy": icl.Ridge(3.0), "least": icl.LeastSquares()}
     predictors |= {"descent": icl.GradientDescent(steps[40]), "debiased": icl.DebiasedDescent(0.6)}
     risks = icl.compare(task, predictors, lengths, KEY, batch=256, batches=4, excess=True).risks
-    within(risks["ridge"], [theory.ridge_excess(20, n, 0.25) for n in lengths])
-    within(risks["heavy"], [theory.ridge_excess(20, n, 0.25, penalty=3.0) for n in lengths])
+    within(risks["ridge"], [theory.ridge_excess(d=20, n=n, sigma2=0.25) for n in lengths])
+    within(risks["heavy"], [theory.ridge_excess(d=20, n=n, sigma2=0.25, penalty=3.0) for n in lengths])
     apart = np.array([0, 2, 3])
-    within(risks["least"], [theory.ols_excess(20, n, 0.25) for n in (10, 30, 40)], apart)
-    within(risks["descent"], [theory.gd_excess(20, n, 0.25, step=steps[40]) for n in lengths])
-    within(risks["debiased"], [theory.debiased_gd_excess(20, n, 0.25, step=0.6) for n in lengths])
-    np.testing.assert_allclose([theory.ridge_excess(20, n, 0.25) for n in (10, 40)], [10.26, 0.2559], rtol=1e-3)
+    within(risks["least"], [theory.ols_excess(d=20, n=n, sigma2=0.25) for n in (10, 30, 40)], apart)
+    within(risks["descent"], [theory.gd_excess(d=20, n=n, sigma2=0.25, step=steps[40]) for n in lengths])
+    within(risks["debiased"], [theory.debiased_gd_excess(d=20, n=n, sigma2=0.25, step=0.6) for n in lengths])
+    np.testing.assert_allclose(
+        [theory.ridge_excess(d=20, n=n, sigma2=0.25) for n in (10, 40)], [10.26, 0.2559], rtol=1e-3
+    )
 
 
 def test_errors_name_the_argument():
