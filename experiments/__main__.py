@@ -24,8 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
                 _run(options, shlex.join(["python", "-m", "experiments", *_without_folder(given)]), console)
             case "keep":
                 for name in options.name:
-                    report.keep(options.folder / experiment.load(name).name, options.place / name)
-                    console.print(f"kept {options.place / name}", soft_wrap=True)
+                    kept = experiment.load(name).name
+                    report.keep(options.folder / kept, options.place / kept)
+                    console.print(f"kept {options.place / kept}", soft_wrap=True)
             case "report":
                 console.print(Markdown(report.write_index(options.folder, reports=True)))
     except (ValueError, OSError, FloatingPointError) as error:

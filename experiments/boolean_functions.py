@@ -1,4 +1,10 @@
-"""Boolean functions learned in context: by which mixers, how near to the optimal learner, and with a teacher."""
+"""Boolean functions learned in context: by which mixers, how near to the optimal learner, and with a teacher.
+
+A decoder of 3 layers is trained for each class of functions of signs, on prompts that are drawn anew in every step. Its
+accuracy by the number of examples stands beside that of the best learner of the class: Bayes where it can be computed,
+else the nearest neighbour. Other token mixers take the place of softmax attention in some classes, and one class begins
+with the examples that teach its function.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple

@@ -1,4 +1,10 @@
-"""A trained decoder converted to linear attention: what Hedgehog keeps of its quality, and what each stage brings."""
+"""A trained decoder converted to linear attention: what Hedgehog keeps of its quality, and what each stage brings.
+
+A byte-level decoder with softmax attention is trained on the Python standard library. Each of its layers then gets
+Hedgehog features for its softmax: the features alone are fitted to the attention maps, and the whole model is
+finetuned. Bits per byte of held-out text after each stage stand beside those of the teacher, which trains for as many
+more steps.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any

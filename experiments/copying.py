@@ -1,4 +1,9 @@
-"""Copying and recall by state-space layers: what it brings to start them as linear attention."""
+"""Copying and recall by state-space layers: what it brings to start them as linear attention.
+
+Layers of Mamba-2 learn to repeat a string of random letters, or to look up pairs in their context. They start by
+default, or so that they are nearly linear attention: hardly any decay, steps of 1, and queries like keys (mimetic
+initialisation). The accuracy is measured along the training.
+"""
 
 import json
 from dataclasses import asdict, dataclass

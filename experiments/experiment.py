@@ -14,7 +14,10 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import importlib.util
+import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxattn.viz.figure import COLOURS, STYLES, WEIGHTS, panels
+from jaxattn.viz.figure import COLOURS, SIGNED, STYLES, WEIGHTS, panels
 
 FOLDER = Path(__file__).parent
 
@@ -175,34 +178,58 @@ class Curves:
 class Maps:
     """Matrices, as data: title -> rows. The picture is that of the first seed.
 
+    Colours go from 0 to the largest number, or both ways from 0 where some are negative; a bar shows the scale. What is
+    not finite stays grey.
+
     Attributes:
         panels: The rows of each matrix, by its title.
         y: What rows are.
         x: What columns are.
+        rows: A name for each row; by default they are counted.
+        columns: A name for each column.
+        value: The quantity that all matrices are of, which gives them one scale. Without, each has its own.
     """
 
-    panels: Mapping[str, Sequence[Sequence[float]]]
+    panels: Mapping[str, Sequence[Sequence[float | None]]]
     y: str = "query position"
     x: str = "key position"
+    rows: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    value: str = ""
 
     @staticmethod
     def draw(seeds: Sequence[Maps]) -> Figure:
-        drawn = seeds[0].panels
-        rows = next(iter(drawn.values()))
-        ratio = len(rows[0]) / len(rows)
-        figure, places = panels(len(drawn), ratio=ratio, columns=2 if ratio > 2 and len(drawn) > 2 else None)
-        if ratio > 2:  # flat ones need the width
+        first = seeds[0]
+        drawn = {title: np.ma.masked_invalid(np.array(rows, float)) for title, rows in first.panels.items()}
+        rows, columns = next(iter(drawn.values())).shape
+        ratio = columns / rows
+        figure, places = panels(len(drawn), ratio, 0.7, columns=2 if ratio > 2 and len(drawn) > 2 else None)
+        if ratio > 2:  # flat ones need the width, and room for ticks
             width, height = figure.get_size_inches()
-            figure.set_size_inches(1.7 * width, 1.7 * height)
+            figure.set_size_inches(1.7 * width, max(1.7 * height, 1.1 * math.ceil(len(drawn) / 2) + 0.5))
+        whole = np.concatenate([matrix.compressed() for matrix in drawn.values()])
         for axes, (title, matrix) in zip(places, drawn.items(), strict=True):
-            axes.imshow(matrix, cmap=WEIGHTS, vmin=0)
-            axes.xaxis.set_major_locator(
-                MaxNLocator("auto", integer=True, min_n_ticks=1)
-            )  # rows and columns have whole numbers
-            axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+            shown = whole if first.value else matrix.compressed()
+            signed, largest = bool((shown < 0).any()), float(np.abs(shown).max(initial=0)) or 1.0
+            colours = {"cmap": SIGNED if signed else WEIGHTS, "vmin": -largest if signed else 0, "vmax": largest}
+            image = axes.imshow(matrix, interpolation="nearest", **colours)
+            if not first.value:
+                figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize="x-small")
+            axes.set_facecolor("#bbbbbb")
+            for axis, names, count in (
+                (axes.yaxis, first.rows, len(matrix)),
+                (axes.xaxis, first.columns, len(matrix.T)),
+            ):
+                if names:
+                    axis.set_ticks(range(count), names, fontsize="x-small")
+                else:  # rows and columns have whole numbers
+                    axis.set_major_locator(MaxNLocator(min(count, 5), integer=True, min_n_ticks=1))
             axes.set_title(title, fontsize="small")
             axes.set_ylabel(seeds[0].y if axes.get_ylabel() else "")
             axes.set_xlabel(seeds[0].x if axes.get_xlabel() else "")
+        if first.value:
+            bar = figure.colorbar(image, ax=places, fraction=0.05, pad=0.02, label=first.value)
+            bar.ax.tick_params(labelsize="x-small")
         return figure
 
 
@@ -226,7 +253,10 @@ class Result:
 
 
 class Experiment(NamedTuple):
-    """A module of this folder, by its name."""
+    """A module with an experiment, by its name.
+
+    `about` is its docstring: what is studied, in a few sentences. `file` is that of an experiment of one's own.
+    """
 
     name: str
     about: str
@@ -234,6 +264,7 @@ class Experiment(NamedTuple):
     quick: Any
     claims: tuple[Claim, ...]
     run: Callable[..., Result]
+    file: str | None = None
 
 
 def names() -> dict[str, str]:
@@ -254,12 +285,34 @@ def _targets(node: ast.stmt) -> list[ast.expr]:
 
 
 def load(name: str) -> Experiment:
-    """The experiment of this name; raises ValueError, with the nearest name, if there is none."""
-    known = names()
-    if name not in known:
-        raise ValueError(f"there is no experiment {name!r}{nearest(name, known)}")
-    module = importlib.import_module(f"{__package__}.{name}")
-    return Experiment(name, known[name], module.Config(), module.QUICK, module.CLAIMS, module.run)
+    """The experiment of this name, or in a Python file of one's own: `load("folder/my_experiment.py")`.
+
+    Raises ValueError, with the nearest name, if there is none.
+    """
+    file = name if name.endswith(".py") else None
+    if file:
+        module = _from_file(Path(file))
+    else:
+        known = names()
+        if name not in known:
+            raise ValueError(f"there is no experiment {name!r}{nearest(name, known)}")
+        module = importlib.import_module(f"{__package__}.{name}")
+    about = inspect.cleandoc(module.__doc__ or "")
+    return Experiment(Path(name).stem, about, module.Config(), module.QUICK, module.CLAIMS, module.run, file)
+
+
+def _from_file(file: Path) -> Any:
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file} cannot be imported: its name must be one of Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    if missing := [name for name in ("Config", "QUICK", "CLAIMS", "run") if not hasattr(module, name)]:
+        raise ValueError(f"{file} is no experiment: it has no {', '.join(missing)}")
+    return module
 
 
 def check_names(field: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -1,4 +1,9 @@
-"""Length extrapolation: what mixers trained on short sequences make of longer ones."""
+"""Length extrapolation: what mixers trained on short sequences make of longer ones.
+
+Two layers of each mixer are trained on sequences of 64 tokens, each of a Markov chain of its own. They then read
+sequences of 2, 4 and 8 times that length. Their loss at the end stands beside that of the best predictor there is,
+because longer sequences also say more about their chain.
+"""
 
 import json
 from dataclasses import asdict, dataclass, replace

@@ -1,4 +1,9 @@
-"""Focused Transformer: attention that learns among other texts finds its own context among many, and else does not."""
+"""Focused Transformer: attention that learns among other texts finds its own context among many, and else does not.
+
+A text is pairs of a key and a value in a first window, and questions for them in a second. One layer of attention is
+trained with the pairs of 1, 2 or 8 texts in sight (crossbatch). It is then asked among up to 256, and both its accuracy
+and the share of its weight on its own text are measured.
+"""
 
 import json
 from dataclasses import asdict, dataclass, replace

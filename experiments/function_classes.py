@@ -1,4 +1,9 @@
-"""Functions learned in context: linear, sparse, trees and networks, beside the estimators made for each of them."""
+"""Functions learned in context: linear, sparse, trees and networks, beside the estimators made for each of them.
+
+A decoder of 3 layers is trained for each class, on prompts that are drawn anew in every step. Its error by the number
+of examples stands beside that of ridge regression, the lasso, a greedy tree, or a network that is fitted to each
+prompt. Prompts that it was not trained on (one orthant, other scales) are tried afterwards.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

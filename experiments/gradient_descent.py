@@ -1,4 +1,9 @@
-"""Linear self-attention as gradient descent: one trained layer against its closed form, and layers against steps."""
+"""Linear self-attention as gradient descent: one trained layer against its closed form, and layers against steps.
+
+One layer of linear self-attention that is trained on linear functions has a closed form: it is one step of
+preconditioned gradient descent. The trained weights are held against that form, for inputs of equal and of unequal
+variances. Stacks of layers are then held against as many steps whose sizes are tuned.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -178,7 +183,7 @@ def one_layer(config: Config, seed: int, folder: Path, console: Console) -> Resu
     return Result(
         numbers,
         {"One layer": rows},
-        {"Training one layer": curves, "Weights |Γ|": Maps(maps, y="channel", x="channel")},
+        {"Training one layer": curves, "Weights |Γ|": Maps(maps, y="channel", x="channel", value="size of the entry")},
     )
 
 

@@ -1,4 +1,9 @@
-"""Needles in a haystack: what attention in a window finds with Titans' memory beside it, also in longer haystacks."""
+"""Needles in a haystack: what attention in a window finds with Titans' memory beside it, also in longer haystacks.
+
+A haystack holds four pairs of a key and a value among other tokens, and asks for the values at its end. Two layers
+learn to answer: with softmax attention, a window alone, Titans' memory alone, and the memory joined to a window in
+three ways. The trained models then read haystacks of 2 and 4 times the length.
+"""
 
 import json
 from dataclasses import asdict, dataclass, replace

@@ -1,4 +1,9 @@
-"""How many tasks a layer of linear attention must be trained on, and how near it then comes to ridge regression."""
+"""How many tasks a layer of linear attention must be trained on, and how near it then comes to ridge regression.
+
+A layer of linear attention is trained by stochastic gradient descent, with one fresh task of linear regression in each
+step. Its excess risk by the number of tasks is held against the bounds of theory, with a spectrum of inputs that falls.
+Layers that have seen the most tasks are then used at other lengths, beside ridge regression.
+"""
 
 import math
 from dataclasses import dataclass, replace

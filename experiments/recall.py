@@ -1,4 +1,9 @@
-"""Multi-query associative recall: which token mixers learn to look up pairs that stand in their context."""
+"""Multi-query associative recall: which token mixers learn to look up pairs that stand in their context.
+
+A sequence holds pairs of a key and a value, and then asks for each of them once, at a random distance. Two layers of
+each token mixer are trained on fresh sequences. What counts are the accuracy at the end, the step at which it passed 95
+percent, and the size of the state that a layer has to carry.
+"""
 
 import json
 from dataclasses import asdict, dataclass, replace

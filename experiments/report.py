@@ -202,7 +202,7 @@ def write_index(root: Path, *, reports: bool = False) -> str:
             record = json.loads(file.read_text())
             if not isinstance(record, dict) or "experiment" not in record:
                 continue
-            experiment = load(record["experiment"])
+            experiment = load(str(record.get("file", record["experiment"])))
             if reports:
                 write_report(folder, experiment)
             results = [to_result(seed) for seed in read_seeds(folder).values()]
@@ -254,13 +254,13 @@ def _markdown(
         [f"**{verdict}**", claim.says, _source(claim), criterion, _mean(values), _each(values)]
         for claim, values, verdict, criterion in outcome
     ]
-    parts = [f"# {experiment.name}\n"]
+    parts = [f"# {experiment.name}\n", f"{experiment.about}\n"]
+    parts += [f"Seeds: {', '.join(map(str, seeds))}; ± is the standard deviation over seeds.\n"]
     parts += [table(("verdict", "claim", "paper", "criterion", "measured", "by seed"), lines)]
     if changed := sum(each.verdict == CHANGED for each in outcome):
         parts += [f"**{changed} of these criteria changed after they were written down, before measuring.**\n"]
     if written is None:
         parts += ["The criteria of this run were not written down before it was measured.\n"]
-    parts += [f"{experiment.about} Seeds: {', '.join(map(str, seeds))}; ± is the standard deviation over seeds.\n"]
     for title in dict.fromkeys(title for result in results for title in result.tables):
         rows = [result.tables[title] for result in results if title in result.tables]
         if len({len(each) for each in rows}) > 1:

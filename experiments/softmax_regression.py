@@ -1,4 +1,9 @@
-"""What heads of one softmax layer learn from linear functions in context: a debiased step of gradient descent."""
+"""What heads of one softmax layer learn from linear functions in context: a debiased step of gradient descent.
+
+A layer of 1, 2 or 4 softmax heads, in which all matrices are free, is trained on linear functions with noise. Its risk
+is held against closed forms: one step of gradient descent, one step on examples whose mean is taken off, ridge
+regression. Its weights are read out and held against the pattern that theory foretells, also for two tasks at once.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -233,6 +238,6 @@ def run(config, seed, folder, console):
             "Training": Curves("step", "risk", learning, log="y"),
             "Heads": Curves("ω", "μ", scatter),
             "Risk by length": Curves("examples", "risk", by_length, log="xy"),
-            "Merged matrices": Maps(maps, y="channel of the key", x="channel of the query"),
+            "Merged matrices": Maps(maps, y="channel of the key", x="channel of the query", value="size of the entry"),
         },
     )

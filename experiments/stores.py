@@ -31,7 +31,7 @@ from jaxattn.cache import (
 from jaxattn.models import compare_stores
 
 SINKS, HEAVY, VOTES, PAGES, MEANS = "streaming_llm", "h2o", "snapkv", "quest", "moba"
-LATE, BITS, AGAIN, AHEAD = "attendre", "kivi", "recycled", "attn_predictor"
+LATE, BITS, AGAIN, AHEAD = "attendre", "kivi", "recycled_attention", "attention_predictor"
 EVERY = 10  # every tenth step of recycled and forecast attention is full
 NAMES = {
     SINKS: "sinks and recent",
@@ -334,7 +334,10 @@ def results(config: Config, whole: Any, bits: Any, found: Any) -> Result:
                 name: [found[name, p]["by depth"][turn].tolist() for p in config.parts]
                 for name in dict.fromkeys(name for name, _ in found)
             },
-            y="1/" + ", 1/".join(map(str, config.parts)),
+            y="share of the slots",
             x="depth",
+            rows=[f"1/{part}" for part in config.parts],
+            columns=[f"{depth:g}" for depth in config.depths],
+            value="right answers",
         )
     return Result(numbers, {"Policies": table}, figures)

@@ -1,5 +1,6 @@
 """Curves over training steps, over the number of examples in a prompt, over layers, and over distances."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,9 @@ def show_risks(
 ) -> Figure:
     """Draws risk by the number of examples: a line for each mean, in a band of two standard errors to either side.
 
+    Where a predictor diverges its line leaves the picture: the axis ends at 3 times the middle one of the largest risks
+    of all lines (at 100 times on a logarithmic axis). The legend says where a risk is not finite.
+
     Args:
         lengths: Numbers of examples.
         risks: (means, standard errors) by name, each as long as `lengths`: those of `icl.RiskTable.risks`.
@@ -55,12 +59,24 @@ def show_risks(
     """
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
+    largest: list[float] = []
+    least: list[float] = []
     for number, (name, (mean, error)) in enumerate(risks.items()):
-        mean, error = np.asarray(mean), np.asarray(error)
+        mean, error = np.asarray(mean, float), np.asarray(error, float)
+        finite = np.isfinite(mean)
+        lost = [str(length) for length, x in zip(lengths, finite, strict=True) if not x]
+        counted = mean[finite & (mean > 0)] if log else mean[finite]
+        largest += counted.max(initial=-np.inf, keepdims=True).tolist()
+        least += counted.min(initial=np.inf, keepdims=True).tolist()
+        mean, error = np.where(finite, mean, np.nan), np.where(finite, error, np.nan)
+        label_of = f"{name} (not finite at {', '.join(lost)})" if lost else name
         colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
-        axes.plot(lengths, mean, style, color=colour, marker="o", markersize=3, label=name)
+        axes.plot(lengths, mean, style, color=colour, marker="o", markersize=3, label=label_of)
         axes.fill_between(lengths, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="examples in the prompt", ylabel=label, yscale="log" if log else "linear")
+    top = (100 if log else 3) * statistics.median_low(largest) if largest else 0
+    if max(largest, default=0) > top > 0:
+        axes.set_ylim(min(least) / 2 if log else min(least) - 0.05 * (top - min(least)), top)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(axes)
     axes.legend(frameon=False, fontsize="small")

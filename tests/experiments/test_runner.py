@@ -128,18 +128,18 @@ def test_without_a_range_that_refutes_nothing_is_refuted():
 # What is written
 
 
-def test_the_report_begins_with_the_claims_and_shows_every_seed(toy, tmp_path):
+def test_the_report_begins_with_what_was_studied_and_the_claims_and_shows_every_seed(toy, tmp_path):
     folder = go(toy, tmp_path / "toy")
     lines = (folder / "report.md").read_text().splitlines()
-    assert lines[0] == "# toy"
-    assert [line.split(" | ")[0] for line in lines[4:7]] == [
+    assert lines[:5] == ["# toy", "", "A toy.", "", "Seeds: 0, 1; ± is the standard deviation over seeds."]
+    assert [line.split(" | ")[0] for line in lines[8:11]] == [
         "| **confirmed**",
         "| **refuted**",
         "| **not seen at this scale**",
     ]
-    assert "11 ± 0.71 | 10.5, 11.5 |" in lines[4]
-    assert "The sum \\| is small." in lines[5]
-    assert lines[6].endswith("| – | –, – |")
+    assert "11 ± 0.71 | 10.5, 11.5 |" in lines[8]
+    assert "The sum \\| is small." in lines[9]
+    assert lines[10].endswith("| – | –, – |")
     text = "\n".join(lines)
     assert "| 2 | a\\|b | 2.5 ± 0.71 |" in text
     assert "| sizes | `[1, 2]` |" in text
@@ -441,9 +441,57 @@ def test_the_axes_of_maps_say_what_they_are():
         (Maps(both), "query position", "key position"),
         (Maps(both, y="row", x="column"), "row", "column"),
     ):
-        axes = Maps.draw([maps]).axes
+        axes = [each for each in Maps.draw([maps]).axes if each.get_images()]
         assert {each.get_ylabel() for each in axes} == {y, ""}
         assert {each.get_xlabel() for each in axes} == {x}
+
+
+def test_every_map_has_a_scale_and_those_of_one_quantity_share_theirs():
+    large, small, signed = [[0.0, 8.0]], [[None, 0.5]], [[-2.0, 1.0]]
+
+    def scales(maps):
+        axes = [each for each in Maps.draw([maps]).axes if each.axison]
+        images = [each.get_images()[0] for each in axes if each.get_images()]
+        return [(image.norm.vmin, image.norm.vmax) for image in images], len(axes) - len(images)
+
+    assert scales(Maps({"large": large, "small": small, "signed": signed})) == ([(0, 8), (0, 0.5), (-2, 2)], 3)
+    assert scales(Maps({"large": large, "small": small}, value="weight")) == ([(0, 8), (0, 8)], 1)
+    assert scales(Maps({"nothing": [[None]]}, value="weight")) == ([(0, 1)], 1)
+    named = Maps.draw([Maps({"a": large}, rows=["only"], columns=["left", "right"])]).axes[0]
+    assert [label.get_text() for label in named.get_xticklabels()] == ["left", "right"]
+
+
+# Experiments of one's own
+
+
+def test_an_experiment_can_stand_in_a_file_anywhere(tmp_path, capsys):
+    file = tmp_path / "my_claim.py"
+    file.write_text(
+        """\"\"\"What is studied.\n\nAnd how.\n\"\"\"
+from dataclasses import dataclass
+from experiments.experiment import Claim, Result, at_least
+@dataclass(frozen=True)
+class Config:
+    steps: int = 4
+QUICK = Config(2)
+CLAIMS = (Claim("It is enough.", "a paper that no catalogue has", "steps", at_least(3)),)
+def run(config, seed, folder, console):
+    return Result({"steps": float(config.steps)})
+"""
+    )
+    results = tmp_path / "results"
+    main(["run", str(file), "--set", "steps=5", "--folder", str(results)])
+    main(["run", str(file), "--folder", str(results)])
+    assert "confirmed: It is enough." in capsys.readouterr().out
+    text = (results / "my_claim" / "report.md").read_text()
+    assert text.startswith("# my_claim\n\nWhat is studied.\n\nAnd how.\n\nSeeds: 0;")
+    main(["report", "--folder", str(results)])
+    assert (results / "README.md").read_text().count("It is enough.") == 2
+    main(["keep", str(file), "--folder", str(results), "--place", str(tmp_path / "kept")])
+    assert (tmp_path / "kept" / "my_claim" / "report.md").read_text() == text
+    assert "there is no file" in fails(capsys, "run", tmp_path / "absent.py", "--folder", results)
+    (tmp_path / "empty.py").touch()
+    assert "it has no Config, QUICK, CLAIMS, run" in fails(capsys, "run", tmp_path / "empty.py", "--folder", results)
 
 
 # The command line

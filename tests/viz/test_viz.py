@@ -226,6 +226,17 @@ def test_risks_are_lines_in_bands_of_two_standard_errors():
     assert viz.show_risks([1], {"a": ([1], [0])}, log=True).axes[0].get_yscale() == "log"
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_a_predictor_that_diverges_leaves_the_others_readable(log):
+    tame, lost, wild = ([4.0, 1.0], [0, 0]), ([np.inf, 2.0], [np.inf, 0]), ([1.0, 1e30], [0, 1e30])
+    axes = viz.show_risks([1, 2], {"tame": tame, "lost": lost, "wild": wild}, log=log).axes[0]
+    bottom, top = axes.get_ylim()
+    assert bottom < 1
+    assert top == (400 if log else 12)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["tame", "lost (not finite at 1)", "wild"]
+    viz.show_risks([1], {"none": ([np.nan], [np.nan])}, log=log)
+
+
 def test_equal_figures_are_equal_files(tmp_path):
     scores = np.array([[1.0, -2.0], [0.5, 0.0]])
     for draw in (
