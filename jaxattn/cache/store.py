@@ -5,6 +5,7 @@ call of a layer uses three verbs in this order: `append`, `read` and `observe`.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -155,8 +156,8 @@ class Store:
         return {**self.retain.measures(self.last, queries), **{f"select.{name}": x for name, x in own.items()}}
 
     def _own_slots(self, positions: Int[Array, "b t"]) -> Int[Array, "b t 1"]:
-        """Returns the slots of tokens that each have the slot of their position; C for padding."""
-        return jnp.where(positions < 0, self.positions.shape[1], positions)[..., None]
+        """Returns the slots of tokens that each have the slot of their position; C for padding, and beyond the span."""
+        return jnp.where((positions < 0) | (positions >= self.span), self.positions.shape[1], positions)[..., None]
 
     def beside(
         self,
@@ -464,7 +465,7 @@ class Policy:
 
     Attributes:
         retain: The policy that says which tokens are kept when the slots are full.
-        slots: C, the number of slots; by default one for each position.
+        slots: C, the number of slots; by default one for each position, up to the end of the last page.
         select: The policy that says which pages a single query reads, and which steps read everything.
         budget: The number of slots that may be filled, one number or one per key head.
         key_position: The policy that says where keys and queries stand for a rotary position.
@@ -511,8 +512,8 @@ def empty(
             wanted = base.__name__ if isinstance(base, type) else "Select or None"
             raise TypeError(f"Policy: {name} is {getattr(policy, name)!r}: need a {wanted}")
     retain, select, budget = policy.retain, policy.select, policy.budget
-    slots = capacity if policy.slots is None else policy.slots
-    if slots < 1 or (not retain.evicts and slots != capacity):
+    slots = whole = _whole_pages(capacity, policy) if policy.slots is None else policy.slots
+    if slots < 1 or (not retain.evicts and slots not in (capacity, whole)):
         kind = type(retain).__name__
         raise ValueError(f"slots is {slots}: need at least 1, and under {kind} the capacity, {capacity}")
     room = slots if budget is None or isinstance(budget, jax.core.Tracer) else int(np.min(np.asarray(budget)))
@@ -564,6 +565,12 @@ def _check_worth(retain: Retain, positions: Int[Array, "b c g"]) -> None:
     statistics, now = retain.start(positions.shape), jnp.zeros((len(positions), 1, 1), jnp.int32)
     wrong = f"{type(retain).__name__} does not give one worth per slot, {list(positions.shape)}"
     wanted = "need arrays that are one number, or one per key head"
+def _whole_pages(capacity: int, policy: Policy) -> int:
+    """Returns the number of slots, from `capacity` on, that are whole pages of what is read and of the storage."""
+    unit = math.lcm(policy.storage.unit, 1 if policy.select is None else policy.select.size)
+    return -(-capacity // unit) * unit
+
+
     try:
         worth = jax.eval_shape(retain.keep, positions, statistics, now)
     except (TypeError, ValueError) as error:
@@ -582,7 +589,7 @@ def check_room(state: Any, positions: Int[Array, "#b t"]) -> None:
             check_room(each, positions)
     if not isinstance(state, Store) or state.retain.evicts or isinstance(positions, jax.core.Tracer):
         return
-    last, capacity = int(np.max(np.asarray(positions), initial=-1)), state.positions.shape[-2]
+    last, capacity = int(np.max(np.asarray(positions), initial=-1)), state.span
     if last >= capacity:
         raise ValueError(
             f"positions reaches {last} but the state has capacity {capacity}: need at most {capacity - 1}, or a state "
@@ -598,7 +605,7 @@ def unseen(store: Store, positions: Int[Array, "b t"], mask: Mask | None) -> Boo
     """
     if store.retain.evicts:
         return jnp.zeros(positions.shape, bool)
-    lost = positions >= store.positions.shape[1]
+    lost = positions >= store.span
     possible: Any = True
     if mask is not None:
         of_lost = jnp.where(lost, positions, -1)

@@ -212,6 +212,28 @@ def test_with_room_for_all_every_policy_is_the_whole_cache(module, name):
 def test_recorded_weights_stand_at_positions_whatever_the_slots(module, name):
     """They make z of the values, and are 0 where nothing was read."""
     store, graph = module.init_state(B, T, POLICIES[name]), nnx.split(module)[0]
+@pytest.mark.parametrize("select", [Quest(2, 4), Recycled(2, 4, size=8), None], ids=["by bounds", "recycled", "all"])
+@pytest.mark.parametrize("storage", [Dense(), Paged(6), Quantised(16, 4, 4)], ids=["dense", "paged", "in bits"])
+def test_a_store_for_21_tokens_ends_with_its_last_page_and_reads_as_a_longer_one(module, select, storage):
+    """Records are of the 21 positions, and a token beyond them is refused or makes its row NaN."""
+    policy, length = Policy(select=select, storage=storage), 21
+    short, long = (module.init_state(B, size, policy) for size in (length, T))
+    for cut in (slice(0, 9), *(slice(t, t + 1) for t in range(9, length))):
+        positions = jnp.arange(length)[None, cut]
+        a, short, _ = step(module, X[:, cut], jnp.broadcast_to(positions, (B, positions.size)), short)
+        b, long, _ = step(module, X[:, cut], jnp.broadcast_to(positions, (B, positions.size)), long)
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="positions reaches 21 but the state has capacity 21: need at most 20"):
+        module(X[:, :1], Tokens.of(X[:, :1], positions=jnp.full((B, 1), 21)), state=short)
+    beyond, _, _ = step(module, X[:, :1], jnp.array([[21], [20]]), short)
+    assert np.isnan(beyond[0]).all()
+    assert np.isfinite(beyond[1]).all()
+    if select is None or not select.decides:
+        tap = Tap(record=("weights",))
+        module(X[:, :1], Tokens.of(X[:, :1], positions=jnp.full((B, 1), 20)), tap, short)
+        assert tap.records["weights"].shape == (B, N, 1, length)
+
+
     values = module.keys_and_values(X)[1]
 
     @jax.jit
