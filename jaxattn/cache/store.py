@@ -512,7 +512,8 @@ def empty(
             wanted = base.__name__ if isinstance(base, type) else "Select or None"
             raise TypeError(f"Policy: {name} is {getattr(policy, name)!r}: need a {wanted}")
     retain, select, budget = policy.retain, policy.select, policy.budget
-    slots = whole = _whole_pages(capacity, policy) if policy.slots is None else policy.slots
+    whole = _whole_pages(capacity, policy)
+    slots = whole if policy.slots is None else policy.slots
     if slots < 1 or (not retain.evicts and slots not in (capacity, whole)):
         kind = type(retain).__name__
         raise ValueError(f"slots is {slots}: need at least 1, and under {kind} the capacity, {capacity}")
@@ -560,11 +561,6 @@ def empty(
     return dataclasses.replace(store, remembered=remembered)._summarised(None)
 
 
-def _check_worth(retain: Retain, positions: Int[Array, "b c g"]) -> None:
-    """Raises ValueError if the policy does not give one number for each slot, as with arrays for other key heads."""
-    statistics, now = retain.start(positions.shape), jnp.zeros((len(positions), 1, 1), jnp.int32)
-    wrong = f"{type(retain).__name__} does not give one worth per slot, {list(positions.shape)}"
-    wanted = "need arrays that are one number, or one per key head"
 def _whole_pages(capacity: int, policy: Policy) -> int:
     """Returns the number of slots, from `capacity` on, that are whole pages of what is read and of the storage."""
     unit = math.lcm(policy.storage.unit, 1 if policy.select is None else policy.select.size)
@@ -576,6 +572,11 @@ def _whole_pages(capacity: int, policy: Policy) -> int:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{wrong}: {wanted} ({error})") from None
     if worth.shape != positions.shape:
+def _check_worth(retain: Retain, positions: Int[Array, "b c g"]) -> None:
+    """Raises ValueError if the policy does not give one number for each slot, as with arrays for other key heads."""
+    statistics, now = retain.start(positions.shape), jnp.zeros((len(positions), 1, 1), jnp.int32)
+    wrong = f"{type(retain).__name__} does not give one worth per slot, {list(positions.shape)}"
+    wanted = "need arrays that are one number, or one per key head"
         raise ValueError(f"{wrong}, but {list(worth.shape)}: {wanted}")
 
 
