@@ -56,10 +56,12 @@ def weights(query, keys):
     return weights / weights.sum()
 
 
-@pytest.mark.parametrize("below", [None, 0.3], ids=["by number", "by the query"])
-def test_a_recycled_step_reads_what_the_last_full_step_attended_to_and_what_came_since(module, below):
+@pytest.mark.parametrize(
+    ("below", "pool"), [(None, 1), (0.3, 1), (None, 5)], ids=["by number", "by the query", "with neighbours"]
+)
+def test_a_recycled_step_reads_what_the_last_full_step_attended_to_and_what_came_since(module, below, pool):
     tokens, every, prompt = 6, 3, 9
-    found, _ = reads(module, Policy(select=Recycled(tokens, every, below)), RAGGED, prompt)
+    found, _ = reads(module, Policy(select=Recycled(tokens, every, below, pool=pool)), RAGGED, prompt)
     query, key = turned(module, RAGGED)
     kinds = set()
     for b in range(B):
@@ -72,7 +74,8 @@ def test_a_recycled_step_reads_what_the_last_full_step_attended_to_and_what_came
                 np.max([weights(query[b, t, n], key[b, seen, k]) for n in range(k * G, (k + 1) * G)], 0)
                 for k in range(K)
             ]
-            return [list(seen[np.argsort(-each)]) for each in most]
+            most = [[max(each[max(i - pool // 2, 0) : i + pool // 2 + 1]) for i in range(len(each))] for each in most]
+            return [list(seen[np.argsort(-np.array(each), kind="stable")]) for each in most]
 
         chosen, at_full, since, steps = best(prompt - 1), query[b, prompt - 1].mean(0), [], 0
         for i, t in enumerate(range(prompt, T)):
@@ -148,6 +151,8 @@ def test_what_looks_back_needs_positions_and_is_not_taken_back():
         store.rolled_back(jnp.zeros(1, jnp.int32))
     with pytest.raises(ValueError, match="Recycled: every holds 0: need numbers at least 1"):
         Recycled(4, 0)
+    with pytest.raises(ValueError, match="Recycled: pool is 4: need an odd number of neighbours"):
+        Recycled(4, pool=4)
 
 
 def test_rows_go_their_own_way(module):
