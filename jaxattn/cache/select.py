@@ -21,12 +21,13 @@ Query = Float[Array, "b k g h"]
 
 
 class Sizes(NamedTuple):
-    """The sizes of a store: batch B, slots C, key heads K, channels of a key H."""
+    """The sizes of a store: batch B, slots C, key heads K, channels of a key H; and N query heads that read it."""
 
     batch: int
     slots: int
     heads: int
     width: int
+    queries: int
 
 
 class Remembered(NamedTuple):
@@ -189,8 +190,7 @@ class MeanKeys(Select):
             raise ValueError(f"MeanKeys: over_heads is {self.over_heads!r}: need 'max' or 'sum'")
 
     def summarise(self, key, there):
-        total = jnp.where(there[..., None], key, 0).sum(2, dtype=accumulator(key))
-        return total / jnp.maximum(there.sum(2), 1)[..., None]
+        return mean_key(key, there)
 
     def score(self, query, store):
         mean = store.summary
@@ -350,7 +350,7 @@ class QAdA(Select):
         return 1
 
     def start(self, sizes):
-        batch, _, heads, width = sizes
+        batch, _, heads, width, _ = sizes
         zeros = jnp.zeros((batch, heads))
         moments = Moments(zeros, jnp.zeros((batch, heads, width)), jnp.zeros((batch, heads, width, width)))
         return Remembered({}, {"moments": moments, "until": jnp.full(batch, -1)})
@@ -383,6 +383,12 @@ class QAdA(Select):
         new = (places > until[:, None, None]) & (places >= self.sinks)
         moments = jax.tree.map(lambda x, y: x.astype(y.dtype), moments + Moments.of(key, new), moments)
         return Remembered({}, {"moments": moments, "until": jnp.maximum(until, step.asked.max(1))})
+
+
+def mean_key(key: Float[Array, "b p s k h"], there: Bool[Array, "b p s k"]) -> Float[Array, "b p k h"]:
+    """Returns the mean of the keys of each page, leaving out empty slots; 0 for an empty page."""
+    total = jnp.where(there[..., None], key, 0).sum(2, dtype=accumulator(key))
+    return total / jnp.maximum(there.sum(2), 1)[..., None]
 
 
 def _cosine(a: Float[Array, "b h"], b: Float[Array, "b h"]) -> Float[Array, " b"]:

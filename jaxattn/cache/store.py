@@ -67,6 +67,7 @@ class Store:
         past: The earlier tokens that a convolution before the keys sees.
         fresh: Tokens that came together, until they were attended to.
         span: The number of positions that the store is for, and that records of weights cover.
+        queries: The number of query heads that read the key heads.
         storage: The way in which keys and values lie in memory.
         key_position: The policy that says where keys and queries stand for a rotary position. Keys are held as they are
             turned at those places, or where it turns them when they are read, unturned.
@@ -85,6 +86,7 @@ class Store:
     past: Any = dataclasses.field(default_factory=dict)
     fresh: Any = None
     span: int = 0
+    queries: int = 0
     key_position: KeyPosition = Absolute()
 
     @property
@@ -238,8 +240,8 @@ class Store:
     @property
     def _sizes(self) -> Sizes:
         """The sizes that a `Select` is told."""
-        key = jax.eval_shape(lambda: self.key)
-        return Sizes(*key.shape)
+        batch, slots, heads, width = jax.eval_shape(lambda: self.key).shape
+        return Sizes(batch, slots, heads, width, self.queries)
 
     @property
     def _remembers(self) -> bool:
@@ -487,6 +489,7 @@ def empty(
     value_shape: tuple[int, int],
     dtype: Any,
     policy: Policy | None = None,
+    queries: int | None = None,
 ) -> Store:
     """Makes a store without tokens, for positions below `capacity`.
 
@@ -497,6 +500,7 @@ def empty(
         value_shape: (heads, head dim) of values.
         dtype: The dtype of keys and values.
         policy: How the store keeps and chooses tokens.
+        queries: The number of query heads, a multiple of the key heads; by default as many.
 
     Raises:
         ValueError: A size is below 1, the policy cannot work with the slots, or a budget does not fit.
@@ -553,11 +557,12 @@ def empty(
         select,
         budget=budget,
         span=capacity,
+        queries=key_shape[0] if queries is None else queries,
         key_position=policy.key_position,
     )
     if select is None:
         return store
-    remembered = select.start(Sizes(batch, slots, *key_shape))
+    remembered = select.start(Sizes(batch, slots, *key_shape, store.queries))
     return dataclasses.replace(store, remembered=remembered)._summarised(None)
 
 
@@ -567,16 +572,16 @@ def _whole_pages(capacity: int, policy: Policy) -> int:
     return -(-capacity // unit) * unit
 
 
-    try:
-        worth = jax.eval_shape(retain.keep, positions, statistics, now)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{wrong}: {wanted} ({error})") from None
-    if worth.shape != positions.shape:
 def _check_worth(retain: Retain, positions: Int[Array, "b c g"]) -> None:
     """Raises ValueError if the policy does not give one number for each slot, as with arrays for other key heads."""
     statistics, now = retain.start(positions.shape), jnp.zeros((len(positions), 1, 1), jnp.int32)
     wrong = f"{type(retain).__name__} does not give one worth per slot, {list(positions.shape)}"
     wanted = "need arrays that are one number, or one per key head"
+    try:
+        worth = jax.eval_shape(retain.keep, positions, statistics, now)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{wrong}: {wanted} ({error})") from None
+    if worth.shape != positions.shape:
         raise ValueError(f"{wrong}, but {list(worth.shape)}: {wanted}")
 
 

@@ -453,7 +453,7 @@ class MultiHeadAttention(AttentionMixer):
             for name, each in self.convolution.items()
         }
         key_shape = (self.key_heads, 0) if self.echo else shape
-        return dataclasses.replace(empty(batch, capacity, key_shape, shape, dtype, policy), past=past)
+        return dataclasses.replace(empty(batch, capacity, key_shape, shape, dtype, policy, self.heads), past=past)
 
     def queries(self, x: Float[Array, "b t d"], past: Past | None = None) -> Float[Array, "b t n h"]:
         """Returns q of x, convolved and normed if this attention does that, before rotation.

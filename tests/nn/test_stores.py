@@ -12,6 +12,7 @@ from multi_head import randomise
 
 from jaxattn import Causal, Explicit, nn, rotary
 from jaxattn.cache import (
+    ActQKV,
     Attentive,
     ByHistory,
     Dense,
@@ -19,6 +20,7 @@ from jaxattn.cache import (
     Forecasted,
     HeavyHitters,
     HistoryScorer,
+    Ltri,
     MeanKeys,
     MeanOverTime,
     Memory,
@@ -74,6 +76,8 @@ SELECT = {
     "recycled": Recycled(5, 4),
     "local or all": QAdA(1, 5, 0.5),
     "by a forecast": Forecasted(MeanOverTime(), 2, 4, 3, 4, 1, 2),
+    "by a probe": ActQKV(2, 4, 3),
+    "by spans": Ltri(8, 5, 1, 2),
 }
 STORAGE = {"dense": Dense(), "paged": Paged(4), "in bits": Quantised(16, 4, 4)}
 TRIPLES = {f"{r}, {s}, {m}": (r, s, m) for r, s, m in itertools.product(RETAIN, SELECT, STORAGE)}
@@ -208,10 +212,6 @@ def test_with_room_for_all_every_policy_is_the_whole_cache(module, name):
         assert_same(y, whole, np.ones((B, T), bool), rounding(policy))
 
 
-@pytest.mark.parametrize("name", ["heavy hitters", "pages", "budgets by head"])
-def test_recorded_weights_stand_at_positions_whatever_the_slots(module, name):
-    """They make z of the values, and are 0 where nothing was read."""
-    store, graph = module.init_state(B, T, POLICIES[name]), nnx.split(module)[0]
 @pytest.mark.parametrize("select", [Quest(2, 4), Recycled(2, 4, size=8), None], ids=["by bounds", "recycled", "all"])
 @pytest.mark.parametrize("storage", [Dense(), Paged(6), Quantised(16, 4, 4)], ids=["dense", "paged", "in bits"])
 def test_a_store_for_21_tokens_ends_with_its_last_page_and_reads_as_a_longer_one(module, select, storage):
@@ -234,6 +234,10 @@ def test_a_store_for_21_tokens_ends_with_its_last_page_and_reads_as_a_longer_one
         assert tap.records["weights"].shape == (B, N, 1, length)
 
 
+@pytest.mark.parametrize("name", ["heavy hitters", "pages", "budgets by head"])
+def test_recorded_weights_stand_at_positions_whatever_the_slots(module, name):
+    """They make z of the values, and are 0 where nothing was read."""
+    store, graph = module.init_state(B, T, POLICIES[name]), nnx.split(module)[0]
     values = module.keys_and_values(X)[1]
 
     @jax.jit
