@@ -10,7 +10,18 @@ from flax import nnx
 from rich.console import Console
 
 from jaxattn import icl, models, nn
-from jaxattn.train import Drawn, OptimizerConfig, TrainConfig, drawn, fit, make_optimizer, next_token_loss, prompt_loss
+from jaxattn.train import (
+    Drawn,
+    OptimizerConfig,
+    TrainConfig,
+    drawn,
+    fit,
+    make_optimizer,
+    module_loss,
+    next_token_loss,
+    prompt_loss,
+    with_params,
+)
 from jaxattn.train.loop import Result
 from jaxattn.train.step import LossFunction
 
@@ -66,14 +77,13 @@ def train(
     loss: Callable[[models.Transformer, Any], tuple[jax.Array, dict[str, jax.Array]]] = next_token,
     **options: Any,
 ) -> tuple[models.Transformer, Result]:
-    """(the trained model, what `fit` says of the run), as `train_params` does with these options."""
-    graph, params, *rest = nnx.split(model, nnx.Param, ...)
+    """(the trained model, what `fit` says of the run), as `train_params` does with these options.
 
-    def loss_fn(params, batch, key):
-        return loss(nnx.merge(graph, params, *rest), batch)
-
+    Random streams of the model restart at every step, and measurements have no dropout (`module_loss`).
+    """
+    params, loss_fn = module_loss(model, lambda model, batch, key: loss(model, batch))
     result = train_params(loss_fn, params, source, **options)
-    return nnx.merge(graph, result.params, *rest), result
+    return with_params(model, result.params), result
 
 
 def train_params(

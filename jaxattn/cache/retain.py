@@ -1,7 +1,7 @@
 """Policies for a full store: one number per slot, and the slots with the largest stay."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -168,6 +168,26 @@ class HeavyHitters(Retain):
         return {name: x + attended.measured[name] for name, x in statistics.items()}
 
 
+def around(
+    x: Float[Array, "b s k"], positions: Int[Array, "b s g"], count: int, join: Callable[..., Any]
+) -> Float[Array, "b s k"]:
+    """Returns numbers from 0 on of tokens joined with those of their neighbours in the order of positions.
+
+    Args:
+        x: [B, S, K].
+        positions: [B, S, 1 or K]; −1: no token. There, and beyond the ends, the numbers are 0.
+        count: The number of neighbours, with the token in their middle, odd.
+        join: `jax.lax.add` or `jax.lax.max`.
+    """
+    x = jnp.where(positions < 0, 0, x)
+    if count == 1:
+        return x
+    order = jnp.broadcast_to(jnp.where(positions < 0, np.iinfo(np.int32).max, positions), x.shape).argsort(1)
+    in_order = jnp.take_along_axis(x, order, 1)
+    joined = jax.lax.reduce_window(in_order, 0.0, join, (1, count, 1), (1, 1, 1), "SAME")
+    return jnp.take_along_axis(joined, order.argsort(1), 1)
+
+
 @part
 class SnapKV(Retain):
     """Keeps of a prompt what its last queries attend to, by key head (SnapKV, Li et al., 2024).
@@ -227,12 +247,7 @@ class SnapKV(Retain):
         if not attended.several:
             return statistics
         positions, votes = attended.positions, attended.measured["votes"]
-        places = jnp.broadcast_to(jnp.where(positions < 0, np.iinfo(np.int32).max, positions), votes.shape)
-        order = places.argsort(1)
-        in_order = jnp.take_along_axis(jnp.where(positions < 0, 0, votes), order, 1)
-        around = (1, self.pool, 1)
-        pooled = jax.lax.reduce_window(in_order, 0.0, jax.lax.add, around, (1, 1, 1), "SAME") / self.pool
-        votes = jnp.take_along_axis(pooled, order.argsort(1), 1)
+        votes = around(votes, positions, self.pool, jax.lax.add) / self.pool
         if self.capacity is not None:
             worth = self.keep(positions, {"votes": votes}, attended.now)
             by_worth = jnp.lexsort((-positions, jnp.where(positions < 0, jnp.inf, -worth)), axis=1)

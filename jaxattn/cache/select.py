@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.cache.retain import Statistics
+from jaxattn.cache.retain import Statistics, around
 from jaxattn.cache.storage import take_slots
 from jaxattn.core.attend.bulk import Moments, bulk_log_mass
 from jaxattn.core.attend.measure import Measure, Received
@@ -21,12 +21,13 @@ Query = Float[Array, "b k g h"]
 
 
 class Sizes(NamedTuple):
-    """The sizes of a store: batch B, slots C, key heads K, channels of a key H."""
+    """The sizes of a store: batch B, slots C, key heads K, channels of a key H; and N query heads that read it."""
 
     batch: int
     slots: int
     heads: int
     width: int
+    queries: int
 
 
 class Remembered(NamedTuple):
@@ -189,8 +190,7 @@ class MeanKeys(Select):
             raise ValueError(f"MeanKeys: over_heads is {self.over_heads!r}: need 'max' or 'sum'")
 
     def summarise(self, key, there):
-        total = jnp.where(there[..., None], key, 0).sum(2, dtype=accumulator(key))
-        return total / jnp.maximum(there.sum(2), 1)[..., None]
+        return mean_key(key, there)
 
     def score(self, query, store):
         mean = store.summary
@@ -244,6 +244,9 @@ class Recycled(Select):
     tokens with the least weight. A prompt is a full step whose weights are those of its last token. The store keeps all
     tokens: the policy saves reading, not memory.
 
+    With `pool` a token counts as the largest weight among so many neighbours (7 in the second version of the paper,
+    RefreshKV), so that tokens are read together with what stands around them.
+
     Every `every`-th step is full. With `below`, such a step is full only if the query has turned away from that of the
     last full step: both are averaged over the heads, and their cosine is below the number.
 
@@ -253,22 +256,26 @@ class Recycled(Select):
             `below` every step is full.
         below: A cosine; None for full steps by their number alone. Above 1 the query has always turned away.
         size: The number of slots per page, at least 1. A page counts as its token with the largest weight.
+        pool: The number of neighbours in the order of positions, the token in their middle; odd, and 1 for none.
 
     Raises:
         TypeError: A static number is not an int.
-        ValueError: A number is below 1, where it is known.
+        ValueError: A number is below 1, where it is known, or `pool` is even.
     """
 
     pages: int
     every: Int[Array, ""] | int = 10
     below: Float[Array, ""] | float | None = None
     size: int = 1
+    pool: int = 1
 
     needs_turned: ClassVar[bool] = False
 
     def __post_init__(self):
-        check_static_int("Recycled", "pages", self.pages, 1)
-        check_static_int("Recycled", "size", self.size, 1)
+        for name in ("pages", "size", "pool"):
+            check_static_int("Recycled", name, getattr(self, name), 1)
+        if self.pool % 2 == 0:
+            raise ValueError(f"Recycled: pool is {self.pool}: need an odd number of neighbours")
         check_range("Recycled: every", self.every, lambda x: x >= 1, "at least 1")
 
     def start(self, sizes):
@@ -294,7 +301,8 @@ class Recycled(Select):
 
     def observe(self, remembered, step):
         weight, (rows, whole) = remembered.slots["weight"], (remembered.rows, step.whole[:, 0])
-        weight = jnp.where(step.whole[:, None], step.measured["weight"].max(-1), weight)
+        new = around(step.measured["weight"].max(-1), step.positions, self.pool, jax.lax.max)
+        weight = jnp.where(step.whole[:, None], new, weight)
         query = jnp.where(whole[:, None], step.newest.mean(1), rows["query"])
         looked = whole | (rows["steps"] + 1 >= self.every)
         return Remembered({"weight": weight}, {"query": query, "steps": jnp.where(looked, 0, rows["steps"] + 1)})
@@ -342,7 +350,7 @@ class QAdA(Select):
         return 1
 
     def start(self, sizes):
-        batch, _, heads, width = sizes
+        batch, _, heads, width, _ = sizes
         zeros = jnp.zeros((batch, heads))
         moments = Moments(zeros, jnp.zeros((batch, heads, width)), jnp.zeros((batch, heads, width, width)))
         return Remembered({}, {"moments": moments, "until": jnp.full(batch, -1)})
@@ -375,6 +383,12 @@ class QAdA(Select):
         new = (places > until[:, None, None]) & (places >= self.sinks)
         moments = jax.tree.map(lambda x, y: x.astype(y.dtype), moments + Moments.of(key, new), moments)
         return Remembered({}, {"moments": moments, "until": jnp.maximum(until, step.asked.max(1))})
+
+
+def mean_key(key: Float[Array, "b p s k h"], there: Bool[Array, "b p s k"]) -> Float[Array, "b p k h"]:
+    """Returns the mean of the keys of each page, leaving out empty slots; 0 for an empty page."""
+    total = jnp.where(there[..., None], key, 0).sum(2, dtype=accumulator(key))
+    return total / jnp.maximum(there.sum(2), 1)[..., None]
 
 
 def _cosine(a: Float[Array, "b h"], b: Float[Array, "b h"]) -> Float[Array, " b"]:

@@ -30,6 +30,11 @@ class Storage(abc.ABC):
     exact: ClassVar[bool] = True
     rolls_back: ClassVar[bool] = True
 
+    @property
+    def unit(self) -> int:
+        """The number of slots that lie together: a store has a multiple of it."""
+        return 1
+
     @abc.abstractmethod
     def start(self, batch: int, slots: int, key_shape: Shape, value_shape: Shape, dtype: Any) -> Any:
         """Returns what is held before any token.
@@ -152,6 +157,10 @@ class Paged(Storage):
         if self.pages is not None:
             check_static_int("Paged", "pages", self.pages, 1)
 
+    @property
+    def unit(self):
+        return self.size
+
     def start(self, batch, slots, key_shape, value_shape, dtype):
         if slots % self.size:
             raise ValueError(f"slots is {slots}: need a multiple of the page size of Paged, {self.size}")
@@ -267,6 +276,10 @@ class Quantised(Storage):
                 f"Quantised: recent is {self.recent} and group {self.group}: need at least as many recent tokens, so "
                 "that a group is rounded when all its tokens are there"
             )
+
+    @property
+    def unit(self):
+        return self.group
 
     def start(self, batch, slots, key_shape, value_shape, dtype):
         together = max(1, 8 // self.bits)

@@ -5,6 +5,7 @@ call of a layer uses three verbs in this order: `append`, `read` and `observe`.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ class Store:
         past: The earlier tokens that a convolution before the keys sees.
         fresh: Tokens that came together, until they were attended to.
         span: The number of positions that the store is for, and that records of weights cover.
+        queries: The number of query heads that read the key heads.
         storage: The way in which keys and values lie in memory.
         key_position: The policy that says where keys and queries stand for a rotary position. Keys are held as they are
             turned at those places, or where it turns them when they are read, unturned.
@@ -84,6 +86,7 @@ class Store:
     past: Any = dataclasses.field(default_factory=dict)
     fresh: Any = None
     span: int = 0
+    queries: int = 0
     key_position: KeyPosition = Absolute()
 
     @property
@@ -155,8 +158,8 @@ class Store:
         return {**self.retain.measures(self.last, queries), **{f"select.{name}": x for name, x in own.items()}}
 
     def _own_slots(self, positions: Int[Array, "b t"]) -> Int[Array, "b t 1"]:
-        """Returns the slots of tokens that each have the slot of their position; C for padding."""
-        return jnp.where(positions < 0, self.positions.shape[1], positions)[..., None]
+        """Returns the slots of tokens that each have the slot of their position; C for padding, and beyond the span."""
+        return jnp.where((positions < 0) | (positions >= self.span), self.positions.shape[1], positions)[..., None]
 
     def beside(
         self,
@@ -237,8 +240,8 @@ class Store:
     @property
     def _sizes(self) -> Sizes:
         """The sizes that a `Select` is told."""
-        key = jax.eval_shape(lambda: self.key)
-        return Sizes(*key.shape)
+        batch, slots, heads, width = jax.eval_shape(lambda: self.key).shape
+        return Sizes(batch, slots, heads, width, self.queries)
 
     @property
     def _remembers(self) -> bool:
@@ -464,7 +467,7 @@ class Policy:
 
     Attributes:
         retain: The policy that says which tokens are kept when the slots are full.
-        slots: C, the number of slots; by default one for each position.
+        slots: C, the number of slots; by default one for each position, up to the end of the last page.
         select: The policy that says which pages a single query reads, and which steps read everything.
         budget: The number of slots that may be filled, one number or one per key head.
         key_position: The policy that says where keys and queries stand for a rotary position.
@@ -486,6 +489,7 @@ def empty(
     value_shape: tuple[int, int],
     dtype: Any,
     policy: Policy | None = None,
+    queries: int | None = None,
 ) -> Store:
     """Makes a store without tokens, for positions below `capacity`.
 
@@ -496,6 +500,7 @@ def empty(
         value_shape: (heads, head dim) of values.
         dtype: The dtype of keys and values.
         policy: How the store keeps and chooses tokens.
+        queries: The number of query heads, a multiple of the key heads; by default as many.
 
     Raises:
         ValueError: A size is below 1, the policy cannot work with the slots, or a budget does not fit.
@@ -511,8 +516,9 @@ def empty(
             wanted = base.__name__ if isinstance(base, type) else "Select or None"
             raise TypeError(f"Policy: {name} is {getattr(policy, name)!r}: need a {wanted}")
     retain, select, budget = policy.retain, policy.select, policy.budget
-    slots = capacity if policy.slots is None else policy.slots
-    if slots < 1 or (not retain.evicts and slots != capacity):
+    whole = _whole_pages(capacity, policy)
+    slots = whole if policy.slots is None else policy.slots
+    if slots < 1 or (not retain.evicts and slots not in (capacity, whole)):
         kind = type(retain).__name__
         raise ValueError(f"slots is {slots}: need at least 1, and under {kind} the capacity, {capacity}")
     room = slots if budget is None or isinstance(budget, jax.core.Tracer) else int(np.min(np.asarray(budget)))
@@ -551,12 +557,19 @@ def empty(
         select,
         budget=budget,
         span=capacity,
+        queries=key_shape[0] if queries is None else queries,
         key_position=policy.key_position,
     )
     if select is None:
         return store
-    remembered = select.start(Sizes(batch, slots, *key_shape))
+    remembered = select.start(Sizes(batch, slots, *key_shape, store.queries))
     return dataclasses.replace(store, remembered=remembered)._summarised(None)
+
+
+def _whole_pages(capacity: int, policy: Policy) -> int:
+    """Returns the number of slots, from `capacity` on, that are whole pages of what is read and of the storage."""
+    unit = math.lcm(policy.storage.unit, 1 if policy.select is None else policy.select.size)
+    return -(-capacity // unit) * unit
 
 
 def _check_worth(retain: Retain, positions: Int[Array, "b c g"]) -> None:
@@ -582,7 +595,7 @@ def check_room(state: Any, positions: Int[Array, "#b t"]) -> None:
             check_room(each, positions)
     if not isinstance(state, Store) or state.retain.evicts or isinstance(positions, jax.core.Tracer):
         return
-    last, capacity = int(np.max(np.asarray(positions), initial=-1)), state.positions.shape[-2]
+    last, capacity = int(np.max(np.asarray(positions), initial=-1)), state.span
     if last >= capacity:
         raise ValueError(
             f"positions reaches {last} but the state has capacity {capacity}: need at most {capacity - 1}, or a state "
@@ -598,7 +611,7 @@ def unseen(store: Store, positions: Int[Array, "b t"], mask: Mask | None) -> Boo
     """
     if store.retain.evicts:
         return jnp.zeros(positions.shape, bool)
-    lost = positions >= store.positions.shape[1]
+    lost = positions >= store.span
     possible: Any = True
     if mask is not None:
         of_lost = jnp.where(lost, positions, -1)

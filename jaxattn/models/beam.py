@@ -91,7 +91,9 @@ def _search(graph, max_new_tokens, beams, arrays, prompts, lengths, store, conte
     def read(tokens, positions, state, **options):
         return nnx.merge(graph, arrays)(tokens, positions=positions, state=state, **options)[:2]
 
-    state = nnx.merge(graph, arrays).init_state(batch, width + max_new_tokens, **kept_by)
+    # A pool of pages is made for the rows of all beams.
+    state = nnx.merge(graph, arrays).init_state(batch * beams, width + max_new_tokens, **kept_by)
+    state = reordered(state, jnp.arange(batch))
     given = {} if context is None else {"context": context}
     positions = jnp.where(places < lengths[:, None], places, -1)
     logits, state = read(prompts, positions, state, logits_at=(lengths - 1)[:, None], **given)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import Partial
 from jaxtyping import Array
 
 from jaxattn import nn
@@ -91,10 +92,11 @@ def matching_loss(
     maps = nnx.All(nnx.Param, nnx.PathContains(_FEATURE_MAP))
     graph, *states = nnx.split(student, maps, ...)
     params, rest = states
+    of_teacher, arrays = nnx.split(teacher)
 
-    def loss_fn(params, batch, key):
+    def loss_fn(arrays, rest, params, batch, key):
         ids = batch["documents"]
-        _, _, records = teacher(batch["tokens"], mask=Documents(ids), record=("resid_pre",))
+        _, _, records = nnx.merge(of_teacher, arrays)(batch["tokens"], mask=Documents(ids), record=("resid_pre",))
         inputs = records["resid_pre"]
         losses: list[Array] = []
         first = 0
@@ -113,7 +115,7 @@ def matching_loss(
         weight = jnp.asarray(batch["weights"], jnp.float32).sum()
         return jnp.concatenate(losses).mean() * weight, {"weight": weight}
 
-    return params, loss_fn
+    return params, Partial(loss_fn, arrays, rest)
 
 
 _FEATURE_MAP = "feature_map"

@@ -164,6 +164,7 @@ class ModelDrafter(Drafter):
         capacity: The number of positions of its state.
         context: The context that its cross-attention reads, or None.
         edits: Its edits.
+        chains: The number of rows that a text may take, for which a pool of pages has room.
     """
 
     graph: Any
@@ -172,12 +173,14 @@ class ModelDrafter(Drafter):
     capacity: int
     context: Any = None
     edits: Any = dataclasses.field(default_factory=dict)
+    chains: int = 1
 
     def start(self, sequence, lengths, width):
-        places = jnp.arange(width)
+        places, batch = jnp.arange(width), len(sequence)
         kept_by = {} if self.store is None else {"store": self.store}
         positions = jnp.where(places < lengths[:, None] - 1, places, -1)
-        empty = nnx.merge(self.graph, self.arrays).init_state(len(sequence), self.capacity, **kept_by)
+        empty = nnx.merge(self.graph, self.arrays).init_state(batch * self.chains, self.capacity, **kept_by)
+        empty = reordered(empty, jnp.arange(batch))
         return self._read(sequence[:, :width], positions, empty, context=self.context)[1], lengths - 1
 
     def _read(self, tokens, positions, state, **options):
@@ -367,7 +370,8 @@ def speculate(
         checked_prompts(drafting, prompts, lengths, max_new_tokens)
         split = nnx.split(in_evaluation(drafting))
         read = context if drafting.crosses else None
-        drafter = ModelDrafter(*split, draft_store, capacity, read, dict(edits) if draft is None else {})
+        of_draft = dict(edits) if draft is None else {}
+        drafter = ModelDrafter(*split, draft_store, capacity, read, of_draft, tree.chains)
     else:
         raise TypeError(f"draft must be a Transformer, a Drafter such as PromptLookup(), or None, got {draft!r}")
     scalars = settings_of(temperature, top_k, top_p, end_token)

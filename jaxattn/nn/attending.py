@@ -155,7 +155,8 @@ class AttentionMixer(Mixer):
             places = jnp.arange(keys.key.shape[1])[None, :, None] if keys.positions is None else keys.positions
             places = store.by_slot(places, keys, -1) if decided else places  # type: ignore[union-attr]
             tap("read", jnp.broadcast_to(places, (len(query), *places.shape[1:])))
-        if store is not None and isinstance(keys, Held) and (store.retain.evicts or keys.slots is not None):
+        moved = store is not None and (store.retain.evicts or store.positions.shape[1] != store.span)
+        if store is not None and isinstance(keys, Held) and (moved or keys.slots is not None):
             for name, (site, reducer) in tap.asked.items():
                 if site in ("scores", "weights") and isinstance(reducer, Whole):
                     fill = 0.0 if site == "weights" else -jnp.inf

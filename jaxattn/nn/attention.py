@@ -86,7 +86,9 @@ class MultiHeadAttention(AttentionMixer):
             slots in which that layer holds its keys.
         context_features: The channels of `context`; by default D.
         position: The way in which queries and keys are told where they stand, such as `Rotary(10000.0)`; None for not
-            at all.
+            at all. "auto" is `Rotary()`, and None in cross-attention, where positions of two sequences say nothing of
+            each other. Where they do, as those of one text that two models read, name the part: keys are turned at the
+            positions of the context.
         qk_norm: A norm of queries and keys over H, before they are turned, such as `Spec(nn.RMSNorm)`; over all heads
             together with `Spec(nn.AcrossHeads)`.
         gate: Whether z is multiplied by σ(W_g x) before W_o.
@@ -124,11 +126,11 @@ class MultiHeadAttention(AttentionMixer):
         rngs: Streams for the initial parameters, and `dropout`.
 
     Raises:
-        ValueError: Sizes do not divide or are out of range, cross-attention has positions or a choice, `keys_from` or a
-            name of a bias is unknown, a convolution has keys that are not those of x, dropout has no stream, or with
-            `absorb` the context is not all that keys and values are made of by W_k and W_v, or scores are no dot
-            products. `types` stand with other keys than those of x, with `crossbatch`, or with another normaliser than
-            Softmax.
+        ValueError: Sizes do not divide or are out of range, cross-attention has a choice, or absorbs W_k and has
+            positions, `keys_from` or a name of a bias is unknown, a convolution has keys that are not those of x,
+            dropout has no stream, or with `absorb` the context is not all that keys and values are made of by W_k and
+            W_v, or scores are no dot products. `types` stand with other keys than those of x, with `crossbatch`, or
+            with another normaliser than Softmax.
         TypeError: Maps are not in a tuple, or `position` or `choice` is of another kind.
     """
 
@@ -142,7 +144,7 @@ class MultiHeadAttention(AttentionMixer):
         keys_from: KeysFrom = "self",
         echo: bool = False,
         context_features: int | None = None,
-        position: Position | None = Rotary(),
+        position: Position | Literal["auto"] | None = "auto",
         qk_norm: Spec | None = None,
         gate: bool = False,
         project: bool = True,
@@ -169,12 +171,18 @@ class MultiHeadAttention(AttentionMixer):
             raise ValueError(f"key_heads is {key_heads} but heads is {heads}: need a divisor of {heads}")
         if keys_from not in get_args(KeysFrom):
             raise ValueError(f"keys_from is {keys_from!r}: need one of {', '.join(get_args(KeysFrom))}")
+        crosses = keys_from == "context" or context_features is not None
+        if isinstance(position, str) and position == "auto":
+            position = None if crosses else Rotary()
         if position is not None:
             if not isinstance(position, Position):
-                raise TypeError(f"position must be a part such as Rotary(10000.0), or None, got {position!r}")
+                raise TypeError(f"position must be a part such as Rotary(10000.0), 'auto' or None, got {position!r}")
             position.check(head_dim)
-            if keys_from == "context" or context_features is not None:
-                raise ValueError(f"position is {position} for keys of another sequence: need position=None")
+            if crosses and (absorb or keys_from != "context"):
+                raise ValueError(
+                    f"position is {position} for keys of another sequence: need position=None, or keys_from='context' "
+                    "and absorb=False, whose keys are turned at the positions of the context"
+                )
         if not (choice is None or isinstance(choice, Spec | Choice)):
             raise TypeError(f"choice must be a part such as MoBA(512, 3), or None, got {choice!r}")
         if choice is not None and keys_from == "context":
@@ -445,7 +453,7 @@ class MultiHeadAttention(AttentionMixer):
             for name, each in self.convolution.items()
         }
         key_shape = (self.key_heads, 0) if self.echo else shape
-        return dataclasses.replace(empty(batch, capacity, key_shape, shape, dtype, policy), past=past)
+        return dataclasses.replace(empty(batch, capacity, key_shape, shape, dtype, policy, self.heads), past=past)
 
     def queries(self, x: Float[Array, "b t d"], past: Past | None = None) -> Float[Array, "b t n h"]:
         """Returns q of x, convolved and normed if this attention does that, before rotation.

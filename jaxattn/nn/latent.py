@@ -245,7 +245,7 @@ class LatentAttention(AttentionMixer):
             ValueError: A size or the policy does not fit.
         """
         shape, dtype = (1, self.rank + self.rotary_dim), self.dtype or jnp.float32
-        return empty(batch, capacity, shape, (1, 0), dtype, self._policy(capacity, store))
+        return empty(batch, capacity, shape, (1, 0), dtype, self._policy(capacity, store), self.heads)
 
     def queries(self, x: Float[Array, "b t d"]) -> Float[Array, "b t n h"]:
         """Returns [q^C ; q^R] of x, [B, T, N, H + H_r], before it is turned."""

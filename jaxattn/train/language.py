@@ -6,11 +6,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import Partial
 
 from jaxattn.core.attend.mask import Documents
 from jaxattn.core.checks import check_range
 from jaxattn.train.losses import column, distillation_loss, hidden_loss, next_token_loss
-from jaxattn.train.step import LossFunction, Params
+from jaxattn.train.step import LossFunction, Params, as_tree
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -25,19 +26,21 @@ def module_loss(model: nnx.Module, loss: Callable[[Any, Any, Any], Any]) -> tupl
     Args:
         model: The model: any NNX module.
         loss: loss(model, batch, key) -> (total, sums), such as a loss of `train.losses` of what the model says, or a
-            scalar; see `make_step`. The key is None in evaluations.
+            scalar; see `make_step`. The key is None in evaluations. Large arrays that it needs, such as those of a
+            teacher, are best given by a `jax.tree_util.Partial`, as the loss that is returned is one: they are
+            arguments of a compiled step then, and not constants in it.
     """
     graph, *states = nnx.split(model, nnx.Param, nnx.RngCount, ...)
     params, counts, rest = states
 
-    def loss_fn(params: Params, batch: Any, key: Any) -> Any:
+    def loss_fn(loss: Any, counts: Any, rest: Any, params: Params, batch: Any, key: Any) -> Any:
         start = 0 if key is None else jax.random.bits(key, dtype=jnp.uint32)
         restarted = jax.tree.map(lambda count: jnp.full_like(count, start), counts)
         called = nnx.merge(graph, params, restarted, rest)
         called.eval() if key is None else called.train()
         return loss(called, batch, key)
 
-    return params, loss_fn
+    return params, Partial(loss_fn, as_tree(loss), counts, rest)
 
 
 def language_loss(model: nnx.Module, z_loss: float = 0.0) -> tuple[Params, LossFunction]:
@@ -112,12 +115,13 @@ def imitation_loss(
     check_range("temperature", temperature, lambda x: x > 0, "above 0")
     imitated = nnx.merge(*nnx.split(teacher))
     imitated.eval()
+    of_teacher, arrays = nnx.split(imitated)
     record = ("resid",) if hidden else ()
 
-    def loss(model: Any, batch: Any, key: Any) -> Any:
+    def loss(arrays: Any, model: Any, batch: Any, key: Any) -> Any:
         tokens, options, batch = _read(batch)
         said, _, records = model(tokens, record=record, **options)
-        wanted, _, seen = imitated(tokens, record=record, **options)
+        wanted, _, seen = nnx.merge(of_teacher, arrays)(tokens, record=record, **options)
         total, sums = next_token_loss(said, batch)
         apart, more = distillation_loss(said, wanted, batch, temperature)
         sums = sums | {"logits_apart": apart, "agree": more["agree"]}
@@ -127,7 +131,7 @@ def imitation_loss(
             total, sums = total + hidden * far, sums | {"hidden_apart": far}
         return total, sums
 
-    return module_loss(student, loss)
+    return module_loss(student, Partial(loss, arrays))
 
 
 def _read(batch: Any) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 
 from jaxattn.nn.sharding import RULES, Rules, made_on, partition_spec, sharding_rules, shardings
 from jaxattn.train.optimizer import evaluation_params, loss_scale
@@ -23,7 +24,11 @@ Params = Any
 Metrics = dict[str, jax.Array]
 LossFunction = Callable[..., Any]
 """(params, batch, key) -> (total, sums): sums over the batch's tokens, `weight` (their number) among them. `key` is a
-PRNG key in training, and None in evaluation, where nothing is random. Or a scalar, the mean over the batch's rows."""
+PRNG key in training, and None in evaluation, where nothing is random. Or a scalar, the mean over the batch's rows.
+
+Arrays that such a function closes over, as the parameters of a teacher, are constants of the compiled step. Arrays of a
+`jax.tree_util.Partial`, as those of `module_loss` are, are arguments of it: on one device and by pmap it compiles
+faster, and holds no copy of them."""
 
 
 class State(NamedTuple):
@@ -143,7 +148,7 @@ def make_step(
 
     update = optax.with_extra_args_support(optimizer).update
 
-    def scaled_sums_and_gradients(scale: Any, params: Params, batch: Any, key: jax.Array) -> Any:
+    def scaled_sums_and_gradients(loss_fn: LossFunction, scale: Any, params: Params, batch: Any, key: jax.Array) -> Any:
         def scaled(params: Params) -> Any:
             total, sums = _checked(loss_fn, params, batch, key)
             return total if scale is None else total * scale, {"loss": total, **sums}
@@ -151,9 +156,9 @@ def make_step(
         (_, sums), gradients = jax.value_and_grad(scaled, has_aux=True)(params)
         return sums, gradients
 
-    def step(state: State, batch: Any) -> tuple[State, Metrics]:
+    def step(loss_fn: LossFunction, state: State, batch: Any) -> tuple[State, Metrics]:
         scale = loss_scale(state.opt_state)
-        sums_and_gradients = partial(scaled_sums_and_gradients, scale)
+        sums_and_gradients = partial(scaled_sums_and_gradients, loss_fn, scale)
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -189,7 +194,12 @@ def make_step(
         metrics |= {"grad_norm": norm, "weight": weight}
         return State(state.step + 1, params, opt_state, state.key), metrics
 
-    return step
+    return Partial(step, as_tree(loss_fn))
+
+
+def as_tree(function: Callable[..., Any]) -> Partial:
+    """Returns a function as a pytree of the arrays that it was given, none but for a `Partial`."""
+    return function if isinstance(function, Partial) else Partial(function)
 
 
 def _checked(loss_fn: LossFunction, params: Params, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -228,10 +238,10 @@ def repeated(step: Step, count: int, draw: Callable[[jax.Array], Any]) -> Step:
     The metrics are those of all steps, with a leading axis [count].
     """
 
-    def steps(state: State, _: None) -> tuple[State, Metrics]:
+    def steps(step: Step, state: State, _: None) -> tuple[State, Metrics]:
         return jax.lax.scan(lambda state, _: step(state, draw(state.step)), state, length=count)
 
-    return steps
+    return Partial(steps, as_tree(step))
 
 
 def _micro_batches(batch: Any, accumulate: int) -> Any:
@@ -251,18 +261,25 @@ def make_evaluation(loss_fn: LossFunction, *, axis_name: str | None = None) -> S
     step, so that the functions which run steps on devices run evaluations too.
     """
 
-    def evaluation(state: State, batch: Any) -> tuple[State, Metrics]:
+    def evaluation(loss_fn: LossFunction, state: State, batch: Any) -> tuple[State, Metrics]:
         params = evaluation_params(state.opt_state, state.params)
         total, sums = _checked(loss_fn, params, batch, None)
         sums = {"loss": total, **sums}
         return state, sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
-    return evaluation
+    return Partial(evaluation, as_tree(loss_fn))
 
 
 def on_one_device(step: Step) -> Step:
     """Compiles the step for one device. It takes the memory of the state it is given: use the one it returns."""
-    return jax.jit(step, donate_argnums=0)
+    given, run = _taken_apart(step)
+    return partial(jax.jit(run, donate_argnums=1), given)
+
+
+def _taken_apart(step: Step) -> tuple[list[Any], Callable[..., Any]]:
+    """Returns the arrays of a step, and the step as a function of them, a state and a batch."""
+    given, structure = jax.tree.flatten(as_tree(step))
+    return given, lambda given, *rest: jax.tree.unflatten(structure, given)(*rest)
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -349,12 +366,14 @@ def on_pmap(step: Step, axis_name: str, devices: Sequence[jax.Device] | None = N
     """
     devices = jax.devices() if devices is None else devices
     count, replicated = len(devices), NamedSharding(Mesh(np.array(devices), (axis_name,)), PartitionSpec())
-    mapped = jax.pmap(step, axis_name, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
+    given, run = _taken_apart(step)
+    mapped = jax.pmap(run, axis_name, in_axes=(None, None, 0), out_axes=None, devices=devices, donate_argnums=1)
+    given = jax.device_put(given, replicated)
 
     def step_on_pmap(state: State, batch: Any) -> tuple[State, Metrics]:
         _check_rows(batch, count)
         state = jax.device_put(state, replicated)  # as it comes out, so that the second call finds the first compiled
-        return mapped(state, jax.tree.map(lambda array: array.reshape(count, -1, *array.shape[1:]), batch))
+        return mapped(given, state, jax.tree.map(lambda array: array.reshape(count, -1, *array.shape[1:]), batch))
 
     return step_on_pmap
 

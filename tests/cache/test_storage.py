@@ -167,7 +167,7 @@ def test_a_token_without_a_page_is_nan_and_others_are_not():
 )
 def test_slots_that_do_not_fit_the_storage_are_refused(storage, slots, message):
     with pytest.raises(ValueError, match=message):
-        empty(1, slots, (K, H), (K, H), jnp.float32, Policy(storage=storage))
+        empty(1, slots, (K, H), (K, H), jnp.float32, Policy(slots=slots, storage=storage))
 
 
 def test_storages_out_of_range_are_refused():

@@ -220,7 +220,7 @@ def test_quest_reads_the_pages_of_the_largest_bound_and_the_newest():
         ),
         (1, 8, Policy(Recent(1), 4, budget=jnp.array([3, 3, 3])), r"budget has shape \(3,\): need \(\) or \(2,\)"),
         (1, 8, Policy(budget=jnp.array(3)), "budget is given, but Everything keeps all tokens"),
-        (1, 10, Policy(select=Quest(2, 4)), "slots is 10: need a multiple of the page size, 4"),
+        (1, 10, Policy(slots=10, select=Quest(2, 4)), "slots is 10: need a multiple of the page size, 4"),
         (1, 8, Policy(Spans(jnp.ones(3)), 8), r"Spans does not give one worth per slot, \[1, 8, 2\]: need arrays"),
         (1, 8, Policy(HeavyHitters(1, 1), 4), "keys have 2 heads and values 1: to evict by head need the same"),
     ],

@@ -8,6 +8,7 @@ from flax import nnx
 from tiny import ATTENTION, CONTEXT, FEED, PLAIN, VOCABULARY, WIDTH, assert_close, shared, tokens
 
 from jaxattn import Causal, Documents, nn
+from jaxattn.core.attend.position import Rotary
 from jaxattn.models import (
     Branch,
     FrozenReader,
@@ -109,9 +110,9 @@ def test_no_token_sees_a_later_one_nor_another_document(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("absorb", [False, True])
-def test_decoding_is_one_pass_also_with_ragged_prompts(absorb):
-    layer = Layer([Branch(ATTENTION), Branch(CROSS.replace(absorb=absorb), gate=GATE, name="cross"), Branch(FEED)])
+@pytest.mark.parametrize("options", [{}, {"absorb": True}, {"position": Rotary()}], ids=["keys", "absorbed", "turned"])
+def test_decoding_is_one_pass_also_with_ragged_prompts(options):
+    layer = Layer([Branch(ATTENTION), Branch(CROSS.replace(**options), gate=GATE, name="cross"), Branch(FEED)])
     model = made(TransformerConfig(VOCABULARY, CONTEXT, 8, [layer] * 2))
     whole, state, pieces = logits_of(model, TOKENS), model.init_state(3, CONTEXT), []
     for piece in (TOKENS[:, :4], *(TOKENS[:, t : t + 1] for t in range(4, CONTEXT))):

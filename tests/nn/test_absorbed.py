@@ -9,6 +9,7 @@ from mixers import call
 from multi_head import randomise
 
 from jaxattn import Documents, models, nn
+from jaxattn.core.attend.position import Rotary
 from jaxattn.models import Branch, EncoderDecoder, Layer, Spec, TransformerConfig, generate, pre_norm, replace_mixers
 from jaxattn.nn import Context, MultiHeadAttention, NullSoftmax, Tokens
 
@@ -126,7 +127,7 @@ def test_what_stands_between_a_projection_and_attention_is_refused():
             MultiHeadAttention(D, N, **given, absorb=True, rngs=nnx.Rngs(0))
     MultiHeadAttention(D, N, **OPTIONS | {"use_bias": ["query"]}, dropout=0.1, absorb=True, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"position is Rotary.* for keys of another sequence"):
-        MultiHeadAttention(D, N, keys_from="context", absorb=True, rngs=nnx.Rngs(0))
+        MultiHeadAttention(D, N, keys_from="context", position=Rotary(), absorb=True, rngs=nnx.Rngs(0))
     layer = Layer([Branch(CROSS, name="a"), Branch(CROSS.replace(absorb=True), name="b")])
     with pytest.raises(ValueError, match="some layers of cross-attention have absorb=True, and others keep keys"):
         models.Transformer(TransformerConfig(V, T, D, [layer]), rngs=nnx.Rngs(0))

@@ -14,7 +14,7 @@ from jaxattn import Alibi, Bias, Causal, Explicit, Lengths, Sigmoid, Sinks, Wind
 from jaxattn.core.attend import NTK, Interpolate
 from jaxattn.core.attend.position import Rotary
 from jaxattn.models import Spec
-from jaxattn.nn import MultiHeadAttention, NullSoftmax, RMSNorm, Tokens
+from jaxattn.nn import Context, MultiHeadAttention, NullSoftmax, RMSNorm, Tokens
 
 D, T, B = 16, 7, 2
 
@@ -204,8 +204,10 @@ def test_parameters_are_float32_and_the_output_has_the_dtype_asked_for():
             {"heads": 4, "position": Rotary(fraction=0.25)},
             r"fraction 0\.25 of head dim 4 is 1 channels: need an even number <= 4",
         ),
-        ({"heads": 4, "context_features": 8}, "for keys of another sequence: need position=None"),
-        ({"heads": 4, "keys_from": "context"}, "for keys of another sequence: need position=None"),
+        (
+            {"heads": 4, "context_features": 8, "position": Rotary()},
+            "for keys of another sequence: need position=None",
+        ),
         ({"heads": 4, "keys_from": "it"}, "keys_from is 'it': need one of self, layer, context"),
         ({"heads": 4, "use_bias": ("keys",)}, r"use_bias names \['keys'\]: need True, False, or some of"),
         ({"heads": 4, "dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1\.0"),
@@ -224,6 +226,28 @@ def test_cross_attention_refuses_rotary_positions_and_a_state():
     module = MultiHeadAttention(D, 4, position=None, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="cross-attention takes no state and no positions"):
         call(module, x, context=x, state=module.init_state(B, T))
+
+
+def test_cross_attention_with_positions_turns_keys_at_those_of_the_context():
+    """A context of some tokens of x, at their positions, is x under the mask that hides the others."""
+    rng = np.random.default_rng(4)
+    kept, positions = np.array([5, 0, 3, 2]), np.array([0, 2, 3, 7, 11, 12, 20])
+    options = {"key_heads": 2, "position": Rotary(100.0)}
+    own = randomise(MultiHeadAttention(D, 4, **options, rngs=nnx.Rngs(0)))
+    cross = MultiHeadAttention(D, 4, keys_from="context", **options, rngs=nnx.Rngs(1))
+    nnx.update(cross, nnx.state(own))
+    x = jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
+    shown = jnp.zeros((T, positions.max() + 1), bool)[:, positions].at[:, kept].set(True)
+    table = jnp.zeros((positions.max() + 1,) * 2, bool).at[positions[:, None], positions].set(shown)
+    expected = call(own, x, positions=positions, mask=Explicit(table))[0]
+    read = x[:, kept]
+    for shift in (0, 9):
+        context = Context(read, Tokens.of(read, positions=jnp.asarray(positions[kept] + shift)))
+        actual = call(cross, x, positions=positions + shift, context=context)[0]
+        assert_close(actual, expected)
+    with pytest.raises(AssertionError):
+        assert_close(call(cross, x, positions=positions, context=read)[0], expected)  # the context at 0, 1, 2, 3
+    assert MultiHeadAttention(D, 4, keys_from="context", rngs=nnx.Rngs(0)).position is None
 
 
 def test_inputs_of_another_width_are_refused():

@@ -12,6 +12,7 @@ from multi_head import randomise
 
 from jaxattn import Causal, Explicit, nn, rotary
 from jaxattn.cache import (
+    ActQKV,
     Attentive,
     ByHistory,
     Dense,
@@ -19,6 +20,7 @@ from jaxattn.cache import (
     Forecasted,
     HeavyHitters,
     HistoryScorer,
+    Ltri,
     MeanKeys,
     MeanOverTime,
     Memory,
@@ -74,6 +76,8 @@ SELECT = {
     "recycled": Recycled(5, 4),
     "local or all": QAdA(1, 5, 0.5),
     "by a forecast": Forecasted(MeanOverTime(), 2, 4, 3, 4, 1, 2),
+    "by a probe": ActQKV(2, 4, 3),
+    "by spans": Ltri(8, 5, 1, 2),
 }
 STORAGE = {"dense": Dense(), "paged": Paged(4), "in bits": Quantised(16, 4, 4)}
 TRIPLES = {f"{r}, {s}, {m}": (r, s, m) for r, s, m in itertools.product(RETAIN, SELECT, STORAGE)}
@@ -206,6 +210,28 @@ def test_with_room_for_all_every_policy_is_the_whole_cache(module, name):
     for cut in ([1] * T, [11, *[1] * 13]):
         y, _ = decoded(module, policy, PADDING["none"], cut)
         assert_same(y, whole, np.ones((B, T), bool), rounding(policy))
+
+
+@pytest.mark.parametrize("select", [Quest(2, 4), Recycled(2, 4, size=8), None], ids=["by bounds", "recycled", "all"])
+@pytest.mark.parametrize("storage", [Dense(), Paged(6), Quantised(16, 4, 4)], ids=["dense", "paged", "in bits"])
+def test_a_store_for_21_tokens_ends_with_its_last_page_and_reads_as_a_longer_one(module, select, storage):
+    """Records are of the 21 positions, and a token beyond them is refused or makes its row NaN."""
+    policy, length = Policy(select=select, storage=storage), 21
+    short, long = (module.init_state(B, size, policy) for size in (length, T))
+    for cut in (slice(0, 9), *(slice(t, t + 1) for t in range(9, length))):
+        positions = jnp.arange(length)[None, cut]
+        a, short, _ = step(module, X[:, cut], jnp.broadcast_to(positions, (B, positions.size)), short)
+        b, long, _ = step(module, X[:, cut], jnp.broadcast_to(positions, (B, positions.size)), long)
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="positions reaches 21 but the state has capacity 21: need at most 20"):
+        module(X[:, :1], Tokens.of(X[:, :1], positions=jnp.full((B, 1), 21)), state=short)
+    beyond, _, _ = step(module, X[:, :1], jnp.array([[21], [20]]), short)
+    assert np.isnan(beyond[0]).all()
+    assert np.isfinite(beyond[1]).all()
+    if select is None or not select.decides:
+        tap = Tap(record=("weights",))
+        module(X[:, :1], Tokens.of(X[:, :1], positions=jnp.full((B, 1), 20)), tap, short)
+        assert tap.records["weights"].shape == (B, N, 1, length)
 
 
 @pytest.mark.parametrize("name", ["heavy hitters", "pages", "budgets by head"])

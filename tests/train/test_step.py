@@ -1,10 +1,13 @@
 """One step, however its batch is cut and wherever it runs, descends the same mean loss."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.tree_util import Partial
 
 from jaxattn.train import (
     data_mesh,
@@ -17,6 +20,7 @@ from jaxattn.train import (
     on_one_device,
     on_pmap,
 )
+from jaxattn.train.step import repeated
 
 EPS = float(np.finfo(np.float32).eps)
 VOCABULARY, ROWS, LENGTH = 8, 16, 5
@@ -68,6 +72,40 @@ def train(wrap, optimizer=None, batches=None, loss_fn=loss_fn, **options):
 @pytest.fixture(scope="module")
 def reference():
     return train(on_one_device)
+
+
+def size_of_program(step, batch):
+    """Characters of the program of a step of `on_one_device`, in which its constants are written out."""
+    return len(step.func.lower(*step.args, fresh_state(optax.sgd(RATE)), batch).as_text())
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=["whole", "micro-batches"])
+def test_arrays_of_a_partial_are_arguments_of_the_program_and_not_constants_in_it(options):
+    """The loss towards a fixed table, which a function closes over or is given."""
+    target = jax.random.normal(jax.random.key(3), (300, 300))
+
+    def towards(target, params, batch, key):
+        total, sums = loss_fn(params, batch, key)
+        size = params["table"].shape[0]
+        return total + ((params["table"] - target[:size, -size:]) ** 2).sum(), sums
+
+    given, closed = Partial(towards, target), partial(towards, target)
+    batch = random_batches(1)[0]
+    sizes = [
+        size_of_program(on_one_device(make_step(each, optax.sgd(RATE), **options)), batch) for each in (given, closed)
+    ]
+    assert sizes[0] < target.nbytes < sizes[1]
+    for wrap in (on_one_device, lambda step: on_pmap(step, "devices")):
+        named = {"axis_name": "devices"} if wrap is not on_one_device else {}
+        results = [train(wrap, loss_fn=each, batches=[batch] * 2, **named, **options) for each in (given, closed)]
+        jax.tree.map(np.testing.assert_array_equal, *[(state.params, metrics) for state, metrics in results])
+    repeats = [repeated(make_step(each, optax.sgd(RATE)), 2, lambda _: batch) for each in (given, closed)]
+    states = [on_one_device(each)(fresh_state(optax.sgd(RATE)), None)[0].params for each in repeats]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    measured = [
+        on_one_device(make_evaluation(each))(fresh_state(optax.sgd(RATE)), batch)[1] for each in (given, closed)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *measured)
 
 
 def test_the_step_descends_the_gradient_of_the_mean_over_tokens():
