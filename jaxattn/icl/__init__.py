@@ -5,7 +5,7 @@ A **task** draws prompts, a **predictor** answers them, and `compare` measures i
 model is one more predictor.
 """
 
-from jaxattn.icl import capacity, layer_theory, theory
+from jaxattn.icl import capacity, dynamics, layer_theory, theory
 from jaxattn.icl.bayes import BayesFinite, GF2Parity, parity_accuracy
 from jaxattn.icl.boolean import (
     CNF,
@@ -67,6 +67,7 @@ from jaxattn.icl.risk import Estimate, Loss, RiskTable, compare, logistic, mista
 from jaxattn.icl.sequences import AssociativeRecall, Copying, Lookup, RepeatedBlock, additive_memory_accuracy
 from jaxattn.icl.task import Curriculum, Function, FunctionTask, Inputs, Query
 from jaxattn.icl.teaching import Planted, Signs, Teaching
+from jaxattn.icl.topics import BlockStatistic, TopicDocuments, TopicValues, block_statistic, topic_values
 
 __all__ = [
     "CNF",
@@ -74,6 +75,7 @@ __all__ = [
     "AssociativeRecall",
     "Averaging",
     "BayesFinite",
+    "BlockStatistic",
     "BlockwiseLinear",
     "ClassTable",
     "Conjunction",
@@ -144,13 +146,17 @@ __all__ = [
     "SparseThreshold",
     "Subspace",
     "Teaching",
+    "TopicDocuments",
+    "TopicValues",
     "Zero",
     "additive_memory_accuracy",
     "at_inputs",
+    "block_statistic",
     "capacity",
     "compare",
     "debiased_gradient_step",
     "diagonality",
+    "dynamics",
     "echo_accuracy",
     "effective_gamma",
     "effective_heads",
@@ -173,4 +179,5 @@ __all__ = [
     "stack",
     "superposed_gradient_steps",
     "theory",
+    "topic_values",
 ]
