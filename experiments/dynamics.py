@@ -232,7 +232,7 @@ def entropy(weights: np.ndarray) -> np.ndarray:
     return -(weights * np.log(np.where(weights > 0, weights, 1))).sum(-1)
 
 
-def scan_and_snap(config: Config, seed: int) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, Any]]:
+def scan_and_snap(config: Config, seed: int) -> tuple[dict[str, float | None], list[dict[str, Any]], dict[str, Any]]:
     """(numbers, rows by rate, figures) of the path of exact gradients, in float64, and of sampled contexts."""
     rng = np.random.default_rng(seed)
     probabilities = np.sort(rng.uniform(0.1, 1, config.distinct))
@@ -285,12 +285,18 @@ def scan_and_snap(config: Config, seed: int) -> tuple[dict[str, float], list[dic
         "share of the change in the first 1% of steps": float(change[steps // 100] / change[-1]),
         "change behind a trained decoder over change": float((behind[0] - behind[-1]) / change[-1]),
         "least rise of the entropy with the rate": float(np.diff(entropies).min()),
+        "least rise of the entropy with the rate, from the second rate on": min(
+            np.diff(entropies)[1:].tolist(), default=None
+        ),
+        "least rise of the weight on common tokens with the rate": float(
+            np.diff([row["weight on common tokens"] for row in rows]).min()
+        ),
         "difference of the sampled path": abs(sampled - float(on_common[min(config.sampled, steps)])),
     }
     shown = [2**i for i in range(int(np.log2(config.iterations[1])) + 1)]
     own = np.concatenate([several.distinct[0], several.common])
     maps = {
-        f"decoder {rate:g} times as fast as scores": last_weights[rate][shown][:, 0, own].T.tolist()
+        f"rate of the decoder {rate:g}": last_weights[rate][shown][:, 0, own].T.tolist()
         for rate in (config.rates[0], config.rates[-1])
     }
     points = np.unique(np.geomspace(1, steps, 60).astype(int))
