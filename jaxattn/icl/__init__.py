@@ -44,6 +44,7 @@ from jaxattn.icl.function import (
     ScaledValues,
     SparseLinear,
 )
+from jaxattn.icl.gated import GatedCopy
 from jaxattn.icl.hops import Echo, PointerChasing, RetrievalChain, echo_accuracy, horizon
 from jaxattn.icl.inputs import Fresh, Gaussian, Orthant, Orthogonal, Scaled, Seen, Skewed, Subspace
 from jaxattn.icl.layers import LinearLayers, SoftmaxLayer
@@ -92,6 +93,7 @@ __all__ = [
     "Function",
     "FunctionTask",
     "GF2Parity",
+    "GatedCopy",
     "Gaussian",
     "GradientDescent",
     "GreedyTree",
