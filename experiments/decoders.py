@@ -27,8 +27,12 @@ def build(
     seed: int,
     hidden: int | None = 2,
     inputs: int = 0,
+    positions: models.Spec | None = None,
 ) -> models.Transformer:
-    """A decoder of `layers` layers, of the mixer and a feed-forward block of `hidden` units per channel, or none."""
+    """A decoder of `layers` layers, of the mixer and a feed-forward block of `hidden` units per channel, or none.
+
+    `positions` is the module whose vectors are added to those of the tokens, if any.
+    """
     block = models.Spec(nn.FeedForward, hidden=(hidden or 0) * width, activation="gelu_tanh", gated=False)
     layer = models.pre_norm(mixer, None if hidden is None else block)
     config = models.TransformerConfig(
@@ -38,6 +42,7 @@ def build(
         [layer] * layers,
         embed=models.Spec(nn.VectorEmbedding, inputs=inputs) if inputs else models.Spec(nn.TokenEmbedding),
         head=models.Spec(nn.Head),
+        positions=positions,
     )
     return models.Transformer(config, rngs=nnx.Rngs(seed))
 
@@ -64,10 +69,14 @@ def train(
     source: Drawn,
     *,
     loss: Callable[[models.Transformer, Any], tuple[jax.Array, dict[str, jax.Array]]] = next_token,
+    trained: Any = nnx.Param,
     **options: Any,
 ) -> tuple[models.Transformer, Result]:
-    """(the trained model, what `fit` says of the run), as `train_params` does with these options."""
-    graph, params, *rest = nnx.split(model, nnx.Param, ...)
+    """(the trained model, what `fit` says of the run), as `train_params` does with these options.
+
+    `trained` is the filter of NNX for what is trained; all else stays as it is.
+    """
+    graph, params, *rest = nnx.split(model, trained, ...)
 
     def loss_fn(params, batch, key):
         return loss(nnx.merge(graph, params, *rest), batch)

@@ -69,6 +69,7 @@ from jaxattn.icl.sequences import AssociativeRecall, Copying, Lookup, RepeatedBl
 from jaxattn.icl.task import Curriculum, Function, FunctionTask, Inputs, Query
 from jaxattn.icl.teaching import Planted, Signs, Teaching
 from jaxattn.icl.topics import BlockStatistic, TopicDocuments, TopicValues, block_statistic, topic_values
+from jaxattn.icl.window import Sources, WindowPosterior, WindowRecall, infer_window
 
 __all__ = [
     "CNF",
@@ -142,6 +143,7 @@ __all__ = [
     "Signs",
     "Skewed",
     "SoftmaxLayer",
+    "Sources",
     "SparseDisjunction",
     "SparseLinear",
     "SparseParity",
@@ -150,6 +152,8 @@ __all__ = [
     "Teaching",
     "TopicDocuments",
     "TopicValues",
+    "WindowPosterior",
+    "WindowRecall",
     "Zero",
     "additive_memory_accuracy",
     "at_inputs",
@@ -167,6 +171,7 @@ __all__ = [
     "homogeneity",
     "horizon",
     "induction_head",
+    "infer_window",
     "interleave",
     "interleaved",
     "layer_theory",
