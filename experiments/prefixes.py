@@ -53,9 +53,9 @@ class Config:
     width: int = 64
     layers: int = 3
     heads: int = 4
-    steps: tuple[int, int] = (5000, 6000)
-    tuning: tuple[int, int] = (5000, 1500)
-    batch_size: int = 128
+    steps: tuple[int, int] = (4000, 6000)
+    tuning: tuple[int, int] = (3000, 1500)
+    batch_size: int = 64
     eval_every: int = 250
     optimizer: OptimizerConfig = OPTIMIZER
     tuner: OptimizerConfig = TUNING

@@ -1,7 +1,8 @@
 """Attention as a posterior: a prior over distances that is inferred for each sequence, against one fixed slope.
 
 Queries are noisy copies of keys, whose distances are geometric with a window that differs by sequence. A bias of ALiBi
-is that prior. Its slope is fixed, inferred from the queries of a sequence, or known; the best answer weighs all windows.
+is that prior. Its slope is fixed, inferred from the queries of a sequence, or known; the best answer weighs all
+windows.
 """
 
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def run(config, seed, folder, console):
         for name, error in zip(lines, (best, all_of["inferred"], all_of["known"]), strict=True):
             if inside.any():
                 lines[name].append((float(np.sqrt(low * high)), float(error[inside].mean())))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prior": f"fixed, slope {slope:g}", "squared error": float(e)}
         for slope, e in zip(config.slopes, fixed, strict=True)
     ]

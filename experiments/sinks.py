@@ -65,9 +65,9 @@ class Config:
     length: int = 16
     probability: float = 0.3
     head_dim: int = 16
-    steps: int = 4000
-    batch_size: int = 128
-    eval_every: int = 200
+    steps: int = 2000
+    batch_size: int = 64
+    eval_every: int = 100
     optimizer: OptimizerConfig = OPTIMIZER
     prompts: int = 2048
     threshold: float = 0.3

@@ -36,8 +36,8 @@ class WindowRecall:
     """Keys with values, then queries: what is the value of the key that a query is a noisy copy of?
 
     The source of a query is d keys back, P(d) ∝ (1 − g)^(d − 1), with a g of its own in each sequence. Its window
-    1 / g, the mean distance where there are many keys, is log-uniform from `shortest` to `longest`. Keys are N(0, I), values
-    N(0, 1), and noise is N(0, noise² I). Tokens are vectors (key or query, value or 0): first all keys, then all
+    1 / g, the mean distance where there are many keys, is log-uniform from `shortest` to `longest`. Keys are N(0, I),
+    values N(0, 1), and noise is N(0, noise² I). Tokens are vectors (key or query, value or 0): first all keys, then all
     queries, which count. The truth is in `hidden` (`Sources`).
 
     Attributes:
@@ -134,8 +134,8 @@ def infer_window(
         g ~ Beta(a₀ + Q, b₀ + Σ_i Σ_s w_is (d_s − 1))
 
     repeated in turn: attention with the bias of ALiBi, whose slope is that of the posterior of g given how far
-    attention looks. That is the geometric prior with its conjugate hyper-prior of Singh & Buckley (2023). P(d) is taken as if
-    there were keys without end: S must be large beside the windows.
+    attention looks. That is the geometric prior with its conjugate hyper-prior of Singh & Buckley (2023). P(d)
+    is taken as if there were keys without end: S must be large beside the windows.
 
     Args:
         query: [Q, H], all behind the last key.
