@@ -38,8 +38,12 @@ def build(
     seed: int,
     hidden: int | None = 2,
     inputs: int = 0,
+    positions: models.Spec | None = None,
 ) -> models.Transformer:
-    """A decoder of `layers` layers, of the mixer and a feed-forward block of `hidden` units per channel, or none."""
+    """A decoder of `layers` layers, of the mixer and a feed-forward block of `hidden` units per channel, or none.
+
+    `positions` is the module whose vectors are added to those of the tokens, if any.
+    """
     block = models.Spec(nn.FeedForward, hidden=(hidden or 0) * width, activation="gelu_tanh", gated=False)
     layer = models.pre_norm(mixer, None if hidden is None else block)
     config = models.TransformerConfig(
@@ -49,6 +53,7 @@ def build(
         [layer] * layers,
         embed=models.Spec(nn.VectorEmbedding, inputs=inputs) if inputs else models.Spec(nn.TokenEmbedding),
         head=models.Spec(nn.Head),
+        positions=positions,
     )
     return models.Transformer(config, rngs=nnx.Rngs(seed))
 
@@ -75,15 +80,16 @@ def train(
     source: Drawn,
     *,
     loss: Callable[[models.Transformer, Any], tuple[jax.Array, dict[str, jax.Array]]] = next_token,
+    trained: Any = nnx.Param,
     **options: Any,
 ) -> tuple[models.Transformer, Result]:
     """(the trained model, what `fit` says of the run), as `train_params` does with these options.
 
-    Random streams of the model restart at every step, and measurements have no dropout (`module_loss`).
+    `trained` is the filter of NNX for what is trained; all else stays as it is. Random streams of the model restart at every step, and measurements have no dropout (`module_loss`).
     """
-    params, loss_fn = module_loss(model, lambda model, batch, key: loss(model, batch))
+    params, loss_fn = module_loss(model, lambda model, batch, key: loss(model, batch), trained)
     result = train_params(loss_fn, params, source, **options)
-    return with_params(model, result.params), result
+    return with_params(model, result.params, trained), result
 
 
 def train_params(

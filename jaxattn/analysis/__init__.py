@@ -9,6 +9,7 @@ from jaxattn.analysis.heads import (
     head_scores,
     head_statistics,
     repeated_tokens,
+    sink_rate,
     statistics,
 )
 from jaxattn.analysis.lens import Attribution, TunedLens, direct_attribution, lens, lens_loss
@@ -56,6 +57,7 @@ __all__ = [
     "repeated_tokens",
     "selectivity",
     "similar_blocks",
+    "sink_rate",
     "span_influence",
     "statistics",
 ]

@@ -101,6 +101,38 @@ def statistics(
     return {name: of(name, value) for name, value in records.items()}
 
 
+def sink_rate(
+    model: Any, inputs: Any, *, at: int = 0, threshold: float = 0.3, **options: Any
+) -> Float[Array, "layers n"]:
+    """Returns the share of texts, [L, N], in which a head rests on the token at a position (Gu et al., 2025):
+
+        mean over b of [α_b > threshold],   α_b = mean over queries t ≥ at of the weight of t on the key at `at`
+
+    Weights are taken as they are: those of a normaliser whose rows do not sum to 1 (sigmoid) form no sink by being the
+    largest of a row that is nearly 0.
+
+    Args:
+        model: The model.
+        inputs: Its inputs: tokens, or a tuple of inputs.
+        at: The position of the key.
+        threshold: What the mean weight must exceed. With 64 tokens uniform causal attention has 0.074 on the first.
+        options: Other arguments of the model. Padding has position −1 in `positions`.
+
+    Raises:
+        ValueError: `at` is negative, or layers have different numbers of heads, or not all have weights, or the model
+            has tokens of its own before the sequence.
+    """
+    inputs = as_inputs("inputs", inputs, options, ("record",))
+    _, records = run(model, *inputs, record={"mass": ("weights", AtKeys((at,)))}, **options)
+    _check_heads(records["mass"], inputs[0].shape[1])
+    mass = records["mass"][..., 0]  # [L, B, T, N]
+    places = options.get("positions")
+    places = jnp.arange(mass.shape[2]) if places is None else jnp.asarray(places)
+    later = jnp.broadcast_to(jnp.atleast_2d(places) >= at, mass.shape[1:3])[..., None]
+    alpha = jnp.where(later, mass, 0).sum(2) / jnp.maximum(later.sum(1), 1)
+    return (alpha > threshold).mean(1, dtype=mass.dtype)
+
+
 def between_classes(
     model: Any, inputs: Any, classes: Int[Array, "b t"], size: int, **options: Any
 ) -> Float[Array, "layers n from to"]:

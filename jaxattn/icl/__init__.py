@@ -5,7 +5,7 @@ A **task** draws prompts, a **predictor** answers them, and `compare` measures i
 model is one more predictor.
 """
 
-from jaxattn.icl import capacity, layer_theory, theory
+from jaxattn.icl import capacity, dynamics, layer_theory, theory
 from jaxattn.icl.bayes import BayesFinite, GF2Parity, parity_accuracy
 from jaxattn.icl.boolean import (
     CNF,
@@ -44,6 +44,7 @@ from jaxattn.icl.function import (
     ScaledValues,
     SparseLinear,
 )
+from jaxattn.icl.gated import GatedCopy
 from jaxattn.icl.hops import Echo, PointerChasing, RetrievalChain, echo_accuracy, horizon
 from jaxattn.icl.inputs import Fresh, Gaussian, Orthant, Orthogonal, Scaled, Seen, Skewed, Subspace
 from jaxattn.icl.layers import LinearLayers, SoftmaxLayer
@@ -67,6 +68,8 @@ from jaxattn.icl.risk import Estimate, Loss, RiskTable, compare, logistic, mista
 from jaxattn.icl.sequences import AssociativeRecall, Copying, Lookup, RepeatedBlock, additive_memory_accuracy
 from jaxattn.icl.task import Curriculum, Function, FunctionTask, Inputs, Query
 from jaxattn.icl.teaching import Planted, Signs, Teaching
+from jaxattn.icl.topics import BlockStatistic, TopicDocuments, TopicValues, block_statistic, topic_values
+from jaxattn.icl.window import Sources, WindowPosterior, WindowRecall, infer_window
 
 __all__ = [
     "CNF",
@@ -74,6 +77,7 @@ __all__ = [
     "AssociativeRecall",
     "Averaging",
     "BayesFinite",
+    "BlockStatistic",
     "BlockwiseLinear",
     "ClassTable",
     "Conjunction",
@@ -90,6 +94,7 @@ __all__ = [
     "Function",
     "FunctionTask",
     "GF2Parity",
+    "GatedCopy",
     "Gaussian",
     "GradientDescent",
     "GreedyTree",
@@ -138,19 +143,26 @@ __all__ = [
     "Signs",
     "Skewed",
     "SoftmaxLayer",
+    "Sources",
     "SparseDisjunction",
     "SparseLinear",
     "SparseParity",
     "SparseThreshold",
     "Subspace",
     "Teaching",
+    "TopicDocuments",
+    "TopicValues",
+    "WindowPosterior",
+    "WindowRecall",
     "Zero",
     "additive_memory_accuracy",
     "at_inputs",
+    "block_statistic",
     "capacity",
     "compare",
     "debiased_gradient_step",
     "diagonality",
+    "dynamics",
     "echo_accuracy",
     "effective_gamma",
     "effective_heads",
@@ -159,6 +171,7 @@ __all__ = [
     "homogeneity",
     "horizon",
     "induction_head",
+    "infer_window",
     "interleave",
     "interleaved",
     "layer_theory",
@@ -173,4 +186,5 @@ __all__ = [
     "stack",
     "superposed_gradient_steps",
     "theory",
+    "topic_values",
 ]

@@ -16,7 +16,9 @@ from jaxattn.train.step import LossFunction, Params, as_tree
 M = TypeVar("M", bound=nnx.Module)
 
 
-def module_loss(model: nnx.Module, loss: Callable[[Any, Any, Any], Any]) -> tuple[Params, LossFunction]:
+def module_loss(
+    model: nnx.Module, loss: Callable[[Any, Any, Any], Any], trained: Any = nnx.Param
+) -> tuple[Params, LossFunction]:
     """Returns the parameters of a model, and a loss of it as a function of them, as `fit` and `make_step` take them.
 
     The random streams of the model (dropout) restart at every step from the step's key, so a resumed run draws the same
@@ -29,8 +31,9 @@ def module_loss(model: nnx.Module, loss: Callable[[Any, Any, Any], Any]) -> tupl
             scalar; see `make_step`. The key is None in evaluations. Large arrays that it needs, such as those of a
             teacher, are best given by a `jax.tree_util.Partial`, as the loss that is returned is one: they are
             arguments of a compiled step then, and not constants in it.
+        trained: The filter of NNX for what counts as parameters: by default all of them. Others stay as they are.
     """
-    graph, *states = nnx.split(model, nnx.Param, nnx.RngCount, ...)
+    graph, *states = nnx.split(model, trained, nnx.RngCount, ...)
     params, counts, rest = states
 
     def loss_fn(loss: Any, counts: Any, rest: Any, params: Params, batch: Any, key: Any) -> Any:
@@ -255,7 +258,10 @@ def _next_tokens(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return moved | {"targets": next_of(tokens, 0), "weights": jnp.where(there, given, 0)}
 
 
-def with_params(model: M, params: Any) -> M:
-    """Returns the model with these parameters, such as `Result.params` or those of a checkpoint."""
-    graph, *states = nnx.split(model, nnx.Param, ...)
+def with_params(model: M, params: Any, trained: Any = nnx.Param) -> M:
+    """Returns the model with these parameters, such as `Result.params` or those of a checkpoint.
+
+    `trained` is that of `module_loss`, which made the parameters.
+    """
+    graph, *states = nnx.split(model, trained, ...)
     return nnx.merge(graph, params, states[1])

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxattn import Received, nn
-from jaxattn.analysis import USUAL, between_classes, head_scores, head_statistics, repeated_tokens, statistics
+from jaxattn import Received, Sigmoid, nn
+from jaxattn.analysis import (
+    USUAL,
+    between_classes,
+    head_scores,
+    head_statistics,
+    repeated_tokens,
+    sink_rate,
+    statistics,
+)
 from jaxattn.core.attend import AtLags, LagProfile
 from jaxattn.models import Spec, Transformer, TransformerConfig, pre_norm
 
@@ -120,3 +128,27 @@ def test_tokens_of_the_model_itself_count_and_heads_of_several_sizes_are_refused
         head_scores(mixed, jax.random.key(0), period=9)
     with pytest.raises(ValueError, match="different numbers of heads"):
         between_classes(mixed, tokens, tokens, 2)
+
+
+def test_the_sink_rate_is_the_share_of_texts_whose_mean_weight_is_above_a_threshold():
+    model = decoder()
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, V, (5, T)))
+    w = np.asarray(model(tokens, record=("weights",))[2]["weights"])  # [L, B, N, T, S]
+    for at in (0, 1, T - 1):
+        alpha = w[..., at:, at].mean(-1)
+        for threshold in (0.0, float(np.median(alpha)), 1.0):
+            expected = (alpha > threshold).mean(1)
+            np.testing.assert_allclose(sink_rate(model, tokens, at=at, threshold=threshold), expected, atol=1e-6)
+
+
+def test_padding_does_not_count_in_the_sink_rate_and_weights_are_not_normalised():
+    model = decoder()
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, V, (1, T)))
+    places = jnp.maximum(jnp.arange(T) - 3, -1)[None]
+    padded = sink_rate(model, tokens, threshold=0.2, positions=places)
+    np.testing.assert_array_equal(padded, sink_rate(model, tokens[:, 3:], threshold=0.2))
+    layer = pre_norm(Spec(nn.MultiHeadAttention, heads=1, normalize=Sigmoid(-8.0)))
+    small = Transformer(TransformerConfig(V, 40, 16, [layer]), rngs=nnx.Rngs(0))
+    assert not sink_rate(small, tokens).any()  # all weights are near 0; their shares of the row are not
+    with pytest.raises(ValueError, match="positions is"):
+        sink_rate(model, tokens, at=-1)
