@@ -240,7 +240,7 @@ class MultiHeadAttention(AttentionMixer):
         self.value: Any = linear("value", *of_keys) if own_keys or echo else None
         self.out = linear("out", heads * head_dim, features, by_head, "width") if project else None
         sides = {"query": by_head, "key": by_key_head, "value": by_key_head}
-        self.convolution = nnx.Dict(
+        self.convolution: Any = nnx.Dict(
             {
                 name: ShortConvolution(side[1] * head_dim, convolution, axis=side, rngs=rngs)
                 for name, side in sides.items()
