@@ -64,13 +64,21 @@ def train(
     source: Drawn,
     *,
     loss: Callable[[models.Transformer, Any], tuple[jax.Array, dict[str, jax.Array]]] = next_token,
+    look: Callable[[models.Transformer, Any], dict[str, jax.Array]] | None = None,
     **options: Any,
 ) -> tuple[models.Transformer, Result]:
-    """(the trained model, what `fit` says of the run), as `train_params` does with these options."""
+    """(the trained model, what `fit` says of the run), as `train_params` does with these options.
+
+    `look(model, batch)` are further numbers, means over a batch, of evaluations alone.
+    """
     graph, params, *rest = nnx.split(model, nnx.Param, ...)
 
     def loss_fn(params, batch, key):
-        return loss(nnx.merge(graph, params, *rest), batch)
+        model = nnx.merge(graph, params, *rest)
+        total, sums = loss(model, batch)
+        if look is None or key is not None:  # evaluations have no key
+            return total, sums
+        return total, sums | {name: value * sums["weight"] for name, value in look(model, batch).items()}
 
     result = train_params(loss_fn, params, source, **options)
     return nnx.merge(graph, result.params, *rest), result
