@@ -68,7 +68,7 @@ class Config:
     zipf: float = 1.0
     width: int = 64
     hidden: int = 2
-    steps: int = 8000
+    steps: int = 6000
     batch_size: int = 64
     eval_every: int = 100
     tested: int = 512
