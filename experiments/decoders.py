@@ -80,14 +80,24 @@ def train(
     source: Drawn,
     *,
     loss: Callable[[models.Transformer, Any], tuple[jax.Array, dict[str, jax.Array]]] = next_token,
+    look: Callable[[models.Transformer, Any], dict[str, jax.Array]] | None = None,
     trained: Any = nnx.Param,
     **options: Any,
 ) -> tuple[models.Transformer, Result]:
     """(the trained model, what `fit` says of the run), as `train_params` does with these options.
 
-    `trained` is the filter of NNX for what is trained; all else stays as it is. Random streams of the model restart at every step, and measurements have no dropout (`module_loss`).
+    `look(model, batch)` are further numbers, means over a batch, of evaluations alone. `trained` is the filter of NNX
+    for what is trained; all else stays as it is. Random streams of the model restart at every step, and measurements
+    have no dropout (`module_loss`).
     """
-    params, loss_fn = module_loss(model, lambda model, batch, key: loss(model, batch), trained)
+
+    def measured_loss(model, batch, key):
+        total, sums = loss(model, batch)
+        if look is None or key is not None:  # evaluations have no key
+            return total, sums
+        return total, sums | {name: value * sums["weight"] for name, value in look(model, batch).items()}
+
+    params, loss_fn = module_loss(model, measured_loss, trained)
     result = train_params(loss_fn, params, source, **options)
     return with_params(model, result.params, trained), result
 

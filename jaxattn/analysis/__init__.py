@@ -8,12 +8,14 @@ from jaxattn.analysis.heads import (
     between_classes,
     head_scores,
     head_statistics,
+    prefix_scores,
     repeated_tokens,
     sink_rate,
     statistics,
 )
 from jaxattn.analysis.lens import Attribution, TunedLens, direct_attribution, lens, lens_loss
 from jaxattn.analysis.probe import Probe, Selectivity, auroc, cka, fit_logistic, fit_ridge, hsic, selectivity
+from jaxattn.analysis.recall import CMRGrid, cmr_crp, cmr_distance, cmr_grid, cmr_matrix, lag_curve
 from jaxattn.analysis.similarity import attention_similarity, similar_blocks
 from jaxattn.analysis.spans import (
     SpanInfluence,
@@ -27,6 +29,7 @@ from jaxattn.analysis.spans import (
 __all__ = [
     "USUAL",
     "Attribution",
+    "CMRGrid",
     "Factored",
     "HeadScores",
     "HeadStatistics",
@@ -39,6 +42,10 @@ __all__ = [
     "between_classes",
     "choose_rules",
     "cka",
+    "cmr_crp",
+    "cmr_distance",
+    "cmr_grid",
+    "cmr_matrix",
     "composition",
     "copying",
     "direct_attribution",
@@ -49,9 +56,11 @@ __all__ = [
     "head_scores",
     "head_statistics",
     "hsic",
+    "lag_curve",
     "lens",
     "lens_loss",
     "ov",
+    "prefix_scores",
     "qk",
     "removal_influence",
     "repeated_tokens",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxattn.core.attend.measure import AtKeys, AtLags, Distance, Entropy, Mass, Measure
+from jaxattn.core.attend.measure import AtKeys, AtLags, Distance, Entropy, Mass, Matching, Measure
 from jaxattn.core.part import part
 from jaxattn.core.table import take
 from jaxattn.trace import run
@@ -153,7 +153,7 @@ def between_classes(
     groups, inputs = jnp.asarray(classes), as_inputs("inputs", inputs, options, ("record",))
     record = {"mass": ("weights", Mass(groups, size))}
     _, records = run(model, *inputs, record=record, **options)
-    _check_heads(records["mass"], groups.shape[1] if options.get("positions") is None else inputs[0].shape[1])
+    check_heads(records["mass"], groups.shape[1] if options.get("positions") is None else inputs[0].shape[1])
     at = groups
     if options.get("positions") is not None:
         at = take(groups, jnp.atleast_2d(jnp.asarray(options["positions"])), grid=1, fill=-1)
@@ -162,7 +162,7 @@ def between_classes(
     return total / jnp.maximum(reading.sum((0, 1)), 1)[:, None]
 
 
-def _check_heads(record: Any, length: int) -> None:
+def check_heads(record: Any, length: int) -> None:
     if isinstance(record, list):
         raise ValueError("the layers have different numbers of heads, or not all have weights: need the same in all")
     if record.shape[2] != length:
@@ -234,9 +234,39 @@ def head_scores(
     tokens = repeated_tokens(key, batch, period, vocabulary, first=first)
     lags = {"lags": ("weights", AtLags((1, period, period - 1))), "first": ("weights", USUAL["first"])}
     _, records = run(model, *as_inputs("tokens", tokens, options, ("record",)), record=lags, **options)
-    _check_heads(records["lags"], tokens.shape[1])
+    check_heads(records["lags"], tokens.shape[1])
     second = slice(tokens.shape[1] - period, None)
     previous, duplicate, induction = jnp.moveaxis(records["lags"][:, :, second].mean((1, 2)), -1, 0)
     counts = jnp.arange(tokens.shape[1])[second] + 1
     sink = records["first"][:, :, second, :, 0].mean((1, 2))
     return HeadScores(previous, duplicate, induction, sink, float((1 / counts).mean()))
+
+
+def prefix_scores(model: Any, tokens: Int[Array, "b t"], **options: Any) -> Float[Array, "layers n"]:
+    """Returns how much heads look behind earlier occurrences of the token at hand: prefix matching, 0 to 1, [L, N].
+
+        mean over i of Σ_{j ≤ i} w_ij [token_{j−1} = token_i]
+
+    over all tokens that were seen before in their row, at any distance (Olsson et al., 2022). 1 is an induction head.
+    Copies of random tokens of one period can be followed by position alone; copies of several periods cannot.
+
+    Args:
+        model: The model.
+        tokens: [B, T].
+        options: Other arguments of the model, without `positions`.
+
+    Raises:
+        ValueError: No token comes again, layers have different numbers of heads, or not all have weights, or the model
+            has tokens of its own before the sequence.
+    """
+    if "positions" in options:
+        raise ValueError("positions is given: need rows without padding, whose tokens stand at 0, 1, ...")
+    tokens = jnp.asarray(tokens)
+    before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    record = {"behind": ("weights", Matching(tokens, before))}
+    _, records = run(model, *as_inputs("tokens", tokens, options, ("record",)), record=record, **options)
+    check_heads(records["behind"], tokens.shape[1])
+    again = jnp.tril(tokens[:, :, None] == tokens[:, None], -1).any(-1)
+    if not isinstance(again, jax.core.Tracer) and not bool(again.any()):
+        raise ValueError("tokens has no token that comes again in its row: need one such as of repeated_tokens")
+    return jnp.where(again[..., None], records["behind"], 0).sum((1, 2)) / again.sum()

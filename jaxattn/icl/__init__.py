@@ -50,6 +50,7 @@ from jaxattn.icl.inputs import Fresh, Gaussian, Orthant, Orthogonal, Scaled, See
 from jaxattn.icl.layers import LinearLayers, SoftmaxLayer
 from jaxattn.icl.learners import GreedyTree, KNearestNeighbours, MajorityLabel
 from jaxattn.icl.markov import MarkovBayes, MarkovChain
+from jaxattn.icl.nested import Flow, NestedSoftmaxes, gradient_flow
 from jaxattn.icl.network import NetworkByAdam
 from jaxattn.icl.predict import Predictor, interleaved, leaks
 from jaxattn.icl.prompt import Prompt, at_inputs, interleave, stack
@@ -64,7 +65,7 @@ from jaxattn.icl.readout import (
     pattern_distance,
 )
 from jaxattn.icl.regression import Averaging, Lasso, LassoFit, LeastSquares, Ridge, Zero
-from jaxattn.icl.risk import Estimate, Loss, RiskTable, compare, logistic, mistakes, square
+from jaxattn.icl.risk import Estimate, Loss, RiskTable, compare, icl_score, logistic, mistakes, square
 from jaxattn.icl.sequences import AssociativeRecall, Copying, Lookup, RepeatedBlock, additive_memory_accuracy
 from jaxattn.icl.task import Curriculum, Function, FunctionTask, Inputs, Query
 from jaxattn.icl.teaching import Planted, Signs, Teaching
@@ -90,6 +91,7 @@ __all__ = [
     "EffectiveHeads",
     "Estimate",
     "Finite",
+    "Flow",
     "Fresh",
     "Function",
     "FunctionTask",
@@ -118,6 +120,7 @@ __all__ = [
     "MarkovChain",
     "NearestItem",
     "NearestNeighbour",
+    "NestedSoftmaxes",
     "NetworkByAdam",
     "Newton",
     "OneOf",
@@ -168,8 +171,10 @@ __all__ = [
     "effective_heads",
     "effective_kq",
     "effective_ov",
+    "gradient_flow",
     "homogeneity",
     "horizon",
+    "icl_score",
     "induction_head",
     "infer_window",
     "interleave",

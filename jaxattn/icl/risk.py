@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
+from jaxattn.core.checks import check_static_int
 from jaxattn.icl.predict import Predictor
 from jaxattn.icl.prompt import Prompt
 
@@ -73,6 +74,37 @@ def logistic(answers: Float[Array, "b n"], truth: Float[Array, "b n"]) -> Float[
 def _check_alike(loss: str, answers: Array, truth: Array) -> None:
     if answers.shape != truth.shape:
         raise ValueError(f"{loss}: answers has shape {answers.shape} and truth {truth.shape}: need the same")
+
+
+def icl_score(losses: Float[Array, "*b t"], early: int | None = None, late: int | None = None) -> Float[Array, "*b"]:
+    """Returns how much less a model loses late in its context than early: the difference, negative where it learns.
+
+    It is the score of in-context learning of Olsson et al. (2022), whose positions are 50 and 500. Without positions it
+    is the mean over the last quarter of positions less that over the first.
+
+    Args:
+        losses: [..., T], the mean loss at each position.
+        early: A position from 0; give both or none.
+        late: A later one.
+
+    Raises:
+        TypeError: A position is not an int.
+        ValueError: One position is given without the other, they are not in order and within T, or there are fewer than
+            4 positions for quarters.
+    """
+    length = jnp.shape(losses)[-1]
+    if early is None and late is None:
+        if length < 4:
+            raise ValueError(f"losses has {length} positions: need at least 4, or early and late")
+        quarter = length // 4
+        return losses[..., -quarter:].mean(-1) - losses[..., :quarter].mean(-1)
+    if early is None or late is None:
+        raise ValueError(f"early is {early} and late {late}: need both positions, or none")
+    check_static_int("icl_score", "early", early, 0)
+    check_static_int("icl_score", "late", late, early + 1)
+    if late >= length:
+        raise ValueError(f"late is {late} of {length} positions: need one below")
+    return losses[..., late] - losses[..., early]
 
 
 def compare(

@@ -55,6 +55,7 @@ from jaxattn.nn.mechanisms import (
     Projections,
     RetNet,
     ShortConvolution,
+    SmearedKeys,
 )
 from jaxattn.nn.merged import MergedLinearAttention, MergedSoftmaxHeads
 from jaxattn.nn.mixer import Mixer
@@ -148,6 +149,7 @@ __all__ = [
     "RetNet",
     "ShortConvolution",
     "SinusoidalEmbedding",
+    "SmearedKeys",
     "Spec",
     "Tap",
     "TokenEmbedding",

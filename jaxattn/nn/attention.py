@@ -22,7 +22,7 @@ from jaxattn.core.attend.score import Dot
 from jaxattn.core.attend.slots import Slots
 from jaxattn.core.checks import check_array
 from jaxattn.nn.attending import AttentionMixer, head_size, one_or_all
-from jaxattn.nn.mechanisms import ShortConvolution
+from jaxattn.nn.mechanisms import ShortConvolution, SmearedKeys
 from jaxattn.nn.parameter import Axis, linear_map
 from jaxattn.nn.recurrent import Past
 from jaxattn.nn.sharding import attend_in_shards
@@ -106,6 +106,7 @@ class MultiHeadAttention(AttentionMixer):
             `eval`).
         convolution: The width of a short causal convolution of q, k and v per channel, after their projection; 0 for
             none.
+        smear: Whether each key is mixed with that of the token before, `SmearedKeys`, in place of a convolution.
         types: A spec of types of tokens, `Spec(nn.TokenTypes, window=16)`: each token is seen by all later ones, up to
             the next global one, or by a few (Neural Attention Search, 2025). A state drops what has expired: its policy
             is `Policy(Unexpired(), slots)`.
@@ -152,6 +153,7 @@ class MultiHeadAttention(AttentionMixer):
         crossbatch: Sequence[int] = (),
         dropout: float = 0.0,
         convolution: int = 0,
+        smear: bool = False,
         types: Spec | None = None,
         use_bias: bool | Sequence[str] = False,
         score: Any = Dot(),
@@ -195,8 +197,11 @@ class MultiHeadAttention(AttentionMixer):
                 f"echo is True but keys_from is {keys_from!r} and qk_norm {qk_norm}: need keys_from='layer', whose "
                 "queries and keys are normed already"
             )
-        if convolution and keys_from != "self":
-            raise ValueError(f"convolution is {convolution} but keys_from is {keys_from!r}: need keys of x, or 0")
+        if smear and convolution:
+            raise ValueError(f"smear is True and convolution {convolution}: need one of them")
+        near = f"convolution is {convolution}" if convolution else "smear is True" if smear else ""
+        if near and keys_from != "self":
+            raise ValueError(f"{near} but keys_from is {keys_from!r}: need keys of x, or neither of both")
         names = ("query", "key", "value", "out", "gate")
         biased = (names if use_bias else ()) if isinstance(use_bias, bool) else tuple(use_bias)
         if unknown := sorted(set(biased) - set(names)):
@@ -217,11 +222,11 @@ class MultiHeadAttention(AttentionMixer):
             weight_maps=weight_maps, dtype=dtype, rngs=rngs, choice=choice,
         )  # fmt: skip
         if crossbatch:
-            joins = isinstance(part_of(self.normalize), Softmax) and not weight_maps and not dropout and not convolution
+            joins = isinstance(part_of(self.normalize), Softmax) and not weight_maps and not dropout and not near
             if keys_from != "self" or min(crossbatch) < 1 or not joins:
                 raise ValueError(
                     f"crossbatch is {tuple(crossbatch)}: need offsets from 1 on, keys_from='self', Softmax, and no "
-                    "weight_maps, dropout or convolution"
+                    "weight_maps, dropout, convolution or smear"
                 )
 
         plain = part_of(self.normalize)
@@ -243,12 +248,14 @@ class MultiHeadAttention(AttentionMixer):
         self.value: Any = linear("value", *of_keys) if own_keys or echo else None
         self.out = linear("out", heads * head_dim, features, by_head, "width") if project else None
         sides = {"query": by_head, "key": by_key_head, "value": by_key_head}
-        self.convolution = nnx.Dict(
+        self.convolution: Any = nnx.Dict(
             {
                 name: ShortConvolution(side[1] * head_dim, convolution, axis=side, rngs=rngs)
                 for name, side in sides.items()
             }
             if convolution
+            else {"key": SmearedKeys(key_heads, head_dim)}
+            if smear
             else {}
         )
         self.types = built(types, **sizes, dtype=dtype, rngs=rngs)
@@ -419,7 +426,7 @@ class MultiHeadAttention(AttentionMixer):
         elif isinstance(context, Context) and (state is not None or self.position is not None):
             raise ValueError("cross-attention takes no state and no positions: need keys_from='context'")
         elif context is not None and self.convolution:
-            raise ValueError("context is given: a convolution sees only tokens of one sequence, need convolution=0")
+            raise ValueError("context is given: a convolution sees only tokens of one sequence, need no context")
         read = context.x if isinstance(context, Context) else x
         projects = None if isinstance(context, KeyValue) else self.key
         for name, given, project in (("x", x, self.value if self.echo else self.query), ("context", read, projects)):
@@ -577,7 +584,7 @@ class MultiHeadAttention(AttentionMixer):
         return Past(held, tokens.seen(x.shape[0]), segments, padded=tokens.padded)
 
     def _convolved(self, name: str, x: Float[Array, "b t c"], past: Past | None) -> Float[Array, "b t c"]:
-        if not self.convolution:
+        if name not in self.convolution:
             return x
         past = Past({}, jnp.ones(x.shape[:2], bool), None, padded=False) if past is None else past
         return self.convolution[name](name, x, past)

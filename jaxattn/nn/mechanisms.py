@@ -83,6 +83,32 @@ class ShortConvolution(nnx.Module):
         return nnx.silu(y) if self.silu else y
 
 
+class SmearedKeys(nnx.Module):
+    """k_t = s k_t + (1 − s) k_{t−1} with s = σ(a) of each head, a learned: a key has the token before in it.
+
+    So one layer can match a query with what stood before a key, as an induction head does (Olsson et al., 2022). Before
+    the first token there is 0. It starts with s = 1/2, a = 0.
+
+    Args:
+        heads: The number of heads.
+        head_dim: The channels per head.
+    """
+
+    def __init__(self, heads: int, head_dim: int):
+        self.head_dim = head_dim
+        self.logit = undecayed(jnp.zeros(heads), "key_heads")
+
+    @property
+    def weight(self) -> Float[Array, "2 c"]:
+        """The weights of a token and of the one before, per channel."""
+        share = jnp.repeat(nnx.sigmoid(self.logit[...]), self.head_dim)
+        return jnp.stack([share, 1 - share])
+
+    def __call__(self, name: str, x: Float[Array, "b t c"], past: Past) -> Float[Array, "b t c"]:
+        now, before = self.weight.astype(x.dtype)
+        return past.lags(name, x, 2, lambda lags: now * lags[0] + before * lags[1])
+
+
 class Projections(nnx.Module):
     """q, k, v = heads of W x, each after a short convolution.
 

@@ -14,6 +14,7 @@ import jaxattn.core.attend as ja
 from jaxattn import attend, part
 
 GROUPS = np.array([0, 0, 2, 1, 1, -1, 2, 0, 5, 1])
+ASKED = np.array([1, -1, 0, 2, 0, 1, 4, 5, 0, 2, 1, 0, 2, -1])
 AT = np.array([3, 8, 2, 40])
 SPLIT = np.array([4, 6])
 
@@ -68,6 +69,15 @@ def at_keys(w, r, places):
 
 def at_lags(w, p, r, lags):
     return np.stack([np.where(p[:, None] - r == lag, w, 0).sum(-1) for lag in lags], -1)
+
+
+def matching(w, p, r):
+    """Pair by pair, where −1 matches nothing."""
+    out = np.zeros(w.shape[:-1])
+    for i, j in np.ndindex(w.shape[-2:]):
+        if 0 <= p[i] < len(ASKED) and ASKED[p[i]] >= 0 and ASKED[p[i]] == table(r)[j]:
+            out[..., i] += w[..., i, j]
+    return out
 
 
 def at(w, seen, p, r):
@@ -126,6 +136,7 @@ MEASURES = {
         lambda w, seen, p, r: by_row(at_keys(w, r, (2, 0))),
     ),
     "at lags": (ja.AtLags((3, 0, 1)), lambda w, seen, p, r: by_row(at_lags(w, p, r, (3, 0, 1)))),
+    "matching": (ja.Matching(ASKED, GROUPS), lambda w, seen, p, r: by_row(matching(w, p, r))),
     "rows": (ja.RowsOf(AT), at),
     "latest": (ja.Latest(jnp.array([7, 12]), 3), lambda w, seen, p, r: latest(w, p, (7, 12), 3)),
     "lookback": (ja.Lookback(SPLIT), lambda w, seen, p, r: by_row(lookback(w, seen, p, r))),

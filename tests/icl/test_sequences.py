@@ -225,6 +225,21 @@ def test_risk_of_tokens_is_the_cross_entropy_of_every_position_alone():
     assert risks["Bayes"].mean[3] < risks["unigram"].mean[3] < np.log(3)
 
 
+def test_the_score_of_learning_in_context_is_what_late_positions_cost_less():
+    losses = np.array([[4.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.0], [1.0] * 9])
+    np.testing.assert_allclose(icl.icl_score(losses), [0.125 - 3.0, 0])  # 9 positions have quarters of 2
+    np.testing.assert_allclose(icl.icl_score(losses, 1, 4), [-1.5, 0])
+    np.testing.assert_allclose(icl.icl_score(losses[0, :4]), -3.0)
+    for given, words in (
+        ((losses[:, :3],), "losses has 3 positions: need at least 4, or early and late"),
+        ((losses, 3), "early is 3 and late None: need both positions, or none"),
+        ((losses, 3, 3), "late must be at least 4, got 3"),
+        ((losses, 3, 9), "late is 9 of 9 positions: need one below"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            icl.icl_score(*given)
+
+
 @pytest.mark.parametrize("single_cycle", [False, True])
 def test_who_follows_the_pointers_is_right_and_the_shortcut_scores_the_short_cycles(single_cycle):
     prompt = drawn(icl.RetrievalChain(symbols=6, hops=4, single_cycle=single_cycle), 4000)

@@ -28,6 +28,7 @@ MIXERS = {
     "sigmoid": lambda: {"mask": Causal(), "normalize": Sigmoid()},
     "null logit": lambda: {"mask": Causal(), "normalize": NullSoftmax(4)},
     "convolution": lambda: {"mask": Causal(), "key_heads": 2, "convolution": 3},
+    "smeared keys": lambda: {"mask": Causal(), "key_heads": 2, "smear": True},
     "grouped, qk-norm, gate": lambda: {
         "mask": Causal(),
         "key_heads": 2,

@@ -340,6 +340,29 @@ class AtLags(Measure):
 
 
 @part
+class Matching(Measure):
+    """The weight of the keys that bear the mark of the query, Σ_j w_ij [b_j = a_i]. [..., T, N]
+
+    If a_i is the token at i and b_j the one at j, that is the weight of the same token; if b_j is the token before j,
+    the weight behind earlier occurrences of the token at i, the score of prefix matching of Olsson et al. (2022).
+
+    Attributes:
+        query: a, integers [..., P], a table over positions; −1, and outside of it, for a query that nothing matches.
+        key: b, likewise.
+    """
+
+    query: Int[Array, "*batch positions"]
+    key: Int[Array, "*batch positions"]
+
+    def __call__(self, view, tile):
+        asked, there = (jnp.asarray(x)[..., None, :] for x in (self.query, self.key))
+        check_entries("Matching", "query", asked, tile.query)
+        check_entries("Matching", "key", there, tile.key)
+        asked, there = take(asked, tile.query, 2, fill=-1), take(there, tile.key, 2, fill=-1)
+        return jnp.where((asked == there) & (asked >= 0) & tile.visible, view.weights, 0).sum(-1)
+
+
+@part
 class LocalMass(Measure):
     """The weight of the first `sinks` positions and the last `window` ones, the query's own among them. [..., T, N]
 
