@@ -172,7 +172,7 @@ KINDS = {"one layer": (1, False), "one layer, smeared keys": (1, True), "two lay
 
 def build(vocabulary: int, length: int, width: int, layers: int, heads: int, seed: int, *, smear: bool = False):
     spec = models.Spec(nn.MultiHeadAttention, heads=heads, mask=Causal(), smear=smear)
-    sizes = {"vocabulary": vocabulary, "length": length, "width": width, "layers": layers}
+    sizes: dict[str, Any] = {"vocabulary": vocabulary, "length": length, "width": width, "layers": layers}
     return decoders.build(spec, **sizes, hidden=None, seed=seed)
 
 

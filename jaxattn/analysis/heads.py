@@ -124,7 +124,7 @@ def sink_rate(
     """
     inputs = as_inputs("inputs", inputs, options, ("record",))
     _, records = run(model, *inputs, record={"mass": ("weights", AtKeys((at,)))}, **options)
-    _check_heads(records["mass"], inputs[0].shape[1])
+    check_heads(records["mass"], inputs[0].shape[1])
     mass = records["mass"][..., 0]  # [L, B, T, N]
     places = options.get("positions")
     places = jnp.arange(mass.shape[2]) if places is None else jnp.asarray(places)
