@@ -30,7 +30,8 @@ class Config:
     Attributes:
         layer: The prompts and the training, of which the optimiser clips nothing: layers that are trained together
             would share its factor.
-        draws: Starts of each kind, trained together.
+        draws: Starts of each kind on one task, trained together.
+        two_draws: Starts of each kind on two tasks.
         small: Standard deviation of the weights at a small start.
         omega: The size of the scores of the layer for two tasks that is built by hand.
         longer: Steps of the longest training on two tasks, as a multiple; 0 for one task alone.
@@ -39,6 +40,7 @@ class Config:
 
     layer: softmax_regression.Config = FULL
     draws: int = 8
+    two_draws: int = 2
     small: float = 0.01
     omega: float = 0.1
     longer: int = 4
@@ -115,6 +117,7 @@ def run(config, seed, folder, console):
     setup, key = config.layer, jax.random.key(seed)
     predictors.check(setup.steps, config.prompts)
     record = {"softmax_causes": asdict(replace(config, prompts=0))}
+    record["softmax_causes"].pop("two_draws")
     psi2, noise = 1 / setup.dim, setup.noise2**0.5
     one = FunctionTask(icl.Linear(scale=psi2**0.5), Gaussian(setup.dim), setup.context + 1, noise=noise)
     blocks = icl.BlockwiseLinear(2, scale=setup.blocks**-0.5)
@@ -127,18 +130,20 @@ def run(config, seed, folder, console):
         def start(key):
             return icl.SoftmaxLayer(nn.MergedSoftmaxHeads(heads, width, outputs, start=size, rngs=nnx.Rngs(key))())
 
-        return jax.vmap(start)(jax.random.split(jax.random.fold_in(key, heads), config.draws))
+        draws = config.two_draws if outputs == 2 else config.draws
+        return jax.vmap(start)(jax.random.split(jax.random.fold_in(key, heads), draws))
 
     def layer(kq: jax.Array, ov: jax.Array) -> icl.SoftmaxLayer:
         return icl.SoftmaxLayer(merged.SoftmaxHeads(kq, ov))
 
     def trained(name: str, task: FunctionTask, layers: Any, times: int = 1) -> tuple[Any, Any]:
         console.print(f"softmax_causes: {name}")
-        given = setup.optimizer, times * setup.steps, config.draws * setup.batch_size, folder, console
-        return predictors.train(task, layers, lambda x: x, name, seed, record, *given, draws=config.draws)
+        draws = len(layers.heads.kq)
+        given = setup.optimizer, times * setup.steps, draws * setup.batch_size, folder, console
+        return predictors.train(task, layers, lambda x: x, name, seed, record, *given, draws=draws)
 
     def risks(task: FunctionTask, layers: Any, excess: bool = False) -> np.ndarray:
-        each = [jax.tree.map(lambda x, draw=draw: x[draw], layers) for draw in range(config.draws)]
+        each = [jax.tree.map(lambda x, draw=draw: x[draw], layers) for draw in range(len(layers.heads.kq))]
         return np.array([predictors.risk(task, layer, config.prompts, seed, excess=excess)[0] for layer in each])
 
     learning: dict[str, Any] = {}
@@ -187,7 +192,7 @@ def run(config, seed, folder, console):
 
     step = theory.debiased_gd_step(d=setup.blocks, n=setup.two_context, sigma2=setup.noise2, psi2=1 / setup.blocks)
     built = icl.superposed_gradient_steps(2, setup.blocks, step, config.omega)
-    by_hand = jax.tree.map(lambda x: jnp.repeat(x[None], config.draws, 0), built)
+    by_hand = jax.tree.map(lambda x: jnp.repeat(x[None], config.two_draws, 0), built)
     excess = {}
     kinds = (
         ("2 heads", starts(2, setup.size, 2), 1),
