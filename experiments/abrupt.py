@@ -14,8 +14,8 @@ import optax
 from flax import nnx
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn import icl, models, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn.core.attend import AtLags, Matching
 from jaxattn.train import OptimizerConfig, drawn
 

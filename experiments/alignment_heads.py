@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most
 from experiments.inside_smollm2 import drawn, nll
 from experiments.trained import RANDOM, loaded
 from jaxattn import models, trace
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most
 
 RATE = 16_000  # of the sound, per second
 PROMPT = (50258, 50259, 50359, 50363)  # start, English, write down, no times

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, check_names
 from experiments.inside_smollm2 import rank_correlation
 from experiments.trained import RANDOM, loaded
 from jaxattn import trace
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, check_names
 
 IMAGES = ("photograph", "mirrored", "shuffled", "noise", "grey")
 

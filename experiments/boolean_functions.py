@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_multiple, check_names, within
 from jaxattn import icl, models, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, check_multiple, check_names, within
 from jaxattn.core.linear import Elu1Features
 from jaxattn.icl import FunctionTask, Planted, Signs, Teaching
 from jaxattn.train import OptimizerConfig

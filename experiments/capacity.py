@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.experiment import Claim, Curves, Result, at_least, at_most
 from jaxattn import attend
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most
 from jaxattn.icl import capacity
 
 

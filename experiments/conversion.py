@@ -11,9 +11,9 @@ from typing import Any
 
 from flax import nnx
 
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, outside
 from experiments.stages import Stages
 from jaxattn import models, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, outside
 from jaxattn.train import OptimizerConfig
 
 # The decoder and the training of `experiments.demo`.

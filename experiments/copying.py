@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from experiments import decoders, recall
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn import icl, models, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn.train import Drawn, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, warmup_steps=0, final_fraction=1.0, weight_decay=0.0)

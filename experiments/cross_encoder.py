@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most
 from experiments.trained import RANDOM, loaded
 from jaxattn import analysis, trace
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most
 
 # (query, words of it that are the answer, the passage that answers, the one of the same words, the unrelated one)
 TEXTS = (

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, check_names, outside, within
 from jaxattn import icl
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, check_names, outside, within
 from jaxattn.core.merged import SoftmaxHeads
 from jaxattn.icl import TopicDocuments, dynamics
 from jaxattn.train import OptimizerConfig, drawn, prompt_loss

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most
 from experiments.stages import Stages
 from jaxattn import models, nn
 from jaxattn.analysis import attention_similarity, similar_blocks
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most
 from jaxattn.train import OptimizerConfig, imitation_loss, ordered_batches, with_params
 
 OPTIMIZER = OptimizerConfig(learning_rate=4e-3, warmup_steps=40)

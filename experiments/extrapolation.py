@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn import Alibi, models, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn.train import Drawn, OptimizerConfig
 
 MIXERS: dict[str, models.Spec] = {

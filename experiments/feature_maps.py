@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from rich.progress import track
 
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, outside, within
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, outside, within
 from jaxattn.core.linear import (
     Elu1Features,
     Features,

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, within
 from jaxattn import Causal, models, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, within
 from jaxattn.core.attend.measure import Mass
 from jaxattn.core.numeric import ratio
 from jaxattn.train import Drawn, OptimizerConfig

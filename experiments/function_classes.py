@@ -13,8 +13,8 @@ import jax
 from rich.console import Console
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_multiple, check_names
 from jaxattn import icl, models, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, check_multiple, check_names
 from jaxattn.icl import FunctionTask, Gaussian
 from jaxattn.train import OptimizerConfig
 

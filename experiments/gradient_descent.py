@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rich.console import Console
 
 from experiments import predictors
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, outside, within
 from jaxattn import icl, nn
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, outside, within
 from jaxattn.icl import FunctionTask, Gaussian, layer_theory, readout
 from jaxattn.train import OptimizerConfig
 

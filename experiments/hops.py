@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most
 from jaxattn import icl, models, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most
 from jaxattn.train import Drawn, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3, warmup_steps=50, final_fraction=0.0, weight_decay=0.0)

@@ -16,8 +16,8 @@ import optax
 
 from experiments import decoders
 from experiments.decoders import OPTIMIZER
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, check_names, outside, within
 from jaxattn import Causal, analysis, icl, models, nn, trace
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, check_names, outside, within
 from jaxattn.train import Drawn, OptimizerConfig
 
 OF_TOKENS = optax.softmax_cross_entropy_with_integer_labels

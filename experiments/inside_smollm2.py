@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, check_names
 from jaxattn import Rotary, analysis, models, nn, trace
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, check_names
 from jaxattn.core.part import part
 from jaxattn.models import pretrained
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, outside
 from experiments.stages import Stages
 from jaxattn import Alibi, Causal, models, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, outside
 from jaxattn.train import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(learning_rate=4e-3, warmup_steps=40)

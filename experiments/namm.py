@@ -18,9 +18,9 @@ from jax.flatten_util import ravel_pytree
 
 from experiments import decoders
 from experiments.decoders import OPTIMIZER
-from experiments.experiment import Claim, Curves, Result, at_least, at_most
 from jaxattn import Causal, models, nn
 from jaxattn.cache import Attentive, ByHistory, HeavyHitters, HistoryScorer, Policy, Recent, Store
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most
 from jaxattn.train import Drawn, OptimizerConfig, next_token_loss
 
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn import Causal, models, nn
 from jaxattn.cache import Attentive, HeavyHitters, MeanKeys, Policy, Quest, Recent, SnapKV
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn.train import Drawn, OptimizerConfig
 
 ALIKE, OFTEN = "all alike", "a few often"

@@ -18,10 +18,10 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from experiments import inside_smollm2
-from experiments.experiment import Claim, Curves, Result, at_least, at_most
 from experiments.inside_smollm2 import RANDOM, nll, rank_correlation
 from jaxattn import Causal, Entropy, Temperature
 from jaxattn.cache import AtPieces, Policy
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most
 from jaxattn.core.attend import READER, SHARED, KeepGroups, Pieces
 from jaxattn.models import reordered
 

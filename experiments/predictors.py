@@ -8,8 +8,8 @@ import jax
 from rich.console import Console
 
 from experiments import decoders
-from experiments.experiment import check_multiple
 from jaxattn import icl
+from jaxattn.claims import check_multiple
 from jaxattn.train import OptimizerConfig, drawn, prompt_loss
 
 BATCH = 4096  # prompts that a risk is measured on at a time

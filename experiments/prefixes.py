@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn import models, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn.core.part import part
 from jaxattn.icl import Prompt
 from jaxattn.train import OptimizerConfig, drawn, next_token_loss

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_multiple, outside
 from jaxattn import icl
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, check_multiple, outside
 from jaxattn.icl import FunctionTask, Gaussian, layer_theory
 
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, outside, within
 from experiments.inside_smollm2 import rank_correlation
 from jaxattn import Alibi, attend, icl
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, outside, within
 from jaxattn.core.attend import NegativeDistance, OneHotSample
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from experiments import decoders
 from experiments.decoders import OPTIMIZER
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names, outside
 from jaxattn import Causal, Window, icl, models, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, check_names, outside
 from jaxattn.core.linear import Elu1Features, IdentityFeatures, TaylorFeatures
 from jaxattn.train import Drawn, OptimizerConfig
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import decoders
-from experiments.experiment import Claim, Curves, Result, at_least, at_most, check_names
 from experiments.inside_smollm2 import RANDOM, Compiled, loaded
 from jaxattn import Causal, Sigmoid, Softmax, analysis, icl
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most, check_names
 from jaxattn.core.attend import attention_weights
 from jaxattn.train import OptimizerConfig, drawn, prompt_loss
 

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments import inside_smollm2
-from experiments.experiment import Claim, Curves, Result, at_least, at_most
 from experiments.inside_smollm2 import EDGES, FRAMEWORK, HEADS, LENS, SINKS, best, nll, rank_correlation
 from jaxattn import analysis, trace
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most
 
 FULL = inside_smollm2.Config()
 

@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 from experiments import predictors, softmax_regression
-from experiments.experiment import Claim, Curves, Result, at_least, at_most
 from experiments.softmax_regression import PAPER
 from jaxattn import icl, nn
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most
 from jaxattn.core import merged
 from jaxattn.icl import FunctionTask, Gaussian, readout, theory
 

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from experiments import predictors
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, outside, within
 from jaxattn import icl, nn
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, outside, within
 from jaxattn.icl import FunctionTask, Gaussian, layer_theory, readout, theory
 from jaxattn.train import OptimizerConfig
 

@@ -18,10 +18,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from experiments import inside_smollm2
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most
 from experiments.inside_smollm2 import RANDOM, nll
 from jaxattn import trace
 from jaxattn.analysis import choose_rules, elastic_rules, span_influence
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most
 from jaxattn.core.attend import Mask
 from jaxattn.core.part import part
 

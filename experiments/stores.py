@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments.experiment import Claim, Curves, Maps, Result, at_least, at_most, check_names
 from experiments.inside_smollm2 import RANDOM, loaded
 from jaxattn.cache import (
     Attentive,
@@ -28,6 +27,7 @@ from jaxattn.cache import (
     Recycled,
     SnapKV,
 )
+from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, check_names
 from jaxattn.models import compare_stores
 
 SINKS, HEAVY, VOTES, PAGES, MEANS = "streaming_llm", "h2o", "snapkv", "quest", "moba"

@@ -15,8 +15,8 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments import decoders, function_classes
-from experiments.experiment import Claim, Curves, Result, at_least, at_most
 from jaxattn import icl, models, trace
+from jaxattn.claims import Claim, Curves, Result, at_least, at_most
 
 LINEAR = function_classes.Config(classes=("linear",))
 

@@ -10,8 +10,8 @@ import zipfile
 import pytest
 from pages import ROOT
 
-from experiments.experiment import names
 from jaxattn import papers
+from jaxattn.claims import names
 from jaxattn.papers import Paper, __main__, catalogue, read
 
 PAPERS = catalogue()

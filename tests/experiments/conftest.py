@@ -4,8 +4,8 @@ import functools
 
 import pytest
 
-from experiments import report
-from experiments.__main__ import main
+from jaxattn.claims import report
+from jaxattn.claims.__main__ import main
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import abrupt, report
+from experiments import abrupt
 from experiments.abrupt import CLAIMS, QUICK
+from jaxattn.claims import report
 
 
 def test_progress_is_read_off_the_weights():

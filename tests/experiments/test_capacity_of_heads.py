@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import capacity, report
+from experiments import capacity
 from experiments.capacity import CLAIMS, QUICK
+from jaxattn.claims import report
 
 
 def test_sums_of_heads_get_better_with_their_number_and_worse_with_the_dimension():

@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from experiments import copying, report
+from experiments import copying
 from experiments.copying import CLAIMS, QUICK, Config
 from jaxattn import nn
+from jaxattn.claims import report
 from jaxattn.train import next_token_loss
 
 

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import dynamics, report
+from experiments import dynamics
 from experiments.dynamics import CLAIMS
 from jaxattn import icl
+from jaxattn.claims import report
 from jaxattn.icl import TopicDocuments
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import extrapolation, report
+from experiments import extrapolation
 from experiments.extrapolation import CLAIMS, QUICK, TIMES, Config
+from jaxattn.claims import report
 
 LETTERS, CONCENTRATION = 3, 0.5
 

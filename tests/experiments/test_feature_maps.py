@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import feature_maps, report
+from experiments import feature_maps
 from experiments.feature_maps import CLAIMS, QUICK, formula
+from jaxattn.claims import report
 from jaxattn.core.linear import TaylorFeatures
 
 # Slopes need a longer range of counts than the quick size has, and their verdict there is chance.

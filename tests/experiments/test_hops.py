@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 
-from experiments import hops, report
+from experiments import hops
 from experiments.hops import CLAIMS, QUICK
 from jaxattn import icl
+from jaxattn.claims import report
 
 
 def test_accuracies_are_those_of_each_number_of_hops():

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import induction, report
+from experiments import induction
 from experiments.induction import CLAIMS, QUICK
 from jaxattn import analysis, icl
+from jaxattn.claims import report
 
 
 def test_halfway_is_between_measurements_on_a_line():

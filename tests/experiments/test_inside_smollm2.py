@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import inside_smollm2, report
+from experiments import inside_smollm2
 from experiments.inside_smollm2 import CLAIMS, QUICK, Config, OneOfEach
 from jaxattn import trace
+from jaxattn.claims import report
 from jaxattn.models import pretrained
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import alignment_heads, attention_distance, cross_encoder, report
+from experiments import alignment_heads, attention_distance, cross_encoder
 from experiments.trained import RANDOM, loaded
+from jaxattn.claims import report
 
 
 def test_a_head_that_follows_the_sound_has_correlation_one():

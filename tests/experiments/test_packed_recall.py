@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import packed_recall, report
+from experiments import packed_recall
 from experiments.packed_recall import CLAIMS, QUICK, Config
+from jaxattn.claims import report
 
 
 def test_a_question_is_the_key_of_a_pair_and_its_target_the_value():

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import parallel_context, report
+from experiments import parallel_context
 from experiments.inside_smollm2 import loaded, nll
 from experiments.parallel_context import CLAIMS, PLACES, QUICK
+from jaxattn.claims import report
 from jaxattn.core.attend import READER, SHARED, KeepGroups
 
 

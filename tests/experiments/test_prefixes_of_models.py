@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import decoders, prefixes, report
+from experiments import decoders, prefixes
 from experiments.prefixes import CLAIMS, KINDS, Digits
 from jaxattn import models, nn
+from jaxattn.claims import report
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import priors, report
+from experiments import priors
 from experiments.priors import CLAIMS
 from jaxattn import icl
+from jaxattn.claims import report
 
 
 def test_enumeration_sums_over_all_sources():

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import recall, report
+from experiments import recall
 from experiments.recall import CLAIMS, MIXERS, QUICK, Config
 from jaxattn import icl
+from jaxattn.claims import report
 from jaxattn.train import next_token_loss
 
 MEASURED = list(range(25, QUICK.steps + 1, 25))

@@ -13,9 +13,8 @@ import pytest
 from pages import run_page
 from rich.console import Console
 
-from experiments import report, runner
-from experiments.__main__ import main
-from experiments.experiment import (
+from jaxattn import papers
+from jaxattn.claims import (
     Claim,
     Curves,
     Experiment,
@@ -28,9 +27,11 @@ from experiments.experiment import (
     load,
     names,
     outside,
+    report,
+    runner,
     within,
 )
-from jaxattn import papers
+from jaxattn.claims.__main__ import main
 
 QUIET = Console(quiet=True)
 
@@ -464,12 +465,12 @@ def test_every_map_has_a_scale_and_those_of_one_quantity_share_theirs():
 # Experiments of one's own
 
 
-def test_an_experiment_can_stand_in_a_file_anywhere(tmp_path, capsys):
+def test_an_experiment_can_stand_in_a_file_anywhere(tmp_path, capsys, monkeypatch):
     file = tmp_path / "my_claim.py"
     file.write_text(
         """\"\"\"What is studied.\n\nAnd how.\n\"\"\"
 from dataclasses import dataclass
-from experiments.experiment import Claim, Result, at_least
+from jaxattn.claims import Claim, Result, at_least
 @dataclass(frozen=True)
 class Config:
     steps: int = 4
@@ -490,6 +491,9 @@ def run(config, seed, folder, console):
     main(["keep", str(file), "--folder", str(results), "--place", str(tmp_path / "kept")])
     assert (tmp_path / "kept" / "my_claim" / "report.md").read_text() == text
     assert "there is no file" in fails(capsys, "run", tmp_path / "absent.py", "--folder", results)
+    monkeypatch.setattr("jaxattn.claims.experiment.PACKAGE", "a_package_that_is_not_there")
+    assert names() == {}
+    assert "no experiment 'recall': need a file, such as my_experiment.py" in fails(capsys, "run", "recall")
     (tmp_path / "empty.py").touch()
     assert "it has no Config, QUICK, CLAIMS, run" in fails(capsys, "run", tmp_path / "empty.py", "--folder", results)
 
@@ -507,7 +511,7 @@ def fails(capsys, *arguments):
 
 
 def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.experiment.names", lambda: {"recall": "", "feature_maps": ""})
+    monkeypatch.setattr("jaxattn.claims.experiment.names", lambda: {"recall": "", "feature_maps": ""})
     assert "no experiment 'recal': did you mean 'recall'?" in fails(capsys, "run", "recal", "--folder", tmp_path)
     assert "there are recall, feature_maps" in fails(capsys, "run", "zzz", "--folder", tmp_path)
     assert "need a NAME" in fails(capsys, "run", "--folder", tmp_path)
@@ -516,7 +520,7 @@ def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_run_and_report_from_the_shell(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.experiment.load", lambda name: toy)
+    monkeypatch.setattr("jaxattn.claims.experiment.load", lambda name: toy)
     main(["run", "toy", "--quick", "--seeds", "2", "--folder", str(tmp_path)])
     assert "refuted: " not in capsys.readouterr().out
     assert (tmp_path / "toy-quick" / "report.md").exists()
@@ -525,16 +529,16 @@ def test_run_and_report_from_the_shell(toy, tmp_path, capsys, monkeypatch):
     main(["report", "--folder", str(tmp_path)])
     assert "not seen at this scale" in capsys.readouterr().out
     assert "toy-quick/report.md" in (tmp_path / "README.md").read_text()
-    monkeypatch.setattr("experiments.experiment.names", lambda: {"toy": "", "other": ""})
+    monkeypatch.setattr("jaxattn.claims.experiment.names", lambda: {"toy": "", "other": ""})
     for module in ("experiment", "report"):
-        monkeypatch.setattr(f"experiments.{module}.load", lambda name: toy._replace(name=name))
+        monkeypatch.setattr(f"jaxattn.claims.{module}.load", lambda name: toy._replace(name=name))
     main(["run", "--all", "--quick", "--folder", str(tmp_path / "all")])
     assert {file.parent.name for file in (tmp_path / "all").glob("*/report.md")} == {"toy-quick", "other-quick"}
     assert "seeds is 0" in fails(capsys, "run", "toy", "--seeds", 0, "--folder", tmp_path / "none")
 
 
 def test_the_command_of_a_run_does_not_say_where_its_results_lie(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.experiment.load", lambda name: toy)
+    monkeypatch.setattr("jaxattn.claims.experiment.load", lambda name: toy)
     for folder in (["--folder", str(tmp_path / "a")], [f"--folder={tmp_path / 'b'}"]):
         main(["run", "toy", *folder, "--seeds", "2"])
     written = [file.read_text() for file in tmp_path.glob("*/toy/report.md")]
@@ -542,7 +546,7 @@ def test_the_command_of_a_run_does_not_say_where_its_results_lie(toy, tmp_path, 
 
 
 def test_a_report_is_kept_without_seeds_and_checkpoints(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("experiments.experiment.load", lambda name: toy)
+    monkeypatch.setattr("jaxattn.claims.experiment.load", lambda name: toy)
     run, place = tmp_path / "results" / "toy", tmp_path / "kept"
     assert "run the experiment first" in fails(capsys, "keep", "toy", "--folder", tmp_path, "--place", place)
     go(toy, run)

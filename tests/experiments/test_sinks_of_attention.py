@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import report, sinks
+from experiments import sinks
 from experiments.sinks import CLAIMS, LAYERS, Config
 from jaxattn import icl
+from jaxattn.claims import report
 
 SMALL = Config(dim=2, length=5, head_dim=4, prompts=256)
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import report
 from experiments.smollm2_causes import CLAIMS, own_logit
 from jaxattn.analysis import Factored
+from jaxattn.claims import report
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import report, spans
+from experiments import spans
 from experiments.inside_smollm2 import loaded
 from experiments.spans import CLAIMS, QUICK, SEARCHED, UNIFORM, Config, HeadSpans
 from jaxattn import trace
 from jaxattn.cache import Spans
+from jaxattn.claims import report
 
 
 def test_the_mask_shows_what_a_store_of_the_same_spans_keeps():

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import report, stores
+from experiments import stores
 from experiments.inside_smollm2 import loaded
 from experiments.stores import CLAIMS, QUICK, Config
 from jaxattn.cache import Policy
+from jaxattn.claims import report
 
 
 def test_every_policy_of_a_budget_reads_as_many_slots():

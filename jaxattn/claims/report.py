@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.experiment import (
+from jaxattn import papers, viz
+from jaxattn.claims.experiment import (
     FIGURES,
     VERDICTS,
     Claim,
@@ -29,7 +30,6 @@ from experiments.experiment import (
     judge,
     load,
 )
-from jaxattn import papers, viz
 
 CRITERIA = "claims.json"  # in the folder of a run: its claims, as they were before it measured anything
 RANGES = ("confirmed", "refuted")

@@ -1,6 +1,6 @@
 """What an experiment is: a module whose numbers are held against claims that were written down before.
 
-A module of this folder is an experiment if it defines
+A Python file is an experiment if it defines
 
 - `Config`: a frozen dataclass of plain values; its defaults are the full size, minutes to two hours on two cores;
 - `QUICK`: a `Config` that takes less than a minute;
@@ -29,7 +29,7 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxattn.viz.figure import COLOURS, SIGNED, STYLES, WEIGHTS, panels
 
-FOLDER = Path(__file__).parent
+PACKAGE = "experiments"  # of the experiments that have names
 
 Verdict = Literal["confirmed", "refuted", "not seen at this scale"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -268,9 +268,14 @@ class Experiment(NamedTuple):
 
 
 def names() -> dict[str, str]:
-    """Every experiment there is, by name, and the first line of its docstring; nothing is imported."""
-    found = {}
-    for file in sorted(FOLDER.glob("*.py")):
+    """Every experiment of the package `experiments`, by name, and the first line of its docstring; none is imported.
+
+    Without such a package, which a checkout of this library has, there is none.
+    """
+    found: dict[str, str] = {}
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    for file in (file for folder in folders for file in sorted(Path(folder).glob("*.py"))):
         tree = ast.parse(file.read_text())
         assigned = {target.id for node in tree.body for target in _targets(node) if isinstance(target, ast.Name)}
         if "CLAIMS" in assigned:
@@ -295,8 +300,9 @@ def load(name: str) -> Experiment:
     else:
         known = names()
         if name not in known:
-            raise ValueError(f"there is no experiment {name!r}{nearest(name, known)}")
-        module = importlib.import_module(f"{__package__}.{name}")
+            where = nearest(name, known) if known else ": need a file, such as my_experiment.py"
+            raise ValueError(f"there is no experiment {name!r}{where}")
+        module = importlib.import_module(f"{PACKAGE}.{name}")
     about = inspect.cleandoc(module.__doc__ or "")
     return Experiment(Path(name).stem, about, module.Config(), module.QUICK, module.CLAIMS, module.run, file)
 

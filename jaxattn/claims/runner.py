@@ -24,9 +24,9 @@ import jax
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
-from experiments import report
-from experiments.experiment import Experiment, nearest
 from jaxattn import models
+from jaxattn.claims import report
+from jaxattn.claims.experiment import Experiment, nearest
 from jaxattn.train import check_config
 
 
