@@ -181,15 +181,7 @@ def generate(
     """
     prompts, lengths = checked_prompts(model, prompts, lengths, max_new_tokens)
     check_draws(temperature, top_k, top_p, end_token, model.config.vocabulary)
-    runs = (edits,) if isinstance(edits, Mapping) else tuple(edits)
-    if not runs:
-        raise ValueError("edits is an empty list of runs: need {} for none, or a list of two or more")
-    if len(runs) > 1 and combine is None:
-        raise ValueError(f"edits has {len(runs)} runs but combine is None: need a part such as Contrast(0.5)")
-    if combine is not None and (len(runs) < 2 or not isinstance(combine, Combine)):
-        raise ValueError(
-            f"combine is {combine!r} for {len(runs)} runs: need a Combine, and a list of two edits or more"
-        )
+    runs = checked_runs(edits, combine)
     check_processors(processors)
     key = checked_key(key, temperature)
     graph, arrays = nnx.split(in_evaluation(model))
@@ -202,6 +194,20 @@ def generate(
     new, lost = under_auto_axes(lambda given: _generate(graph, int(max_new_tokens), sites, *given), dynamic, Axes)
     check_drawn(new.lengths, lost)
     return new
+
+
+def checked_runs(edits: Any, combine: Any) -> tuple[Mapping[str, Any], ...]:
+    """Returns the edits of each run, or raises ValueError where runs and `combine` do not fit."""
+    runs = (edits,) if isinstance(edits, Mapping) else tuple(edits)
+    if not runs:
+        raise ValueError("edits is an empty list of runs: need {} for none, or a list of two or more")
+    if len(runs) > 1 and combine is None:
+        raise ValueError(f"edits has {len(runs)} runs but combine is None: need a part such as Contrast(0.5)")
+    if combine is not None and (len(runs) < 2 or not isinstance(combine, Combine)):
+        raise ValueError(
+            f"combine is {combine!r} for {len(runs)} runs: need a Combine, and a list of two edits or more"
+        )
+    return runs
 
 
 def check_processors(processors: Sequence[Any]) -> None:

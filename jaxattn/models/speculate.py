@@ -16,7 +16,7 @@ from jaxattn.cache import Policy
 from jaxattn.core.checks import check_static_int
 from jaxattn.core.mesh import Axes, under_auto_axes
 from jaxattn.core.part import part
-from jaxattn.models.generate import Generation, Processor, check_processors
+from jaxattn.models.generate import Combine, Generation, Processor, check_processors, checked_runs
 from jaxattn.models.sample import (
     check_drawn,
     check_draws,
@@ -38,7 +38,7 @@ class Speculation(Generation):
     Attributes:
         tokens: [B, M], the new tokens; −1 after the end of a sequence.
         lengths: [B], how many of them each sequence has, its end token included.
-        calls: The number of calls of the model, that of the prompts not counted.
+        calls: The number of calls of the model in each run, that of the prompts not counted.
         accepted: [B], how many of the new tokens were drafts.
     """
 
@@ -284,8 +284,9 @@ def speculate(
     top_k: int | None = None,
     top_p: float | None = None,
     end_token: int | None = None,
-    edits: Mapping[str, Any] = {},
+    edits: Mapping[str, Any] | Sequence[Mapping[str, Any]] = {},
     processors: Sequence[Processor] = (),
+    combine: Combine | None = None,
     store: Policy | None = None,
     draft_store: Policy | None = None,
     context: Any = None,
@@ -315,8 +316,10 @@ def speculate(
         top_k: As `temperature`.
         top_p: As `temperature`.
         end_token: As of `generate`.
-        edits: As of `generate`, one run; of the model alone, unless it drafts for itself.
+        edits: As of `generate`, of one run or of several. They are of the model alone, unless it drafts for itself:
+            then it has those of the first run. Each run is a call more for every round of guesses.
         processors: As of `generate`. They change the logits of the model, and none of a drafter.
+        combine: As of `generate`.
         store: The policy by which attention of the model keeps tokens. It must keep and read everything, as a rejected
             token has to be forgotten; that is the default, also for layers with a window.
         draft_store: The policy by which attention of the drafting model keeps and reads tokens.
@@ -326,15 +329,14 @@ def speculate(
         ValueError: As of `generate`; or the draft has another vocabulary or too short a length, a number of `ahead` is
             below 1, `store` evicts, selects or rounds, stores and `draft` do not fit, or `ahead` is a tree and the
             model reads none or has edits.
-        TypeError: As of `generate`; or `draft` is of another kind, `ahead` holds no ints, or `edits` are several runs.
+        TypeError: As of `generate`; or `draft` is of another kind, or `ahead` holds no ints.
         FloatingPointError: As of `generate`.
     """
     prompts, lengths = checked_prompts(model, prompts, lengths, max_new_tokens)
     check_draws(temperature, top_k, top_p, end_token, model.config.vocabulary)
     key = checked_key(key, temperature)
     check_processors(processors)
-    if not isinstance(edits, Mapping):
-        raise TypeError(f"edits has {len(edits)} runs: need the edits of one run, {{site: edit}}")
+    runs = checked_runs(edits, combine)
     tree = Branches.of(ahead)
     store = Policy() if store is None else store
     if store.retain.evicts or store.select is not None or not store.storage.exact:
@@ -345,7 +347,7 @@ def speculate(
         )
     if tree.most > 1:
         blind = [type(mixer).__name__ for run in model.runs for mixer in run.mixers if not mixer.reads_trees]
-        if blind or edits:
+        if blind or any(runs):
             why = f"{blind[0]} of the model reads none" if blind else "edits tell tokens apart by their position"
             raise ValueError(f"ahead is {ahead}, a tree, but {why}: need a number of guesses, such as {tree.depth}")
     if draft is None and draft_store is None:
@@ -370,12 +372,12 @@ def speculate(
         checked_prompts(drafting, prompts, lengths, max_new_tokens)
         split = nnx.split(in_evaluation(drafting))
         read = context if drafting.crosses else None
-        of_draft = dict(edits) if draft is None else {}
+        of_draft = dict(runs[0]) if draft is None else {}
         drafter = ModelDrafter(*split, draft_store, capacity, read, of_draft, tree.chains)
     else:
         raise TypeError(f"draft must be a Transformer, a Drafter such as PromptLookup(), or None, got {draft!r}")
     scalars = settings_of(temperature, top_k, top_p, end_token)
-    parts = drafter, store, dict(edits), tuple(processors), context
+    parts = drafter, store, tuple(map(dict, runs)), tuple(processors), combine, context
     dynamic = (arrays, prompts, lengths, key, parts, *scalars)
     new, lost = under_auto_axes(lambda given: _speculate(graph, int(max_new_tokens), tree, *given), dynamic, Axes)
     check_drawn(new.lengths, lost)
@@ -384,15 +386,22 @@ def speculate(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _speculate(graph, max_new_tokens, tree, arrays, prompts, lengths, key, parts, temperature, top_k, top_p, end_token):
-    drafter, store, edits, processors, context = parts
+    drafter, store, runs, processors, combine, context = parts
     batch, width = prompts.shape
     capacity, steps, branches = width + max_new_tokens, jnp.arange(tree.depth + 1), tree.most > 1
     rows, draws, depths = jnp.arange(batch)[:, None], Draws(temperature, top_k, top_p), tree.depths
     vocabulary = nnx.merge(graph, arrays).config.vocabulary
 
-    def read(tokens, positions, state, **options):
-        options |= {"edits": edits} if edits else {}
-        return nnx.merge(graph, arrays)(tokens, positions=positions, state=state, **options)[:2]
+    def read(tokens, positions, states, **options):
+        """Returns the logits that are drawn from, and the states of all runs."""
+        said, after = [], []
+        for edits, state in zip(runs, states, strict=True):
+            own = options | ({"edits": edits} if edits else {})
+            logits, state, _ = nnx.merge(graph, arrays)(tokens, positions=positions, state=state, **own)
+            said.append(logits)
+            after.append(state)
+        logits = said[0] if combine is None else jax.vmap(combine, 2, 1)(jnp.stack(said))  # token by token
+        return logits, tuple(after)
 
     def processed(logits, tokens, sequence, reached):
         """Returns the logits behind each node, after the texts that end there went through the processors."""
@@ -411,8 +420,9 @@ def _speculate(graph, max_new_tokens, tree, arrays, prompts, lengths, key, parts
     # The state holds all tokens but the last, which the next call reads together with the drafts.
     start = nnx.merge(graph, arrays).init_state(batch, capacity, store=store)
     given = {} if context is None else {"context": context}
-    _, state = read(prompts, jnp.where(places < lengths[:, None] - 1, places, -1), start, **given)
-    takes_back, limits = branches or can_roll_back(state), lengths + max_new_tokens
+    starts = (start,) * len(runs)
+    _, states = read(prompts, jnp.where(places < lengths[:, None] - 1, places, -1), starts, **given)
+    takes_back, limits = branches or can_roll_back(states), lengths + max_new_tokens
 
     def unfinished(carry):
         return ~carry["done"].all()
@@ -435,7 +445,7 @@ def _speculate(graph, max_new_tokens, tree, arrays, prompts, lengths, key, parts
             drawn_from = jnp.pad(probabilities[:, *tree.of_node], ((0, 0), (1, 0), (0, 0)))
 
         positions = jnp.where(there, reached[:, None] - 1 + depths, -1)
-        logits, state = read(tokens, positions, carry["state"], **({"parents": tree.parents} if branches else {}))
+        logits, states = read(tokens, positions, carry["states"], **({"parents": tree.parents} if branches else {}))
         logits = processed(logits, tokens, sequence, reached) if processors else logits
         accept, rest = verdict(draws.probabilities(logits), drawn_from, tokens, tree.siblings)
         accepted = jax.random.uniform(of_round[1], accept.shape) < accept
@@ -448,11 +458,12 @@ def _speculate(graph, max_new_tokens, tree, arrays, prompts, lengths, key, parts
         token = jax.random.categorical(of_round[2], jnp.log(rest))
         token = jnp.where((rest > 0).any(-1), token, -1)[:, None]
         if branches:
-            state = joined(state, path)
+            states = tuple(joined(state, path) for state in states)
         elif takes_back:
-            state = rolled_back(state, (there & (depths > 0)).sum(1) - kept)
+            back = (there & (depths > 0)).sum(1) - kept
+            states = tuple(rolled_back(state, back) for state in states)
         else:
-            state = read(tokens, jnp.where(path, positions, -1), carry["state"])[1]
+            states = read(tokens, jnp.where(path, positions, -1), carry["states"])[1]
 
         guesses = jnp.pad(jnp.take_along_axis(tokens, by_depth[:, 1:], 1), ((0, 0), (0, 1)))
         new = jnp.where(steps < kept[:, None], guesses, jnp.where(steps == kept[:, None], token, -1))
@@ -467,7 +478,7 @@ def _speculate(graph, max_new_tokens, tree, arrays, prompts, lengths, key, parts
             "reached": reached,
             "accepted": carry["accepted"] + jnp.minimum(kept, more),
             "done": done | ends.any(1) | (token[:, 0] < 0) | (reached >= limits),
-            "state": state,
+            "states": states,
             "drafter": drafter_state,
         }
 
@@ -480,7 +491,7 @@ def _speculate(graph, max_new_tokens, tree, arrays, prompts, lengths, key, parts
             "reached": lengths.astype(jnp.int32),
             "accepted": jnp.zeros(batch, jnp.int32),
             "done": jnp.zeros(batch, bool),
-            "state": state,
+            "states": states,
             "drafter": drafter.start(sequence, lengths.astype(jnp.int32), width),
         },
     )

@@ -14,6 +14,7 @@ from jaxattn.cache import HeavyHitters, Paged, Policy, Quantised, Quest, Recent
 from jaxattn.models import (
     Branch,
     Branches,
+    Contrast,
     Drafter,
     Layer,
     MinimumLength,
@@ -252,6 +253,19 @@ def test_a_recurrent_model_reads_again_what_was_accepted(draft):
         assert new.calls == 4
 
 
+@pytest.mark.parametrize("name", ["lookup", "itself, sinks and recent", "a tree"])
+def test_several_runs_are_combined_as_generate_combines_them(plain, name):
+    """The runs read the same guesses, each with its own edits and state; those of a tree have none."""
+    second = {} if name == "a tree" else {"resid": Add(jnp.linspace(-2, 2, 16))}
+    combine = {"edits": [{}, second], "combine": Contrast(0.8, 0.05)}
+    options = {"max_new_tokens": NEW, "temperature": 0.0, **combine}
+    drafts = {"ahead": 3, "draft_store": SMALL} if "itself" in name else {"ahead": (2, 2) if second == {} else 3}
+    new = speculate(shared(), None if "itself" in name else PromptLookup(), PROMPTS, LENGTHS, **drafts, **options)
+    expected = generate(shared(), PROMPTS, LENGTHS, **options).tokens
+    np.testing.assert_array_equal(new.tokens, expected)
+    assert second == {} or (np.asarray(expected) != np.asarray(plain.tokens)).any()
+
+
 def test_pages_of_a_pool_are_as_good_as_rows(plain):
     store = Policy(storage=Paged(7))
     new = speculate(shared(), PromptLookup(), PROMPTS[:, :8], LENGTHS, max_new_tokens=NEW, temperature=0.0, store=store)
@@ -329,7 +343,8 @@ def test_another_temperature_or_text_is_not_another_program():
         (PromptLookup(), {"ahead": (2, 0)}, ValueError, r"ahead is \(2, 0\): need at least 1"),
         (PromptLookup(), {"ahead": ()}, ValueError, r"ahead is \(\): need at least 1"),
         (PromptLookup(), {"ahead": (2, 1), "edits": {"resid": Add(1.0)}}, ValueError, "a tree, but edits tell tokens"),
-        (PromptLookup(), {"edits": [{}, {}]}, TypeError, "edits has 2 runs: need the edits of one"),
+        (PromptLookup(), {"edits": [{}, {}]}, ValueError, "edits has 2 runs but combine is None"),
+        (PromptLookup(), {"combine": Contrast()}, ValueError, "combine is Contrast.* for 1 runs: need a Combine"),
         (PromptLookup(), {"processors": (3,)}, TypeError, "processors must be a tuple of parts"),
         (PromptLookup(), {"temperature": 1.0}, ValueError, "key is None: need a random key"),
         ("lookup", {}, TypeError, "draft must be a Transformer, a Drafter such as PromptLookup"),
