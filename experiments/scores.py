@@ -7,7 +7,7 @@ learn.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from jaxattn.core.attend import (
 )
 from jaxattn.train import Drawn, OptimizerConfig
 
-OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, final_fraction=0.0, weight_decay=0.0, beta2=0.99)
+OPTIMIZER = OptimizerConfig(learning_rate=3e-2, warmup_steps=0, final_fraction=0.0, weight_decay=0.0, beta2=0.99)
 KEYS = 8  # keys of a query, and channels of both, so that a place can be asked for by one channel
 TASKS = ("alike", "mapped", "lengths", "place")
 
@@ -182,34 +182,54 @@ def squares(score: Any, normalize: Any, batch: dict[str, jax.Array]) -> jax.Arra
     return jnp.square(read - batch["answer"])
 
 
-def error(config: Config, task: str, score: str, normaliser: str, seed: int, folder, console) -> float:
-    """The mean squared error, beside a variance of values of 1, of a score that was trained on a task."""
-    console.print(f"scores: {task}, {score}, {normaliser}")
-    of_turn, of_score, of_test = jax.random.split(jax.random.key(seed), 3)
+class Run(NamedTuple):
+    """A score that is trained on a task under a normaliser."""
+
+    task: str
+    score: str
+    normaliser: str
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self)
+
+
+def train(config: Config, runs: list[Run], seed: int, folder, console) -> dict[Run, float]:
+    """The mean squared error of each run, beside a variance of values of 1.
+
+    All are trained at once: their parameters are apart, and the optimiser takes each by itself.
+    """
+    of_turn, of_scores, of_test = jax.random.split(jax.random.key(seed), 3)
     turn = jnp.linalg.qr(jax.random.normal(of_turn, (KEYS, KEYS)))[0]
+    tasks = sorted({run.task for run in runs})
 
-    def sample(key: jax.Array, rows: int) -> dict[str, jax.Array]:
-        return draw(key, rows, task=task, noise=config.noise, turn=turn)
+    def sample(key: jax.Array, rows: int) -> dict[str, dict[str, jax.Array]]:
+        return {task: draw(key, rows, task=task, noise=config.noise, turn=turn) for task in tasks}
 
-    def loss(score: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        each = squares(score, NORMALISERS[normaliser], batch)
-        return each.sum(), {"weight": jnp.asarray(float(len(each)))}
+    def errors(scores: Any, batch: Any) -> dict[str, jax.Array]:
+        return {
+            run.name: squares(scores[run.name], NORMALISERS[run.normaliser], batch[run.task]).mean() for run in runs
+        }
+
+    def loss(scores: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return sum(errors(scores, batch).values(), jnp.zeros(())), {"weight": jnp.ones(())}
 
     result = decoders.train_params(
         loss,
-        SCORES[score](of_score),
-        Drawn(sample, KEYS, f"{task} {config.noise} {seed}"),
+        {run.name: SCORES[run.score](jax.random.fold_in(of_scores, i)) for i, run in enumerate(runs)},
+        Drawn(sample, KEYS, f"{tasks} {config.noise} {seed}"),
         steps=config.steps,
         batch_size=config.batch_size,
-        eval_every=config.steps,
+        eval_every=max(config.steps // 5, 1),
         eval_batches=1,
         optimizer=config.optimizer,
         seed=seed,
-        run_config={"task": task, "score": score, "normaliser": normaliser},
-        folder=folder / f"{task}_{score}_{normaliser}".replace(" ", "_"),
+        run_config={"runs": [run.name for run in runs]},
+        folder=folder,
         console=console,
     )
-    return float(squares(result.params, NORMALISERS[normaliser], sample(of_test, config.queries)).mean())
+    found = jax.jit(errors)(result.params, sample(of_test, config.queries))
+    return {run: float(found[run.name]) for run in runs}
 
 
 def run(config, seed, folder, console):
@@ -217,21 +237,18 @@ def run(config, seed, folder, console):
     check_names("scores", config.scores, SCORES)
     check_names("normalisers", config.normalisers, NORMALISERS)
     numbers: dict[str, float | None] = {claim.number: None for claim in CLAIMS}
-    found: dict[tuple[str, str], float] = {}
-    rows: list[dict[str, Any]] = []
-    for score in config.scores:
-        rows.append({"score": score})
-        for task in config.tasks:
-            found[task, score] = error(config, task, score, "softmax", seed, folder, console)
-            rows[-1][task] = numbers[f"{task}: {score}"] = found[task, score]
-    of_normalisers = {
-        name: error(config, "alike", "general", name, seed, folder, console) for name in config.normalisers
-    }
+    of_scores = [Run(task, score, "softmax") for score in config.scores for task in config.tasks]
+    of_normalisers = [Run("alike", "general", name) for name in config.normalisers]
+    errors = train(config, list(dict.fromkeys([*of_scores, *of_normalisers])), seed, folder, console)
+    found = {(each.task, each.score): errors[each] for each in of_scores}
+    numbers |= {f"{task}: {score}": value for (task, score), value in found.items()}
+    by_normaliser = {each.normaliser: errors[each] for each in of_normalisers}
+    rows = [{"score": score} | {task: found[task, score] for task in config.tasks} for score in config.scores]
     for claim in CLAIMS:
         where, _, pair = claim.number.partition(": ")
         one, _, other = pair.partition(" over ")
-        if where == "alike, general" and {one, other} <= of_normalisers.keys():
-            numbers[claim.number] = of_normalisers[one] / of_normalisers[other]
+        if where == "alike, general" and {one, other} <= by_normaliser.keys():
+            numbers[claim.number] = by_normaliser[one] / by_normaliser[other]
         elif other and {(where, one), (where, other)} <= found.keys():
             numbers[claim.number] = found[where, one] / found[where, other]
     return Result(
@@ -239,7 +256,7 @@ def run(config, seed, folder, console):
         {
             "Squared error by score and task, under softmax": rows,
             "Squared error by normaliser, of the general score": [
-                {"normaliser": name, "alike": value} for name, value in of_normalisers.items()
+                {"normaliser": name, "alike": value} for name, value in by_normaliser.items()
             ],
         },
     )
