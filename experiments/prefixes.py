@@ -5,7 +5,7 @@ its parameters are then trained to sort the other way. A deeper decoder has lear
 apart, and a prefix says which one is meant.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -72,6 +72,8 @@ QUICK = Config(
     tuning=(10, 10),
     batch_size=8,
     eval_every=10,
+    optimizer=replace(OPTIMIZER, warmup_steps=5),
+    tuner=replace(TUNING, warmup_steps=5),
     sequences=64,
 )
 

@@ -188,21 +188,16 @@ def run(config, seed, folder, console):
         for slope, e in zip(config.slopes, fixed, strict=True)
     ]
     rows += [{"prior": name, "squared error": error} for name, error in errors.items()]
-    some = slice(0, 256)
+    some, inferred = slice(0, 256), -np.log2(all_of["mean"])
     return Result(
         numbers,
         {"Squared error of values": rows},
         {
             "Error by window": Curves("window of the sequence (keys)", "squared error", lines, "x"),
-            "Inferred slope": Curves(
-                "true slope",
-                "inferred slope",
-                {
-                    "sequences": list(
-                        zip(all_of["true slope"][some].tolist(), all_of["slope"][some].tolist(), strict=True)
-                    )
-                },
-                "xy",
+            "Inferred window": Curves(
+                "log2 of the true window",
+                "log2 of the inferred window",
+                {"sequences": list(zip(np.log2(window[some]).tolist(), inferred[some].tolist(), strict=True))},
                 cloud=True,
             ),
             "Hard attention": Curves("draws", "error to soft attention", {"mean of draws": draws}, "xy"),

@@ -25,17 +25,23 @@ OPTIMIZER = OptimizerConfig(
 
 
 class Layer(NamedTuple):
-    """How a layer of attention weighs keys: its normaliser, and whether it has a key of its own with the value 0."""
+    """How a layer of attention weighs keys.
+
+    Attributes:
+        normalize: The name of the normaliser.
+        extra: The standard deviation at the start of a key of the layer's own, whose value is 0; 0 for none.
+    """
 
     normalize: str
-    extra: bool = False
+    extra: float = 0.0
 
 
 LAYERS = {
     "softmax": Layer("softmax"),
     "off by one": Layer("off by one"),
     "sigmoid": Layer("sigmoid"),
-    "extra key": Layer("softmax", extra=True),
+    "extra key": Layer("softmax", extra=0.02),
+    "large extra key": Layer("softmax", extra=1.0),
 }
 
 
@@ -60,7 +66,7 @@ class Config:
         tokens: Tokens of a text.
     """
 
-    layers: tuple[str, ...] = tuple(LAYERS)
+    layers: tuple[str, ...] = ("softmax", "off by one", "sigmoid", "extra key")
     dim: int = 8
     length: int = 16
     probability: float = 0.3
@@ -232,7 +238,7 @@ def train(config: Config, name: str, start: bool, seed: int, folder, console) ->
         for key, (kind, size) in zip(keys, sizes.items(), strict=False)
     }
     if layer.extra:
-        params["extra"] = 0.02 * jax.random.normal(keys[3], (config.head_dim,))
+        params["extra"] = layer.extra * jax.random.normal(keys[3], (config.head_dim,))
 
     def rate(params: Any, x: jax.Array) -> jax.Array:
         alpha = read(layer, params, x)[1][..., 0].mean(-1)

@@ -61,6 +61,11 @@ def test_packed_documents_have_sinks_of_their_own(page):
     assert np.isfinite(p.spoiled[15:]).all()
 
 
+def test_a_bias_is_the_log_of_a_prior(page):
+    p = page("attend")
+    assert_close(p.posterior, p.same_posterior)
+
+
 # icl.md
 
 

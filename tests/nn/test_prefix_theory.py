@@ -8,7 +8,6 @@ from flax import nnx
 
 from jaxattn import Causal, attend, nn
 from jaxattn.core.attend import attention_weights
-from jaxattn.trace import run
 
 D, N, T = 12, 3, 5
 
@@ -41,6 +40,12 @@ def test_a_prefix_mixes_its_values_with_what_was_read_before(x64, prefixes, scal
     np.testing.assert_allclose(attend(query, keys, values, **given), expected, rtol=0, atol=1e-13)
 
 
+def weights_of(mixer, x):
+    tap = nn.Tap(record=("weights",))
+    mixer(x, tap=tap)
+    return np.asarray(tap.records["weights"], np.float64)
+
+
 @pytest.mark.parametrize("size", [0.0, 1.0, 100.0])
 def test_no_prefix_of_a_layer_changes_the_proportions_of_its_attention(size):
     """Logs of weights on the tokens, without and with a prefix, differ by one number per query and head."""
@@ -48,8 +53,8 @@ def test_no_prefix_of_a_layer_changes_the_proportions_of_its_attention(size):
     prefixed = nn.Prefixed(layer, D, 4, rngs=nnx.Rngs(1))
     prefixed.prefix[...] = size * prefixed.prefix[...]
     x = jax.random.normal(jax.random.key(0), (2, T, D))
-    plain = np.asarray(run(layer, x, record={"w": "weights"})[1]["w"], np.float64)
-    changed = np.asarray(run(prefixed, x, record={"w": "weights"})[1]["w"], np.float64)[..., 4:, 4:]
+    plain, changed = (weights_of(mixer, x) for mixer in (layer, prefixed))
+    changed = changed[..., 4:, 4:]
     kept = changed.sum(-1, keepdims=True)
     shares = np.where(kept > 1e-30, changed / np.where(kept > 1e-30, kept, 1), plain)
     np.testing.assert_allclose(shares, plain, rtol=1e-4, atol=1e-6)
