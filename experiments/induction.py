@@ -386,7 +386,7 @@ def run(config, seed, folder, console):
                 {
                     "prefix score of the induction head": over(prefix[:, best]),
                     "in-context score, over its last": over(score / score[-1]),
-                    "distance from CMR": over(np.minimum(distances, 1)),
+                    "distance from CMR, up to 1": over(np.minimum(distances, 1)),
                 },
             ),
             "Lags": Curves(
