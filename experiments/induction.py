@@ -32,7 +32,8 @@ class Config:
         states: States of the Markov chains.
         chain: Tokens of a chain.
         chain_width: Width of the models of chains, which have one head per layer.
-        chain_steps: Training steps on chains.
+        chain_steps: Training steps on chains, of two layers.
+        single_steps: Training steps on chains of one layer, which learns sooner.
         chains: Chains that losses are measured on, a multiple of 256.
         letters: Different letters of blocks.
         length: Tokens of a row of blocks.
@@ -56,6 +57,7 @@ class Config:
     chain: int = 64
     chain_width: int = 32
     chain_steps: int = 2500
+    single_steps: int = 1200
     chains: int = 4096
     letters: int = 32
     length: int = 64
@@ -67,7 +69,7 @@ class Config:
     heads: int = 2
     steps: int = 1000
     batch_size: int = 64
-    eval_every: int = 20
+    eval_every: int = 25
     probe: int = 20
     lags: int = 5
     grid: tuple[int, int, int] = (10, 11, 6)
@@ -79,6 +81,7 @@ QUICK = Config(
     chain=16,
     chain_width=16,
     chain_steps=10,
+    single_steps=10,
     chains=256,
     letters=12,
     length=24,
@@ -193,13 +196,14 @@ def drawn(task: Any, name: str) -> Drawn:
 
 def chains(config: Config, name: str, seed: int, folder, console) -> models.Transformer:
     layers, smear = KINDS[name]
+    steps = config.chain_steps if layers > 1 else config.single_steps
     task = icl.MarkovChain(config.states, config.chain)
     model, _ = decoders.train(
         build(config.states + 1, config.chain, config.chain_width, layers, 1, seed, smear=smear),
         drawn(task, json.dumps({"states": config.states, "length": config.chain})),
-        steps=config.chain_steps,
+        steps=steps,
         batch_size=config.batch_size,
-        eval_every=max(config.chain_steps // 10, 1),
+        eval_every=max(steps // 10, 1),
         eval_batches=2,
         optimizer=config.optimizer,
         seed=seed,
@@ -255,7 +259,7 @@ def learn_blocks(config: Config, seed: int, folder, console) -> tuple[models.Tra
         eval_batches=1,
         optimizer=config.optimizer,
         seed=seed,
-        run_config={"blocks": asdict(replace(config, chain_steps=0, chains=0, grid=(1, 1, 1)))},
+        run_config={"blocks": asdict(replace(config, chain_steps=0, single_steps=0, chains=0, grid=(1, 1, 1)))},
         folder=folder / "blocks",
         console=console,
     )
