@@ -1,8 +1,8 @@
 """Induction heads: when they form, what they are for, and the curve by which people recall lists.
 
 Small decoders of attention alone learn random Markov chains, whose best predictor is known, and blocks of random tokens
-that repeat with a period of their own. While they learn, every head is scored, and the lags at which it looks in an
-earlier copy are held against a model of human recall.
+that come again, now and then from another place. While they learn, every head is scored, and the lags at which it looks
+in an earlier copy are held against a model of human recall.
 """
 
 import json
@@ -25,19 +25,22 @@ OF_TOKENS = optax.softmax_cross_entropy_with_integer_labels
 
 @dataclass(frozen=True)
 class Config:
-    """Decoders of attention without feed-forward blocks.
+    """Decoders of attention without feed-forward blocks, with a learned bias per distance.
 
     Attributes:
         kinds: Models of chains, of `KINDS`.
         states: States of the Markov chains.
         chain: Tokens of a chain.
         chain_width: Width of the models of chains, which have one head per layer.
-        chain_steps: Training steps on chains.
+        chain_steps: Training steps on chains, of two layers.
+        single_steps: Training steps on chains of one layer, which learns sooner.
         chains: Chains that losses are measured on, a multiple of 256.
         letters: Different letters of blocks.
         length: Tokens of a row of blocks.
         shortest: The least period.
         longest: The largest period.
+        jump: The probability of a jump within the block, in training alone.
+        smear: Whether keys of the model of blocks are smeared with the token before.
         width: Width of the model of blocks.
         heads: Its heads per layer.
         steps: Training steps on blocks.
@@ -53,20 +56,23 @@ class Config:
     states: int = 3
     chain: int = 64
     chain_width: int = 32
-    chain_steps: int = 3000
+    chain_steps: int = 2500
+    single_steps: int = 1200
     chains: int = 4096
     letters: int = 32
     length: int = 64
     shortest: int = 6
     longest: int = 20
+    jump: float = 0.0
+    smear: bool = True
     width: int = 64
     heads: int = 2
-    steps: int = 2000
+    steps: int = 1000
     batch_size: int = 64
-    eval_every: int = 40
+    eval_every: int = 25
     probe: int = 20
     lags: int = 5
-    grid: tuple[int, int, int] = (20, 21, 11)
+    grid: tuple[int, int, int] = (10, 11, 6)
     optimizer: OptimizerConfig = OPTIMIZER
 
 
@@ -75,6 +81,7 @@ QUICK = Config(
     chain=16,
     chain_width=16,
     chain_steps=10,
+    single_steps=10,
     chains=256,
     letters=12,
     length=24,
@@ -171,7 +178,8 @@ KINDS = {"one layer": (1, False), "one layer, smeared keys": (1, True), "two lay
 
 
 def build(vocabulary: int, length: int, width: int, layers: int, heads: int, seed: int, *, smear: bool = False):
-    spec = models.Spec(nn.MultiHeadAttention, heads=heads, mask=Causal(), smear=smear)
+    bias = models.Spec(nn.RelativePositionBias)
+    spec = models.Spec(nn.MultiHeadAttention, heads=heads, mask=Causal(), position=None, bias=bias, smear=smear)
     sizes: dict[str, Any] = {"vocabulary": vocabulary, "length": length, "width": width, "layers": layers}
     return decoders.build(spec, **sizes, hidden=None, seed=seed)
 
@@ -188,13 +196,14 @@ def drawn(task: Any, name: str) -> Drawn:
 
 def chains(config: Config, name: str, seed: int, folder, console) -> models.Transformer:
     layers, smear = KINDS[name]
+    steps = config.chain_steps if layers > 1 else config.single_steps
     task = icl.MarkovChain(config.states, config.chain)
     model, _ = decoders.train(
         build(config.states + 1, config.chain, config.chain_width, layers, 1, seed, smear=smear),
         drawn(task, json.dumps({"states": config.states, "length": config.chain})),
-        steps=config.chain_steps,
+        steps=steps,
         batch_size=config.batch_size,
-        eval_every=max(config.chain_steps // 10, 1),
+        eval_every=max(steps // 10, 1),
         eval_batches=2,
         optimizer=config.optimizer,
         seed=seed,
@@ -214,8 +223,9 @@ def by_position(model: models.Transformer, batch: Any, **options: Any) -> jax.Ar
 def looks(config: Config):
     """What is measured of every head while the model of blocks learns: name -> number, as the log keeps numbers."""
     fixed = blocks(config, config.probe).sample(jax.random.key(0), 64).x[:, : 2 * config.probe + 1]
+    batch = drawn(blocks(config), "").draw(jax.random.key(1), 128)
 
-    def look(model, batch):
+    def look(model, _):
         losses = OF_TOKENS(model(batch["tokens"])[0], batch["targets"])
         known = (losses * batch["known"]).sum() / batch["known"].sum()
         numbers = {"known": known, "score": icl.icl_score(losses.mean(0))}
@@ -236,19 +246,20 @@ def blocks(config: Config, period: int | None = None) -> icl.RepeatedBlock:
 
 def learn_blocks(config: Config, seed: int, folder, console) -> tuple[models.Transformer, list[dict[str, float]]]:
     """(the model, what was measured of its heads at every look)."""
-    task = blocks(config)
-    sizes = {name: getattr(config, name) for name in ("letters", "length", "shortest", "longest", "probe", "lags")}
+    task = replace(blocks(config), jump=config.jump)
+    names = ("letters", "length", "shortest", "longest", "jump", "probe", "lags")
+    sizes = {name: getattr(config, name) for name in names}
     model, result = decoders.train(
-        build(config.letters + 1, config.length, config.width, 2, config.heads, seed),
+        build(config.letters + 1, config.length, config.width, 2, config.heads, seed, smear=config.smear),
         drawn(task, json.dumps(sizes)),
         look=looks(config),
         steps=config.steps,
         batch_size=config.batch_size,
         eval_every=config.eval_every,
-        eval_batches=2,
+        eval_batches=1,
         optimizer=config.optimizer,
         seed=seed,
-        run_config={"blocks": asdict(replace(config, chain_steps=0, chains=0, grid=(1, 1, 1)))},
+        run_config={"blocks": asdict(replace(config, chain_steps=0, single_steps=0, chains=0, grid=(1, 1, 1)))},
         folder=folder / "blocks",
         console=console,
     )
@@ -277,6 +288,8 @@ def run(config, seed, folder, console):
         "frequencies": icl.MarkovBayes(config.states, order=0),
         "Bayes": icl.MarkovBayes(config.states),
     }
+    console.print("induction: blocks")
+    learned, seen = learn_blocks(config, seed, folder, console)
     for name in config.kinds:
         console.print(f"induction: chains, {name}")
         model = chains(config, name, seed, folder, console)
@@ -297,8 +310,6 @@ def run(config, seed, folder, console):
         for other in ("Bayes", "frequencies"):
             numbers[f"chains, {name}: loss over {other}"] = losses[name] - losses[other]
 
-    console.print("induction: blocks")
-    model, seen = learn_blocks(config, seed, folder, console)
     steps = np.array([line["step"] for line in seen])
     names = [f"{layer}.{head}" for layer, head in np.ndindex(2, config.heads)]
     prefix = np.array([[line[f"prefix {name}"] for name in names] for line in seen])
@@ -317,11 +328,11 @@ def run(config, seed, folder, console):
     }
 
     batch = drawn(blocks(config), "").draw(jax.random.key(seed + 1), 512)
-    whole = float(icl.icl_score(by_position(model, batch)))
-    without = trace.sweep(lambda edits: icl.icl_score(by_position(model, batch, edits=edits)), trace.heads(model))
+    whole = float(icl.icl_score(by_position(learned, batch)))
+    without = trace.sweep(lambda edits: icl.icl_score(by_position(learned, batch, edits=edits)), trace.heads(learned))
     left = np.asarray(without) / whole
     scores = analysis.head_scores(
-        model, jax.random.key(seed), vocabulary=config.letters, batch=64, period=config.length // 2 - 1,
+        learned, jax.random.key(seed), vocabulary=config.letters, batch=64, period=config.length // 2 - 1,
         first=config.letters,
     )  # fmt: skip
     layer, head = divmod(best, config.heads)
@@ -379,7 +390,7 @@ def run(config, seed, folder, console):
                 {
                     "prefix score of the induction head": over(prefix[:, best]),
                     "in-context score, over its last": over(score / score[-1]),
-                    "distance from CMR": over(np.minimum(distances, 1)),
+                    "distance from CMR, up to 1": over(np.minimum(distances, 1)),
                 },
             ),
             "Lags": Curves(

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxattn.core.checks import check_static_int
+from jaxattn.core.checks import check_probability, check_static_int
 from jaxattn.core.part import part
 from jaxattn.icl.prompt import Prompt
+from jaxattn.icl.task import happens
 
 
 @part
@@ -127,24 +128,29 @@ class RepeatedBlock:
     """BOS b₁ ... b_p b₁ ... b_p b₁ ...: a block of different random letters, over and over; what comes next?
 
     The period p is uniform from `shortest` to `longest` in each row (`hidden`), so that no fixed distance solves the
-    task. Letters are 0 .. letters − 1 and BOS is the token after them. Answers count once the token at hand has been
-    seen before, where an induction head can know what comes next (Olsson et al., 2022).
+    task. Letters are 0 .. letters − 1 and BOS is the token after them. Answers count where the letter asked for stood
+    behind the token at hand before, as an induction head can know (Olsson et al., 2022).
+
+    All letters of a block differ, so that the one some places back tells what comes next as well as the last does. With
+    jumps it does not.
 
     Attributes:
         letters: The number of different letters.
         length: The number of tokens, at least longest + 2.
         shortest: The least period, at least 1.
         longest: The largest period, from `shortest` to `letters`.
+        jump: The probability that a letter is any of the block, and the block goes on from there.
 
     Raises:
         TypeError: A size is not an int.
-        ValueError: 1 ≤ shortest ≤ longest ≤ letters or length ≥ longest + 2 does not hold.
+        ValueError: 1 ≤ shortest ≤ longest ≤ letters or length ≥ longest + 2 does not hold, or `jump` is no probability.
     """
 
     letters: int
     length: int
     shortest: int
     longest: int
+    jump: Float[Array, ""] | float = 0.0
 
     def __post_init__(self):
         check_static_int("RepeatedBlock", "shortest", self.shortest, 1)
@@ -154,6 +160,7 @@ class RepeatedBlock:
                 f"{self.letters}"
             )
         check_static_int("RepeatedBlock", "length", self.length, self.longest + 2)
+        check_probability("RepeatedBlock: jump", self.jump)
 
     def with_length(self, length: int) -> "RepeatedBlock":
         """Returns the same task with prompts of another length."""
@@ -164,9 +171,16 @@ class RepeatedBlock:
         block = jax.random.uniform(for_letters, (batch, self.letters)).argsort(-1)
         period = jax.random.randint(for_period, (batch, 1), self.shortest, self.longest + 1)
         index = jnp.arange(self.length)
-        string = jnp.take_along_axis(block, index % period, 1)
+        for_whether, for_where = jax.random.split(jax.random.fold_in(key, 2))
+        jumps = happens(for_whether, self.jump, (batch, self.length))
+        to = jax.random.randint(for_where, (batch, self.length), 0, period)
+        last = jax.lax.cummax(jnp.where(jumps, index, -1), axis=1)  # the last jump, −1 for none
+        begun = jnp.where(last < 0, 0, jnp.take_along_axis(to, jnp.maximum(last, 0), 1))
+        string = jnp.take_along_axis(block, (begun + index - jnp.maximum(last, 0)) % period, 1)
         x = jnp.pad(string[:, :-1], ((0, 0), (1, 0)), constant_values=self.letters)
-        return Prompt(x, string, (index > period).astype(float), string, period[:, 0])
+        same = (x[:, :, None] == x[:, None]) & (string[:, :, None] == string[:, None])
+        known = (same & (index < index[:, None])).any(-1)
+        return Prompt(x, string, known.astype(float), string, period[:, 0])
 
 
 @part
