@@ -27,6 +27,7 @@ def build(
     seed: int,
     hidden: int | None = 2,
     inputs: int = 0,
+    positions: models.Spec | None = None,
 ) -> models.Transformer:
     """A decoder of `layers` layers, of the mixer and a feed-forward block of `hidden` units per channel, or none."""
     block = models.Spec(nn.FeedForward, hidden=(hidden or 0) * width, activation="gelu_tanh", gated=False)
@@ -37,6 +38,7 @@ def build(
         width,
         [layer] * layers,
         embed=models.Spec(nn.VectorEmbedding, inputs=inputs) if inputs else models.Spec(nn.TokenEmbedding),
+        positions=positions,
         head=models.Spec(nn.Head),
     )
     return models.Transformer(config, rngs=nnx.Rngs(seed))
@@ -52,6 +54,11 @@ def next_token(model: models.Transformer, batch: Mapping[str, Any]) -> tuple[jax
     logits, *_ = model(batch["tokens"])
     total, sums = next_token_loss(logits, batch)
     return total, {name: sums[name] for name in ("weight", "correct")}
+
+
+def answered_tokens(model: models.Transformer, prompt: icl.Prompt) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss on a batch of prompts of tokens, as of `next_token`."""
+    return next_token(model, prompt.tokens())
 
 
 def answers(loss: icl.Loss) -> Callable[[models.Transformer, icl.Prompt], tuple[jax.Array, dict[str, jax.Array]]]:

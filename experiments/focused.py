@@ -134,7 +134,7 @@ def build(config: Config, contexts: int, seed: int) -> models.Transformer:
     """The model whose second windows see, in training, the first ones of `contexts` texts: 1, 3, 5 ... rows up."""
     offsets = tuple(range(1, 2 * contexts, 2))
     mixer = models.Spec(nn.MultiHeadAttention, heads=2, position=None, mask=Causal(), crossbatch=offsets)
-    sizes = {"width": config.width, "layers": 1, "length": 2 * config.pairs, "seed": seed}
+    sizes: dict[str, Any] = {"width": config.width, "layers": 1, "length": 2 * config.pairs, "seed": seed}
     return decoders.build(mixer, vocabulary=config.values, inputs=config.key_dim + config.values + 1, **sizes)
 
 
