@@ -28,8 +28,12 @@ def build(
     hidden: int | None = 2,
     inputs: int = 0,
     positions: models.Spec | None = None,
+    causal: bool = True,
 ) -> models.Transformer:
-    """A decoder of `layers` layers, of the mixer and a feed-forward block of `hidden` units per channel, or none."""
+    """A decoder of `layers` layers, of the mixer and a feed-forward block of `hidden` units per channel, or none.
+
+    Without `causal` it is an encoder, whose tokens see all others.
+    """
     block = models.Spec(nn.FeedForward, hidden=(hidden or 0) * width, activation="gelu_tanh", gated=False)
     layer = models.pre_norm(mixer, None if hidden is None else block)
     config = models.TransformerConfig(
@@ -39,6 +43,7 @@ def build(
         [layer] * layers,
         embed=models.Spec(nn.VectorEmbedding, inputs=inputs) if inputs else models.Spec(nn.TokenEmbedding),
         positions=positions,
+        causal=causal,
         head=models.Spec(nn.Head),
     )
     return models.Transformer(config, rngs=nnx.Rngs(seed))
@@ -97,8 +102,10 @@ def train_params(
     run_config: Mapping[str, Any],
     folder: Path,
     console: Console,
+    validation: Drawn | None = None,
+    on_eval: Any = (),
 ) -> Result:
-    """What `fit` says of a run that is measured on further batches of the same source.
+    """What `fit` says of a run that is measured on further batches of the same source, or on those of `validation`.
 
     Raises KeyboardInterrupt if it was stopped: it goes on from its checkpoint when called again.
     """
@@ -107,7 +114,7 @@ def train_params(
         params=params,
         optimizer=make_optimizer(optimizer, steps),
         train_data=source,
-        validation_data=source,
+        validation_data=source if validation is None else validation,
         config=TrainConfig(
             steps=steps,
             batch_size=batch_size,
@@ -120,6 +127,7 @@ def train_params(
         ),
         run_config=run_config,
         folder=folder,
+        on_eval=on_eval,
         console=console,
     )
     if not result.complete:
