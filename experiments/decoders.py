@@ -39,10 +39,12 @@ def build(
     hidden: int | None = 2,
     inputs: int = 0,
     positions: models.Spec | None = None,
+    causal: bool = True,
 ) -> models.Transformer:
     """A decoder of `layers` layers, of the mixer and a feed-forward block of `hidden` units per channel, or none.
 
-    `positions` is the module whose vectors are added to those of the tokens, if any.
+    `positions` is the module whose vectors are added to those of the tokens, if any. Without `causal` the model is an
+    encoder, whose tokens see all others.
     """
     block = models.Spec(nn.FeedForward, hidden=(hidden or 0) * width, activation="gelu_tanh", gated=False)
     layer = models.pre_norm(mixer, None if hidden is None else block)
@@ -52,8 +54,9 @@ def build(
         width,
         [layer] * layers,
         embed=models.Spec(nn.VectorEmbedding, inputs=inputs) if inputs else models.Spec(nn.TokenEmbedding),
-        head=models.Spec(nn.Head),
         positions=positions,
+        causal=causal,
+        head=models.Spec(nn.Head),
     )
     return models.Transformer(config, rngs=nnx.Rngs(seed))
 
@@ -68,6 +71,11 @@ def next_token(model: models.Transformer, batch: Mapping[str, Any]) -> tuple[jax
     logits, *_ = model(batch["tokens"])
     total, sums = next_token_loss(logits, batch)
     return total, {name: sums[name] for name in ("weight", "correct")}
+
+
+def answered_tokens(model: models.Transformer, prompt: icl.Prompt) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss on a batch of prompts of tokens, as of `next_token`."""
+    return next_token(model, prompt.tokens())
 
 
 def answers(loss: icl.Loss) -> Callable[[models.Transformer, icl.Prompt], tuple[jax.Array, dict[str, jax.Array]]]:
@@ -116,8 +124,10 @@ def train_params(
     run_config: Mapping[str, Any],
     folder: Path,
     console: Console,
+    validation: Drawn | None = None,
+    on_eval: Any = (),
 ) -> Result:
-    """What `fit` says of a run that is measured on further batches of the same source.
+    """What `fit` says of a run that is measured on further batches of the same source, or on those of `validation`.
 
     Raises KeyboardInterrupt if it was stopped: it goes on from its checkpoint when called again.
     """
@@ -126,7 +136,7 @@ def train_params(
         params=params,
         optimizer=make_optimizer(optimizer, steps),
         train_data=source,
-        validation_data=source,
+        validation_data=source if validation is None else validation,
         config=TrainConfig(
             steps=steps,
             batch_size=batch_size,
@@ -139,6 +149,7 @@ def train_params(
         ),
         run_config=run_config,
         folder=folder,
+        on_eval=on_eval,
         console=console,
     )
     if not result.complete:

@@ -84,6 +84,15 @@ def test_layers_are_steps_and_the_circuit_continues_what_it_saw(page):
     assert p.continued[-1].argmax() == 2
 
 
+def test_algorithms_are_right_by_themselves_and_by_hand(page):
+    p = page("icl")
+    np.testing.assert_array_equal((p.by_itself == p.parity.y)[p.parity.weights > 0], True)
+    np.testing.assert_allclose(p.counted[1:], [1, 1, 2, 1, 3], rtol=1e-5)
+    assert p.sums.tolist() == [5]
+    for shares in (p.explained, p.concentrated):
+        np.testing.assert_allclose(shares, [0.5, 0, 0, 0.5, 0], atol=1e-5)
+
+
 def test_the_task_of_the_page_and_its_model_are_measured(page):
     p = page("icl")
     largest = np.random.default_rng(0).standard_normal((10**6, 3)).max(-1)  # of a random sign: its mean square remains
