@@ -39,7 +39,13 @@ Row = Mapping[str, str | int | float | None]
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`, both included, or all others if `outside`. NaN is in no range."""
+    """The numbers from `low` to `high`, both included, or all others if `outside`. NaN is in no range.
+
+    Attributes:
+        low: The smallest number.
+        high: The largest number.
+        outside: Whether the range is all numbers but these.
+    """
 
     low: float = -math.inf
     high: float = math.inf
@@ -57,19 +63,22 @@ class Range:
 
 
 def at_least(low: float) -> Range:
+    """Returns the numbers from `low` on."""
     return Range(low=low)
 
 
 def at_most(high: float) -> Range:
+    """Returns the numbers up to `high`."""
     return Range(high=high)
 
 
 def within(low: float, high: float) -> Range:
+    """Returns the numbers from `low` to `high`, both included."""
     return Range(low, high)
 
 
 def outside(confirmed: Range) -> Range:
-    """All other numbers: what refutes a claim that is exact, and so has nothing to do with scale."""
+    """Returns all other numbers: what refutes a claim that is exact, and so has nothing to do with scale."""
     return Range(confirmed.low, confirmed.high, not confirmed.outside)
 
 
