@@ -1,6 +1,6 @@
 """What it costs a trained model (SmolLM2) to read facts in pieces that are encoded apart, and what wins it back.
 
-A context is a list of facts, one code for each name. It is cut in 1 to 32 pieces which see only themselves, each from
+A context is a list of facts, a code for each name. It is cut in 1 to 32 pieces which see only themselves, each from
 the same place on, and questions for codes behind it see all of them. The entropy of the questions' attention, the loss
 and the accuracy of the answers are measured by the number of pieces: as it is, with a prefix that all pieces share,
 with the two pieces alone that each row reads most, and with scores that are sharpened. A control leaves the tokens at
@@ -56,7 +56,7 @@ class Config:
     pieces: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     asked: int = 16
     keep: int = 2
-    temperatures: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)
+    temperatures: tuple[float, ...] = (0.8, 0.6, 0.4, 0.25)
     prefix: str = "Codes of people:\n"
 
 
@@ -153,10 +153,10 @@ def facts(got: Any, config: Config, rng: np.random.Generator) -> Facts:
             f"facts is {config.facts} for pieces {config.pieces} and asked {config.asked}: need a multiple of all "
             "pieces, and as many as are asked for"
         )
+
     lengths = [len(encoded(f"The code of {name}")) for name in NAMES.split()]
-    alike = [
-        name for name, length in zip(NAMES.split(), lengths, strict=True) if length == np.bincount(lengths).argmax()
-    ]
+    usual = np.bincount(lengths).argmax()
+    alike = [name for name, length in zip(NAMES.split(), lengths, strict=True) if length == usual]
     if len(alike) < config.facts:
         raise ValueError(f"facts is {config.facts}: need at most {len(alike)}, the names of one length")
     names = rng.choice(alike, config.facts, replace=False)
@@ -219,16 +219,16 @@ def run(config, seed, folder, console):
                 if apart:
                     keep = KeepGroups(ids, config.keep, size=max(config.pieces))
                     edits[BOTH if prefix else TWO] = {"weights": keep}
-                    sharpened = {sharp(t, prefix): {"scores": Temperature(jnp.float32(t))} for t in config.temperatures}
-                    edits |= sharpened
+                if apart and not prefix:
+                    edits |= {sharp(t): {"scores": Temperature(jnp.float32(t))} for t in config.temperatures}
                 for way, edit in edits.items():
                     found[way, count] = tuple(map(float, answers(arrays, state, edit)))
     return results(config, found)
 
 
-def sharp(temperature: float, prefix: bool = False) -> str:
+def sharp(temperature: float) -> str:
     """The name of sharpened scores."""
-    return (f"{PREFIX}, " if prefix else "") + f"scores over {temperature:g}"
+    return f"scores over {temperature:g}"
 
 
 def results(config: Config, found: Any) -> Result:

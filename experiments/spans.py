@@ -2,12 +2,14 @@
 
 Each key head sees the first tokens and its last ones, α + β n of n. The rules are chosen under a budget by how much the
 loss is expected to grow for every pair that they hide, from one backward pass of a few texts. On other texts they are
-held against one span for all heads, and against the chosen spans given to heads by chance. Texts are slices of the
-manuals of Python that seeds draw; the rules are then read at twice the length that they were chosen at.
+held against one span for all heads, and against the chosen spans given to heads by chance. The expected growth is a
+sum over hidden keys, each hidden alone; beside it rules are chosen by what hiding all of them together does to what a
+head reads. Texts are slices of the manuals of Python that seeds draw. The rules are then read at twice the length that
+they were chosen at.
 """
 
 import pydoc_data.topics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments import inside_smollm2
 from experiments.inside_smollm2 import RANDOM, nll
-from jaxattn import trace
+from jaxattn import Causal, attend, trace
 from jaxattn.analysis import choose_rules, elastic_rules, span_influence
 from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most
 from jaxattn.core.attend import Mask
@@ -27,6 +29,7 @@ from jaxattn.core.part import part
 
 MOA = "moa"
 SEARCHED, UNIFORM, SHUFFLED = "searched spans", "one span for all", "searched spans, heads by chance"
+TOGETHER = "searched by keys hidden together"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Config:
         calibration: Texts by which rules are chosen, one at a time.
         held_out: Texts that they are measured on, one at a time.
         budgets: The mean span of the heads, in shares of the text.
+        stretched: The budgets at which rules are read at twice the length.
         step: α is −1, 0, 1 or 2 times so many tokens.
         betas: β.
         sinks: First tokens that every span shows.
@@ -48,8 +52,9 @@ class Config:
     weights: str = "smollm2"
     length: int = 512
     calibration: int = 3
-    held_out: int = 3
+    held_out: int = 2
     budgets: tuple[float, ...] = (0.125, 0.25, 0.5)
+    stretched: tuple[float, ...] = (0.25,)
     step: int = 64
     betas: tuple[float, ...] = (0, *(i / 32 for i in (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32)))
     sinks: int = 4
@@ -166,8 +171,13 @@ def late_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) -> Array
     return nll(logits, tokens)[:, tokens.shape[1] // 2 :].mean()
 
 
-def influence(model: Any, tokens: Int[Array, "1 t"], spans: Int[np.ndarray, " r"], sinks: int) -> Float[Array, "l n r"]:
-    """By how much the loss is expected to grow under each span of each head."""
+def influence(
+    model: Any, tokens: Int[Array, "1 t"], spans: Int[np.ndarray, " r"], sinks: int
+) -> tuple[Float[Array, "l n r"], Float[Array, "l n r"]]:
+    """By how much the loss is expected to grow under each span of each head, in first order.
+
+    The first is the sum over hidden keys of the size of what each does by itself, the second what they do together.
+    """
     sites = ("q_rotated", "k_rotated", "v")
     still = jax.eval_shape(lambda: model(tokens, record=("z",))[2]["z"])
 
@@ -177,9 +187,16 @@ def influence(model: Any, tokens: Int[Array, "1 t"], spans: Int[np.ndarray, " r"
 
     slope, records = jax.grad(loss, has_aux=True)(jnp.zeros(still.shape, still.dtype))
 
-    def of_layer(given: Any) -> Array:
+    def of_layer(given: Any) -> tuple[Array, Array]:
         query, key, value, slope = given
-        return span_influence(query, key, value, slope, spans, sinks=sinks).sum(0)
+        whole = attend(query, key, value, mask=Causal())
+
+        def together(span: Array) -> Array:
+            shown = Causal() & HeadSpans(jnp.broadcast_to(span, query.shape[2:3]), sinks)
+            return (slope * (attend(query, key, value, mask=shown) - whole)).sum((0, 1, 3))
+
+        alone = span_influence(query, key, value, slope, spans, sinks=sinks).sum(0)
+        return alone, jax.lax.map(together, jnp.asarray(spans)).T
 
     return jax.lax.map(of_layer, (*(records[site] for site in sites), slope))
 
@@ -201,7 +218,7 @@ def run(config, seed, folder, console):
     layers, groups = sum(got.model.lengths), heads.heads // heads.key_heads
 
     @partial(jax.jit, static_argnames="length")
-    def gained(arrays: Any, text: Array, length: int) -> Array:
+    def gained(arrays: Any, text: Array, length: int) -> tuple[Array, Array]:
         return influence(nnx.merge(graph, arrays), text[:, :length], at[length], config.sinks)
 
     @jax.jit
@@ -209,14 +226,14 @@ def run(config, seed, folder, console):
         edits = {"scores": trace.Layers(HeadSpans(spans, jnp.full(len(spans), config.sinks)))}
         return late_loss(nnx.merge(graph, arrays)(tokens, edits=edits)[0], tokens)
 
-    gain = np.zeros((layers * heads.key_heads, len(rules)))
+    gains = np.zeros((2, layers * heads.key_heads, len(rules)))
     for number, text in enumerate(known):
         console.print(f"spans: influence, text {number + 1} of {len(known)}")
         for n in lengths:
-            found = np.asarray(gained(arrays, text, n))
-            by_key_head = found.reshape(layers * heads.key_heads, groups, -1).sum(1)
-            gain += by_key_head[:, np.searchsorted(at[n], of_rule[n])] / len(known) / len(lengths)
-    count = len(gain)
+            found = np.stack(gained(arrays, text, n))
+            by_key_head = found.reshape(2, layers * heads.key_heads, groups, -1).sum(2)
+            gains += by_key_head[..., np.searchsorted(at[n], of_rule[n])] / len(known) / len(lengths)
+    (gain, gain_together), count = gains, gains.shape[1]
     cost = np.stack([np.tile(rules @ [1, n] / n, (count, 1)) for n in lengths])
 
     def measured(spans: Int[np.ndarray, " h"], length: int) -> float:
@@ -227,27 +244,33 @@ def run(config, seed, folder, console):
     costs: dict[tuple[str, float, int], float] = {}
     expected: list[tuple[float, float]] = []
     spread: dict[str, list[list[float]]] = {}
+    hoped: dict[float, float] = {}
     rows: list[dict[str, Any]] = []
     for budget in config.budgets:
         console.print(f"spans: budget {budget:g}")
         chosen = choose_rules(gain, cost, np.full(2, budget))
+        chosen_together = choose_rules(gain_together, cost, np.full(2, budget))
         mixed = rng.permutation(chosen)
         spread[f"{budget:g} of the text"] = (span_of(rules, chosen, length) / length).reshape(layers, -1).T.tolist()
         row: dict[str, Any] = {"budget": f"{budget:g}"}
-        for n in (length, 2 * length):
-            one = np.full(count, int(budget * n))
-            for name, spans in (
-                (UNIFORM, one), (SEARCHED, span_of(rules, chosen, n)), (SHUFFLED, span_of(rules, mixed, n))
-            ):  # fmt: skip
+        for n in (length, 2 * length) if budget in config.stretched else (length,):
+            ways = {UNIFORM: np.full(count, int(budget * n)), SEARCHED: span_of(rules, chosen, n)}
+            if n == length:
+                ways |= {TOGETHER: span_of(rules, chosen_together, n), SHUFFLED: span_of(rules, mixed, n)}
+            for name, spans in ways.items():
                 costs[name, budget, n] = measured(spans, n) - whole[n]
-                row[f"{name}, {n} tokens"] = costs[name, budget, n]
+                if n == length:
+                    row[name] = costs[name, budget, n]
         for name, picked in ((SEARCHED, chosen), (SHUFFLED, mixed)):
             expected.append((float(gain[np.arange(count), picked].sum()), costs[name, budget, length]))
         nearest = np.flatnonzero((rules[:, 0] == 0) & (rules[:, 1] == budget))
         if len(nearest):
             expected.append((float(gain[:, nearest[0]].sum()), costs[UNIFORM, budget, length]))
+            hoped[budget] = expected[-3][0] / expected[-1][0]
         rows.append(row | {"mean of the searched spans": float(span_of(rules, chosen, length).mean() / length)})
-    return results(config, whole, costs, np.array(expected), spread, rows)
+    numbers: dict[str, float | None] = {f"expected of that, at {b:g} of the text": ratio for b, ratio in hoped.items()}
+    result = results(config, whole, costs, np.array(expected), spread, rows)
+    return replace(result, numbers={**result.numbers, **numbers})
 
 
 def results(config: Config, whole: Any, costs: Any, expected: np.ndarray, spread: Any, rows: Any) -> Result:
@@ -274,15 +297,19 @@ def results(config: Config, whole: Any, costs: Any, expected: np.ndarray, spread
             inside_smollm2.rank_correlation(*expected.T) if len(expected) > 2 else None
         ),
     }
+    numbers |= {
+        f"cost of keys hidden together over one span, at {b:g} of the text": over(of(TOGETHER, b), of(UNIFORM, b))
+        for b in config.budgets
+    }
     numbers |= {f"loss with the whole text, {n} tokens": value for n, value in whole.items()}
+    names = (UNIFORM, SEARCHED, TOGETHER, SHUFFLED)
     figures: dict[str, Curves | Maps] = {
-        f"Cost by budget, {n} tokens": Curves(
+        "Cost by budget": Curves(
             "mean span, in shares of the text",
             "growth of the loss (nats)",
-            {name: [(b, costs[name, b, n]) for b in config.budgets] for name in (UNIFORM, SEARCHED, SHUFFLED)},
+            {name: [(b, costs[name, b, length]) for b in config.budgets] for name in names},
             log="x",
         )
-        for n in (length, 2 * length)
     }
     figures["Searched spans"] = Maps(spread, y="key head", x="layer")
     return Result(numbers, {"Cost of spans": rows}, figures)
