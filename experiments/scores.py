@@ -211,12 +211,16 @@ def train(config: Config, runs: list[Run], seed: int, folder, console) -> dict[R
             run.name: squares(scores[run.name], NORMALISERS[run.normaliser], batch[run.task]).mean() for run in runs
         }
 
-    def loss(scores: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return sum(errors(scores, batch).values(), jnp.zeros(())), {"weight": jnp.ones(())}
+    start = {run.name: SCORES[run.score](jax.random.fold_in(of_scores, i)) for i, run in enumerate(runs)}
+    leaves, structure = jax.tree.flatten(start)
+
+    def loss(leaves: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        each = errors(jax.tree.unflatten(structure, leaves), batch)
+        return sum(each.values(), jnp.zeros(())), {"weight": jnp.ones(())}
 
     result = decoders.train_params(
         loss,
-        {run.name: SCORES[run.score](jax.random.fold_in(of_scores, i)) for i, run in enumerate(runs)},
+        leaves,
         Drawn(sample, KEYS, f"{tasks} {config.noise} {seed}"),
         steps=config.steps,
         batch_size=config.batch_size,
@@ -228,7 +232,7 @@ def train(config: Config, runs: list[Run], seed: int, folder, console) -> dict[R
         folder=folder,
         console=console,
     )
-    found = jax.jit(errors)(result.params, sample(of_test, config.queries))
+    found = jax.jit(errors)(jax.tree.unflatten(structure, result.params), sample(of_test, config.queries))
     return {run: float(found[run.name]) for run in runs}
 
 
