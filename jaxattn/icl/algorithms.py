@@ -223,7 +223,7 @@ class ParityRule:
 
 @part
 class Histogram:
-    """> and a random string: how often is this letter in the string? (Weiss et al., 2021.)
+    """A start token > and a random string: how often is this letter in the string? (Weiss et al., 2021.)
 
     Tokens 0 .. letters − 1 are letters and `letters` is the first token, of which nothing is asked. Answers are the
     numbers themselves.
@@ -343,7 +343,7 @@ class CountingSort:
 
 @part
 class Dyck:
-    """> and brackets of k kinds, never nested deeper than m: which bracket closes? (Dyck-(k, m), Hewitt et al., 2020.)
+    """A start token > and brackets of k kinds, never deeper than m: which closes? (Dyck-(k, m), Hewitt et al., 2020.)
 
     Tokens 0 .. k − 1 open, k .. 2k − 1 close them, 2k is the first token. A bracket of a random kind opens where none
     is open, one closes at depth m, and in between either happens with probability 1/2. Every target is the next token,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import gradient_descent, softmax_regression
+from experiments import gradient_descent, predictors, softmax_causes, softmax_regression
 from jaxattn import icl
 from jaxattn.icl import readout
 
@@ -65,6 +65,26 @@ def test_the_quick_run_of_softmax_heads_measures_what_it_says(quick_run):
     assert {claim.number for claim in softmax_regression.CLAIMS} <= set(result.numbers)
     lines = result.figures["Risk by length"].lines
     assert all([x for x, _ in line] == list(quick.lengths) for line in lines.values())
+
+
+def test_the_quick_run_of_the_causes_measures_every_draw(quick_run):
+    _, result = quick_run("softmax_causes")
+    assert {claim.number for claim in softmax_causes.CLAIMS} <= set(result.numbers)
+    assert [len(result.tables[name]) for name in ("Two heads", "Four heads")] == [softmax_causes.QUICK.draws] * 2
+    assert result.numbers["four heads, small start: least share of OV on the label"] <= 1
+    assert result.numbers["two tasks: excess of 3 heads over 4"] is None  # not at the quick size
+
+
+def test_predictors_that_are_trained_together_learn_as_they_would_alone(tmp_path):
+    """Gradients and moments do not mix: equal starts on unequal prompts end apart, and both below their start."""
+    task, config = icl.FunctionTask(icl.Linear(), icl.Gaussian(2), 6), softmax_causes.QUICK.layer
+    one = icl.debiased_gradient_step(2, 0.1, 0.1)
+    both = jax.tree.map(lambda x: jnp.stack([x, x]), one)
+    given = config.optimizer, 20, 64, tmp_path, QUIET
+    ended, line = predictors.train(task, both, lambda x: x, "both", 0, {}, *given, draws=2)
+    assert ended.heads.kq.shape == both.heads.kq.shape
+    assert (ended.heads.kq[0] != ended.heads.kq[1]).any()
+    assert line[-1][1] < predictors.risk(task, one, 4096, 0)[0]
 
 
 def test_a_finished_training_is_not_run_again_and_another_one_is_refused(tmp_path):
