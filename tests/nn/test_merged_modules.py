@@ -75,7 +75,7 @@ def test_training_lowers_the_risk(owner):
         return jax.lax.scan(step, weights, jax.random.split(jax.random.key(1), 300))[0]
 
     excess = icl.theory.gd_excess if owner == "linear" else icl.theory.debiased_gd_excess
-    best = excess(3, 12, psi2=1 / 3)
+    best = excess(d=3, n=12, psi2=1 / 3)
     measured = jax.jit(errors, static_argnums=2)
     before, after = (np.asarray(measured(w, jax.random.key(2), 20000)) for w in (weights, train(weights)))
     error = after.std() / 20000**0.5
