@@ -283,8 +283,9 @@ def names() -> dict[str, str]:
     """
     found: dict[str, str] = {}
     spec = importlib.util.find_spec(PACKAGE)
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    for file in (file for folder in folders for file in sorted(Path(folder).glob("*.py"))):
+    folders = spec.submodule_search_locations or () if spec is not None else ()
+    files = [file for folder in folders for file in Path(folder).glob("*.py")]
+    for file in sorted(files):
         tree = ast.parse(file.read_text())
         assigned = {target.id for node in tree.body for target in _targets(node) if isinstance(target, ast.Name)}
         if "CLAIMS" in assigned:
@@ -319,11 +320,12 @@ def load(name: str) -> Experiment:
 def _from_file(file: Path) -> Any:
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    name = f"experiment {file.resolve()}".replace(".", "_")  # the name of no other module, such as json
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ValueError(f"{file} cannot be imported: its name must be one of Python")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     if missing := [name for name in ("Config", "QUICK", "CLAIMS", "run") if not hasattr(module, name)]:
         raise ValueError(f"{file} is no experiment: it has no {', '.join(missing)}")

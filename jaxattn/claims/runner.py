@@ -39,12 +39,10 @@ def run(experiment: Experiment, config: Any, *, seeds: int, folder: Path, comman
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}: need at least 1")
     record: dict[str, Any] = {"experiment": experiment.name, "config": dataclasses.asdict(config)}
-    if (folder / "config.json").exists():
-        before = json.loads((folder / "config.json").read_text())
-        before.pop("file", None)
-        check_config(before, record, f"the run in {folder}")
     if experiment.file:
         record["file"] = experiment.file
+    if (folder / "config.json").exists():
+        check_config(json.loads((folder / "config.json").read_text()), record, f"the run in {folder}")
     report.write(folder / "config.json", json.dumps(record, indent=2) + "\n")
     if not (folder / report.CRITERIA).exists() and not report.read_seeds(folder):
         report.write_claims(folder, experiment.claims)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -491,6 +492,14 @@ def run(config, seed, folder, console):
     main(["keep", str(file), "--folder", str(results), "--place", str(tmp_path / "kept")])
     assert (tmp_path / "kept" / "my_claim" / "report.md").read_text() == text
     assert "there is no file" in fails(capsys, "run", tmp_path / "absent.py", "--folder", results)
+    copy = tmp_path / "elsewhere" / "my_claim.py"
+    copy.parent.mkdir()
+    copy.write_text(file.read_text())
+    assert "file was" in fails(capsys, "run", copy, "--folder", results)  # not taken for the one that is done
+    named = tmp_path / "json.py"
+    named.write_text(file.read_text())
+    assert load(str(named)).run is not load(str(file)).run
+    assert sys.modules["json"] is json
     monkeypatch.setattr("jaxattn.claims.experiment.PACKAGE", "a_package_that_is_not_there")
     assert names() == {}
     assert "no experiment 'recall': need a file, such as my_experiment.py" in fails(capsys, "run", "recall")
