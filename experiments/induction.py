@@ -6,6 +6,7 @@ in an earlier copy are held against a model of human recall.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import optax
 
 from experiments import decoders
 from experiments.decoders import OPTIMIZER
+from experiments.inside_smollm2 import rank_correlation
 from jaxattn import Causal, analysis, icl, models, nn, trace
 from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, check_names, outside, within
 from jaxattn.train import Drawn, OptimizerConfig
@@ -269,15 +271,16 @@ def learn_blocks(config: Config, seed: int, folder, console) -> tuple[models.Tra
 
 
 def halfway(steps: np.ndarray, values: np.ndarray) -> float:
-    """The step at which values are first halfway from the first to the last, between measurements on a line."""
+    """The step at which values are first halfway from the first to the last, between measurements on a line.
+
+    NaN where the last value is the first one.
+    """
+    if values[-1] == values[0]:
+        return math.nan
     share = (values - values[0]) / (values[-1] - values[0])
     at = int(np.argmax(share >= 0.5))
     low, high = share[max(at - 1, 0)], share[at]
     return float(steps[at] if at == 0 else steps[at - 1] + (0.5 - low) / (high - low) * (steps[at] - steps[at - 1]))
-
-
-def ranks(x: np.ndarray) -> np.ndarray:
-    return np.argsort(np.argsort(x))
 
 
 def run(config, seed, folder, console):
@@ -348,9 +351,7 @@ def run(config, seed, folder, console):
     )
     nearest = np.asarray(grid.curves)[every[best].argmin()]
     numbers["blocks: distance of the induction head from CMR"] = float(distances[-1])
-    numbers["blocks: correlation of distance and prefix score"] = float(
-        np.corrcoef(ranks(distances), ranks(prefix[:, best]))[0, 1]
-    )
+    numbers["blocks: correlation of distance and prefix score"] = rank_correlation(distances, prefix[:, best])
     for name, value in zip(("β_enc", "β_rec", "γ"), grid.parameters[every[best].argmin()], strict=True):
         numbers[f"blocks: nearest curve, {name}"] = float(value)
     heads: list[dict[str, Any]] = [

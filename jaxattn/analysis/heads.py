@@ -108,8 +108,8 @@ def sink_rate(
 
         mean over b of [α_b > threshold],   α_b = mean over queries t ≥ at of the weight of t on the key at `at`
 
-    Weights are taken as they are: those of a normaliser whose rows do not sum to 1 (sigmoid) form no sink by being the
-    largest of a row that is nearly 0.
+    Texts that end before the position do not count. Weights are taken as they are: those of a normaliser whose rows do
+    not sum to 1 (sigmoid) form no sink by being the largest of a row that is nearly 0.
 
     Args:
         model: The model.
@@ -129,8 +129,10 @@ def sink_rate(
     places = options.get("positions")
     places = jnp.arange(mass.shape[2]) if places is None else jnp.asarray(places)
     later = jnp.broadcast_to(jnp.atleast_2d(places) >= at, mass.shape[1:3])[..., None]
-    alpha = jnp.where(later, mass, 0).sum(2) / jnp.maximum(later.sum(1), 1)
-    return (alpha > threshold).mean(1, dtype=mass.dtype)
+    alpha = jnp.where(later, mass, 0).sum(2) / jnp.maximum(later.sum(1), 1)  # [L, B, N]
+    rests = jnp.where(jnp.isnan(alpha), alpha, alpha > threshold)  # NaN is not "no sink"
+    counts = later.any(1)
+    return jnp.where(counts, rests, 0).sum(1) / counts.sum(0)
 
 
 def between_classes(

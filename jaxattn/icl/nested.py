@@ -74,9 +74,13 @@ class Flow(NamedTuple):
     loss: Array
 
     def when(self, share: float) -> Float[Array, ""]:
-        """Returns the first time at which the loss is at most this share of the first loss; ∞ if it never is."""
+        """Returns the first time at which the loss is at most this share of the first loss.
+
+        It is ∞ if the loss never is, and NaN if the loss became NaN before, as with steps that are too large.
+        """
         low = self.loss <= share * self.loss[0]
-        return jnp.where(low.any(), self.time[low.argmax()], jnp.inf)
+        never = jnp.where(jnp.isnan(self.loss).any(), jnp.nan, jnp.inf)
+        return jnp.where(low.any(), self.time[low.argmax()], never)
 
 
 def gradient_flow(loss: Any, start: Float[Array, " k"], time: float, steps: int = 10_000) -> Flow:

@@ -152,3 +152,14 @@ def test_padding_does_not_count_in_the_sink_rate_and_weights_are_not_normalised(
     assert not sink_rate(small, tokens).any()  # all weights are near 0; their shares of the row are not
     with pytest.raises(ValueError, match="positions is"):
         sink_rate(model, tokens, at=-1)
+
+
+def test_texts_without_the_position_do_not_count_in_the_sink_rate_and_nan_stays():
+    model = decoder()
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, V, (2, T)))
+    places = jnp.stack([jnp.arange(T), jnp.where(jnp.arange(T) < 2, jnp.arange(T), -1)])
+    both = sink_rate(model, tokens, at=3, threshold=0.05, positions=places)
+    np.testing.assert_array_equal(both, sink_rate(model, tokens[:1], at=3, threshold=0.05))
+    assert both.any()
+    assert np.isnan(sink_rate(model, tokens[1:], at=3, positions=places[1:])).all()
+    assert np.isnan(sink_rate(model, jnp.full((1, T), V))).all()  # outside the vocabulary: all weights are NaN

@@ -18,8 +18,13 @@ def test_halfway_is_between_measurements_on_a_line():
     assert induction.halfway(steps, np.array([0.0, 1.0, 0.4, 2.0])) == pytest.approx(20)
 
 
+def test_what_does_not_change_has_no_middle():
+    assert np.isnan(induction.halfway(np.array([10, 20, 30]), np.array([0.5, 0.9, 0.5])))
+
+
 def test_ranks_are_places_in_order():
-    assert induction.ranks(np.array([0.3, -1.0, 5.0])).tolist() == [1, 0, 2]
+    assert induction.rank_correlation(np.array([0.3, -1.0, 5.0]), np.array([1, 0, 2])) == pytest.approx(1)
+    assert induction.rank_correlation(np.array([0.3, -1.0, 5.0]), np.array([2, 1, 0])) == pytest.approx(-0.5)
 
 
 def test_all_tokens_of_a_batch_count_and_those_that_were_seen_are_known():

@@ -81,6 +81,9 @@ def test_the_flow_of_a_bowl_is_exponential_and_of_order_4():
 def test_times_are_the_first_at_which_a_share_is_left():
     flow = icl.Flow(jnp.arange(4.0), jnp.zeros((4, 1)), jnp.array([2.0, 1.8, 0.9, 1.2]))
     assert [float(flow.when(share)) for share in (1.0, 0.9, 0.5, 0.1)] == [0, 1, 2, np.inf]
+    lost = icl.Flow(jnp.arange(3.0), jnp.zeros((3, 1)), jnp.array([2.0, 1.0, jnp.nan]))
+    assert lost.when(0.5) == 1
+    assert np.isnan(lost.when(0.1))  # the path ended in NaN: whether the loss would have been so low is not known
 
 
 def test_the_flow_waits_and_then_falls_at_once_in_the_order_of_use():
