@@ -66,8 +66,8 @@ def show_risks(
         finite = np.isfinite(mean)
         lost = [str(length) for length, x in zip(lengths, finite, strict=True) if not x]
         counted = mean[finite & (mean > 0)] if log else mean[finite]
-        largest += counted.max(initial=-np.inf, keepdims=True).tolist()
-        least += counted.min(initial=np.inf, keepdims=True).tolist()
+        largest += [counted.max()] if len(counted) else []
+        least += [counted.min()] if len(counted) else []
         mean, error = np.where(finite, mean, np.nan), np.where(finite, error, np.nan)
         label_of = f"{name} (not finite at {', '.join(lost)})" if lost else name
         colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]

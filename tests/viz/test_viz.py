@@ -234,6 +234,9 @@ def test_a_predictor_that_diverges_leaves_the_others_readable(log):
     assert bottom < 1
     assert top == (400 if log else 12)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["tame", "lost (not finite at 1)", "wild"]
+    nowhere = ([np.nan, np.nan], [np.nan, np.nan])
+    lines = {"none": nowhere, "no other": nowhere, "tame": tame, "wild": wild}
+    assert viz.show_risks([1, 2], lines, log=log).axes[0].get_ylim()[1] == (400 if log else 12)
     viz.show_risks([1], {"none": ([np.nan], [np.nan])}, log=log)
 
 
