@@ -227,11 +227,6 @@ def looks(config: Config, of: icl.ItemLabels):
     return look
 
 
-def crossing(line: list[tuple[float, float]], level: float) -> float | None:
-    """The first step at which a line is at a level or above it, None if it never is."""
-    return next((step for step, value in line if value >= level), None)
-
-
 def run(config, seed, folder, console):
     numbers: dict[str, Any] = {claim.number: None for claim in CLAIMS}
     rows, lines = [], {}
@@ -277,11 +272,11 @@ def run(config, seed, folder, console):
         )
     name = "many classes, once"
     learned: dict[str, Any] = lines.get(name, dict.fromkeys(("in context", "items", "labels", "present"), ()))
-    begins, ends = (crossing(learned["in context"], level) for level in (0.3, 0.85))
+    begins, ends = (decoders.first_step(learned["in context"], level) for level in (0.3, 0.85))
     if begins is not None and ends is not None:
         numbers[f"{name}: rise over plateau"] = (ends - begins) / begins
     marks: dict[str, Any] = {
-        each: crossing(learned[each], level) for each, level in (("items", 0.3), ("in context", 0.5))
+        each: decoders.first_step(learned[each], level) for each, level in (("items", 0.3), ("in context", 0.5))
     }
     if None not in marks.values():
         numbers[f"{name}: steps from items at 0.3 to accuracy at 0.5"] = marks["in context"] - marks["items"]

@@ -1,6 +1,6 @@
 """Trains the small decoders of the experiments: layers of one mixer, on prompts that are drawn in the step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,11 @@ class Learner:
             console=console,
             loss=answers(loss),
         )
+
+
+def first_step(line: Sequence[tuple[float, float]], level: float) -> float | None:
+    """The first step at which a line is at a level or above it; None if it never is."""
+    return next((step for step, value in line if value >= level), None)
 
 
 def measured(result: Result, name: str) -> list[tuple[float, float]]:

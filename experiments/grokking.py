@@ -122,11 +122,6 @@ def effective(shares: jax.Array) -> float:
     return float(1 / (shares**2).sum())
 
 
-def first(points: list[tuple[float, float]], least: float) -> float | None:
-    """The first step at which a curve is at least so high."""
-    return next((step for step, value in points if value >= least), None)
-
-
 def train(
     config: Config, decay: bool, seed: int, folder, console
 ) -> tuple[models.Transformer, dict[str, list[tuple[float, float]]]]:
@@ -186,7 +181,7 @@ def run(config, seed, folder, console):
         model, curves = train(config, decay, seed, folder / name.replace(" ", "_"), console)
         task = icl.ModularAddition(config.modulus, config.share, seed=seed)
         of_table, of_logits = spectrum(model, task)
-        by_heart, learned = (first(curves[each], LEARNED) for each in ("shown", "held out"))
+        by_heart, learned = (decoders.first_step(curves[each], LEARNED) for each in ("shown", "held out"))
         numbers |= {
             f"{name}: shown accuracy": curves["shown"][-1][1],
             f"{name}: held-out accuracy": curves["held out"][-1][1],

@@ -176,9 +176,7 @@ def run(config, seed, folder, console):
         numbers[name] = None if None in pair else pair[0] - pair[1]
     if "3 layers, all hops" in lines:
         learned = lines["3 layers, all hops"]
-        marks: list[Any] = [
-            next((s for s, x in learned[hops] if x >= level), None) for hops, level in ((1, 0.9), (2, 0.5))
-        ]
+        marks: list[Any] = [decoders.first_step(learned[hops], level) for hops, level in ((1, 0.9), (2, 0.5))]
         numbers |= {"3 layers: step of 1 hop at 0.9": marks[0], "3 layers: step of 2 hops at 0.5": marks[1]}
         if None not in marks:
             numbers["3 layers, all hops: steps from 1 hop at 0.9 to 2 hops at 0.5"] = marks[1] - marks[0]

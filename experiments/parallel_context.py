@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from experiments import inside_smollm2
+from experiments import inside_smollm2, trained
 from experiments.inside_smollm2 import RANDOM, nll, rank_correlation
 from jaxattn import Causal, Entropy, Temperature
 from jaxattn.cache import AtPieces, Policy
@@ -143,10 +143,8 @@ class Facts:
 def facts(got: Any, config: Config, rng: np.random.Generator) -> Facts:
     """Draws names whose questions have equal lengths, and a code for each."""
 
-    def encoded(text: str) -> np.ndarray:
-        if got.tokenizer is None:
-            return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-        return np.asarray(got.encode(text, special=False), np.int32)
+    def tokens_of(text: str) -> np.ndarray:
+        return trained.encoded(got, text)
 
     if any(config.facts % count for count in config.pieces) or config.asked > config.facts:
         raise ValueError(
@@ -154,19 +152,19 @@ def facts(got: Any, config: Config, rng: np.random.Generator) -> Facts:
             "pieces, and as many as are asked for"
         )
 
-    lengths = [len(encoded(f"The code of {name}")) for name in NAMES.split()]
+    lengths = [len(tokens_of(f"The code of {name}")) for name in NAMES.split()]
     usual = np.bincount(lengths).argmax()
     alike = [name for name, length in zip(NAMES.split(), lengths, strict=True) if length == usual]
     if len(alike) < config.facts:
         raise ValueError(f"facts is {config.facts}: need at most {len(alike)}, the names of one length")
     names = rng.choice(alike, config.facts, replace=False)
     codes = ["".join(map(str, rng.integers(0, 10, config.digits))) for _ in names]
-    lines = [encoded(f"The code of {name} is {code}.\n") for name, code in zip(names, codes, strict=True)]
+    lines = [tokens_of(f"The code of {name} is {code}.\n") for name, code in zip(names, codes, strict=True)]
     chosen = np.linspace(0, config.facts - 1, config.asked).round().astype(int)
-    questions = [encoded(f"The code of {names[i]} is {codes[i]}") for i in chosen]
-    answer = len(questions[0]) - len(encoded(f"The code of {names[chosen[0]]} is"))
+    questions = [tokens_of(f"The code of {names[i]} is {codes[i]}") for i in chosen]
+    answer = len(questions[0]) - len(tokens_of(f"The code of {names[chosen[0]]} is"))
     start = [got.config["bos_token_id"]]
-    return Facts(lines, np.concatenate([start, encoded(config.prefix)]).astype(np.int32), np.stack(questions), answer)
+    return Facts(lines, np.concatenate([start, tokens_of(config.prefix)]).astype(np.int32), np.stack(questions), answer)
 
 
 def ids_of(given: Facts, count: int, prefix: bool) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:

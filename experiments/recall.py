@@ -247,7 +247,8 @@ def run(config, seed, folder, console):
         size = state_size(config, MIXERS[name])
         learning[name], speed = train(config, MIXERS[name], seed, folder / name.replace(" ", "_"), console)
         accuracy = learning[name][-1][1]
-        reached = next((float(step) for step, correct in learning[name] if correct >= 0.95), None)
+        step = decoders.first_step(learning[name], 0.95)
+        reached = None if step is None else float(step)
         numbers |= {f"{name}: accuracy": accuracy, f"{name}: steps to 95 percent": reached}
         row = {"mixer": name, "state": size, "accuracy": accuracy, "steps to 95 percent": reached}
         rows.append(row | {"tokens per second in training": speed})

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.inside_smollm2 import RANDOM, loaded
+from experiments.trained import encoded
 from jaxattn.cache import (
     Attentive,
     Forecasted,
@@ -220,26 +221,20 @@ def texts(got: Any, length: int) -> np.ndarray:
         + " "
         + " ".join(pydoc_data.topics.topics["specialnames"].split())
     )
-    return np.stack([_encoded(got, text)[:length] for text in (prose, inspect.getsource(argparse))])
+    return np.stack([encoded(got, text)[:length] for text in (prose, inspect.getsource(argparse))])
 
 
 def needles(got: Any, config: Config, rng: np.random.Generator) -> tuple[np.ndarray, int, int]:
     """(texts with a needle at each depth [depths, length], tokens of the question, tokens of the answer)."""
-    hay = _encoded(got, " ".join(pydoc_data.topics.topics["specialnames"].split()))
-    rows, question = [], _encoded(got, "\nQuestion: What is the code of the vault?\nAnswer: The code of the vault is")
+    hay = encoded(got, " ".join(pydoc_data.topics.topics["specialnames"].split()))
+    rows, question = [], encoded(got, "\nQuestion: What is the code of the vault?\nAnswer: The code of the vault is")
     for depth in config.depths:
         code = "".join(map(str, rng.integers(0, 10, 5)))
-        needle, answer = _encoded(got, f"\nThe code of the vault is {code}.\n"), _encoded(got, f" {code}")
+        needle, answer = encoded(got, f"\nThe code of the vault is {code}.\n"), encoded(got, f" {code}")
         rest = config.length - len(needle) - len(question) - len(answer)
         at = round(depth * rest)
         rows.append(np.concatenate([hay[:at], needle, hay[at:rest], question, answer]))
     return np.stack(rows), len(question), len(answer)
-
-
-def _encoded(got: Any, text: str) -> np.ndarray:
-    if got.tokenizer is None:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-    return np.asarray(got.encode(text, special=False), np.int32)
 
 
 def run(config, seed, folder, console):

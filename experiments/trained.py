@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from experiments.weights import folder_of
@@ -10,6 +11,13 @@ from jaxattn import models
 from jaxattn.models import pretrained
 
 RANDOM = "random"
+
+
+def encoded(got: pretrained.Pretrained, text: str) -> np.ndarray:
+    """The tokens of a text without special ones; bytes, if the model has no tokenizer."""
+    if got.tokenizer is None:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return np.asarray(got.encode(text, special=False), np.int32)
 
 
 def loaded(weights: str, small: Mapping[str, Any]) -> pretrained.Pretrained:

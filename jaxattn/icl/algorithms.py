@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from jaxattn.core.checks import as_ids, check_static_int
 from jaxattn.core.part import part
 from jaxattn.icl.prompt import Prompt
-from jaxattn.icl.sequences import Lookup
+from jaxattn.icl.sequences import Lookup, answered
 
 Format = Literal["direct", "scratchpad", "interleaved", "mnemonic"]
 
@@ -314,12 +314,7 @@ class Sorting:
 
     def sample(self, key: PRNGKeyArray, batch: int) -> Prompt:
         string = jax.random.randint(key, (batch, self.string), 0, self.letters, jnp.int32)
-        ordered = jnp.sort(string, -1)
-        mark = jnp.full((batch, 1), self.letters, jnp.int32)
-        x = jnp.concatenate([string, mark, ordered[:, :-1]], -1)
-        y = jnp.concatenate([jnp.zeros_like(string), ordered], -1)
-        weights = jnp.broadcast_to((jnp.arange(self.length) >= self.string).astype(float), x.shape)
-        return Prompt(x, y, weights, y)
+        return answered(string, jnp.sort(string, -1), self.letters)
 
 
 @part

@@ -112,15 +112,20 @@ class Copying:
 
     def sample(self, key: PRNGKeyArray, batch: int) -> Prompt:
         string = jax.random.randint(key, (batch, self.string), 0, self.letters)
-        mark = jnp.full((batch, 1), self.letters)
-        second = jnp.arange(2 * self.string) >= self.string
-        targets = jnp.where(second, jnp.concatenate([string, string], -1), 0)
-        return Prompt(
-            x=jnp.concatenate([string, mark, string[:, :-1]], -1),
-            y=targets,
-            weights=jnp.broadcast_to(second.astype(float), targets.shape),
-            clean=targets,
-        )
+        return answered(string, string, self.letters)
+
+
+def answered(string: Int[Array, "b n"], answer: Int[Array, "b n"], mark: int) -> Prompt:
+    """Returns prompts of a string, a mark, and an answer as long as the string, whose letters are the targets: 2n."""
+    between = jnp.full((len(string), 1), mark, string.dtype)
+    targets = jnp.concatenate([jnp.zeros_like(string), answer], -1)
+    second = jnp.arange(targets.shape[1]) >= string.shape[1]
+    return Prompt(
+        x=jnp.concatenate([string, between, answer[:, :-1]], -1),
+        y=targets,
+        weights=jnp.broadcast_to(second.astype(float), targets.shape),
+        clean=targets,
+    )
 
 
 @part

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import abrupt
+from experiments import abrupt, decoders
 from experiments.abrupt import CLAIMS, QUICK
 from jaxattn.claims import report
 
@@ -27,7 +27,7 @@ def test_progress_is_read_off_the_weights():
 
 def test_a_crossing_is_the_first_step_at_a_level():
     line = [(10, 0.1), (20, 0.6), (30, 0.4)]
-    assert [abrupt.crossing(line, level) for level in (0.0, 0.5, 0.6, 0.7)] == [10, 20, 20, None]
+    assert [decoders.first_step(line, level) for level in (0.0, 0.5, 0.6, 0.7)] == [10, 20, 20, None]
 
 
 def test_a_quick_run_judges_every_claim(quick_run):

@@ -60,8 +60,8 @@ def test_effective_frequencies_are_those_of_equal_shares():
 
 def test_a_curve_is_first_high_where_it_is():
     points = [(0, 0.1), (100, 0.995), (200, 0.5), (300, 1.0)]
-    assert grokking.first(points, 0.99) == 100
-    assert grokking.first(points, 1.1) is None
+    assert decoders.first_step(points, 0.99) == 100
+    assert decoders.first_step(points, 1.1) is None
 
 
 def test_the_batch_is_a_whole_side():
