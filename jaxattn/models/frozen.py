@@ -25,12 +25,12 @@ class FrozenReader(nnx.Module):
         layer = Layer([Branch(attention), Branch(cross, gate=Spec(nn.AdapterGate), name="cross"), Branch(block)])
         model = models.FrozenReader(large, TransformerConfig(..., layers=[layer] * 4), rngs=nnx.Rngs(0))
 
-    The context is the output of the final norm of the frozen decoder (LLM Modules, 2025). Both stand
-    at the same positions: a bias by distance, or `position=Rotary()`, tells attention which vectors are those of the
-    token and its neighbours; without one it has to tell by content. Only the
-    small decoder has parameters: those of the frozen one are constants, which no optimiser sees and no gradient
-    reaches. In decoding both keep a state, and that of the model keeps the vectors: W_k and W_v of all of them are
-    computed in every step, or with `absorb=True` of none.
+    The context is the output of the final norm of the frozen decoder (LLM Modules, 2025). The vectors of both decoders
+    stand at the same positions. A bias by distance, or `position=Rotary()`, tells attention which vectors are those of
+    the token and its neighbours; without one attention has to tell by content. Only the small decoder has parameters:
+    those of the frozen one are constants, which no optimiser sees and no gradient reaches. In decoding both keep a
+    state, and that of the model keeps the vectors: W_k and W_v of all of them are computed in every step, or with
+    `absorb=True` of none.
 
     Args:
         frozen: The decoder that is read. Dropout in it is off.

@@ -85,6 +85,10 @@ def test_predictors_that_are_trained_together_learn_as_they_would_alone(tmp_path
     assert ended.heads.kq.shape == both.heads.kq.shape
     assert (ended.heads.kq[0] != ended.heads.kq[1]).any()
     assert line[-1][1] < predictors.risk(task, one, 4096, 0)[0]
+    beside = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), one)
+    other, _ = predictors.train(task, beside, lambda x: x, "beside", 0, {}, *given, draws=2)
+    np.testing.assert_allclose(other.heads.kq[0], ended.heads.kq[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(other.heads.ov[0], ended.heads.ov[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_finished_training_is_not_run_again_and_another_one_is_refused(tmp_path):
