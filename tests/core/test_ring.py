@@ -45,7 +45,6 @@ from jaxattn.core.attend.ring import Given, Plan, Way, _hops_needed
 from jaxattn.core.attend.schedule import Block, Kinds, schedule
 
 SHARD = P(None, "context")
-COUNTS = (1, 2, 4, 8)
 FACTOR = 100  # roundings of the largest number: sums of some dozen terms, in another order
 
 
