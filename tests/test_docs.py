@@ -831,6 +831,15 @@ def test_the_page_on_causes(page):
     assert inside.k_composition.shape == (3, 4, 3, 4)
 
 
+def test_the_page_on_patterns(page):
+    """Rollout and flow are shares of inputs, and the first layer is what its matrix says."""
+    patterns = page("patterns")
+    for shares in (patterns.reached, patterns.measured, patterns.flow):
+        np.testing.assert_allclose(np.asarray(shares).sum(-1), 1, rtol=1e-5)
+    assert_close(patterns.reached[0], patterns.one_layer)
+    assert patterns.effects.shape == (2, 12)
+
+
 def test_the_page_on_models(page):
     """What it builds has the shapes it names; replaced mixers read what they say, and a folder comes back."""
     models = page("models")

@@ -1,6 +1,7 @@
 """What heads do: statistics, detectors, factors, lenses, probes, similarity of layers."""
 
 from jaxattn.analysis.factors import Factored, composition, copying, ov, qk
+from jaxattn.analysis.flow import max_flow, residual_mixing, residual_share, rollout
 from jaxattn.analysis.heads import (
     USUAL,
     HeadScores,
@@ -16,6 +17,7 @@ from jaxattn.analysis.heads import (
 from jaxattn.analysis.lens import Attribution, TunedLens, direct_attribution, lens, lens_loss
 from jaxattn.analysis.probe import Probe, Selectivity, auroc, cka, fit_logistic, fit_ridge, hsic, selectivity
 from jaxattn.analysis.recall import CMRGrid, cmr_crp, cmr_distance, cmr_grid, cmr_matrix, lag_curve
+from jaxattn.analysis.removal import rank_correlation, token_effects
 from jaxattn.analysis.similarity import attention_similarity, similar_blocks
 from jaxattn.analysis.spans import (
     SpanInfluence,
@@ -59,14 +61,20 @@ __all__ = [
     "lag_curve",
     "lens",
     "lens_loss",
+    "max_flow",
     "ov",
     "prefix_scores",
     "qk",
+    "rank_correlation",
     "removal_influence",
     "repeated_tokens",
+    "residual_mixing",
+    "residual_share",
+    "rollout",
     "selectivity",
     "similar_blocks",
     "sink_rate",
     "span_influence",
     "statistics",
+    "token_effects",
 ]
