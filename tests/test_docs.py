@@ -838,6 +838,9 @@ def test_the_page_on_patterns(page):
         np.testing.assert_allclose(np.asarray(shares).sum(-1), 1, rtol=1e-5)
     assert_close(patterns.reached[0], patterns.one_layer)
     assert patterns.effects.shape == (2, 12)
+    assert (patterns.places.shape, patterns.trivial.shape) == ((8, 2), (2, 2, 4))
+    assert (patterns.between.shape, patterns.near["first"].shape) == ((2, 4, 9, 9), (2, 4))
+    assert patterns.chordal
 
 
 def test_the_page_on_models(page):

@@ -39,7 +39,7 @@ def residual_mixing(
     if jnp.ndim(weights) != 5 or weights.shape[-1] != weights.shape[-2]:
         raise ValueError(f"weights has shape {jnp.shape(weights)}: need [layers, batch, heads, tokens, tokens]")
     check_probability("residual", residual)
-    share = jnp.asarray(residual, weights.dtype)[..., None, None] if jnp.ndim(residual) == 0 else residual[..., None]
+    share = jnp.asarray(residual, weights.dtype)[..., None]
     own = jnp.eye(weights.shape[-1], dtype=weights.dtype)
     mean = weights.mean(2)
     total = mean.sum(-1, keepdims=True)
