@@ -1,7 +1,19 @@
 """What heads do: statistics, detectors, factors, lenses, probes, similarity of layers."""
 
+from jaxattn.analysis.alignment import (
+    InputGradients,
+    Overlap,
+    attention_importance,
+    gradient_importance,
+    input_gradients,
+    krippendorff_alpha,
+    shapley,
+    top_overlap,
+)
 from jaxattn.analysis.factors import Factored, composition, copying, ov, qk
 from jaxattn.analysis.flow import max_flow, residual_mixing, residual_share, rollout
+from jaxattn.analysis.focus import Focus, SegmentFocus, segment_focus, span_attention
+from jaxattn.analysis.grounding import Grounding, Region, ground, largest_region, to_patches
 from jaxattn.analysis.heads import (
     USUAL,
     HeadScores,
@@ -14,11 +26,15 @@ from jaxattn.analysis.heads import (
     sink_rate,
     statistics,
 )
+from jaxattn.analysis.joint import JointPoints, distance_correlation, joint_points, pca
 from jaxattn.analysis.lens import Attribution, TunedLens, direct_attribution, lens, lens_loss
+from jaxattn.analysis.long_range import AccumulatedError, FarMass, accumulated_error, implied_weights
+from jaxattn.analysis.overlap import grad_cam, soft_iou
 from jaxattn.analysis.probe import Probe, Selectivity, auroc, cka, fit_logistic, fit_ridge, hsic, selectivity
 from jaxattn.analysis.recall import CMRGrid, cmr_crp, cmr_distance, cmr_grid, cmr_matrix, lag_curve
 from jaxattn.analysis.regression import Regression, lower_rows, regress, trivial_features, trivial_share
 from jaxattn.analysis.removal import rank_correlation, token_effects
+from jaxattn.analysis.roles import confidence, semantic_scores
 from jaxattn.analysis.similarity import (
     attention_similarity,
     classical_mds,
@@ -45,20 +61,46 @@ from jaxattn.analysis.topology import (
     template_distance,
     templates,
 )
+from jaxattn.analysis.vision import (
+    PruningScores,
+    RingProfile,
+    aligned_map,
+    grid_distances,
+    mean_offset,
+    patch_distance,
+    patch_weights,
+    position_deviation,
+    pruning_scores,
+    ring_profile,
+)
 
 __all__ = [
     "USUAL",
+    "AccumulatedError",
     "AttentionProbe",
     "Attribution",
     "CMRGrid",
     "Factored",
+    "FarMass",
+    "Focus",
+    "Grounding",
     "HeadScores",
     "HeadStatistics",
+    "InputGradients",
+    "JointPoints",
+    "Overlap",
     "Probe",
+    "PruningScores",
+    "Region",
     "Regression",
+    "RingProfile",
+    "SegmentFocus",
     "Selectivity",
     "SpanInfluence",
     "TunedLens",
+    "accumulated_error",
+    "aligned_map",
+    "attention_importance",
     "attention_similarity",
     "auroc",
     "bar_features",
@@ -73,30 +115,47 @@ __all__ = [
     "cmr_grid",
     "cmr_matrix",
     "composition",
+    "confidence",
     "copying",
     "depth_divergence",
     "direct_attribution",
+    "distance_correlation",
     "elastic_rules",
     "elastic_spans",
     "fit_attention_probe",
     "fit_logistic",
     "fit_ridge",
+    "grad_cam",
+    "gradient_importance",
     "graph_distances",
     "graph_features",
+    "grid_distances",
+    "ground",
     "head_distances",
     "head_scores",
     "head_statistics",
     "hsic",
+    "implied_weights",
+    "input_gradients",
     "is_chordal",
+    "joint_points",
     "js_divergence",
+    "krippendorff_alpha",
     "lag_curve",
+    "largest_region",
     "lens",
     "lens_loss",
     "lower_rows",
     "max_flow",
+    "mean_offset",
     "merge_pieces",
     "ov",
+    "patch_distance",
+    "patch_weights",
+    "pca",
+    "position_deviation",
     "prefix_scores",
+    "pruning_scores",
     "qk",
     "rank_correlation",
     "regress",
@@ -105,15 +164,23 @@ __all__ = [
     "repeated_tokens",
     "residual_mixing",
     "residual_share",
+    "ring_profile",
     "rollout",
+    "segment_focus",
     "selectivity",
+    "semantic_scores",
+    "shapley",
     "similar_blocks",
     "sink_rate",
+    "soft_iou",
+    "span_attention",
     "span_influence",
     "statistics",
     "template_distance",
     "templates",
+    "to_patches",
     "token_effects",
+    "top_overlap",
     "trivial_features",
     "trivial_share",
 ]
