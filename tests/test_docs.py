@@ -831,6 +831,24 @@ def test_the_page_on_causes(page):
     assert inside.k_composition.shape == (3, 4, 3, 4)
 
 
+def test_the_page_on_patterns(page):
+    """Rollout and flow are shares of inputs, and the first layer is what its matrix says."""
+    patterns = page("patterns")
+    for shares in (patterns.reached, patterns.measured, patterns.flow):
+        np.testing.assert_allclose(np.asarray(shares).sum(-1), 1, rtol=1e-5)
+    assert_close(patterns.reached[0], patterns.one_layer)
+    assert patterns.effects.shape == (2, 12)
+    assert (patterns.places.shape, patterns.trivial.shape) == ((8, 2), (2, 2, 4))
+    assert (patterns.between.shape, patterns.near["first"].shape) == ((2, 4, 9, 9), (2, 4))
+    assert patterns.chordal
+    np.testing.assert_allclose(patterns.rings.mass.sum(-1), 1)
+    assert (patterns.aligned.shape, patterns.where.shape) == ((1, 2, 5, 5), (2, 3, 3))
+    assert_close(patterns.shares.sum(), patterns.answer(np.ones((1, 4)))[0] - patterns.answer(np.zeros((1, 4)))[0])
+    assert patterns.follows < -0.3
+    np.testing.assert_allclose(patterns.implied.sum(-1), 1, rtol=1e-5)
+    assert patterns.errors.stream[0] == 0
+
+
 def test_the_page_on_models(page):
     """What it builds has the shapes it names; replaced mixers read what they say, and a folder comes back."""
     models = page("models")

@@ -1,5 +1,6 @@
-"""Which layers attend alike: the similarity of their attention, and blocks of layers that could share it."""
+"""Which layers, heads and models attend alike: similarities and divergences of rows, and a map of what is near."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -75,3 +76,113 @@ def similar_blocks(similarity: Any, *, size: int, count: int, edge: int = 1) -> 
                 row[end] = max(row[end], (total, (*starts, first)), key=lambda each: each[0])
         best.append(row)
     return [tuple(range(first, first + size)) for first in best[-1][max(last, 0)][1]]
+
+
+def js_divergence(p: Float[Array, "*#b s"], q: Float[Array, "*#b s"]) -> Float[Array, "*b"]:
+    """Returns the Jensen-Shannon divergence of rows, in nats, from 0 to log 2:
+
+        ½ Σ_j p_j log (p_j / m_j) + ½ Σ_j q_j log (q_j / m_j),   m = (p + q) / 2
+
+    Rows are divided by their sums first. A row without weight is no distribution: NaN.
+
+    Args:
+        p: [..., S], at least 0.
+        q: [..., S], likewise; leading axes broadcast.
+    """
+    p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
+    middle = (p + q) / 2
+
+    def to_middle(x: Array) -> Array:
+        some = ~(x <= 0)  # NaN stays NaN
+        return jnp.where(some, x * jnp.log(jnp.where(some, x, 1) / jnp.where(some, middle, 1)), 0).sum(-1)
+
+    return jnp.maximum((to_middle(p) + to_middle(q)) / 2, 0)  # rounding may be below 0
+
+
+def head_distances(weights: Float[Array, "layers b n t s"]) -> Float[Array, "heads heads"]:
+    """Returns the mean `js_divergence` between the rows of every two heads, of all texts (Clark et al., 2019).
+
+    Heads are numbered layer by layer, so that head n of layer l is row l N + n. Rows that are empty in one of both
+    heads are left out; two heads without a common row are NaN. The paper adds up over tokens where this is a mean, and
+    mixes 0.001 of uniform attention into the rows, which the divergence does not need to be finite.
+
+    Args:
+        weights: [L, B, N, T, S], recorded attention weights.
+
+    Raises:
+        ValueError: The weights have another number of axes.
+    """
+    if jnp.ndim(weights) != 5:
+        raise ValueError(f"weights has shape {jnp.shape(weights)}: need [layers, batch, heads, queries, keys]")
+    rows = jnp.moveaxis(jnp.asarray(weights), 2, 1).reshape(-1, *weights.shape[1:2], *weights.shape[3:])
+    there = ~(rows.sum(-1) <= 0)
+
+    def with_all(one: tuple[Array, Array]) -> Array:
+        both = one[1] & there
+        apart = jnp.where(both, js_divergence(one[0], rows), 0).sum((1, 2))
+        return apart / both.sum((1, 2))
+
+    return jax.lax.map(with_all, (rows, there))
+
+
+def depth_divergence(
+    ours: Float[Array, "layers n t s"], theirs: Float[Array, "others m t s"], parts: int = 4
+) -> Float[Array, " parts"]:
+    """Returns how differently two models attend to the same text in each part of their depth (Gao et al., 2023).
+
+    Weights are averaged over heads, and over the layers of each quarter of the depth, so that models of different
+    numbers of layers and heads can be compared. The figure is the mean of `js_divergence` over the rows that have
+    weight in both. Hold it against the divergence of two versions of one model.
+
+    Args:
+        ours: [L, N, T, S], the weights of one model.
+        theirs: [M, K, T, S], those of the other.
+        parts: How many parts the depth has, at least 1 and at most the number of layers of either.
+
+    Raises:
+        ValueError: The texts differ in length, or `parts` is out of range.
+    """
+    least = min(len(ours), len(theirs))
+    if not 1 <= parts <= least:
+        raise ValueError(f"parts is {parts}: need 1 to {least}, the number of layers")
+    if ours.shape[-2:] != theirs.shape[-2:]:
+        raise ValueError(f"ours is of {ours.shape[-2:]} tokens and theirs of {theirs.shape[-2:]}: need the same text")
+
+    def means(weights: Any) -> Array:
+        by_layer = jnp.asarray(weights).mean(1)
+        ends = [len(by_layer) * part // parts for part in range(parts + 1)]
+        return jnp.stack([by_layer[a:b].mean(0) for a, b in itertools.pairwise(ends)])
+
+    ours, theirs = means(ours), means(theirs)
+    both = ~(ours.sum(-1) <= 0) & ~(theirs.sum(-1) <= 0)
+    return jnp.where(both, js_divergence(ours, theirs), 0).sum(-1) / both.sum(-1)
+
+
+def classical_mds(distances: Float[np.ndarray, "n n"], dimensions: int = 2) -> Float[np.ndarray, "n k"]:
+    """Returns points whose distances are near the given ones: multidimensional scaling in closed form.
+
+        X = V Λ^½,   V Λ Vᵀ the leading eigenpairs of −½ J D² J,   J = I − 1/n
+
+    Distances of points in `dimensions` dimensions come back exactly. Points are centred, each axis is turned so that
+    its largest coordinate is positive, and axes that have nothing left are 0. Clark et al. (2019) use the metric kind,
+    which lowers a sum of squared errors of distances step by step.
+
+    Args:
+        distances: [n, n], symmetric.
+        dimensions: k, from 1 to n.
+
+    Raises:
+        ValueError: The distances are not square or not finite, or `dimensions` is out of range.
+    """
+    table = np.asarray(distances, np.float64)
+    if table.ndim != 2 or table.shape[0] != table.shape[1] or not np.isfinite(table).all():
+        raise ValueError(f"distances has shape {table.shape}: need a square of finite numbers")
+    if not 1 <= dimensions <= len(table):
+        raise ValueError(f"dimensions is {dimensions}: need 1 to {len(table)}")
+    squares = (table**2 + table.T**2) / 2
+    centred = squares - squares.mean(0) - squares.mean(1)[:, None] + squares.mean()
+    values, vectors = np.linalg.eigh(-centred / 2)
+    order = np.argsort(values)[::-1][:dimensions]
+    points = vectors[:, order] * np.sqrt(np.maximum(values[order], 0))
+    largest = points[abs(points).argmax(0), np.arange(dimensions)]
+    return points * np.where(largest < 0, -1, 1)

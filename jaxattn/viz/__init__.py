@@ -8,6 +8,7 @@ from jaxattn.viz.curves import show_by_layer, show_curves, show_lags, show_risks
 from jaxattn.viz.figure import save
 from jaxattn.viz.masks import show_mask
 from jaxattn.viz.pages import Example, Lens, page
+from jaxattn.viz.patterns import show_arcs, show_offsets, show_points
 from jaxattn.viz.scores import show_scores
 from jaxattn.viz.tables import show_grid, show_lens, show_patching
 
@@ -16,6 +17,7 @@ __all__ = [
     "Lens",
     "page",
     "save",
+    "show_arcs",
     "show_by_layer",
     "show_curves",
     "show_grid",
@@ -23,7 +25,9 @@ __all__ = [
     "show_lags",
     "show_lens",
     "show_mask",
+    "show_offsets",
     "show_patching",
+    "show_points",
     "show_risks",
     "show_scores",
 ]
