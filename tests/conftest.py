@@ -43,6 +43,7 @@ SLOW = pathlib.Path(__file__).with_name("slow.txt")  # as choose_slow.py writes 
 def pytest_addoption(parser):
     parser.addoption("--cpu-times", metavar="FILE", help="add the seconds of CPU of every test to a file")
     parser.addoption("--cases", metavar="N", type=int, help="of each test no more than N cases, spread evenly")
+    parser.addoption("--slow-cases", metavar="N", type=int, help="the same of those of its cases that are slow")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,15 +63,17 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(trylast=True, specname="pytest_collection_modifyitems")
 def pytest_leave_out_cases(config, items):
-    """Leaves out cases of tests that have more than `--cases` of those that are run: the first and the last stay."""
-    if (most := config.getoption("--cases")) is None:
-        return
-    cases = collections.defaultdict(list)
-    for item in items:
-        cases[item.nodeid.partition("[")[0]].append(item)
-    kept = {id(of[round(i * (len(of) - 1) / max(most - 1, 1))]) for of in cases.values() for i in range(most)}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-    items[:] = [item for item in items if id(item) in kept]
+    """Leaves out cases of tests with more than the options allow: those that stay are spread from first to last."""
+    for option, all_ in (("--cases", items), ("--slow-cases", [x for x in items if x.get_closest_marker("slow")])):
+        if (most := config.getoption(option)) is None:
+            continue
+        cases = collections.defaultdict(list)
+        for item in all_:
+            cases[item.nodeid.partition("[")[0]].append(item)
+        kept = {id(of[round(i * (len(of) - 1) / max(most - 1, 1))]) for of in cases.values() for i in range(most)}
+        out = {id(item) for item in all_} - kept
+        config.hook.pytest_deselected(items=[item for item in items if id(item) in out])
+        items[:] = [item for item in items if id(item) not in out]
 
 
 @pytest.hookimpl(wrapper=True)
