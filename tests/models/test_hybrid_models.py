@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import HYMBA
 
 from jaxattn import Causal, Documents, Sinks, Window, nn
 from jaxattn.models import (
@@ -27,7 +28,7 @@ FEED = Spec(nn.FeedForward, hidden=16)
 MEMORY = Spec(nn.NeuralMemory, heads=2, hidden=(), inner_batch=2, convolution=0)
 LAYERS = {
     "based": based(3, 2, window=4, key_dim=4),
-    "hymba": hymba(7, 2, window=3, meta_tokens=2),
+    "hymba": list(HYMBA),
     "memory as context": [pre_norm(Spec(nn.MemoryAsContext, heads=2, segment=4, persistent=1, memory=MEMORY), FEED)],
     "memory as gate": [pre_norm(Spec(nn.memory_as_gate, heads=2, window=4, persistent=1, memory=MEMORY), FEED)],
 }

@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONTEXT, PLAIN, VOCABULARY, decoder, shared
+from tiny import CONTEXT, HYMBA, PLAIN, VOCABULARY, decoder, shared
 
 from jaxattn import nn
 from jaxattn.cache import HeavyHitters, Paged, Policy, Quantised
-from jaxattn.models import Server, Spec, generate, hymba, pre_norm
+from jaxattn.models import Server, Spec, generate, pre_norm
 from jaxattn.models import server as module
 
 LENGTHS, NEW = np.array([5, 1, 3, 4, 2, 5, 4]), (6, 7, 1, 5, 7, 1, 3)  # more requests than rows, of all lengths
 PROMPTS = np.random.default_rng(0).integers(0, VOCABULARY, (len(LENGTHS), max(LENGTHS)))
-HYBRID = tuple(hymba(7, 2, window=3, meta_tokens=2))
 GREEDY = {"temperature": 0.0}
 
 
@@ -38,7 +37,7 @@ def served(server, options):
         (None, Policy(HeavyHitters(1, 2), 5), 0),
         (None, Policy(storage=Paged(2)), 0),
         (None, Policy(storage=Quantised(8, 2, 2)), 0),
-        (HYBRID, None, 2),
+        (HYMBA, None, 2),
     ],
     ids=["attention", "heavy hitters", "pool", "bits", "hymba"],
 )

@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import CONTEXT, VOCABULARY, assert_close, decoder, shared, tokens
+from tiny import CONTEXT, HYMBA, VOCABULARY, assert_close, decoder, shared, tokens
 
 from jaxattn import nn
 from jaxattn.cache import HeavyHitters, Paged, Policy, Quantised, Quest, Recent
-from jaxattn.models import Spec, hymba, pre_norm, reordered, rolled_back
+from jaxattn.models import Spec, pre_norm, reordered, rolled_back
 
 FEED = Spec(nn.FeedForward, hidden=16)
-HYMBA = tuple(hymba(7, 2, window=3, meta_tokens=2))
 MEMORY = Spec(nn.NeuralMemory, heads=2, hidden=(), inner_batch=2, convolution=0)
 GATE = (pre_norm(Spec(nn.memory_as_gate, heads=2, window=4, persistent=1, memory=MEMORY), FEED),)
 CONTEXTUAL = (pre_norm(Spec(nn.MemoryAsContext, heads=2, segment=4, persistent=1, memory=MEMORY), FEED),)

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from jaxattn import Alibi, Causal, Sigmoid, Sinks, Window, nn
-from jaxattn.models import Spec, Transformer, TransformerConfig, pre_norm
+from jaxattn.models import Spec, Transformer, TransformerConfig, hymba, pre_norm
 from jaxattn.nn import NullSoftmax
 
 VOCABULARY, CONTEXT, WIDTH, HEADS = 11, 12, 16, 4
@@ -35,6 +35,7 @@ SIGMOID = pre_norm(
     Spec(nn.FeedForward, hidden=16, activation="gelu_tanh", gated=False),
 )
 MIXED = (PLAIN, PLAIN, STREAMING, SIGMOID)
+HYMBA = tuple(hymba(7, 2, window=3, meta_tokens=2)[:3])  # a layer of each kind: far, near, and of shared keys
 FACTOR = 20 * len(MIXED)  # epsilons: a handful of roundings in each of four steps of each layer
 
 

@@ -81,7 +81,7 @@ SELECT = {
 }
 STORAGE = {"dense": Dense(), "paged": Paged(4), "in bits": Quantised(16, 4, 4)}
 TRIPLES = {f"{r}, {s}, {m}": (r, s, m) for r, s, m in itertools.product(RETAIN, SELECT, STORAGE)}
-# One case for each policy that does not read as many slots in every step; of its others, a quarter is tried.
+# A policy each that does not read as many slots in every step.
 DECIDED = ["heavy, recycled, paged", "all, local or all, dense", "all, by a forecast, dense"]
 
 
@@ -89,23 +89,41 @@ def number(name):
     return sum(list(way).index(part) for way, part in zip((RETAIN, SELECT, STORAGE), TRIPLES[name], strict=True))
 
 
+# A third of the triples, in which all pairs of two parts occur; of the others, those whose steps read as many slots.
+PAIRS = [name for name in TRIPLES if name in DECIDED or number(name) % 3 == 0]
 PRODUCT = {
     name: Policy(RETAIN[r], 12 if RETAIN[r].evicts else None, SELECT[s], storage=STORAGE[m])
     for name, (r, s, m) in TRIPLES.items()
-    if SELECT[s] is None or not SELECT[s].decides or name in DECIDED or number(name) % 4 == 0
+    if SELECT[s] is None or not SELECT[s].decides or name in PAIRS
 }
-# Of the policies that always read as many, a third is run always, in which all pairs of two parts occur.
-ALWAYS = [
-    name
-    for name, policy in PRODUCT.items()
-    if name in DECIDED or (number(name) % 3 == 0 and not (policy.select and policy.select.decides))
-]
-CASES = [*POLICIES] + [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in PRODUCT]
+
+
+def decides(policy):
+    return policy.select is not None and policy.select.decides
+
+
+def policy_case(name, *values):
+    """A case that is run always if it is a named policy, or one of the pairs whose steps all read as many slots."""
+    quick = name in (*POLICIES, *DECIDED) or (name in PAIRS and not decides(PRODUCT[name]))
+    return pytest.param(name, *values, marks=() if quick else pytest.mark.slow)
+
+
 PADDING = {
     "none": np.tile(np.arange(T), (B, 1)),
     "left": np.stack([np.where(np.arange(T) < 5, -1, np.arange(T) - 5), np.arange(T)]),
     "gaps": np.stack([np.arange(T), np.where(np.arange(T) % 6 == 3, -1, np.cumsum(np.arange(T) % 6 != 3) - 1)]),
 }
+
+
+def padding_of(name):
+    """The padding that a policy of the product is tried with: every part of it meets every padding."""
+    retain, select, _ = TRIPLES[name]
+    return list(PADDING)[([*RETAIN].index(retain) + 2 * [*SELECT].index(select)) % 3]
+
+
+CASES = [policy_case(name) for name in (*POLICIES, *PAIRS)]
+PADDED = [policy_case(name, padding) for padding in PADDING for name in POLICIES]
+PADDED += [policy_case(name, padding_of(name)) for name in PRODUCT]
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +165,7 @@ def assert_same(actual, expected, seen, tolerance=300 * EPS):
     assert error.max() <= tolerance * abs(np.asarray(expected)).max()
 
 
-@pytest.mark.parametrize("padding", PADDING)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "padding"), PADDED)
 def test_an_evicting_store_equals_a_dense_pass_under_the_mask_of_what_was_read(module, name, padding):
     """Replay, token by token; what empty slots hold does not matter."""
     positions, policy = PADDING[padding], (POLICIES | PRODUCT)[name]
