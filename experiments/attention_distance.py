@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from experiments.inside_smollm2 import rank_correlation
 from experiments.trained import RANDOM, loaded
-from jaxattn import trace
+from jaxattn import analysis, trace
 from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, check_names
 
 IMAGES = ("photograph", "mirrored", "shuffled", "noise", "grey")
@@ -153,7 +152,9 @@ def run(config, seed, folder, console):
     numbers = {
         "distance in layer 0": float(by_layer[0]),
         "distance in layer 0 less the least of later layers": float(by_layer[0] - by_layer[1:].min()),
-        "rank correlation of depth and distance, from layer 1": rank_correlation(depth[1:], by_layer[1:]),
+        "rank correlation of depth and distance, from layer 1": float(
+            analysis.rank_correlation(depth[1:], by_layer[1:])
+        ),
         "farthest over nearest head of layers 0 to 3": float(photograph[:4].max() / photograph[:4].min()),
         "nearest head of the last layers over equal weights": float(late.min() / equal),
         "distance of equal weights": equal,

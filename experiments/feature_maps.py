@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from rich.progress import track
 
+from jaxattn import analysis
 from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, outside, within
 from jaxattn.core.linear import (
     Elu1Features,
@@ -187,13 +188,6 @@ def divergence(p, approximation):
     return distillation_loss(p, approximation) - entropy(p)
 
 
-def rank_correlation(a, b):
-    """Spearman's, of each row of a with the same row of b; the mean over rows."""
-    ranks = (x.argsort(-1).argsort(-1).astype(jnp.float32) for x in (a, b))
-    x, y = (r - r.mean(-1, keepdims=True) for r in ranks)
-    return ((x * y).sum(-1) / jnp.sqrt((x**2).sum(-1) * (y**2).sum(-1))).mean()
-
-
 def slope(points: list[tuple[float, float]]) -> float:
     """Of the line through log y against log x, by least squares."""
     xs, ys = np.log(np.array(points)).T
@@ -339,7 +333,7 @@ def mimicry(config: Config, seed: jax.Array, console):
             "features": maps[name].size(width) if name in maps else "–",
             "divergence": float(divergence(exact, p)),
             "entropy": float(entropy(p)),
-            "rank correlation with q·k": float(rank_correlation(p, scores)),
+            "rank correlation with q·k": float(analysis.rank_correlation(p, scores).mean()),
         }
         for name, p in approximations.items()
     ]

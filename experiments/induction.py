@@ -17,7 +17,6 @@ import optax
 
 from experiments import decoders
 from experiments.decoders import OPTIMIZER
-from experiments.inside_smollm2 import rank_correlation
 from jaxattn import Causal, analysis, icl, models, nn, trace
 from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most, check_names, outside, within
 from jaxattn.train import Drawn, OptimizerConfig
@@ -58,8 +57,8 @@ class Config:
     states: int = 3
     chain: int = 64
     chain_width: int = 32
-    chain_steps: int = 2500
-    single_steps: int = 1200
+    chain_steps: int = 6000
+    single_steps: int = 2500
     chains: int = 4096
     letters: int = 32
     length: int = 64
@@ -71,7 +70,7 @@ class Config:
     heads: int = 2
     steps: int = 1000
     batch_size: int = 64
-    eval_every: int = 25
+    eval_every: int = 10
     probe: int = 20
     lags: int = 5
     grid: tuple[int, int, int] = (10, 11, 6)
@@ -99,6 +98,7 @@ QUICK = Config(
 )
 
 PAPER = "induction_heads"
+ALIKE = 0.3  # the prefix score from which on a head is called an induction head
 CLAIMS = (
     Claim(
         "Two layers of attention learn to predict a random Markov chain as well as Bayes: within 0.01 nats.",
@@ -148,6 +148,13 @@ CLAIMS = (
         "Without this head in-context learning collapses: at most half of the score is left.",
         paper=PAPER,
         number="blocks: score left without the induction head",
+        confirmed=at_most(0.5),
+        refuted=at_least(0.9),
+    ),
+    Claim(
+        f"Without all heads whose prefix score is above {ALIKE} it collapses: at most half of the score is left.",
+        paper=PAPER,
+        number="blocks: score left without all induction heads",
         confirmed=at_most(0.5),
         refuted=at_least(0.9),
     ),
@@ -341,6 +348,12 @@ def run(config, seed, folder, console):
     layer, head = divmod(best, config.heads)
     others = [left[layer, other] for other in range(config.heads) if other != head]
     numbers["blocks: score left without the induction head"] = float(left[layer, head])
+    alike = (prefix[-1] > ALIKE).reshape(left.shape)
+    none = {"z": trace.Layers(trace.Scale(jnp.where(alike[..., None], 0.0, 1.0)))}
+    numbers["blocks: induction heads"] = float(alike.sum())
+    numbers["blocks: score left without all induction heads"] = (
+        float(icl.icl_score(by_position(learned, batch, edits=none))) / whole
+    )
     numbers["blocks: score left without another head of the layer"] = float(np.mean(others))
 
     console.print("induction: curves of recall")
@@ -351,7 +364,13 @@ def run(config, seed, folder, console):
     )
     nearest = np.asarray(grid.curves)[every[best].argmin()]
     numbers["blocks: distance of the induction head from CMR"] = float(distances[-1])
-    numbers["blocks: correlation of distance and prefix score"] = rank_correlation(distances, prefix[:, best])
+    numbers["blocks: correlation of distance and prefix score"] = float(
+        analysis.rank_correlation(distances, prefix[:, best])
+    )
+    formed = 1 + int(np.argmax(prefix[:, best] >= 0.9 * prefix[-1, best]))  # looks until the head has formed
+    numbers["blocks: correlation of distance and prefix score while the head forms"] = (
+        float(analysis.rank_correlation(distances[:formed], prefix[:formed, best])) if formed > 2 else None
+    )
     for name, value in zip(("β_enc", "β_rec", "γ"), grid.parameters[every[best].argmin()], strict=True):
         numbers[f"blocks: nearest curve, {name}"] = float(value)
     heads: list[dict[str, Any]] = [

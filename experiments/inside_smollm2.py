@@ -305,11 +305,6 @@ def drawn(among: Bool[np.ndarray, "l n"], count: int, draws: int, rng: Any) -> B
     return chosen.reshape(draws, *among.shape)
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's, of numbers without ties."""
-    return float(np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(y)))[0, 1])
-
-
 def looks(model: Any, key: Array, config: Config, start: int) -> dict[str, Float[np.ndarray, "l n"]]:
     """What heads look at while random tokens come for the second time."""
     options = {"batch": config.texts, "period": config.period, "first": start}
@@ -626,10 +621,12 @@ def run(config, seed, folder, console):
         "previous-token heads over other heads, through keys": totals["keys"]
         / max(totals["keys, from another head"], 1e-3),
         **of_weights,
-        "rank correlation of depth and log-probability": rank_correlation(
-            np.arange(len(single) + 1), log_p["paragraph"]
+        "rank correlation of depth and log-probability": float(
+            analysis.rank_correlation(np.arange(len(single) + 1), log_p["paragraph"])
         ),
-        "rank correlation of depth and log rank": rank_correlation(np.arange(len(single) + 1), log_rank["paragraph"]),
+        "rank correlation of depth and log rank": float(
+            analysis.rank_correlation(np.arange(len(single) + 1), log_rank["paragraph"])
+        ),
     }
     columns = {
         "previous token": scores["previous"],

@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from experiments import inside_smollm2, trained
-from experiments.inside_smollm2 import RANDOM, nll, rank_correlation
-from jaxattn import Causal, Entropy, Temperature
+from experiments.inside_smollm2 import RANDOM, nll
+from jaxattn import Causal, Entropy, Temperature, analysis
 from jaxattn.cache import AtPieces, Policy
 from jaxattn.claims import Claim, Curves, Result, at_least, at_most
 from jaxattn.core.attend import READER, SHARED, KeepGroups, Pieces
@@ -245,7 +245,7 @@ def results(config: Config, found: Any) -> Result:
     numbers: dict[str, float | None] = {
         "entropy, most pieces less one": entropy[PLAIN, most] - entropy[PLAIN, one],
         "accuracy, most pieces over one": right[PLAIN, most] / right[PLAIN, one] if right[PLAIN, one] > 0 else None,
-        "rank correlation of entropy and loss over pieces": rank_correlation(*by_pieces.T),
+        "rank correlation of entropy and loss over pieces": float(analysis.rank_correlation(*by_pieces.T)),
         "entropy, lowered by the prefix over most pieces": entropy[PLAIN, most] - entropy[PREFIX, most],
         "share of the loss won back by the prefix": won_back(PREFIX),
         "share of the loss won back by prefix and selection": won_back(BOTH),

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.inside_smollm2 import rank_correlation
-from jaxattn import Alibi, attend, icl
+from jaxattn import Alibi, analysis, attend, icl
 from jaxattn.claims import Claim, Curves, Result, at_least, at_most, outside, within
 from jaxattn.core.attend import NegativeDistance, OneHotSample
 
@@ -170,7 +169,9 @@ def run(config, seed, folder, console):
         "error, inferred slope over known slope": errors["inferred"] / errors["known"],
         "error, all windows over known slope": errors["all windows"] / errors["known"],
         "best fixed slope": float(config.slopes[int(fixed.argmin())]),
-        "rank correlation of inferred and true slope": rank_correlation(all_of["slope"], all_of["true slope"]),
+        "rank correlation of inferred and true slope": float(
+            analysis.rank_correlation(all_of["slope"], all_of["true slope"])
+        ),
         "median deviation from the mean by enumeration": float(np.median(deviation)),
         "slope of the log of the error over the log of the draws": float(np.polyfit(log[:, 0], log[:, 1], 1)[0]),
     }

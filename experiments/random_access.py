@@ -62,7 +62,7 @@ class Config:
     width: int = 64
     layers: int = 2
     heads: int = 4
-    steps: int = 1500
+    steps: int = 3000
     batch_size: int = 32
     eval_every: int = 250
     prompts: int = 64

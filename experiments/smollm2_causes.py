@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments import inside_smollm2
-from experiments.inside_smollm2 import EDGES, FRAMEWORK, HEADS, LENS, SINKS, best, nll, rank_correlation
+from experiments.inside_smollm2 import EDGES, FRAMEWORK, HEADS, LENS, SINKS, best, nll
 from jaxattn import analysis, trace
 from jaxattn.claims import Claim, Curves, Result, at_least, at_most
 
@@ -239,8 +239,8 @@ def run(config, seed, folder, console):
         "copying from the embedding, induction heads less others": float(
             from_table[induction].mean() - from_table[~induction].mean()
         ),
-        "rank correlation of depth and log-probability, tempered": rank_correlation(
-            np.arange(len(by_temperature)), by_temperature.max(1)
+        "rank correlation of depth and log-probability, tempered": float(
+            analysis.rank_correlation(np.arange(len(by_temperature)), by_temperature.max(1))
         ),
     }
     return Result(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments import inside_smollm2
 from experiments.inside_smollm2 import RANDOM, nll
-from jaxattn import Causal, attend, trace
+from jaxattn import Causal, analysis, attend, trace
 from jaxattn.analysis import choose_rules, elastic_rules, span_influence
 from jaxattn.claims import Claim, Curves, Maps, Result, at_least, at_most
 from jaxattn.core.attend import Mask
@@ -294,7 +294,7 @@ def results(config: Config, whole: Any, costs: Any, expected: np.ndarray, spread
             of(SEARCHED, 0.25, 2 * length), of(UNIFORM, 0.25, 2 * length)
         ),
         "rank correlation of expected and measured cost": (
-            inside_smollm2.rank_correlation(*expected.T) if len(expected) > 2 else None
+            float(analysis.rank_correlation(*expected.T)) if len(expected) > 2 else None
         ),
     }
     numbers |= {

@@ -1,6 +1,7 @@
 """What an output owes to tokens: how it changes when they are taken out, and how closely two rankings agree."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,10 +76,12 @@ def rank_correlation(x: Float[ArrayLike, "*b n"], y: Float[ArrayLike, "*b n"]) -
         y: [..., n].
     """
 
+    @partial(jnp.vectorize, signature="(n)->(n)")
     def ranks(x: Array) -> Array:
-        rank = ((x[..., None, :] < x[..., None]).sum(-1) + (x[..., None, :] <= x[..., None]).sum(-1)) / 2
-        rank = jnp.where(jnp.isnan(x).any(-1, keepdims=True), jnp.nan, rank)
-        return rank - rank.mean(-1, keepdims=True)
+        ordered = jnp.sort(x)
+        rank = (jnp.searchsorted(ordered, x, side="left") + jnp.searchsorted(ordered, x, side="right")) / 2
+        rank = jnp.where(jnp.isnan(x).any(), jnp.nan, rank)
+        return rank - rank.mean()
 
     a, b = ranks(jnp.asarray(x)), ranks(jnp.asarray(y))
     return (a * b).sum(-1) / jnp.sqrt((a**2).sum(-1) * (b**2).sum(-1))

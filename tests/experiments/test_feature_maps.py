@@ -33,16 +33,6 @@ def test_measures_of_equal_and_of_known_weights():
     np.testing.assert_allclose(feature_maps.divergence(p, q), np.log(2), rtol=1e-6)
 
 
-def test_rank_correlation_is_of_the_order_alone():
-    x = jnp.array([[0.1, 2.0, -3.0, 0.5]])
-    np.testing.assert_allclose(feature_maps.rank_correlation(x, jnp.exp(x)), 1, rtol=1e-6)
-    np.testing.assert_allclose(feature_maps.rank_correlation(x, -x), -1, rtol=1e-6)
-    # Ranks 0 1 2 3 and 0 1 3 2: 1 − 6 Σ d² / (n (n² − 1)) = 1 − 12 / 60.
-    np.testing.assert_allclose(
-        feature_maps.rank_correlation(jnp.array([[0.0, 1, 2, 3]]), jnp.array([[0.0, 1, 9, 4]])), 0.8, rtol=1e-6
-    )
-
-
 def test_weights_of_a_map_are_its_kernel_by_row():
     query, key = jax.random.normal(jax.random.key(0), (2, 5, 2, 4)) / 2
     made = feature_maps.weights(TaylorFeatures(2), query, key)

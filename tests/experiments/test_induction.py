@@ -22,11 +22,6 @@ def test_what_does_not_change_has_no_middle():
     assert np.isnan(induction.halfway(np.array([10, 20, 30]), np.array([0.5, 0.9, 0.5])))
 
 
-def test_ranks_are_places_in_order():
-    assert induction.rank_correlation(np.array([0.3, -1.0, 5.0]), np.array([1, 0, 2])) == pytest.approx(1)
-    assert induction.rank_correlation(np.array([0.3, -1.0, 5.0]), np.array([2, 1, 0])) == pytest.approx(-0.5)
-
-
 def test_all_tokens_of_a_batch_count_and_those_that_were_seen_are_known():
     batch = induction.drawn(induction.blocks(QUICK), "").draw(jax.random.key(0), 5)
     assert (batch["weights"] == 1).all()

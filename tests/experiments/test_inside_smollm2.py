@@ -53,12 +53,6 @@ def test_heads_are_chosen_by_score_and_drawn_among_others():
     assert (inside_smollm2.drawn(~best, 9, 2, np.random.default_rng(0)) == ~best).all()
 
 
-def test_the_rank_correlation_sees_order_alone():
-    x = np.arange(6.0)
-    assert inside_smollm2.rank_correlation(x, np.exp(x)) == pytest.approx(1)
-    assert inside_smollm2.rank_correlation(x, -(x**3)) == pytest.approx(-1)
-
-
 def test_weights_that_are_not_there_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="weights holds 'smollm3': did you mean 'smollm2'"):
         inside_smollm2.loaded(Config(weights="smollm3"))
