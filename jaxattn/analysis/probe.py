@@ -83,7 +83,7 @@ def fit_logistic(
         return gradient, hessian + jnp.diag(jnp.repeat(ridge, classes))
 
     w = newton(loss, derivatives, jnp.zeros((features + 1, classes), x.dtype), steps)
-    return Probe(w[:-1], w[-1])
+    return Probe(w[:-1], w[-1] - w[-1].mean())  # what is the same for all classes is only rounding
 
 
 def newton(
@@ -94,19 +94,21 @@ def newton(
     Args:
         loss: From the parameters, of any shape, to a number.
         derivatives: From the parameters to the gradient, of their shape, and the matrix of second derivatives, [n, n]
-            for n parameters. A share of 10⁻⁸ of its mean diagonal is added to it.
+            for n parameters. A small share of its mean diagonal is added to it, since it may be singular, as that of
+            one bias per class is, and rounding may make it no matrix of a minimum.
         start: The parameters to begin with.
         steps: The number of steps.
     """
 
     def step(w: Array, _: None) -> tuple[Array, None]:
         gradient, hessian = derivatives(w)
-        hessian = hessian + jnp.eye(w.size, dtype=w.dtype) * (1e-8 * jnp.trace(hessian) / w.size)
+        share = max(1e-8, 10 * float(jnp.finfo(w.dtype).eps))
+        hessian = hessian + jnp.eye(w.size, dtype=w.dtype) * (share * jnp.trace(hessian) / w.size)
         direction = jnp.linalg.solve(hessian, gradient.reshape(-1)).reshape(w.shape)
         sizes = 0.5 ** jnp.arange(10)
         losses = jnp.append(jax.vmap(lambda size: loss(w - size * direction))(sizes), loss(w))
         size = jnp.append(sizes, 0.0)[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))]
-        return w - size * direction, None
+        return w - jnp.where(size > 0, size * direction, 0), None  # a direction may be NaN
 
     return jax.lax.scan(step, start, length=steps)[0]
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike
 
 from jaxattn.analysis.probe import newton
 from jaxattn.core.part import part
@@ -98,25 +99,28 @@ class AttentionProbe:
         to = jnp.tensordot(self.reads, jnp.moveaxis(maps, -3, 0), 1)
         return to + jnp.tensordot(self.read_by, jnp.moveaxis(maps, -3, 0), 1).swapaxes(-1, -2)
 
-    def guess(self, maps: Float[Array, "*b k w w"], words: Bool[Array, "*b w"] | None = None) -> Int[Array, "*b w"]:
+    def guess(
+        self, maps: Float[ArrayLike, "*b k w w"], words: Bool[ArrayLike, "*b w"] | None = None
+    ) -> Int[Array, "*b w"]:
         """Returns the word with the largest score as the head of each, which is never the word itself.
 
         Args:
             maps: A, [..., K, W, W].
             words: [..., W], where words stand; None where no text is padded.
         """
+        maps = jnp.asarray(maps)
         return jnp.where(_candidates(words, maps.shape[-1]), self(maps), HIDDEN).argmax(-1)
 
 
-def _candidates(words: Bool[Array, "*b w"] | None, length: int) -> Bool[Array, "*b w w"]:
+def _candidates(words: Bool[ArrayLike, "*b w"] | None, length: int) -> Bool[Array, "*b w w"]:
     others = ~jnp.eye(length, dtype=bool)
     return others if words is None else others & jnp.asarray(words)[..., None, :]
 
 
 def fit_attention_probe(
-    maps: Float[Array, "b k w w"],
-    heads: Int[Array, "b w"],
-    words: Bool[Array, "b w"] | None = None,
+    maps: Float[ArrayLike, "b k w w"],
+    heads: Int[ArrayLike, "b w"],
+    words: Bool[ArrayLike, "b w"] | None = None,
     *,
     penalty: float = 1.0,
     steps: int = 20,

@@ -37,6 +37,17 @@ def test_the_gradient_of_a_logistic_probe_is_zero(classes):
     np.testing.assert_allclose(p.sum(0), 0, atol=1e-7)
 
 
+def test_in_float32_the_probe_is_that_of_float64():
+    """Biases that grow together change nothing, so that second derivatives are singular."""
+    for classes, n in ((2, 8), (3, 30)):
+        x, labels = drawn(n, 3), np.arange(n) % classes
+        exact = fit_logistic(x, labels, penalty=0.5)
+        with jax.enable_x64(False):
+            probe = fit_logistic(jnp.asarray(x, jnp.float32), labels, penalty=0.5)
+        np.testing.assert_allclose(probe.weight, exact.weight, atol=1e-3)
+        np.testing.assert_allclose(probe.bias, exact.bias, atol=1e-3)
+
+
 def test_separable_classes_keep_finite_weights():
     x = np.concatenate([drawn(20, 2) + 30, drawn(20, 2) - 30])
     labels = jnp.repeat(jnp.arange(2), 20)
