@@ -1,5 +1,6 @@
 """What heads do: statistics, detectors, factors, lenses, probes, similarity of layers."""
 
+from jaxattn.analysis.detectors import DETECTORS, Copies, Detector, Found, copies, detect, label_heads
 from jaxattn.analysis.factors import Factored, composition, copying, ov, qk
 from jaxattn.analysis.heads import (
     USUAL,
@@ -27,10 +28,14 @@ from jaxattn.analysis.spans import (
 )
 
 __all__ = [
+    "DETECTORS",
     "USUAL",
     "Attribution",
     "CMRGrid",
+    "Copies",
+    "Detector",
     "Factored",
+    "Found",
     "HeadScores",
     "HeadStatistics",
     "Probe",
@@ -47,7 +52,9 @@ __all__ = [
     "cmr_grid",
     "cmr_matrix",
     "composition",
+    "copies",
     "copying",
+    "detect",
     "direct_attribution",
     "elastic_rules",
     "elastic_spans",
@@ -56,6 +63,7 @@ __all__ = [
     "head_scores",
     "head_statistics",
     "hsic",
+    "label_heads",
     "lag_curve",
     "lens",
     "lens_loss",
