@@ -34,6 +34,14 @@ from jaxattn.analysis.pruning import (
     without_heads,
 )
 from jaxattn.analysis.recall import CMRGrid, cmr_crp, cmr_distance, cmr_grid, cmr_matrix, lag_curve
+from jaxattn.analysis.relations import (
+    Relation,
+    dynamic_scores,
+    hit_rate,
+    relation_scores,
+    salient_tokens,
+    token_vectors,
+)
 from jaxattn.analysis.retrieval import attention_influence, copy_hits, retrieval_scores, uniform_heads
 from jaxattn.analysis.similarity import attention_similarity, similar_blocks
 from jaxattn.analysis.spans import (
@@ -71,6 +79,7 @@ __all__ = [
     "HeadScores",
     "HeadStatistics",
     "Probe",
+    "Relation",
     "RotaryPairs",
     "Selectivity",
     "SingularVectors",
@@ -94,6 +103,7 @@ __all__ = [
     "copying",
     "detect",
     "direct_attribution",
+    "dynamic_scores",
     "elastic_rules",
     "elastic_spans",
     "extreme_channels",
@@ -104,6 +114,7 @@ __all__ = [
     "head_scores",
     "head_slopes",
     "head_statistics",
+    "hit_rate",
     "hsic",
     "label_heads",
     "lag_curve",
@@ -119,15 +130,18 @@ __all__ = [
     "pruning_curve",
     "pruning_order",
     "qk",
+    "relation_scores",
     "removal_influence",
     "repeated_tokens",
     "retrieval_scores",
+    "salient_tokens",
     "score_terms",
     "selectivity",
     "similar_blocks",
     "sink_rate",
     "span_influence",
     "statistics",
+    "token_vectors",
     "uniform_heads",
     "without_channels",
     "without_heads",
