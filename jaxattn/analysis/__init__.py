@@ -2,6 +2,7 @@
 
 from jaxattn.analysis.detectors import DETECTORS, Copies, Detector, Found, copies, detect, label_heads
 from jaxattn.analysis.factors import Factored, composition, copying, ov, qk
+from jaxattn.analysis.facts import Regression, block_regression, regress_vectors
 from jaxattn.analysis.heads import (
     USUAL,
     HeadScores,
@@ -14,6 +15,7 @@ from jaxattn.analysis.heads import (
     sink_rate,
     statistics,
 )
+from jaxattn.analysis.knockout import knockout, token_lens
 from jaxattn.analysis.lens import Attribution, TunedLens, direct_attribution, lens, lens_loss
 from jaxattn.analysis.massive import (
     ClearChannels,
@@ -79,6 +81,7 @@ __all__ = [
     "HeadScores",
     "HeadStatistics",
     "Probe",
+    "Regression",
     "Relation",
     "RotaryPairs",
     "Selectivity",
@@ -89,6 +92,7 @@ __all__ = [
     "attention_similarity",
     "auroc",
     "between_classes",
+    "block_regression",
     "channel_norms",
     "choose_rules",
     "cka",
@@ -116,6 +120,7 @@ __all__ = [
     "head_statistics",
     "hit_rate",
     "hsic",
+    "knockout",
     "label_heads",
     "lag_curve",
     "lens",
@@ -130,6 +135,7 @@ __all__ = [
     "pruning_curve",
     "pruning_order",
     "qk",
+    "regress_vectors",
     "relation_scores",
     "removal_influence",
     "repeated_tokens",
@@ -141,6 +147,7 @@ __all__ = [
     "sink_rate",
     "span_influence",
     "statistics",
+    "token_lens",
     "token_vectors",
     "uniform_heads",
     "without_channels",
