@@ -1,4 +1,4 @@
-"""What heads do: statistics, detectors, factors, lenses, probes, similarity of layers."""
+"""What heads do: statistics, detectors, factors, lenses, probes, patterns, what depends on them."""
 
 from jaxattn.analysis.alignment import (
     InputGradients,
@@ -10,7 +10,9 @@ from jaxattn.analysis.alignment import (
     shapley,
     top_overlap,
 )
+from jaxattn.analysis.detectors import DETECTORS, Copies, Detector, Found, copies, detect, label_heads
 from jaxattn.analysis.factors import Factored, composition, copying, ov, qk
+from jaxattn.analysis.facts import VectorFit, block_regression, regress_vectors
 from jaxattn.analysis.flow import max_flow, residual_mixing, residual_share, rollout
 from jaxattn.analysis.focus import Focus, SegmentFocus, segment_focus, span_attention
 from jaxattn.analysis.grounding import Grounding, Region, ground, largest_region, to_patches
@@ -27,13 +29,40 @@ from jaxattn.analysis.heads import (
     statistics,
 )
 from jaxattn.analysis.joint import JointPoints, distance_correlation, joint_points, pca
+from jaxattn.analysis.knockout import knockout, token_lens
 from jaxattn.analysis.lens import Attribution, TunedLens, direct_attribution, lens, lens_loss
 from jaxattn.analysis.long_range import AccumulatedError, FarMass, accumulated_error, implied_weights
+from jaxattn.analysis.massive import (
+    ClearChannels,
+    channel_norms,
+    concentration,
+    extreme_channels,
+    massive_channels,
+    pair_norms,
+    without_channels,
+)
 from jaxattn.analysis.overlap import grad_cam, soft_iou
 from jaxattn.analysis.probe import Probe, Selectivity, auroc, cka, fit_logistic, fit_ridge, hsic, selectivity
+from jaxattn.analysis.pruning import (
+    head_importance,
+    head_slopes,
+    one_head_left,
+    pruning_curve,
+    pruning_order,
+    without_heads,
+)
 from jaxattn.analysis.recall import CMRGrid, cmr_crp, cmr_distance, cmr_grid, cmr_matrix, lag_curve
 from jaxattn.analysis.regression import Regression, lower_rows, regress, trivial_features, trivial_share
+from jaxattn.analysis.relations import (
+    Relation,
+    dynamic_scores,
+    hit_rate,
+    relation_scores,
+    salient_tokens,
+    token_vectors,
+)
 from jaxattn.analysis.removal import rank_correlation, token_effects
+from jaxattn.analysis.retrieval import attention_influence, copy_hits, retrieval_scores, uniform_heads
 from jaxattn.analysis.roles import confidence, semantic_scores
 from jaxattn.analysis.similarity import (
     attention_similarity,
@@ -52,6 +81,17 @@ from jaxattn.analysis.spans import (
     span_influence,
 )
 from jaxattn.analysis.syntax import AttentionProbe, best_offset, fit_attention_probe, merge_pieces, relation_accuracy
+from jaxattn.analysis.terms import (
+    Basis,
+    Channels,
+    RotaryPairs,
+    SingularVectors,
+    fewest_terms,
+    pair_correlations,
+    participation,
+    score_terms,
+    writer_signals,
+)
 from jaxattn.analysis.topology import (
     bar_features,
     bars,
@@ -75,14 +115,21 @@ from jaxattn.analysis.vision import (
 )
 
 __all__ = [
+    "DETECTORS",
     "USUAL",
     "AccumulatedError",
     "AttentionProbe",
     "Attribution",
+    "Basis",
     "CMRGrid",
+    "Channels",
+    "ClearChannels",
+    "Copies",
+    "Detector",
     "Factored",
     "FarMass",
     "Focus",
+    "Found",
     "Grounding",
     "HeadScores",
     "HeadStatistics",
@@ -93,20 +140,27 @@ __all__ = [
     "PruningScores",
     "Region",
     "Regression",
+    "Relation",
     "RingProfile",
+    "RotaryPairs",
     "SegmentFocus",
     "Selectivity",
+    "SingularVectors",
     "SpanInfluence",
     "TunedLens",
+    "VectorFit",
     "accumulated_error",
     "aligned_map",
     "attention_importance",
+    "attention_influence",
     "attention_similarity",
     "auroc",
     "bar_features",
     "bars",
     "best_offset",
     "between_classes",
+    "block_regression",
+    "channel_norms",
     "choose_rules",
     "cka",
     "classical_mds",
@@ -115,13 +169,20 @@ __all__ = [
     "cmr_grid",
     "cmr_matrix",
     "composition",
+    "concentration",
     "confidence",
+    "copies",
+    "copy_hits",
     "copying",
     "depth_divergence",
+    "detect",
     "direct_attribution",
     "distance_correlation",
+    "dynamic_scores",
     "elastic_rules",
     "elastic_spans",
+    "extreme_channels",
+    "fewest_terms",
     "fit_attention_probe",
     "fit_logistic",
     "fit_ridge",
@@ -132,40 +193,57 @@ __all__ = [
     "grid_distances",
     "ground",
     "head_distances",
+    "head_importance",
     "head_scores",
+    "head_slopes",
     "head_statistics",
+    "hit_rate",
     "hsic",
     "implied_weights",
     "input_gradients",
     "is_chordal",
     "joint_points",
     "js_divergence",
+    "knockout",
     "krippendorff_alpha",
+    "label_heads",
     "lag_curve",
     "largest_region",
     "lens",
     "lens_loss",
     "lower_rows",
+    "massive_channels",
     "max_flow",
     "mean_offset",
     "merge_pieces",
+    "one_head_left",
     "ov",
+    "pair_correlations",
+    "pair_norms",
+    "participation",
     "patch_distance",
     "patch_weights",
     "pca",
     "position_deviation",
     "prefix_scores",
+    "pruning_curve",
+    "pruning_order",
     "pruning_scores",
     "qk",
     "rank_correlation",
     "regress",
+    "regress_vectors",
     "relation_accuracy",
+    "relation_scores",
     "removal_influence",
     "repeated_tokens",
     "residual_mixing",
     "residual_share",
+    "retrieval_scores",
     "ring_profile",
     "rollout",
+    "salient_tokens",
+    "score_terms",
     "segment_focus",
     "selectivity",
     "semantic_scores",
@@ -180,7 +258,13 @@ __all__ = [
     "templates",
     "to_patches",
     "token_effects",
+    "token_lens",
+    "token_vectors",
     "top_overlap",
     "trivial_features",
     "trivial_share",
+    "uniform_heads",
+    "without_channels",
+    "without_heads",
+    "writer_signals",
 ]

@@ -235,7 +235,8 @@ def composition(first: Factored, second: Factored) -> Float[Array, "..."]:
 def copying(model: Any) -> Float[np.ndarray, "layers n"]:
     """Returns Re Σ λ / Σ |λ| over the eigenvalues λ of W_E OV W_U of every head, from −1 to 1.
 
-    A head that raises the logits of the tokens that it reads is near 1 (Elhage et al., 2021). W_E is what tokens put
+    A head that raises the logits of the tokens that it reads is near 1 (Elhage et al., 2021), and a head that writes
+    nothing has NaN. W_E is what tokens put
     into the stream where no positions are added, norms and maps of the embedding included. The gain of the last norm is
     part of W_U, and the vocabulary by vocabulary matrix is never formed.
 
@@ -245,13 +246,31 @@ def copying(model: Any) -> Float[np.ndarray, "layers n"]:
     Raises:
         ValueError: As of `ov`, or the model has no table of tokens or no head.
     """
-    if not isinstance(model.embed, nn.TokenEmbedding) or not isinstance(model.head, nn.Head):
-        raise ValueError("model has no table of tokens or no head: need TokenEmbedding and Head")
-    table = model.embed.table[...]
-    unembed = table.T if model.head.map is None else model.head.map.kernel[...]
-    unembed = _normed(model.norm, unembed)
-    written = model.embed(jnp.arange(len(table))[None])[0]
+    values = (ov(model) @ (unembedding(model) @ token_table(model))).eigenvalues()
+    with np.errstate(invalid="ignore"):  # NaN for a head that writes nothing
+        return values.real.sum(-1) / np.abs(values).sum(-1)
+
+
+def token_table(model: Any) -> Float[Array, "v d"]:
+    """Returns what every token puts into the stream where no positions are added, norms and maps of it included.
+
+    Raises:
+        ValueError: The model has no table of tokens.
+    """
+    if not isinstance(model.embed, nn.TokenEmbedding):
+        raise ValueError("model has no table of tokens: need TokenEmbedding")
+    written = model.embed(jnp.arange(len(model.embed.table[...]))[None])[0]
     for more in (model.embed_norm, model.embed_map):
         written = written if more is None else more(written)
-    values = (ov(model) @ (unembed @ written)).eigenvalues()
-    return values.real.sum(-1) / np.abs(values).sum(-1)
+    return written
+
+
+def unembedding(model: Any) -> Float[Array, "d v"]:
+    """Returns W_U, the map from the stream over its last scale to the logits: the gain of the last norm is in it.
+
+    Raises:
+        ValueError: The model has no head.
+    """
+    if not isinstance(model.head, nn.Head):
+        raise ValueError("model has no head: need one that gives logits of tokens")
+    return _normed(model.norm, model.embed.table[...].T if model.head.map is None else model.head.map.kernel[...])
