@@ -182,7 +182,7 @@ def trained_heads(key: jax.Array, dim: int, heads: int, steps: int, batch: int) 
 
 @partial(jax.jit, static_argnames=("head_dim", "steps"))
 def fitted(key: jax.Array, weights: jax.Array, *, head_dim: int, steps: int) -> jax.Array:
-    """The mean KL divergence of weights [R, N, N] from the best softmax of dot products of `head_dim` channels."""
+    """Factors [2, R, N, H] whose dot products have the softmax nearest to weights [R, N, N], by their KL divergence."""
     factors = jax.random.normal(key, (2, *weights.shape[:-1], head_dim)) * 0.5
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
 
@@ -196,7 +196,15 @@ def fitted(key: jax.Array, weights: jax.Array, *, head_dim: int, steps: int) -> 
         return (optax.apply_updates(factors, updates), state), None
 
     (factors, _), _ = jax.lax.scan(step, (factors, optimizer.init(factors)), length=steps)
-    return loss(factors) / len(weights)
+    return factors
+
+
+def divergence(scores: jax.Array, factors: jax.Array) -> float:
+    """The mean KL divergence of the softmax of scores [R, N, N] from that of dot products of factors, in float64."""
+    with jax.enable_x64(True):
+        scores, factors = (jnp.asarray(np.asarray(x, np.float64)) for x in (scores, factors))
+        expected, log = (jax.nn.log_softmax(x, -1) for x in (scores, factors[0] @ factors[1].swapaxes(-1, -2)))
+        return float((jnp.exp(expected) * (expected - log)).sum(-1).mean())
 
 
 def labels(rng: np.random.Generator, heads: int, context: int, more: tuple[int, ...]) -> list[float]:
@@ -265,7 +273,7 @@ def run(config, seed, folder, console):
     scores = jax.random.normal(jax.random.fold_in(key, 1), (config.rows, config.keys, config.keys))
     weights = jax.nn.softmax(scores, -1)
     fits = [
-        (n, float(fitted(jax.random.fold_in(key, n), weights, head_dim=n, steps=config.steps)))
+        (n, divergence(scores, fitted(jax.random.fold_in(key, n), weights, head_dim=n, steps=config.steps)))
         for n in range(1, config.keys + 1)
     ]
     numbers |= {f"KL of the best fit, {n} channels": dict(fits).get(n) for n in (2, 7)}
