@@ -3,6 +3,7 @@
 from jaxattn.analysis.detectors import DETECTORS, Copies, Detector, Found, copies, detect, label_heads
 from jaxattn.analysis.factors import Factored, composition, copying, ov, qk
 from jaxattn.analysis.facts import Regression, block_regression, regress_vectors
+from jaxattn.analysis.feedback import Axes, Effect, axis_scores, cohens_d, principal_axes
 from jaxattn.analysis.heads import (
     USUAL,
     HeadScores,
@@ -17,6 +18,7 @@ from jaxattn.analysis.heads import (
 )
 from jaxattn.analysis.knockout import knockout, token_lens
 from jaxattn.analysis.lens import Attribution, TunedLens, direct_attribution, lens, lens_loss
+from jaxattn.analysis.lookback import guided_chunks, lookback_features, sliding_windows, span_means
 from jaxattn.analysis.massive import (
     ClearChannels,
     channel_norms,
@@ -70,12 +72,14 @@ __all__ = [
     "DETECTORS",
     "USUAL",
     "Attribution",
+    "Axes",
     "Basis",
     "CMRGrid",
     "Channels",
     "ClearChannels",
     "Copies",
     "Detector",
+    "Effect",
     "Factored",
     "Found",
     "HeadScores",
@@ -91,6 +95,7 @@ __all__ = [
     "attention_influence",
     "attention_similarity",
     "auroc",
+    "axis_scores",
     "between_classes",
     "block_regression",
     "channel_norms",
@@ -100,6 +105,7 @@ __all__ = [
     "cmr_distance",
     "cmr_grid",
     "cmr_matrix",
+    "cohens_d",
     "composition",
     "concentration",
     "copies",
@@ -114,6 +120,7 @@ __all__ = [
     "fewest_terms",
     "fit_logistic",
     "fit_ridge",
+    "guided_chunks",
     "head_importance",
     "head_scores",
     "head_slopes",
@@ -125,6 +132,7 @@ __all__ = [
     "lag_curve",
     "lens",
     "lens_loss",
+    "lookback_features",
     "massive_channels",
     "one_head_left",
     "ov",
@@ -132,6 +140,7 @@ __all__ = [
     "pair_norms",
     "participation",
     "prefix_scores",
+    "principal_axes",
     "pruning_curve",
     "pruning_order",
     "qk",
@@ -145,7 +154,9 @@ __all__ = [
     "selectivity",
     "similar_blocks",
     "sink_rate",
+    "sliding_windows",
     "span_influence",
+    "span_means",
     "statistics",
     "token_lens",
     "token_vectors",

@@ -79,7 +79,9 @@ def fit_logistic(
         gradient = wide.T @ (p - target) + ridge[:, None] * w
         inner = jnp.einsum("nc,cd->ncd", p, jnp.eye(classes, dtype=x.dtype)) - p[:, :, None] * p[:, None]
         hessian = jnp.einsum("nf,ncd,ng->fcgd", wide, inner, wide).reshape(w.size, w.size)
-        hessian = hessian + jnp.diag(jnp.repeat(ridge, classes) + 1e-8 * jnp.trace(hessian) / w.size)
+        # A common bias of all classes changes nothing, so that the matrix has no inverse without a little more.
+        least = max(1e-8, 16 * float(jnp.finfo(x.dtype).eps)) * jnp.trace(hessian) / w.size
+        hessian = hessian + jnp.diag(jnp.repeat(ridge, classes) + least)
         direction = jnp.linalg.solve(hessian, gradient.reshape(-1)).reshape(w.shape)
         sizes = 0.5 ** jnp.arange(10)
         losses = jnp.append(jax.vmap(lambda size: loss(w - size * direction))(sizes), loss(w))
