@@ -202,7 +202,7 @@ def run(config, seed, folder, console):
     massive = {site: float(np.asarray(analysis.massive_channels(norms[site])).any(-1).mean()) for site in sites}
 
     log("channels cleared")
-    texts = needles(lambda text: encoded(got, text), start, config, rng)  # type: ignore[arg-type]
+    texts = needles(lambda text: encoded(got, text), start, config, rng)
     tokens, rows = jnp.asarray(texts.tokens), np.flatnonzero(texts.answer) - 1
     prompt = jnp.arange(int(rows[0]) + 1)  # what is read before anything is answered
 
@@ -221,7 +221,8 @@ def run(config, seed, folder, console):
         return float((np.asarray(logits[:, -1]).argmax(-1) == first).mean())
 
     plain = codes({}), capitals({})
-    table, lines = [], {}
+    table: list[dict[str, Any]] = []
+    lines: dict[str, list[tuple[float, float]]] = {}
     for which in ("largest", "smallest"):
         for count in config.cleared:
             options: dict[str, Any] = {"smallest": which == "smallest"}

@@ -4,6 +4,7 @@ from jaxattn.analysis.detectors import DETECTORS, Copies, Detector, Found, copie
 from jaxattn.analysis.factors import Factored, composition, copying, ov, qk
 from jaxattn.analysis.facts import Regression, block_regression, regress_vectors
 from jaxattn.analysis.feedback import Axes, Effect, axis_scores, cohens_d, principal_axes
+from jaxattn.analysis.head_lens import HeadLens, head_lens_loss, last_heads
 from jaxattn.analysis.heads import (
     USUAL,
     HeadScores,
@@ -19,6 +20,7 @@ from jaxattn.analysis.heads import (
 from jaxattn.analysis.knockout import knockout, token_lens
 from jaxattn.analysis.lens import Attribution, TunedLens, direct_attribution, lens, lens_loss
 from jaxattn.analysis.lookback import guided_chunks, lookback_features, sliding_windows, span_means
+from jaxattn.analysis.low_rank import Project, head_subspaces, label_logits, projected
 from jaxattn.analysis.massive import (
     ClearChannels,
     channel_norms,
@@ -27,6 +29,14 @@ from jaxattn.analysis.massive import (
     massive_channels,
     pair_norms,
     without_channels,
+)
+from jaxattn.analysis.memorised import (
+    Replaced,
+    gradient_sizes,
+    largest_gradients,
+    masked_update,
+    rarity_correlation,
+    replace_tokens,
 )
 from jaxattn.analysis.probe import Probe, Selectivity, auroc, cka, fit_logistic, fit_ridge, hsic, selectivity
 from jaxattn.analysis.pruning import (
@@ -82,11 +92,14 @@ __all__ = [
     "Effect",
     "Factored",
     "Found",
+    "HeadLens",
     "HeadScores",
     "HeadStatistics",
     "Probe",
+    "Project",
     "Regression",
     "Relation",
+    "Replaced",
     "RotaryPairs",
     "Selectivity",
     "SingularVectors",
@@ -120,19 +133,26 @@ __all__ = [
     "fewest_terms",
     "fit_logistic",
     "fit_ridge",
+    "gradient_sizes",
     "guided_chunks",
     "head_importance",
+    "head_lens_loss",
     "head_scores",
     "head_slopes",
     "head_statistics",
+    "head_subspaces",
     "hit_rate",
     "hsic",
     "knockout",
     "label_heads",
+    "label_logits",
     "lag_curve",
+    "largest_gradients",
+    "last_heads",
     "lens",
     "lens_loss",
     "lookback_features",
+    "masked_update",
     "massive_channels",
     "one_head_left",
     "ov",
@@ -141,13 +161,16 @@ __all__ = [
     "participation",
     "prefix_scores",
     "principal_axes",
+    "projected",
     "pruning_curve",
     "pruning_order",
     "qk",
+    "rarity_correlation",
     "regress_vectors",
     "relation_scores",
     "removal_influence",
     "repeated_tokens",
+    "replace_tokens",
     "retrieval_scores",
     "salient_tokens",
     "score_terms",
