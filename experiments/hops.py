@@ -132,11 +132,12 @@ def learn(config: Config, layers: int, prompts: str, seed: int, folder, console)
     """Hops -> (step, accuracy) at every measurement."""
     of = task(config, config.hops, PROMPTS[prompts])
     model = decoders.build(
-        models.Spec(nn.MultiHeadAttention, heads=config.heads),
+        models.Spec(nn.MultiHeadAttention, heads=config.heads, position=None),
         vocabulary=config.symbols + config.hops,
         length=of.length,
         width=config.width,
         layers=layers,
+        positions=models.Spec(nn.PositionEmbedding),
         seed=seed,
     )
     _, result = decoders.train(

@@ -849,6 +849,18 @@ def test_the_page_on_patterns(page):
     assert patterns.errors.stream[0] == 0
 
 
+def test_the_page_on_heads(page):
+    """Nothing is found in a random model, parts add up, and orders of removal end at the same loss."""
+    heads = page("heads")
+    assert heads.names == [[""] * 4] * 3
+    np.testing.assert_allclose(heads.curves[:, -1], heads.curves[0, -1], rtol=1e-5)
+    np.testing.assert_allclose(heads.pairs.sum(), heads.terms.sum(), rtol=1e-3, atol=1e-4)
+    assert heads.scores.shape == heads.importance.shape == heads.successor.score.shape == (3, 4)
+    assert heads.influence.shape == (4,)
+    np.testing.assert_array_equal(heads.text[:12], heads.written[0, :12])
+    assert heads.text.shape == (14,)
+
+
 def test_the_page_on_models(page):
     """What it builds has the shapes it names; replaced mixers read what they say, and a folder comes back."""
     models = page("models")
