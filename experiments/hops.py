@@ -15,12 +15,12 @@ from jaxattn import icl, models, nn
 from jaxattn.claims import Claim, Curves, Result, at_least, at_most
 from jaxattn.train import Drawn, OptimizerConfig
 
-OPTIMIZER = OptimizerConfig(learning_rate=2e-3, warmup_steps=50, final_fraction=0.0, weight_decay=0.0)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=50, final_fraction=0.0, weight_decay=0.0)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Decoders of 1, 2 and 3 layers.
+    """Decoders of 1, 2 and 3 layers, with a learned vector for each position.
 
     Attributes:
         symbols: Symbols of a permutation.
@@ -40,8 +40,8 @@ class Config:
     layers: tuple[int, ...] = (1, 2, 3)
     width: int = 64
     heads: int = 2
-    steps: int = 6000
-    batch_size: int = 64
+    steps: int = 5000
+    batch_size: int = 128
     eval_every: int = 200
     tested: int = 1024
     optimizer: OptimizerConfig = OPTIMIZER
