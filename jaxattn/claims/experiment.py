@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxattn.viz.figure import COLOURS, SIGNED, STYLES, WEIGHTS, panels
+from jaxattn.viz.figure import COLOURS, SIGNED, STYLES, WEIGHTS, legend_above, panels
 
 PACKAGE = "experiments"  # of the experiments that have names
 
@@ -138,11 +138,12 @@ class Curves:
         """The mean of each line over the seeds, in a band from the smallest to the largest.
 
         A line of one point per seed is no line: it has its name beside it, the others in the legend. A linear y axis
-        ends below peaks that would flatten all else, such as those of a loss; of effects with both signs it shows all.
+        ends below what would flatten all else at the beginning of lines, as a loss begins; of effects with both signs,
+        and of peaks further on, it shows all.
         """
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes, first = figure.subplots(), seeds[0]
-        drawn: list[float] = []
+        drawn: list[list[float]] = []
         for number, name in enumerate(dict.fromkeys(name for seed in seeds for name in seed.lines)):
             at: dict[float, list[float]] = {}
             for seed in seeds:
@@ -152,7 +153,7 @@ class Curves:
             xs = sorted(at)
             colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
             means = [sum(at[x]) / len(at[x]) for x in xs]
-            drawn += means
+            drawn.append(means)
             alone = bool(xs) and all(len(seed.lines.get(name, ())) <= 1 for seed in seeds)
             label, style = (f"_{name}", "") if alone else (name, "" if first.cloud else style)
             axes.plot(xs, means, color=colour, linestyle=style, marker="o", markersize=3, label=label)
@@ -168,9 +169,11 @@ class Curves:
         axes.set(xlabel=first.x, ylabel=first.y)
         axes.set_xscale("log" if "x" in first.log else "linear")
         axes.set_yscale("log" if "y" in first.log else "linear")
-        if drawn and not first.cloud and "y" not in first.log:
-            least, most = min(drawn), 1.5 * float(np.quantile(drawn, 0.9))
-            if least >= 0 and max(drawn) > 3 * most > 0:
+        values = [y for line in drawn for y in line]
+        if values and not first.cloud and "y" not in first.log:
+            least, most = min(values), 1.5 * float(np.quantile(values, 0.9))
+            begins = all(sorted(high := [y > most for y in line], reverse=True) == high for line in drawn)
+            if least >= 0 and max(values) > 3 * most > 0 and begins:
                 axes.set_ylim(least - 0.05 * (most - least), most)
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
@@ -179,7 +182,7 @@ class Curves:
             if count > 8:  # inside the axes names would hide lines
                 figure.legend(frameon=False, fontsize="small", loc="outside right upper")
             else:
-                figure.legend(frameon=False, fontsize="small", loc="outside upper center", ncols=min(count, 3))
+                legend_above(figure, columns=min(count, 3), fontsize="small")
         return figure
 
 

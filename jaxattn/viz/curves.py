@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from jaxattn.viz.figure import COLOURS, STYLES
+from jaxattn.viz.figure import COLOURS, STYLES, legend_above
 
 
 def show_curves(
@@ -105,7 +105,7 @@ def show_by_layer(scores: Mapping[str, ArrayLike], label: str = "score") -> Figu
     axes.set(xlabel="layer", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(axes)
-    figure.legend(frameon=False, title="dots: heads; line: mean of the layer", loc="outside upper center", ncols=4)
+    legend_above(figure, columns=4, title="dots: heads; line: mean of the layer")
     return figure
 
 
@@ -136,7 +136,7 @@ def show_lags(profiles: Mapping[str, tuple[Any, Any]], label: str = "mean weight
     axes.set(xlabel="lag: query position − key position", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(axes)
-    figure.legend(frameon=False, title="bars: two standard errors", loc="outside upper center", ncols=4)
+    legend_above(figure, columns=4, title="bars: two standard errors")
     return figure
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -89,3 +90,13 @@ def save(figure: Figure, path: str | Path) -> Path:
         figure.savefig(temporary, format=kind, dpi=110, metadata=UNDATED[kind])
     os.replace(temporary, path)
     return path
+
+
+def legend_above(figure: Figure, *, columns: int, **options: Any) -> None:
+    """Puts the legend of a figure above it, in as many columns as fit into its width, and at most `columns`."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for number in range(columns, 0, -1):
+        legend = figure.legend(frameon=False, loc="outside upper center", ncols=number, **options)
+        if number == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()

@@ -1,6 +1,7 @@
 """The runner: claims are judged by their numbers alone, results are kept by seed, and mistakes get one clear line."""
 
 import dataclasses
+import io
 import json
 import math
 import sys
@@ -210,6 +211,28 @@ def test_points_that_could_not_be_measured_are_left_out():
 
 
 # Running again
+
+
+def test_an_axis_ends_below_the_beginning_of_a_loss_and_never_below_a_peak_in_the_middle():
+    def top(line):
+        return Curves.draw([Curves("x", "y", {"a": list(enumerate(line))})]).axes[0].get_ylim()[1]
+
+    flat = [0.1, 0.2] * 10
+    assert top([9.0, 4.0, *flat]) == pytest.approx(0.3)  # 1.5 times the quantile at 0.9
+    assert top([*flat, 9.0, *flat]) > 9
+    assert top([0.1, 9.0, *flat]) > 9
+    assert top([0.8, 0.7, *flat]) > 0.8  # not above three times where the axis would end
+
+
+def test_a_legend_has_as_many_columns_as_fit():
+    for lines, columns in ((("a", "b", "c"), 3), (("a name of 40 letters that is quite long " + x for x in "abc"), 2)):
+        figure = Curves.draw([Curves("x", "y", {name: [(0, 1.0), (1, 2.0)] for name in lines})])
+        figure.savefig(io.BytesIO())
+        (legend,) = figure.legends
+        assert legend._ncols == columns
+        box = legend.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
 
 
 def test_finished_seeds_are_kept_and_new_ones_added(toy, tmp_path):
