@@ -247,7 +247,7 @@ FIXTURES: Mapping[str, Fixture] = {
     "FIX-FACT": _fixture(_FACTS, 148, 1500, batch_size=256, hidden=4, layers=3),
     "FIX-FACT-ATTENTION": _fixture(_FACTS, 148, 2000, batch_size=256),
     **{name: _images(b, 400, 32, side=8, patch=4, width=64, heads=4) for name, b in BACKGROUNDS.items()},
-    "FIX-CLS": _brackets(11, 3000, 64, width=64, heads=4),
+    "FIX-CLS": _brackets(11, 1500, 64, width=64, heads=4),
 }
 """Name -> what is trained. In FIX-KV-ABSENT half of the answers have to be known by heart; FIX-FACT-ATTENTION has no
 feed-forward blocks, so that heads have to know the facts."""
