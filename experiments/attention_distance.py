@@ -92,12 +92,6 @@ CLAIMS = (
 )
 
 
-def distances(side: int) -> Float[np.ndarray, "p p"]:
-    """How far patches of a square image are apart, in patches."""
-    rows, columns = np.divmod(np.arange(side**2), side)
-    return np.hypot(rows[:, None] - rows, columns[:, None] - columns)
-
-
 def shuffled(image: Float[np.ndarray, "h w c"], patch: int, rng: Any) -> Float[np.ndarray, "h w c"]:
     """The image with its patches in random order."""
     side = len(image) // patch
@@ -127,10 +121,7 @@ def shown(names: tuple[str, ...], size: int, patch: int, rng: Any) -> Float[np.n
 
 def looks(weights: Float[np.ndarray, "l b n t t"]) -> tuple[np.ndarray, np.ndarray]:
     """([L, B, N], how far patches look, in patches; [L, B, N], their weight on the class token, which stands first)."""
-    of_patches = weights[..., 1:, 1:].astype(np.float64)
-    far = distances(round(of_patches.shape[-1] ** 0.5))
-    distance = (of_patches * far).sum(-1) / np.maximum(of_patches.sum(-1), 1e-30)
-    return distance.mean(-1), weights[..., 1:, 0].mean(-1)
+    return analysis.patch_distance(analysis.patch_weights(weights)), weights[..., 1:, 0].mean(-1)
 
 
 def run(config, seed, folder, console):
@@ -146,7 +137,7 @@ def run(config, seed, folder, console):
     distance, to_class = looks(weights)
     class_to_class = weights[..., 0, 0]
     layers = len(distance)
-    equal = float(distances(size // patch).mean())
+    equal = float(analysis.grid_distances(size // patch).mean())
     photograph, by_layer = distance[:, 0], distance[:, 0].mean(1)
     depth, late = np.arange(layers), photograph[-max(1, layers // 4) :]
     numbers = {

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 from rich.console import Console
 
-from experiments import decoders
+from experiments import classifiers, decoders
 from jaxattn import Rotary, icl, models, nn
 from jaxattn.claims import check_names
 from jaxattn.core.checks import check_static_int
@@ -220,12 +220,34 @@ _FEW_BLOCKS = _BLOCKS.replace(letters=11, length=16, shortest=3, longest=6)
 _FEW_PAIRS = _PAIRS.replace(pairs=2, length=24, keys=4, values=8, letters=4)
 _FEW_FACTS = _FACTS.replace(subjects=6, relations=2, length=5, letters=3)
 
+
+def _classifier(task: models.Spec, make: Callable[..., Any], steps: int, batch_size: int, **sizes: Any) -> Fixture:
+    warm = min(100, steps // 5)
+    optimizer = dataclasses.replace(OPTIMIZER, learning_rate=1e-3, warmup_steps=warm)
+    return Fixture(models.Spec(make, layers=2, **sizes), task, steps, batch_size, optimizer, classifiers.classified)
+
+
+def _images(background: float, steps: int, batch_size: int, *, side: int, patch: int, **sizes: Any) -> Fixture:
+    task = models.Spec(classifiers.Shapes, background=background, side=side, patch=patch)
+    return _classifier(task, classifiers.vision, steps, batch_size, side=side, patch=patch, **sizes)
+
+
+def _brackets(length: int, steps: int, batch_size: int, **sizes: Any) -> Fixture:
+    task = models.Spec(classifiers.Brackets, kinds=2, length=length)
+    return _classifier(task, classifiers.encoder, steps, batch_size, vocabulary=5, length=length, **sizes)
+
+
+BACKGROUNDS = {"FIX-VIT": 0.5, "FIX-VIT-70": 0.7, "FIX-VIT-90": 0.9, "FIX-VIT-100": 1.0}
+"""How often the background of the images of a fixture is right about the class."""
+
 FIXTURES: Mapping[str, Fixture] = {
     "FIX-IND": _fixture(_BLOCKS, 64, 1200),
     "FIX-KV": _fixture(_PAIRS, 64, 1500),
     "FIX-KV-ABSENT": _fixture(_PAIRS.replace(absent=0.5), 64, 2000, hidden=2),
     "FIX-FACT": _fixture(_FACTS, 148, 1500, batch_size=256, hidden=4, layers=3),
     "FIX-FACT-ATTENTION": _fixture(_FACTS, 148, 2000, batch_size=256),
+    **{name: _images(b, 400, 32, side=8, patch=4, width=64, heads=4) for name, b in BACKGROUNDS.items()},
+    "FIX-CLS": _brackets(11, 1500, 64, width=64, heads=4),
 }
 """Name -> what is trained. In FIX-KV-ABSENT half of the answers have to be known by heart; FIX-FACT-ATTENTION has no
 feed-forward blocks, so that heads have to know the facts."""
@@ -237,6 +259,8 @@ SMALL: Mapping[str, Fixture] = {
     "FIX-KV-ABSENT": _fixture(_FEW_PAIRS.replace(absent=0.5), 16, 10, hidden=2, **_TINY),
     "FIX-FACT": _fixture(_FEW_FACTS, 17, 10, hidden=2, **_TINY),
     "FIX-FACT-ATTENTION": _fixture(_FEW_FACTS, 17, 10, **_TINY),
+    **{name: _images(b, 10, 8, side=4, patch=2, width=16, heads=2) for name, b in BACKGROUNDS.items()},
+    "FIX-CLS": _brackets(9, 10, 8, width=16, heads=2),
 }
 """The same names, at a size for tests."""
 

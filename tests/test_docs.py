@@ -839,8 +839,9 @@ def test_the_page_on_patterns(page):
     assert_close(patterns.reached[0], patterns.one_layer)
     assert patterns.effects.shape == (2, 12)
     assert (patterns.places.shape, patterns.trivial.shape) == ((8, 2), (2, 2, 4))
-    assert (patterns.between.shape, patterns.near["first"].shape) == ((2, 4, 9, 9), (2, 4))
+    assert (patterns.between.shape, patterns.close["first"].shape) == ((2, 4, 9, 9), (2, 4))
     assert patterns.chordal
+    np.testing.assert_allclose(patterns.mass.sum(-1), 1, rtol=1e-5)
     np.testing.assert_allclose(patterns.rings.mass.sum(-1), 1)
     assert (patterns.aligned.shape, patterns.where.shape) == ((1, 2, 5, 5), (2, 3, 3))
     assert_close(patterns.shares.sum(), patterns.answer(np.ones((1, 4)))[0] - patterns.answer(np.zeros((1, 4)))[0])

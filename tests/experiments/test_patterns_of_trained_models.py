@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import bert_heads, important_tokens, vit_heads
+from experiments import approximations, bert_heads, brackets, important_tokens, shortcuts, vit_heads
 from jaxattn.claims import report
 
 
@@ -25,6 +25,18 @@ def test_configs_that_make_no_sense_are_named(tmp_path):
         bert_heads.run(config, 0, tmp_path, Console(quiet=True))
     with pytest.raises(ValueError, match="need 'photograph' and 'grey' among them"):
         vit_heads.run(vit_heads.Config(images=("photograph",)), 0, tmp_path, Console(quiet=True))
+
+
+def test_a_window_that_hides_nothing_is_refused(tmp_path):
+    config = dataclasses.replace(approximations.QUICK, tokens=6)
+    with pytest.raises(ValueError, match="tokens is 6: need more than window and sinks, 6"):
+        approximations.run(config, 0, tmp_path, Console(quiet=True))
+
+
+def test_backgrounds_that_cannot_be_compared_are_refused(tmp_path):
+    config = dataclasses.replace(shortcuts.QUICK, backgrounds=("FIX-VIT",))
+    with pytest.raises(ValueError, match="need 'FIX-VIT' first, and others to compare with"):
+        shortcuts.run(config, 0, tmp_path, Console(quiet=True))
 
 
 def test_sentences_have_trees_and_swapped_ones_other_orders_of_their_words():
@@ -61,3 +73,23 @@ def test_a_quick_run_on_heads_of_bert(quick_run):
     quick = quick_run("bert_heads")[1]
     judged(bert_heads, quick)
     assert [row["relation"] for row in quick.tables[next(iter(quick.tables))]] == [*bert_heads.RELATIONS, "all"]
+
+
+def test_a_quick_run_on_shortcuts(quick_run):
+    quick = quick_run("shortcuts")[1]
+    judged(shortcuts, quick)
+    assert len(quick.tables["Heads, background says nothing"]) == 4
+
+
+def test_a_quick_run_on_brackets(quick_run):
+    quick = quick_run("brackets")[1]
+    judged(brackets, quick)
+    assert len(quick.tables["Heads"]) == 4
+
+
+def test_a_quick_run_on_approximations(quick_run):
+    quick = quick_run("approximations")[1]
+    judged(approximations, quick)
+    for points in quick.figures["Error of the stream"].lines.values():
+        assert [x for x, _ in points] == [0, 1, 2, 3]
+        assert points[0][1] == 0
