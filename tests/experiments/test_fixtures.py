@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import fixtures
 from experiments.fixtures import FIXTURES, SMALL, Facts, KeyValues, trained
@@ -14,7 +15,8 @@ def test_every_fixture_has_a_small_one_and_a_model_for_its_task():
         task = fixture.task.build()
         prompt = jax.eval_shape(lambda key, task=task: task.sample(key, 3), jax.random.key(0))
         if "vocabulary" not in fixture.model.arguments:  # a model of images
-            assert prompt.x.shape == (3, *jax.eval_shape(fixture.model.build, seed=0).config.embed.arguments["size"], 3)
+            model = nnx.eval_shape(lambda fixture=fixture: fixture.model.build(seed=0))
+            assert prompt.x.shape == (3, *model.config.embed.arguments["size"], 3)
             continue
         assert prompt.x.shape == (3, fixture.model.arguments["length"])
         vocabulary = getattr(task, "vocabulary", fixture.task.arguments.get("letters", 0) + 1)
