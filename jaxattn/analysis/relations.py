@@ -60,13 +60,14 @@ def token_vectors(model: Any, *, first_block: bool = True) -> Float[Array, "v d"
     check_layers_alone(model)
     if "mlp_out" not in model.sites or "resid_mid" not in model.sites:
         raise ValueError("model has no feed-forward block behind its attention: need one, or first_block=False")
-    tokens = model.tokens(jnp.zeros_like(table)[None])
+    rows = table[:, None]  # each token is a text of its own, so that no attention is computed between them
+    tokens = model.tokens(jnp.zeros_like(rows))
 
     def block(x: Array) -> Array:
         more = {"edits": {"resid_mid": Put(x)}, "record": ("mlp_out",), "start": 0, "stop": 1}
         return model.layers(jnp.zeros_like(x), tokens, **more)[2]["mlp_out"][0]
 
-    return compiled(block, table[None])[0]
+    return compiled(block, rows)[:, 0]
 
 
 class Relation(NamedTuple):
