@@ -165,7 +165,8 @@ def run(config, seed, folder, console):
     drawn = float(without[2:].mean())
 
     ranked = sorted(zip(*np.nonzero(sided), strict=True), key=lambda place: -peak[place[0], at, place[1]])
-    places = analysis.pca(aligned[:, at].reshape(layers * heads, -1)).reshape(layers, heads, 2)
+    flat = aligned[:, at].reshape(layers * heads, -1)
+    places = np.asarray(analysis.principal_axes(flat, 2).coordinates(flat)).reshape(layers, heads, 2)
     numbers = {
         "largest peak of a head that looks to one side": float(peak[:, at][best]) if sided.any() else 0.0,
         "heads that look to one side": float(sided.sum()),

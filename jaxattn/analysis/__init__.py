@@ -13,7 +13,7 @@ from jaxattn.analysis.alignment import (
 from jaxattn.analysis.detectors import DETECTORS, Copies, Detector, Found, copies, detect, label_heads
 from jaxattn.analysis.factors import Factored, composition, copying, ov, qk
 from jaxattn.analysis.facts import VectorFit, block_regression, regress_vectors
-from jaxattn.analysis.feedback import Axes, Effect, axis_scores, cohens_d, principal_axes
+from jaxattn.analysis.feedback import Effect, axis_scores, cohens_d
 from jaxattn.analysis.flow import max_flow, residual_mixing, residual_share, rollout
 from jaxattn.analysis.focus import Focus, SegmentFocus, segment_focus, span_attention
 from jaxattn.analysis.grounding import Grounding, Region, ground, largest_region, to_patches
@@ -30,7 +30,7 @@ from jaxattn.analysis.heads import (
     sink_rate,
     statistics,
 )
-from jaxattn.analysis.joint import JointPoints, distance_correlation, joint_points, pca
+from jaxattn.analysis.joint import JointPoints, distance_correlation, joint_points
 from jaxattn.analysis.knockout import knockout, token_lens
 from jaxattn.analysis.lens import Attribution, TunedLens, direct_attribution, lens, lens_loss
 from jaxattn.analysis.long_range import AccumulatedError, FarMass, accumulated_error, implied_weights
@@ -54,6 +54,7 @@ from jaxattn.analysis.memorised import (
     replace_tokens,
 )
 from jaxattn.analysis.overlap import grad_cam, soft_iou
+from jaxattn.analysis.principal import PrincipalAxes, principal_axes
 from jaxattn.analysis.probe import Probe, Selectivity, auroc, cka, fit_logistic, fit_ridge, hsic, selectivity
 from jaxattn.analysis.pruning import (
     head_importance,
@@ -132,7 +133,6 @@ __all__ = [
     "AccumulatedError",
     "AttentionProbe",
     "Attribution",
-    "Axes",
     "Basis",
     "CMRGrid",
     "Channels",
@@ -151,6 +151,7 @@ __all__ = [
     "InputGradients",
     "JointPoints",
     "Overlap",
+    "PrincipalAxes",
     "Probe",
     "Project",
     "PruningScores",
@@ -251,7 +252,6 @@ __all__ = [
     "participation",
     "patch_distance",
     "patch_weights",
-    "pca",
     "position_deviation",
     "prefix_scores",
     "principal_axes",

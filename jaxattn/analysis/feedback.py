@@ -10,46 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-class Axes(NamedTuple):
-    """Principal axes of activations.
-
-    Attributes:
-        mean: [D].
-        axes: [K, D], of length 1, that of the largest variance first. Their signs are those in which the entry of the
-            largest size is positive.
-        variance: [K], the variance along each, over n − 1.
-        share: [K], that of all variance.
-    """
-
-    mean: Float[Array, " d"]
-    axes: Float[Array, "k d"]
-    variance: Float[Array, " k"]
-    share: Float[Array, " k"]
-
-
-def principal_axes(values: Float[Array, "n d"], count: int | None = None) -> Axes:
-    """Returns the principal axes of n activations. Fit them on other data than those that are scored.
-
-    Args:
-        values: [n, D].
-        count: K, by default all min(n − 1, D).
-
-    Raises:
-        ValueError: There are fewer than 2 activations, or `count` is out of range.
-    """
-    most = min(len(values) - 1, values.shape[1])
-    count = most if count is None else count
-    if len(values) < 2 or not 1 <= count <= most:
-        raise ValueError(f"count is {count} for {len(values)} activations of {values.shape[1]}: need 1 to {most}")
-    mean = values.mean(0)
-    _, size, axes = jnp.linalg.svd(values - mean, full_matrices=False)
-    largest = jnp.take_along_axis(axes, jnp.abs(axes).argmax(-1)[:, None], -1)
-    variance = jnp.square(size) / (len(values) - 1)
-    return Axes(
-        mean, (axes * jnp.where(largest < 0, -1, 1))[:count], variance[:count], (variance / variance.sum())[:count]
-    )
-
-
 def axis_scores(
     activations: Float[Array, "b t d"], axis: Float[Array, " d"], seen: Bool[Array, "b t"] | None = None
 ) -> Float[Array, " b"]:

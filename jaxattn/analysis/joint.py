@@ -71,26 +71,3 @@ def distance_correlation(query: Float[ArrayLike, "n h"], key: Float[ArrayLike, "
     apart = np.sqrt(np.maximum((q**2).sum(1)[:, None] + (k**2).sum(1) - 2 * products, 0))
     products, apart = (x - x.mean(1, keepdims=True) for x in (products, apart))
     return float((products * apart).sum() / np.sqrt((products**2).sum() * (apart**2).sum()))
-
-
-def pca(points: Float[ArrayLike, "n f"], dimensions: int = 2) -> Float[np.ndarray, "n k"]:
-    """Returns the coordinates of points along the axes of their largest variance, without the mean.
-
-    Each axis is turned so that its largest coordinate is positive.
-
-    Args:
-        points: [n, F].
-        dimensions: k, from 1 to the smaller of n and F.
-
-    Raises:
-        ValueError: `dimensions` is out of range, or a number is not finite.
-    """
-    x = np.asarray(points, np.float64)
-    if x.ndim != 2 or not 1 <= dimensions <= min(x.shape) or not np.isfinite(x).all():
-        raise ValueError(
-            f"points has shape {x.shape}, dimensions is {dimensions}: need finite [n, F] and 1 to min(n, F)"
-        )
-    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    found = u[:, :dimensions] * s[:dimensions]
-    largest = found[abs(found).argmax(0), np.arange(dimensions)]
-    return found * np.where(largest < 0, -1, 1)

@@ -11,14 +11,15 @@ from jaxattn.analysis import axis_scores, cohens_d, principal_axes
 def test_scores_along_principal_axes_are_uncorrelated_with_the_variances_as_said():
     values = np.random.default_rng(0).standard_normal((50, 4)) @ np.random.default_rng(1).standard_normal((4, 6))
     with jax.enable_x64(True):
-        found = jax.tree.map(np.asarray, principal_axes(jnp.asarray(values), 4))
-    scores = (values - found.mean) @ found.axes.T
+        found = principal_axes(jnp.asarray(values), 4)
+        scores = np.asarray(found.coordinates(values))
+    found = jax.tree.map(np.asarray, found)
     np.testing.assert_allclose(np.cov(scores.T), np.diag(found.variance), atol=1e-10)
     eigenvalues = np.linalg.eigvalsh(np.cov(values.T))[::-1]
     np.testing.assert_allclose(found.variance, eigenvalues[:4], rtol=1e-9)
     np.testing.assert_allclose(found.share, eigenvalues[:4] / eigenvalues.sum(), rtol=1e-9)
     assert (found.axes[np.arange(4), abs(found.axes).argmax(1)] > 0).all()
-    with pytest.raises(ValueError, match="count is 7 for 50 activations of 6: need 1 to 6"):
+    with pytest.raises(ValueError, match="count is 7 for 50 vectors of 6: need 1 to 6"):
         principal_axes(jnp.asarray(values), 7)
 
 

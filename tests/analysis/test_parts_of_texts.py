@@ -157,17 +157,6 @@ def test_joint_points_have_the_attention_of_queries_and_keys():
         analysis.joint_points(q, k, 0)
 
 
-def test_principal_axes_are_those_of_the_covariance():
-    x = rng.normal(size=(50, 4)) * [5, 2, 1, 0.1]
-    found = analysis.pca(x, 3)
-    values, vectors = np.linalg.eigh(np.cov(x.T, bias=True))
-    np.testing.assert_allclose(found.var(0), values[::-1][:3])
-    np.testing.assert_allclose(abs(found), abs((x - x.mean(0)) @ vectors[:, ::-1][:, :3]), atol=1e-12)
-    assert (found.max(0) >= -found.min(0)).all()
-    with pytest.raises(ValueError, match="need finite"):
-        analysis.pca(x, 5)
-
-
 def test_kinds_of_patterns_are_apart_on_their_two_largest_axes():
     """Noisy heads on the diagonal, one to the side, uniform ones, and columns: nearest centroids tell 95 % and more."""
     tokens, each = 12, 25
@@ -179,7 +168,8 @@ def test_kinds_of_patterns_are_apart_on_their_two_largest_axes():
     ]
     maps = np.concatenate([[0.7 * kind + 0.3 * rows(tokens, tokens) for _ in range(each)] for kind in kinds])
     kind = np.arange(4).repeat(each)
-    places = analysis.pca(maps.reshape(len(maps), -1), 2)
+    flat = maps.reshape(len(maps), -1)
+    places = np.asarray(analysis.principal_axes(flat, 2).coordinates(flat))
     centres = np.stack([places[kind == number].mean(0) for number in range(4)])
     nearest = np.linalg.norm(places[:, None] - centres, axis=-1).argmin(1)
     assert (nearest == kind).mean() > 0.95
