@@ -1,4 +1,4 @@
-"""The gallery, docs/gallery.md: a picture of every mask, bias, normaliser, map and rotary scaling that there is.
+"""The gallery, docs/gallery.md: a picture of every mask, bias, normaliser, map, rotary scaling and detector of heads.
 
 `python -m experiments.gallery` draws it anew. Each entry is a line of Python, evaluated with the names of
 `jaxattn.core.attend` and of `EXAMPLES`; what it does is the first paragraph of its part's docstring.
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 import jaxattn.core.attend
-from jaxattn import viz
+from jaxattn import Causal, Explicit, analysis, attend, viz
 
 DOCS = Path(__file__).parent.parent / "docs"
 LENGTH, WIDTH, COLOURS, GAP = 20, 1440, 64, 20
@@ -43,6 +43,7 @@ EXAMPLES: dict[str, Any] = {
     "halves": jnp.array([0] * 10 + [1] * 10),
     "pieces": jnp.array([-1] * 3 + [0] * 4 + [1] * 6 + [2] * 3 + [-2] * 4),
     "key": jax.random.key(0),
+    "DETECTORS": analysis.DETECTORS,
 }
 
 
@@ -150,11 +151,33 @@ FAMILIES = (
         ),
         columns=3,
     ),
+    Family(
+        "Heads",
+        "What a head of each kind looks at where a text of 11 tokens comes again: the pairs that `analysis.detect` "
+        "counts. Rows are queries, columns keys.",
+        tuple(f'DETECTORS["{name}"]' for name, each in analysis.DETECTORS.items() if each.measure is not None),
+        columns=5,
+    ),
 )
 
 
 def make(line: str) -> Any:
     return eval(line, vars(jaxattn.core.attend) | EXAMPLES | {"jnp": jnp})
+
+
+def looks_at(detector: analysis.Detector) -> np.ndarray:
+    """Which pairs of query and key a detector counts, [T, T]: what it says of weights that are all on one key."""
+    given = analysis.copies(jax.random.key(3), 1, LENGTH, LENGTH)
+    assert detector.measure is not None
+    measures, flat = {"score": detector.measure(given)}, jnp.zeros((1, LENGTH, 1, 1))
+    columns = jnp.eye(LENGTH, dtype=bool)
+
+    @jax.vmap
+    def with_key(column):
+        one = Explicit(jnp.broadcast_to(column, (LENGTH, LENGTH)))
+        return attend(flat, flat, flat, mask=Causal() & one, measures=measures)[1]["score"].reshape(LENGTH)
+
+    return np.asarray(with_key(columns) > 0.5).T & np.asarray(given.again).T
 
 
 def draw(family: Family, line: str) -> Figure:
@@ -168,6 +191,9 @@ def draw(family: Family, line: str) -> Figure:
             part = part.draw((), 1) if isinstance(part, jaxattn.Dropout) else part
             on: Literal["scores", "weights"] = "scores" if family.title == "Score maps" else "weights"
             return viz.show_scores(part, LENGTH, title=title, on=on, heads=2 if "MixHeads" in line else 1)
+        case "Heads":
+            name = line.split('"')[1]
+            return viz.show_mask(Explicit(jnp.asarray(looks_at(part))), LENGTH, title=name)
         case "Rotary scalings":
             return viz.show_scores(part, 256, title=title)
     return viz.show_scores(part, LENGTH, title=title)
@@ -195,6 +221,8 @@ def described(line: str) -> str:
     part = make(line)
     if isinstance(part, jaxattn.Mask) and any(operator in line for operator in "&|~"):
         return f"{part.describe()}."
+    if isinstance(part, analysis.Detector):
+        return f"A head that {part.says}."
     text = inspect.getdoc(type(part)) or ""
     return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
 

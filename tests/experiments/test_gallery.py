@@ -3,6 +3,7 @@
 import inspect
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -55,6 +56,15 @@ def test_pictures_are_drawn_side_by_side(family):
         (gallery.WIDTH // family.columns, 0, 2 * gallery.WIDTH // family.columns, drawn.height)
     )
     assert column.getextrema()[0] < 100
+
+
+def test_the_picture_of_a_detector_is_what_it_rewards():
+    """The second copy of 11 tokens: the token before, and the token behind the earlier copy."""
+    queries = np.arange(11, gallery.LENGTH)
+    for name, keys in (("previous token", queries - 1), ("induction", queries - 10), ("sink", 0 * queries)):
+        expected = np.zeros((gallery.LENGTH,) * 2, bool)
+        expected[queries, keys] = True
+        np.testing.assert_array_equal(gallery.looks_at(gallery.make(f'DETECTORS["{name}"]')), expected)
 
 
 def test_the_pictures_are_small():
