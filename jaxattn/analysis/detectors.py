@@ -149,8 +149,8 @@ def detect(
     A row of the second copy has each token once before, so that a head of a kind can have all of its weight there. In
     models without trained weights scores are at chance: with 8 rows of 64 tokens none of 320 heads of random decoders
     was more than 0.1 over chance where it looks. With a first token 5 of 320 were: 4 as sinks, since they prefer the
-    content of that token, and 1 that looks at its own token (0.105). None was more than 0.3 over chance. The eigenvalues of `copying` are few, and near chance
-    on average over many heads only.
+    content of that token, and 1 that looks at its own token (0.105). None was more than 0.3 over chance. The
+    eigenvalues of `copying` are few, and near chance on average over many heads only.
 
     Args:
         model: A decoder.
