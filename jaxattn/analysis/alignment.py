@@ -194,7 +194,7 @@ class Overlap(NamedTuple):
     f1: np.ndarray
 
 
-def top_overlap(importance: Float[ArrayLike, "*b t"], marked: Bool[ArrayLike, "*b t"], k: int) -> Overlap:
+def top_overlap(importance: Float[Any, "*b t"], marked: Bool[Any, "*b t"], k: int) -> Overlap:
     """Returns the agreement of the k most important tokens with those that people marked.
 
     Of equally important tokens the first count. NaN where nothing is marked, or the importance has a NaN.
@@ -220,7 +220,7 @@ def top_overlap(importance: Float[ArrayLike, "*b t"], marked: Bool[ArrayLike, "*
     return Overlap(hits / k + 0 * count, hits / count, 2 * hits / (k + count))
 
 
-def krippendorff_alpha(codings: Float[ArrayLike, "coders units"]) -> float:
+def krippendorff_alpha(codings: Float[Any, "coders units"]) -> float:
     """Returns Krippendorff's α of nominal codings, 1 − observed / expected disagreement (Krippendorff, 2004).
 
     1 is for codings that all agree, and 0 on average for independent ones. The pairs of values of each unit count, each

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from numpy.typing import ArrayLike
 
 from jaxattn.core.checks import check_probability
 from jaxattn.core.numeric import ratio
@@ -87,7 +86,7 @@ def rollout(
 
 
 def max_flow(
-    weights: Float[ArrayLike, "layers b n t t"],
+    weights: Float[Any, "layers b n t t"],
     queries: Sequence[int] | None = None,
     residual: Any = 0.5,
 ) -> Float[np.ndarray, "b q t"]:

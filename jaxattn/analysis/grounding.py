@@ -1,12 +1,11 @@
 """Where in an image the tokens of a text point, from attention alone."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import ArrayLike
 
 from jaxattn.core.checks import check_static_int
 
@@ -81,7 +80,7 @@ class Region(NamedTuple):
     inside: Bool[np.ndarray, "h w"]
 
 
-def largest_region(grid: Float[ArrayLike, "h w"], threshold: float = 0.5) -> Region:
+def largest_region(grid: Float[Any, "h w"], threshold: float = 0.5) -> Region:
     """Returns the largest connected region of a map above a share of its largest number; of equal ones the heavier.
 
     Patches are connected by their sides. NaN as the centre where the map has no positive number.

@@ -1,10 +1,9 @@
 """Queries and keys in one picture: moved and scaled so that a query is near the keys that it attends to."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 
 
 class JointPoints(NamedTuple):
@@ -21,9 +20,7 @@ class JointPoints(NamedTuple):
     scale: float
 
 
-def joint_points(
-    query: Float[ArrayLike, "n h"], key: Float[ArrayLike, "m h"], scale: float | None = None
-) -> JointPoints:
+def joint_points(query: Float[Any, "n h"], key: Float[Any, "m h"], scale: float | None = None) -> JointPoints:
     """Returns queries and keys whose distances tell how much is attended; attention stays the same (Yeh et al., 2023).
 
         q ← c q,   k ← k / c − mean(k / c) + mean(c q)
@@ -58,7 +55,7 @@ def joint_points(
     return JointPoints(q, k - k.mean(0) + q.mean(0), scale)
 
 
-def distance_correlation(query: Float[ArrayLike, "n h"], key: Float[ArrayLike, "m h"]) -> float:
+def distance_correlation(query: Float[Any, "n h"], key: Float[Any, "m h"]) -> float:
     """Returns the correlation of q · k and ‖q − k‖ over all pairs: near −1 where what is near is attended to.
 
     Args:

@@ -1,10 +1,9 @@
 """Principal axes: what varies most among vectors, to score along them or to draw them in a plane."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from numpy.typing import ArrayLike
 
 
 class PrincipalAxes(NamedTuple):
@@ -28,7 +27,7 @@ class PrincipalAxes(NamedTuple):
         return (jnp.asarray(values) - self.mean) @ self.axes.T
 
 
-def principal_axes(values: Float[ArrayLike, "n d"], count: int | None = None) -> PrincipalAxes:
+def principal_axes(values: Float[Any, "n d"], count: int | None = None) -> PrincipalAxes:
     """Returns the principal axes of n vectors. To score activations, fit them on other data than those that are scored.
 
     Args:

@@ -1,10 +1,9 @@
 """How much of attention is explained by simple things: least squares on fixed patterns, and on other maps."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 
 
 class Regression(NamedTuple):
@@ -26,7 +25,7 @@ class Regression(NamedTuple):
     residual: np.ndarray
 
 
-def regress(y: Float[ArrayLike, " n"], features: Float[ArrayLike, "n f"]) -> Regression:
+def regress(y: Float[Any, " n"], features: Float[Any, "n f"]) -> Regression:
     """Returns the fit of numbers by features with the least sum of squares; of several, the one of least norm.
 
     Args:
@@ -67,7 +66,7 @@ def trivial_features(tokens: int) -> Float[np.ndarray, "pairs 4"]:
     return np.stack([j == 0, j == i, j == i - 1, (i - j) / tokens], -1).astype(np.float64)
 
 
-def lower_rows(weights: Float[ArrayLike, "*b t t"]) -> Float[np.ndarray, "*b pairs"]:
+def lower_rows(weights: Float[Any, "*b t t"]) -> Float[np.ndarray, "*b pairs"]:
     """Returns the weights of the pairs j ≤ i, divided by their sum in each row, in the order of `numpy.tril_indices`.
 
     Of a causal head these are the weights themselves. Rows without weight stay 0.
@@ -82,7 +81,7 @@ def lower_rows(weights: Float[ArrayLike, "*b t t"]) -> Float[np.ndarray, "*b pai
     return lower[..., i, j]
 
 
-def trivial_share(weights: Float[ArrayLike, "*b t t"]) -> Float[np.ndarray, "*b"]:
+def trivial_share(weights: Float[Any, "*b t t"]) -> Float[np.ndarray, "*b"]:
     """Returns the R² of attention regressed on `trivial_features`: how much of it position alone explains.
 
     Args:

@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from numpy.typing import ArrayLike
 
 from jaxattn.trace import sweep
 from jaxattn.trace.patching import as_inputs
@@ -66,7 +65,7 @@ def token_effects(
     return jnp.where(there, (found[-1] - found[:-1]).T, 0)
 
 
-def rank_correlation(x: Float[ArrayLike, "*b n"], y: Float[ArrayLike, "*b n"]) -> Float[Array, "*b"]:
+def rank_correlation(x: Float[Any, "*b n"], y: Float[Any, "*b n"]) -> Float[Array, "*b"]:
     """Returns Spearman's correlation, that of the ranks along the last axis; equal numbers share their mean rank.
 
     NaN where one of both is the same everywhere, or has a NaN.

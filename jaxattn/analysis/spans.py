@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxattn.cache import Spans
 from jaxattn.core.attend.api import attend
@@ -73,7 +73,7 @@ def span_influence(
     key: Float[Array, "*b t k h"],
     value: Float[Array, "*b t k v"],
     cotangent: Float[Array, "*b t n v"],
-    spans: Float[ArrayLike, " r"],
+    spans: Float[Any, " r"],
     *,
     sinks: int = 4,
     mask: Any = None,
@@ -115,11 +115,11 @@ def elastic_rules(alphas: Sequence[float], betas: Sequence[float], lengths: Sequ
 
 
 def choose_rules(
-    loss: Float[ArrayLike, "h r"],
-    cost: Float[ArrayLike, "*c h r"],
-    budget: Float[ArrayLike, "*c"],
+    loss: Float[Any, "h r"],
+    cost: Float[Any, "*c h r"],
+    budget: Float[Any, "*c"],
     *,
-    layer: Int[ArrayLike, " h"] | None = None,
+    layer: Int[Any, " h"] | None = None,
     distinct: int | None = None,
 ) -> Int[np.ndarray, " h"]:
     """Returns one rule per head with the least total loss whose mean cost stays within the budget.
@@ -180,7 +180,7 @@ def choose_rules(
     return found.x[:size].reshape(heads, rules).argmax(1)
 
 
-def elastic_spans(rules: Float[ArrayLike, "r 2"], chosen: Int[ArrayLike, " k"], sinks: int = 4) -> Spans:
+def elastic_spans(rules: Float[Any, "r 2"], chosen: Int[Any, " k"], sinks: int = 4) -> Spans:
     """Returns the policy of a store whose key head k has rule chosen[k], (α, β) of `rules`."""
     alpha, beta = np.asarray(rules)[np.asarray(chosen)].T
     return Spans(jnp.asarray(alpha, jnp.float32), jnp.asarray(beta, jnp.float32), sinks)

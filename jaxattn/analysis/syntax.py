@@ -4,11 +4,12 @@ A tree, or any other relation, is given by the number of the head of each word, 
 root. What "head" means here is that of linguistics; heads of attention are called maps where both occur.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import ArrayLike
 
 from jaxattn.analysis.probe import newton
 from jaxattn.core.part import part
@@ -99,9 +100,7 @@ class AttentionProbe:
         to = jnp.tensordot(self.reads, jnp.moveaxis(maps, -3, 0), 1)
         return to + jnp.tensordot(self.read_by, jnp.moveaxis(maps, -3, 0), 1).swapaxes(-1, -2)
 
-    def guess(
-        self, maps: Float[ArrayLike, "*b k w w"], words: Bool[ArrayLike, "*b w"] | None = None
-    ) -> Int[Array, "*b w"]:
+    def guess(self, maps: Float[Any, "*b k w w"], words: Bool[Any, "*b w"] | None = None) -> Int[Array, "*b w"]:
         """Returns the word with the largest score as the head of each, which is never the word itself.
 
         Args:
@@ -112,15 +111,15 @@ class AttentionProbe:
         return jnp.where(_candidates(words, maps.shape[-1]), self(maps), HIDDEN).argmax(-1)
 
 
-def _candidates(words: Bool[ArrayLike, "*b w"] | None, length: int) -> Bool[Array, "*b w w"]:
+def _candidates(words: Bool[Any, "*b w"] | None, length: int) -> Bool[Array, "*b w w"]:
     others = ~jnp.eye(length, dtype=bool)
     return others if words is None else others & jnp.asarray(words)[..., None, :]
 
 
 def fit_attention_probe(
-    maps: Float[ArrayLike, "b k w w"],
-    heads: Int[ArrayLike, "b w"],
-    words: Bool[ArrayLike, "b w"] | None = None,
+    maps: Float[Any, "b k w w"],
+    heads: Int[Any, "b w"],
+    words: Bool[Any, "b w"] | None = None,
     *,
     penalty: float = 1.0,
     steps: int = 20,

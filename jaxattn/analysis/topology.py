@@ -6,6 +6,7 @@ takes the map of one head over one text, [T, T], without padding.
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -26,7 +27,7 @@ def _square(name: str, matrix: ArrayLike) -> np.ndarray:
 
 
 def graph_features(
-    weights: Float[ArrayLike, "t t"], thresholds: Sequence[float] = THRESHOLDS
+    weights: Float[Any, "t t"], thresholds: Sequence[float] = THRESHOLDS
 ) -> dict[str, Float[np.ndarray, " thresholds"]]:
     """Returns features of the graphs that have an edge i → j where w_ij is at least a threshold.
 
@@ -107,7 +108,7 @@ def is_chordal(graph: Bool[np.ndarray, "t t"]) -> bool:
     return True
 
 
-def graph_distances(weights: Float[ArrayLike, "t t"], least: float = 1e-3) -> Float[np.ndarray, "t t"]:
+def graph_distances(weights: Float[Any, "t t"], least: float = 1e-3) -> Float[np.ndarray, "t t"]:
     """Returns how far apart tokens are, 1 − max(w_ij, w_ji), and 0 from themselves; weights below `least` count as 0.
 
     Args:
@@ -122,7 +123,7 @@ def graph_distances(weights: Float[ArrayLike, "t t"], least: float = 1e-3) -> Fl
     return np.where(np.eye(len(values), dtype=bool), 0, 1 - np.maximum(values, values.T))
 
 
-def bars(distances: Float[ArrayLike, "t t"]) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, "m 2"]]:
+def bars(distances: Float[Any, "t t"]) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, "m 2"]]:
     """Returns the persistence bars (birth, death) of the Vietoris-Rips complex in dimensions 0 and 1.
 
     As the radius grows, points at that distance are joined. A bar of dimension 0 is a component, from 0 to the length
@@ -178,7 +179,7 @@ def bars(distances: Float[ArrayLike, "t t"]) -> tuple[Float[np.ndarray, "n 2"], 
     return of_components[of_components[:, 1] > 0], of_cycles[of_cycles[:, 1] > of_cycles[:, 0]]
 
 
-def bar_features(bars: Float[ArrayLike, "n 2"]) -> dict[str, float]:
+def bar_features(bars: Float[Any, "n 2"]) -> dict[str, float]:
     """Returns what the paper takes from a set of bars; where there is no bar all of it is 0.
 
     - `sum`, `mean`, `deviation` of the lengths, `entropy` of the lengths divided by their sum (nats), and `count`;
@@ -205,9 +206,7 @@ def bar_features(bars: Float[ArrayLike, "n 2"]) -> dict[str, float]:
     }
 
 
-def templates(
-    tokens: int, columns: Mapping[str, Int[ArrayLike, " c"]] | None = None
-) -> dict[str, Float[np.ndarray, "t t"]]:
+def templates(tokens: int, columns: Mapping[str, Int[Any, " c"]] | None = None) -> dict[str, Float[np.ndarray, "t t"]]:
     """Returns simple patterns that heads are compared with: `self`, `previous`, `next`, `first`, and columns of tokens.
 
     Args:
@@ -224,9 +223,7 @@ def templates(
     return made
 
 
-def template_distance(
-    weights: Float[ArrayLike, "*b t s"], template: Float[ArrayLike, "t s"]
-) -> Float[np.ndarray, "*b"]:
+def template_distance(weights: Float[Any, "*b t s"], template: Float[Any, "t s"]) -> Float[np.ndarray, "*b"]:
     """Returns ‖A − M‖ / √(‖A‖² + ‖M‖²) in the norm of Frobenius: 0 if A = M, and 1 if they share no weight.
 
     NaN where both are 0.

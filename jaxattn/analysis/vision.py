@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import ArrayLike
 
 from jaxattn.analysis.similarity import js_divergence
 from jaxattn.core.numeric import ratio
@@ -19,9 +18,7 @@ from jaxattn.trace import Layers, Scale, TokensAt, heads, run, sweep
 from jaxattn.trace.patching import as_inputs
 
 
-def patch_weights(
-    weights: Float[ArrayLike, "*b t t"], *, own: int = 1, divide: bool = True
-) -> Float[np.ndarray, "*b p p"]:
+def patch_weights(weights: Float[Any, "*b t t"], *, own: int = 1, divide: bool = True) -> Float[np.ndarray, "*b p p"]:
     """Returns the weights between patches, without the tokens of the model's own that stand first.
 
     Args:
