@@ -349,7 +349,7 @@ def run(config, seed, folder, console):
     others = [left[layer, other] for other in range(config.heads) if other != head]
     numbers["blocks: score left without the induction head"] = float(left[layer, head])
     alike = (prefix[-1] > ALIKE).reshape(left.shape)
-    none = {"z": trace.Layers(trace.Scale(jnp.where(alike[..., None], 0.0, 1.0)))}
+    none = analysis.without_heads(alike)
     numbers["blocks: induction heads"] = float(alike.sum())
     numbers["blocks: score left without all induction heads"] = (
         float(icl.icl_score(by_position(learned, batch, edits=none))) / whole

@@ -343,7 +343,7 @@ def sinks(
             return {"scores": trace.Layers(trace.Cut(*every, heads))}
 
         def ablated(heads: Any) -> Any:
-            return {"z": trace.Layers(trace.Scale(jnp.where(heads, 0.0, 1.0)[..., None]))}
+            return analysis.without_heads(heads)
 
         masks = jnp.asarray(np.concatenate([np.zeros_like(others[:1]), at_sinks[None], others]))
         found = {

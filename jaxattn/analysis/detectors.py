@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxattn.analysis.factors import copying
-from jaxattn.analysis.heads import check_heads
+from jaxattn.analysis.heads import check_heads, check_unpadded
 from jaxattn.core.attend.api import attend
 from jaxattn.core.attend.mask import Causal
 from jaxattn.core.attend.measure import AtKeys, AtLags, Matching, Measure
@@ -166,8 +166,7 @@ def detect(
         ValueError: Layers have different numbers of heads, or not all have weights, or the model has tokens of its own
             before the sequence. A detector of weights raises what its score does.
     """
-    if "positions" in options:
-        raise ValueError("positions is given: need rows without padding, whose tokens stand at 0, 1, ...")
+    check_unpadded(options)
     vocabulary = model.config.vocabulary if vocabulary is None else vocabulary
     given = copies(key, batch, length, vocabulary, first=first)
     measures = {name: each.measure(given) for name, each in detectors.items() if each.measure is not None}

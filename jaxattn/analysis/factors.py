@@ -235,10 +235,10 @@ def composition(first: Factored, second: Factored) -> Float[Array, "..."]:
 def copying(model: Any) -> Float[np.ndarray, "layers n"]:
     """Returns Re Σ λ / Σ |λ| over the eigenvalues λ of W_E OV W_U of every head, from −1 to 1.
 
-    A head that raises the logits of the tokens that it reads is near 1 (Elhage et al., 2021), and a head that writes
-    nothing has NaN. W_E is what tokens put
-    into the stream where no positions are added, norms and maps of the embedding included. The gain of the last norm is
-    part of W_U, and the vocabulary by vocabulary matrix is never formed.
+    A head that raises the logits of the tokens that it reads is near 1 (Elhage et al., 2021). A head that writes
+    nothing has NaN. W_E is what tokens put into the stream where no positions are added, norms and maps of the
+    embedding included. The gain of the last norm is part of W_U, and the vocabulary by vocabulary matrix is never
+    formed.
 
     Args:
         model: As of `qk`, with a table of tokens and a head.

@@ -164,6 +164,11 @@ def between_classes(
     return total / jnp.maximum(reading.sum((0, 1)), 1)[:, None]
 
 
+def check_unpadded(options: Mapping[str, Any]) -> None:
+    if "positions" in options:
+        raise ValueError("positions is given: need rows without padding, whose tokens stand at 0, 1, ...")
+
+
 def check_heads(record: Any, length: int) -> None:
     if isinstance(record, list):
         raise ValueError("the layers have different numbers of heads, or not all have weights: need the same in all")
@@ -261,8 +266,7 @@ def prefix_scores(model: Any, tokens: Int[Array, "b t"], **options: Any) -> Floa
         ValueError: No token comes again, layers have different numbers of heads, or not all have weights, or the model
             has tokens of its own before the sequence.
     """
-    if "positions" in options:
-        raise ValueError("positions is given: need rows without padding, whose tokens stand at 0, 1, ...")
+    check_unpadded(options)
     tokens = jnp.asarray(tokens)
     before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     record = {"behind": ("weights", Matching(tokens, before))}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxattn.analysis.heads import check_heads
+from jaxattn.analysis.heads import check_heads, check_unpadded
 from jaxattn.core.attend.measure import Lookback
 from jaxattn.core.checks import check_static_int
 from jaxattn.trace import run
@@ -37,8 +37,7 @@ def lookback_features(
         ValueError: Layers have different numbers of heads, or not all have weights, or the model has tokens of its own
             before the sequence.
     """
-    if "positions" in options:
-        raise ValueError("positions is given: need rows without padding, whose tokens stand at 0, 1, ...")
+    check_unpadded(options)
     tokens = jnp.asarray(tokens)
     record = {"ratio": ("weights", Lookback(jnp.asarray(split)))}
     _, records = run(model, *as_inputs("tokens", tokens, options, ("record",)), record=record, **options)

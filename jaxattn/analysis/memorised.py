@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxattn.analysis.heads import check_heads
+from jaxattn.analysis.heads import check_heads, check_unpadded
 from jaxattn.core.attend.measure import Measure
 from jaxattn.core.numeric import ratio
 from jaxattn.core.part import part
@@ -147,8 +147,7 @@ def rarity_correlation(
         ValueError: Layers have different numbers of heads, or not all have weights, or the model has tokens of its own
             before the sequence.
     """
-    if "positions" in options:
-        raise ValueError("positions is given: need rows without padding, whose tokens stand at 0, 1, ...")
+    check_unpadded(options)
     tokens = jnp.asarray(tokens)
     measure = _Correlation(-jnp.asarray(log_frequency)[tokens])
     _, records = run(model, tokens, record={"rare": ("weights", measure)}, **options)

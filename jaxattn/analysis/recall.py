@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxattn.analysis.heads import check_heads
+from jaxattn.analysis.heads import check_heads, check_unpadded
 from jaxattn.core.attend.measure import AtLags
 from jaxattn.core.checks import check_array, check_probability, check_static_int
 from jaxattn.core.numeric import ratio
@@ -47,8 +47,7 @@ def lag_curve(
     """
     check_static_int("lag_curve", "lags", lags, 1)
     check_static_int("lag_curve", "period", period, lags + 1)
-    if "positions" in options:
-        raise ValueError("positions is given: need rows without padding, whose tokens stand at 0, 1, ...")
+    check_unpadded(options)
     tokens = jnp.asarray(tokens)
     if tokens.shape[-1] < 2 * period:
         raise ValueError(f"tokens has {tokens.shape[-1]} of a row: need two copies of the period {period}")

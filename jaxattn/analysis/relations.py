@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxattn.analysis.factors import ov, token_table, unembedding
+from jaxattn.analysis.heads import check_unpadded
 from jaxattn.trace import run
 from jaxattn.trace.edits import Put
 from jaxattn.trace.patching import check_layers_alone
@@ -173,8 +174,7 @@ def dynamic_scores(
     Raises:
         ValueError: As of `ov`, or `k` is out of range, or layers have different numbers of heads.
     """
-    if "positions" in options:
-        raise ValueError("positions is given: need rows without padding, whose tokens stand at 0, 1, ...")
+    check_unpadded(options)
     last = jnp.asarray([tokens.shape[1] - 1])
     record = {"z": ("z", TokensAt(last))} if sources is None else {"v": "v"}
     _, records = run(model, jnp.asarray(tokens), record=record, **options)

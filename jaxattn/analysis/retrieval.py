@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxattn.analysis.heads import check_heads
+from jaxattn.analysis.heads import check_heads, check_unpadded
 from jaxattn.core.attend.measure import ArgMax
 from jaxattn.nn.tap import Layers
 from jaxattn.trace import run
@@ -74,8 +74,7 @@ def retrieval_scores(
         ValueError: A text has no needle, layers have different numbers of heads, or not all have weights, or the model
             has tokens of its own before the sequence.
     """
-    if "positions" in options:
-        raise ValueError("positions is given: need rows without padding, whose tokens stand at 0, 1, ...")
+    check_unpadded(options)
     tokens, span, answer = (jnp.asarray(x) for x in (tokens, span, answer))
     size = span.sum(-1)
     if not isinstance(size, jax.core.Tracer) and not bool((size > 0).all()):

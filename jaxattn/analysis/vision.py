@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxattn.analysis.pruning import without_heads
 from jaxattn.analysis.similarity import js_divergence
 from jaxattn.core.numeric import ratio
-from jaxattn.trace import Layers, Scale, TokensAt, heads, run, sweep
+from jaxattn.trace import TokensAt, heads, run, sweep
 from jaxattn.trace.patching import as_inputs
 
 
@@ -195,7 +196,7 @@ def pruning_scores(
         ValueError: There is not one row of logits per input.
     """
     inputs, labels = as_inputs("inputs", inputs, options), jnp.asarray(labels)
-    edits: Any = {} if pruned is None else {"z": Layers(Scale(jnp.where(jnp.asarray(pruned), 0.0, 1.0)[..., None]))}
+    edits: Any = {} if pruned is None else without_heads(pruned)
     record = {"class": ("resid", TokensAt(jnp.zeros(1, int)))}
     output, seen = run(model, *inputs, edits=edits, record=record, **options)
     logits = logits_of(output)
